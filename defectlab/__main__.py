@@ -1,0 +1,139 @@
+"""The command line: `python -m defectlab run|status|record|report|score|reproduce|bench`; runs without Jupyter."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from defectlab import runs
+from defectlab.anomaly.teacher import WeightsError
+from defectlab.batch import Task, pick_device, run_parallel, run_tasks, status_lines, tasks
+from defectlab.data.store import DataError
+from defectlab.runs import PROFILES
+from defectlab.studies import STUDIES
+from defectlab.train import NonFiniteLoss
+
+
+def names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in names(text)]
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m defectlab", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, *, rows: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        if rows:
+            several = {} if name == "run" else {"nargs": "?"}
+            command.add_argument("study", choices=list(STUDIES), **several)
+            command.add_argument("--rows", type=names, metavar="A,B", help="rows of the study; default: all")
+            command.add_argument("--seeds", type=numbers, metavar="0,1", help="default: as the study plans them")
+            command.add_argument("--profile", choices=PROFILES, default="quick")
+        return command
+
+    run = add("run", "run rows and seeds that this machine has not run yet")
+    run.add_argument("--minutes", type=float, help="stop cleanly after so many minutes; the same command goes on")
+    run.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    run.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    run.add_argument("--tasks", type=names, metavar="ROW:SEED,...", help="exactly these, instead of --rows and --seeds")
+
+    add("status", "which rows and seeds are recorded, run here, missing, in the order in which to run them")
+    add("record", "promote finished runs of this machine into results/runs")
+
+    report = add("report", "write the page of tables and verdicts, and the generated parts of README", rows=False)
+    report.add_argument("--profile", choices=PROFILES, default="quick")
+
+    score = add("score", "score a folder of pictures with a trained model: scores.csv and a map a picture", rows=False)
+    score.add_argument("--images", type=Path, required=True, help="folder of pictures to score")
+    score.add_argument("--out", type=Path, default=Path("scores"), help="folder for scores.csv and maps")
+    model = score.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", type=Path, help="a .safetensors of runs/ or of an earlier --train-good")
+    model.add_argument("--train-good", type=Path, help="folder of good pictures: train on these first")
+    score.add_argument("--method", choices=("rd4ad", "bsdrd", "patchcore"), default="bsdrd", help="with --train-good")
+    score.add_argument("--teacher", default="resnet18", help="with --train-good")
+    score.add_argument("--epochs", type=int, default=10, help="with --train-good")
+    score.add_argument("--size", type=int, default=256, help="with --train-good: pixels a side")
+    score.add_argument("--device", default="auto")
+
+    bench = add("bench", "speed of training, inference, metrics on this machine", rows=False)
+    bench.add_argument("--device", default="auto")
+    bench.add_argument("--teacher", default="resnet18_random")
+    commands.add_parser("reproduce", help="run the notebooks headlessly and write the page", add_help=False)
+    return top
+
+
+def chosen(options: argparse.Namespace) -> list[Task]:
+    if options.command == "run" and options.tasks:
+        pairs = [pair.partition(":")[::2] for pair in options.tasks]
+        wanted = [(row, int(seed)) for row, seed in pairs]
+        listed = {
+            (t.row, t.seed): t for row, seed in wanted for t in tasks(options.study, options.profile, [row], [seed])
+        }
+        return [listed[pair] for pair in wanted]
+    return tasks(options.study, options.profile, options.rows, options.seeds)
+
+
+def run(options: argparse.Namespace) -> int:
+    listed, device = chosen(options), pick_device(options.device)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+    if options.jobs > 1:
+        return run_parallel(options.study, listed, options.profile, device, options.minutes, options.jobs)
+    run_tasks(options.study, listed, options.profile, device, options.minutes)
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    for name in [options.study] if options.study else STUDIES:
+        print("\n".join(status_lines(name, options.profile, options.rows)))
+    return 0
+
+
+def record(options: argparse.Namespace) -> int:
+    here = runs.read_records(runs.runs_dir(options.profile))
+    if options.study:
+        wanted = {(runs.row_identity(t.settings, options.profile), t.seed) for t in chosen(options)}
+        here = [r for r in here if (r.row, r.seed) in wanted]
+    elif options.rows or options.seeds:
+        raise ValueError("--rows and --seeds need a study: python -m defectlab record STUDY --rows ...")
+    print("\n".join(runs.promote(here)) or f"no finished run in {runs.runs_dir(options.profile)}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["reproduce"]:
+        from defectlab.reproduce import main as reproduce  # papermill is not needed for anything else
+
+        return reproduce(argv[1:])
+    options = parser().parse_args(argv)
+    try:
+        if options.command in ("run", "status", "record"):
+            return {"run": run, "status": status, "record": record}[options.command](options)
+        if options.command == "report":
+            from defectlab.page import update_generated, write_page
+
+            update_generated()
+            print(f"wrote {write_page(options.profile)}")
+            return 0
+        if options.command == "score":
+            from defectlab.score import score
+
+            return score(options)
+        from defectlab.bench import bench
+
+        return bench(options)
+    except (DataError, WeightsError, NonFiniteLoss, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command continues with what is missing", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""From settings to a result: teacher features computed once, a student trained on them, maps, scores, metrics."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.anomaly import teacher as teachers
+from defectlab.anomaly.maps import best_f1_threshold, gaussian_smooth, image_scores
+from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.metrics import anomaly_metrics, pixel_histograms
+from defectlab.runs import Result
+from defectlab.train import Session, autocast, fast_bf16, train
+
+THUMBNAIL = 96  # pixels a side of the cases kept in a record
+CASES = 12
+
+_features: dict[tuple, list[Tensor]] = {}
+
+
+def precision_of(settings: Any, device: str | torch.device) -> str:
+    """The precision a run really uses: bf16 where settings ask for it and the device is fast at it, else fp32."""
+    return "bf16" if settings.precision == "bf16" and fast_bf16(torch.device(device)) else "fp32"
+
+
+def cached_features(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> list[Tensor]:
+    """Teacher features of one split, computed once a process; another data set or teacher takes their place."""
+    dtype = torch.bfloat16 if precision_of(settings, device) == "bf16" else torch.float32
+    family = (data.fingerprint, settings.teacher, settings.size, dtype, str(device))
+    for key in [k for k in _features if k[0] != family]:
+        del _features[key]
+    if (family, part) not in _features:
+        teacher = teachers.load_teacher(settings.teacher, device).to(memory_format=torch.channels_last)
+        _features[family, part] = teachers.extract(teacher, getattr(data, part).images, dtype)
+    return _features[family, part]
+
+
+@torch.inference_mode()
+def score_features(
+    network: nn.Module,
+    features: list[Tensor],
+    to_maps: Callable[[list[Tensor], list[list[Tensor]]], Tensor],
+    precision: str,
+    batch: int = 32,
+) -> Tensor:
+    """Cached features -> smoothed anomaly maps (N, 256, 256) float32."""
+    maps = []
+    for start in range(0, len(features[0]), batch):
+        chunk = [f[start : start + batch] for f in features]
+        with autocast(chunk[0].device, precision):
+            outputs = network(chunk)
+        maps.append(gaussian_smooth(to_maps(chunk, outputs)))
+    return torch.cat(maps)
+
+
+def distil(
+    settings: Any,
+    seed: int,
+    data: AnomalyData,
+    device: str | torch.device,
+    session: Session,
+    build: Callable[..., nn.Module],
+    make_loss: Callable[..., Callable],
+    to_maps: Callable[..., Tensor],
+) -> Result:
+    """Train a student and evaluate its last epoch, once.
+
+    Args:
+        build: (settings, teacher's channels, its bottleneck) -> network.
+        make_loss: settings -> (teacher features, outputs) -> named scalars.
+        to_maps: (settings, teacher features, outputs) -> anomaly maps (B, 256, 256).
+    """
+    precision = precision_of(settings, device)
+    teacher = teachers.load_teacher(settings.teacher, "cpu")
+    torch.manual_seed(seed)
+    network = build(settings, teacher.channels, teacher.bottleneck).to(device, memory_format=torch.channels_last)
+    loss_function = make_loss(settings)
+    if isinstance(loss_function, nn.Module):
+        loss_function.to(device)
+    trained = train(
+        network,
+        loss_function,
+        cached_features(data, "train", settings, device),
+        epochs=settings.epochs,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        betas=settings.betas,
+        precision=precision,
+        seed=seed,
+        session=session,
+    )
+    maps = {
+        part: score_features(
+            network, cached_features(data, part, settings, device), partial(to_maps, settings), precision
+        )
+        for part in ("dev", "test")
+    }
+    result = evaluate(data, maps["dev"], maps["test"])
+    result.curve = trained.curve
+    result.precision = precision
+    result.model = network.state_dict()
+    result.costs = {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "train_seconds": round(trained.seconds, 1),
+        "train_images_per_second": round(trained.images_per_second, 1),
+    }
+    return result
+
+
+def evaluate(
+    data: AnomalyData,
+    dev_maps: Tensor,
+    test_maps: Tensor,
+    dev_scores: Tensor | None = None,
+    test_scores: Tensor | None = None,
+) -> Result:
+    """Metrics of dev and test; the image threshold comes from dev. Scores default to the maxima of the maps."""
+    dev_scores = image_scores(dev_maps) if dev_scores is None else dev_scores
+    test_scores = image_scores(test_maps) if test_scores is None else test_scores
+    threshold = best_f1_threshold(dev_scores, data.dev.labels)
+    dev, _ = _metrics(data, data.dev, dev_maps, dev_scores, threshold)
+    metrics, per_class = _metrics(data, data.test, test_maps, test_scores, threshold)
+    test = data.test
+    histograms = pixel_histograms(test_maps, test.masks, test.has_mask)
+    predictions = {
+        "scores": test_scores.float().cpu().numpy(),
+        "labels": test.labels.cpu().numpy(),
+        "types": test.types.cpu().numpy(),
+        "names": np.array(test.names),
+        "type_names": np.array(data.type_names),
+        "dev_scores": dev_scores.float().cpu().numpy(),
+        "dev_labels": data.dev.labels.cpu().numpy(),
+    }
+    predictions |= {f"histogram_{k}": v for k, v in histograms.items()}
+    predictions |= telling_cases(test, test_maps, test_scores)
+    dev["threshold"] = threshold
+    return Result(metrics, per_class, dev, {}, predictions, {}, {}, "fp32")
+
+
+def _metrics(
+    data: AnomalyData, split: AnomalySplit, maps: Tensor, scores: Tensor, threshold: float
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    found = anomaly_metrics(
+        maps, split.masks, split.labels, split.types, split.has_mask, data.type_names, scores, threshold
+    )
+    rounded = {t: {k: round(v, 4) for k, v in m.items()} for t, m in found.per_class.items()}
+    return {k: round(v, 4) for k, v in found.overall.items()}, rounded
+
+
+def telling_cases(split: AnomalySplit, maps: Tensor, scores: Tensor) -> dict[str, np.ndarray]:
+    """A dozen small cases for the pictures: the defects that scored lowest, the good parts that scored highest, and
+    the defects that scored highest, four of each: images, maps (scaled to the whole test set's range) and masks.
+    """
+    order = scores.argsort().cpu()
+    bad = order[split.labels.cpu()[order] == 1]
+    good = order[split.labels.cpu()[order] == 0]
+    each = CASES // 3
+    chosen = torch.cat([bad[:each], good.flip(0)[:each], bad.flip(0)[:each]])
+    low, high = maps.amin(), maps.amax()
+
+    def small(x: Tensor) -> np.ndarray:
+        return functional.interpolate(x[:, None].float(), (THUMBNAIL, THUMBNAIL), mode="area")[:, 0].cpu().numpy()
+
+    picked = chosen.to(maps.device)
+    return {
+        "case_index": chosen.numpy(),
+        "case_images": small(split.images[picked][:, 0]).round().astype(np.uint8),
+        "case_maps": small((maps[picked] - low) / (high - low).clamp(min=1e-12) * 255).round().astype(np.uint8),
+        "case_masks": (small(split.masks[picked]) > 0).astype(np.uint8),
+    }

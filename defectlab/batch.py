@@ -1,0 +1,132 @@
+"""Batches of runs: which rows and seeds of a study, in which order, within how many minutes."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from defectlab import runs
+from defectlab.runs import Record
+from defectlab.studies import pick_rows, study
+from defectlab.train import OutOfTime, Session
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row and seed of a study, and whether it is recorded (committed) or has been run here."""
+
+    row: str
+    seed: int
+    settings: Any
+    recorded: bool
+    here: bool
+
+
+def pick_device(name: str) -> str:
+    """'auto' -> 'cuda' where there is one, else 'cpu'. ValueError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
+        raise ValueError(f"device {name!r} is not available here: use auto, cpu or (with a GPU) cuda")
+    return name
+
+
+def tasks(name: str, profile: str, rows: list[str] | None = None, seeds: list[int] | None = None) -> list[Task]:
+    """Rows x seeds in the order in which to run them: the first seed of every row, then the second, and so on, so
+    that a batch that is cut short has touched the headline rows first. `seeds` None: as the study plans them."""
+    module = study(name)
+    chosen = pick_rows(name, profile, rows)
+    recorded, here = runs.read_records(runs.recorded_dir()), runs.read_records(runs.runs_dir(profile))
+    have = {(r.row, r.seed) for r in recorded}, {(r.row, r.seed) for r in here}
+    listed = []
+    for position, (row, settings) in enumerate(chosen.items()):
+        wanted = range(module.planned_seeds(row, profile)) if seeds is None else seeds
+        mark = runs.row_identity(settings, profile)
+        for turn, seed in enumerate(wanted):
+            task = Task(row, seed, settings, (mark, seed) in have[0], (mark, seed) in have[1])
+            listed.append(((row not in module.PRIMARY, turn, position), task))
+    return [task for _, task in sorted(listed, key=lambda item: item[0])]
+
+
+def run_tasks(
+    name: str, listed: list[Task], profile: str, device: str, minutes: float | None, say: Callable[[str], None] = print
+) -> list[Record]:
+    """Run what `runs/<profile>/` lacks, one after the other; stops cleanly when the minutes are used up.
+
+    -> the finished records of the list, those from earlier calls included.
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    started, finished = time.monotonic(), []
+    for number, task in enumerate(listed, 1):
+        if deadline is not None and time.monotonic() > deadline:
+            say(
+                f"{minutes:g} minutes are used up: {len(listed) - number + 1} of {len(listed)} left; run again to go on"
+            )
+            break
+        say(f"[{number}/{len(listed)}] {name} {task.row} seed {task.seed} ({profile}, {device})")
+        try:
+            session = Session(deadline=deadline, say=say)
+            record = runs.run(study(name), task.settings, task.seed, profile, device, session)
+        except OutOfTime as stop:
+            say(f"  {stop}")
+            break
+        finished.append(record)
+        shown = ", ".join(f"{k} {record.metrics[k]:.1f}" for k in ("image_auroc", "pixel_auroc", "aupro"))
+        say(f"  {shown}  ({record.seconds:.0f} s; {time.monotonic() - started:.0f} s so far)")
+    return finished
+
+
+def run_rows(
+    name: str,
+    profile: str,
+    rows: list[str] | None = None,
+    seeds: list[int] | None = None,
+    device: str = "auto",
+    minutes: float | None = None,
+    say: Callable[[str], None] = print,
+) -> list[Record]:
+    """What a notebook's training cell calls: `tasks` and `run_tasks` in one."""
+    return run_tasks(name, tasks(name, profile, rows, seeds), profile, pick_device(device), minutes, say)
+
+
+def run_parallel(name: str, listed: list[Task], profile: str, device: str, minutes: float | None, jobs: int) -> int:
+    """The same in `jobs` processes, tasks dealt in turn (rows of small networks share one GPU well). -> exit code."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    children = []
+    for job in range(jobs):
+        mine = listed[job::jobs]
+        if not mine:
+            continue
+        pairs = ",".join(f"{t.row}:{t.seed}" for t in mine)
+        command = [sys.executable, "-m", "defectlab", "run", name, "--tasks", pairs]
+        command += ["--profile", profile, "--device", device] + (["--minutes", str(minutes)] if minutes else [])
+        children.append(subprocess.Popen(command, env=environment))
+    try:
+        return max((child.wait() for child in children), default=0)
+    except KeyboardInterrupt:
+        for child in children:
+            child.terminate()
+        raise
+
+
+def status_lines(name: str, profile: str, rows: list[str] | None = None) -> list[str]:
+    """A line a row: seeds recorded, run here, missing; in the order in which to run them."""
+    by_row: dict[str, list[Task]] = {}
+    for task in tasks(name, profile, rows):
+        by_row.setdefault(task.row, []).append(task)
+    width = max(map(len, by_row))
+    lines = [f"{name} ({profile}): {'row':{width}}  recorded  here      missing"]
+    indent = " " * (len(f"{name} ({profile}): "))
+    for row, listed in by_row.items():
+        seeds = [
+            ",".join(str(t.seed) for t in listed if test(t)) or "-"
+            for test in (lambda t: t.recorded, lambda t: t.here, lambda t: not (t.recorded or t.here))
+        ]
+        lines.append(f"{indent}{row:{width}}  {seeds[0]:8}  {seeds[1]:8}  {seeds[2]}")
+    return lines

@@ -1,0 +1,112 @@
+"""Speed on this machine: what `make bench` prints."""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from defectlab.anomaly import teacher as teachers
+from defectlab.anomaly.baselines import SETTINGS, build, make_loss, to_maps
+from defectlab.anomaly.distil import precision_of, score_features
+from defectlab.batch import pick_device
+from defectlab.metrics import anomaly_metrics
+from defectlab.papers import bsdrd
+from defectlab.runs import device_name, peak_memory_mb
+from defectlab.train import autocast
+
+BATCH = 16
+
+
+def seconds(action: Callable[[], object], device: str, repeats: int = 3) -> float:
+    """Median wall time of `action` after one warm-up call, the device's queue emptied before and after."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        action()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[1:]))
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Print images/s of training steps, of inference and of the teacher, the share of a step spent on fetching its
+    batch, and the time of the metrics. Images are random: speed does not depend on what they show."""
+    device = pick_device(options.device)
+    settings = SETTINGS["quick"]
+    precision = precision_of(settings, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    print(f"{device_name(device)}; {settings.size} px, batch {BATCH}, {precision}, teacher {options.teacher}")
+    teacher = teachers.load_teacher(options.teacher, device).to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4 * BATCH, 3, settings.size, settings.size), generator=generator, dtype=torch.uint8)
+    images = images.to(device)
+    cache = teachers.extract(teacher, images, dtype)
+    extract = seconds(lambda: teachers.extract(teacher, images[:BATCH], dtype), device)
+    print(f"teacher                            {BATCH / extract:8.1f} images/s")
+    rows = {"rd4ad": (settings, build, make_loss, to_maps)}
+    rows["bsdrd"] = (bsdrd.SETTINGS["quick"], bsdrd.build, bsdrd.make_loss, bsdrd.to_maps)
+    for name, (row, make_network, loss_of, maps_of) in rows.items():
+        network = make_network(row, teacher.channels, teacher.bottleneck).to(device, memory_format=torch.channels_last)
+        loss = loss_of(row)
+        if isinstance(loss, torch.nn.Module):
+            loss.to(device)
+        optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=True)
+        order = torch.randperm(len(images), generator=generator)[:BATCH].to(device)
+
+        def step(features, network=network, loss=loss, optimizer=optimizer):
+            with autocast(torch.device(device), precision):
+                outputs = network(features)
+            total = loss(features, outputs)["loss"]
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            optimizer.step()
+
+        def fetch(order=order):
+            return [f[order] for f in cache]
+
+        cached = seconds(lambda step=step, fetch=fetch: step(fetch()), device)
+        plain = seconds(lambda step=step: step(teachers.extract(teacher, images[:BATCH], dtype)), device)
+        fetching = seconds(fetch, device)
+        network.eval()
+        few = [f[:BATCH] for f in cache]
+        infer = seconds(
+            lambda n=network, few=few, row=row, f=maps_of: score_features(n, few, lambda t, o: f(row, t, o), precision),
+            device,
+        )
+        print(f"{name}: training step, cached       {BATCH / cached:8.1f} images/s")
+        print(f"{name}: training step, not cached   {BATCH / plain:8.1f} images/s")
+        print(f"{name}: share of the step on data   {100 * fetching / cached:8.1f} %   (aim: at most 5)")
+        print(f"{name}: maps from cached features   {BATCH / infer:8.1f} images/s")
+        parameters = sum(p.numel() for p in network.parameters())
+        print(f"{name}: parameters                  {parameters / 1e6:8.2f} M")
+    bench_metrics()
+    print(f"peak memory                        {peak_memory_mb(device):8.0f} MB")
+    return 0
+
+
+def bench_metrics(count: int = 60, size: int = 64) -> None:
+    """AUPRO and the rest against the definition written out: one threshold after another, one region after another."""
+    rng = np.random.default_rng(0)
+    maps = torch.from_numpy(rng.random((count, size, size), dtype=np.float32))
+    masks = torch.zeros(count, size, size, dtype=torch.uint8)
+    masks[count // 2 :, 10:30, 10:30] = 1
+    labels = (torch.arange(count) >= count // 2).to(torch.uint8)
+    has_mask = torch.ones(count, dtype=torch.bool)
+    fast = seconds(
+        lambda: anomaly_metrics(maps, masks, labels, labels, has_mask, ("good", "bad"), maps.amax((1, 2))), "cpu"
+    )
+    thresholds = np.quantile(maps.numpy(), np.linspace(1, 0, 200))
+
+    def slow():
+        for threshold in thresholds:
+            over = maps.numpy() >= threshold
+            _ = [over[i][masks[i].numpy() == 1].mean() for i in range(count // 2, count)]
+            _ = over[masks.numpy() == 0].mean()
+
+    print(f"all metrics, {count} maps of {size}x{size}    {fast * 1e3:8.1f} ms, exact")
+    print(f"AUPRO's curve by its definition    {seconds(slow, 'cpu') * 1e3:8.1f} ms, at 200 thresholds only")

@@ -1,0 +1,115 @@
+"""Figures that the notebooks share; each is drawn from arrays or from a record, so none needs a GPU."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from defectlab.runs import Record
+
+INK, GOOD, BAD = "#333333", "#4477aa", "#cc6677"
+
+
+def small_figures() -> None:
+    """Figure settings of the notebooks: small files, quiet axes."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 72,
+            "savefig.dpi": 72,
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "figure.constrained_layout.use": True,
+        }
+    )
+
+
+def picture_grid(
+    pictures: Sequence[np.ndarray],
+    titles: Sequence[str],
+    columns: int = 6,
+    masks: Sequence[np.ndarray | None] | None = None,
+    width: float = 9.0,
+) -> Figure:
+    """Grey pictures (H, W) uint8 in a grid; a mask (H, W) is drawn as its red outline."""
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, width / columns * rows * 1.15), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for index, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        axis = axes.flat[index]
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        axis.set_title(title, fontsize=8)
+        if masks is not None and masks[index] is not None and masks[index].any():
+            axis.contour(masks[index], [0.5], colors=BAD, linewidths=1)
+    return figure
+
+
+def loss_curves(records: dict[str, list[Record]]) -> Figure:
+    """Training loss an epoch, a line a seed, a colour a row; each row divided by its first value, since losses of
+    different definition have different heights."""
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    for colour, (name, found) in enumerate(records.items()):
+        for record in found:
+            loss = np.array(record.curve["loss"])
+            axis.plot(range(1, len(loss) + 1), loss / loss[0], color=f"C{colour}", alpha=0.7)
+        axis.plot([], [], color=f"C{colour}", label=name)
+    axis.set(xlabel="epoch", ylabel="loss / loss of epoch 1", ylim=(0, None))
+    axis.legend(frameon=False)
+    return figure
+
+
+def score_histograms(records: dict[str, Record]) -> Figure:
+    """Image scores of normal and defective test images, a panel a row; the dashed line is the threshold from dev."""
+    figure, axes = plt.subplots(1, len(records), figsize=(3.2 * len(records), 2.6), squeeze=False)
+    for axis, (name, record) in zip(axes[0], records.items(), strict=True):
+        arrays = record.arrays
+        scores, labels = arrays["scores"], arrays["labels"]
+        bins = np.histogram_bin_edges(scores, 30)
+        axis.hist(scores[labels == 0], bins, color=GOOD, alpha=0.7, label="normal")
+        axis.hist(scores[labels == 1], bins, color=BAD, alpha=0.6, label="defective")
+        axis.axvline(record.dev["threshold"], color=INK, linestyle="--", linewidth=1)
+        axis.set(title=f"{name}, seed {record.seed}", xlabel="image score", yticks=[])
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def cases(record: Record, width: float = 9.0) -> Figure:
+    """The telling cases of a record: image with the mask's outline above, anomaly map below (one scale for all).
+
+    Four defects that scored lowest, four good parts that scored highest, four defects that scored highest.
+    """
+    arrays = record.arrays
+    count = len(arrays["case_index"])
+    figure, axes = plt.subplots(2, count, figsize=(width, width / count * 2.5), squeeze=False)
+    for column, index in enumerate(arrays["case_index"]):
+        kind = str(arrays["type_names"][arrays["types"][index]])
+        axes[0, column].imshow(arrays["case_images"][column], cmap="gray", vmin=0, vmax=255)
+        if arrays["case_masks"][column].any():
+            axes[0, column].contour(arrays["case_masks"][column], [0.5], colors=BAD, linewidths=0.8)
+        axes[1, column].imshow(arrays["case_maps"][column], cmap="inferno", vmin=0, vmax=255)
+        axes[0, column].set_title(f"{kind}\n{arrays['scores'][index]:.2f}", fontsize=7)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.suptitle(
+        "defects with the lowest scores  ·  good parts with the highest  ·  defects with the highest", size=9
+    )
+    return figure
+
+
+def per_type_bars(records: dict[str, list[Record]], metric: str, label: str) -> Figure:
+    """Mean over seeds of one metric for each defect type, a bar a row; dots are the seeds."""
+    figure, axis = plt.subplots(figsize=(8, 2.8))
+    types = list(next(iter(records.values()))[0].per_class)
+    width = 0.8 / len(records)
+    for index, (name, found) in enumerate(records.items()):
+        values = np.array([[r.per_class[t][metric] for t in types] for r in found])
+        x = np.arange(len(types)) + (index - (len(records) - 1) / 2) * width
+        axis.bar(x, values.mean(0), width * 0.9, label=name, color=f"C{index}", alpha=0.75)
+        for one in values:
+            axis.plot(x, one, ".", color=INK, markersize=3)
+    axis.set(xticks=range(len(types)), xticklabels=types, ylabel=label)
+    axis.set_ylim(0, 100)
+    axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    return figure

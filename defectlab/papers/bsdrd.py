@@ -1,0 +1,365 @@
+"""BSDRD: binary struct and detail reverse distillation for magnetic tiles. A RECONSTRUCTION.
+
+Tang, Zhang, Liu, "A novel dual-student reverse knowledge distillation method for magnetic tile defect detection",
+Scientific Reports 15, 27117 (2025), doi 10.1038/s41598-025-12339-2. Only the abstract and the caption of figure 1 could
+be read: no formula, no setting and no number of the paper is known here. What they fix: one frozen teacher; a *struct
+student* that "dynamically fuses and compresses multi-scale features"; a *detail student* that "applies wavelet
+transform to decompose high-level features into low-frequency and high-frequency components"; a "multi-dimensional
+feature gated fusion loss (MD-GFLoss)". All else is ours and marked so; two plausible readings are both switches.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pywt
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.anomaly import baselines, distil
+from defectlab.anomaly.baselines import RD4ADSettings
+from defectlab.anomaly.maps import upsample
+from defectlab.anomaly.reverse_distillation import (
+    LOSSES,
+    OneClassEmbedding,
+    ReverseDecoder,
+    downsample_to,
+    per_position_discrepancy,
+    stage,
+)
+from defectlab.runs import Result
+
+TITLE = "BSDRD (Sci Rep 2025): two students on magnetic tiles"
+
+
+@dataclass(frozen=True)
+class Settings(RD4ADSettings):
+    """RD4AD's settings (teacher, size, epochs, optimiser) and what BSDRD adds. Sources as comments."""
+
+    model: ClassVar[str] = "bsdrd"
+    version: ClassVar[int] = 1
+
+    loss: str = "md_gf"  # abstract; "per_pixel" or "whole_map" for the ablation
+    students: tuple[str, ...] = ("struct", "detail")  # abstract
+    fusion: str = "sum"  # ours, chosen on dev: how the two students' maps become one
+    high_level: str = "layer3"  # ours; "layer2+3" is the other reading of "high-level features"
+    wavelet: str = "haar"  # ours; "db2", or "none": space-to-depth of the same shape and size
+    wavelet_levels: int = 1  # ours
+    low_channels: int = 128  # ours: width of the low band's embedding
+    high_channels: int = 64  # ours: width of the high bands' embedding
+    gate: str = "learned"  # ours; "focus" and "equal" are the other readings of "gated"
+    gate_barrier: float = 1.0  # ours: strength of the term that keeps every gate open
+
+
+# --- Struct student: "dynamically fuses and compresses multi-scale features" (abstract) ------------------------------
+
+
+class DynamicFusion(nn.Module):
+    """Input-dependent weights over the three scales, one set a channel (ours: selective-kernel style attention).
+
+    Every scale is brought to the coarsest; their pooled descriptors decide, by a softmax over the scales, how much
+    of each scale a channel takes.
+    """
+
+    def __init__(self, channels: tuple[int, int, int]):
+        super().__init__()
+        last = channels[-1]
+        hidden = max(last // 8, 16)
+        self.align = nn.ModuleList(
+            [downsample_to(channels[0], last, 2), downsample_to(channels[1], last, 1), nn.Identity()]
+        )
+        self.gate = nn.Sequential(nn.Linear(3 * last, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 3 * last))
+
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Teacher features -> (weighted scales side by side (B, 3 C3, h, w), weights (B, 3, C3) that sum to 1)."""
+        scales = torch.stack([a(f) for a, f in zip(self.align, features, strict=True)], 1)  # (B, 3, C3, h, w)
+        pooled = rearrange(scales.mean((-1, -2)), "b s c -> b (s c)")
+        weights = rearrange(self.gate(pooled), "b (s c) -> b s c", s=3).softmax(1)
+        return rearrange(3 * weights[..., None, None] * scales, "b s c h w -> b (s c) h w"), weights
+
+
+class StructStudent(nn.Module):
+    """Dynamic fusion, one-class embedding (the compression), reverse decoder."""
+
+    def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: Settings):
+        super().__init__()
+        self.fusion = DynamicFusion(channels)
+        self.embedding = OneClassEmbedding(3 * channels[2], 2 * channels[2], bottleneck)
+        self.decoder = ReverseDecoder(channels, bottleneck)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Teacher features -> their reconstruction, the same three shapes."""
+        fused, _ = self.fusion(features)
+        return self.decoder(self.embedding(fused))
+
+
+# --- Detail student: wavelet bands of the high-level features, processed apart ---------------------------------------
+
+
+class Wavelet(nn.Module):
+    """One level of the 2-D wavelet transform as a fixed depthwise convolution, and its exact inverse.
+
+    Orthonormal filters with periodic borders (PyWavelets' mode "periodization"), so the inverse is the transpose and
+    the reconstruction is perfect. `"none"` is space-to-depth: four bands of the same shapes without any frequency
+    meaning, the control of equal size.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+        if name == "none":
+            bands = torch.eye(4).view(4, 1, 2, 2)
+        else:
+            wavelet = pywt.Wavelet(name)
+            if not wavelet.orthogonal:
+                raise ValueError(f"wavelet {name!r} is not orthogonal: use haar or a db wavelet")
+            low, high = (torch.tensor(f[::-1]) for f in (wavelet.dec_lo, wavelet.dec_hi))
+            pairs = [(low, low), (high, low), (low, high), (high, high)]  # PyWavelets' cA, cH, cV, cD
+            bands = torch.stack([torch.outer(rows, columns) for rows, columns in pairs])[:, None]
+        self.register_buffer("filters", bands.to(torch.float32), persistent=False)
+        self.border = bands.shape[-1] // 2 - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), H and W even -> (B, 4, C, H/2, W/2): approximation, horizontal, vertical, diagonal band."""
+        channels, b = x.shape[1], self.border
+        padded = functional.pad(x, (b, b, b, b), mode="circular") if b else x
+        filters = self.filters.to(x.dtype).repeat(channels, 1, 1, 1)
+        bands = functional.conv2d(padded, filters, stride=2, groups=channels)
+        return rearrange(bands, "b (c k) h w -> b k c h w", k=4)
+
+    def inverse(self, bands: Tensor) -> Tensor:
+        """(B, 4, C, H/2, W/2) -> (B, C, H, W)."""
+        channels, b = bands.shape[2], self.border
+        filters = self.filters.to(bands.dtype).repeat(channels, 1, 1, 1)
+        flat = rearrange(bands, "b k c h w -> b (c k) h w")
+        x = functional.conv_transpose2d(flat, filters, stride=2, groups=channels)
+        for axis in (-1, -2) if b else ():  # what lies beyond a border belongs to the opposite one
+            size = x.shape[axis] - 2 * b
+            left, middle, right = x.split([b, size, b], dim=axis)
+            middle = middle.clone()
+            middle.narrow(axis, size - b, b).add_(left)
+            middle.narrow(axis, 0, b).add_(right)
+            x = middle
+        return x
+
+
+def squeeze(channels: int, width: int) -> nn.Sequential:
+    """Embed `channels` in `width`, mix over a 3x3 neighbourhood, and come back: a band has to pass this waist."""
+    return nn.Sequential(
+        *stage(channels, width, "same", 1, 0),
+        *stage(width, width, "same", 1, 0),
+        nn.Conv2d(width, channels, 1),
+    )
+
+
+class DetailStudent(nn.Module):
+    """Wavelet bands of the high-level features, each embedded narrowly; the inverse transform decodes them.
+
+    With two levels the approximation is transformed again and the waist of the low band sits at the coarsest level.
+    """
+
+    def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: Settings):
+        super().__init__()
+        first, second, third = channels
+        self.with_layer2 = settings.high_level == "layer2+3"
+        if self.with_layer2:
+            self.bring_down = downsample_to(second, third, 1)
+            self.merge = nn.Conv2d(2 * third, third, 1)
+        self.wavelet = Wavelet(settings.wavelet)
+        self.low = squeeze(third, settings.low_channels)
+        self.high = nn.ModuleList(squeeze(3 * third, settings.high_channels) for _ in range(settings.wavelet_levels))
+        self.refine = stage(third, third, "same", 2, bottleneck)
+        self.up = nn.ModuleList([stage(third, second, "up", 2, bottleneck), stage(second, first, "up", 2, bottleneck)])
+
+    def bands(self, x: Tensor, level: int) -> Tensor:
+        """(B, C, H, W) -> the same shape after every band of this level and the coarser ones passed its waist."""
+        low, high = self.wavelet(x).split([1, 3], dim=1)
+        low = low[:, 0]
+        low = self.bands(low, level + 1) if level + 1 < len(self.high) else self.low(low)
+        high = self.high[level](rearrange(high, "b k c h w -> b (k c) h w"))
+        return self.wavelet.inverse(torch.cat([low[:, None], rearrange(high, "b (k c) h w -> b k c h w", k=3)], 1))
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Teacher features -> their reconstruction, the same three shapes."""
+        x = features[2]
+        if self.with_layer2:
+            x = self.merge(torch.cat([self.bring_down(features[1]), x], 1))
+        third = self.refine(self.bands(x, 0))
+        second = self.up[0](third)
+        return [self.up[1](second), second, third]
+
+
+STUDENTS = {"struct": StructStudent, "detail": DetailStudent}
+
+
+class TwoStudents(nn.Module):
+    """The students named in the settings, side by side; they share the teacher and nothing else."""
+
+    def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: Settings):
+        super().__init__()
+        self.students = nn.ModuleDict(
+            {name: STUDENTS[name](channels, bottleneck, settings) for name in settings.students}
+        )
+
+    def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
+        return [student(features) for student in self.students.values()]
+
+
+# --- MD-GFLoss: gated fusion of discrepancies along several dimensions -----------------------------------------------
+
+DIMENSIONS = ("position", "channel", "map")
+
+
+def dimension_discrepancies(teacher: Tensor, student: Tensor) -> Tensor:
+    """1 - cosine along three dimensions of 2 x (B, C, H, W): (3,), each in 0..2 (our reading of "multi-dimensional").
+
+    Per position (over channels), per channel (over positions; channels silent in the teacher have no direction and are
+    left out), and over the whole map at once.
+    """
+    teacher, student = teacher.flatten(2), student.flatten(2)  # (B, C, H W)
+    if teacher.dtype in (torch.bfloat16, torch.float16):
+        teacher, student = teacher.float(), student.float()
+    position = (1 - functional.cosine_similarity(teacher, student, dim=1)).mean()
+    active = (teacher.norm(dim=2) > 1e-6).to(teacher.dtype)
+    channel = (1 - functional.cosine_similarity(teacher, student, dim=2)) * active
+    whole = (1 - functional.cosine_similarity(teacher.flatten(1), student.flatten(1), dim=1)).mean()
+    return torch.stack([position, channel.sum() / active.sum().clamp(min=1), whole])
+
+
+def gated_fusion(discrepancies: Tensor, logits: Tensor, gate: str, barrier: float) -> tuple[Tensor, Tensor]:
+    """Fuse (S, 3) discrepancies by gates on the simplex: -> (loss summed over the S scales, gates (S, 3)).
+
+    "learned": gates are softmax(logits), trained with the student. Alone they would go to whichever term is smallest;
+    the barrier -(barrier / 3) sum(log 3 g) makes closing a gate infinitely dear. With discrepancies in 0..2 the best
+    gates obey g >= barrier / (3 (2 + barrier)): no term can be switched off (tests hold the bound).
+    "focus": gates are softmax(5 d) of the detached discrepancies: the largest term leads, nothing is learned.
+    "equal": 1/3 each.
+    """
+    if gate == "learned":
+        gates = logits.softmax(-1)
+        toll = -(barrier / 3) * torch.log(3 * gates).sum()
+    elif gate == "focus":
+        gates, toll = (5 * discrepancies.detach()).softmax(-1), discrepancies.new_zeros(())
+    elif gate == "equal":
+        gates, toll = torch.full_like(discrepancies, 1 / 3), discrepancies.new_zeros(())
+    else:
+        raise ValueError(f"unknown gate {gate!r}: use learned, focus or equal")
+    return (gates * discrepancies).sum() + toll, gates
+
+
+class MDGFLoss(nn.Module):
+    """MD-GFLoss over all scales of all students; its state is one row of gate logits a student and scale."""
+
+    def __init__(self, students: int, settings: Settings):
+        super().__init__()
+        self.kind, self.barrier = settings.gate, settings.gate_barrier
+        learned = settings.gate == "learned"
+        self.logits = nn.Parameter(torch.zeros(students, 3, len(DIMENSIONS)), requires_grad=learned)
+
+    def forward(self, teacher: list[Tensor], students: list[list[Tensor]]) -> dict[str, Tensor]:
+        """-> {"loss", then the mean discrepancy along each dimension} as scalars."""
+        found = torch.stack(
+            [
+                torch.stack([dimension_discrepancies(t, s) for t, s in zip(teacher, maps, strict=True)])
+                for maps in students
+            ]
+        )  # (students, scales, dimensions)
+        total, _ = gated_fusion(found.flatten(0, 1), self.logits.flatten(0, 1), self.kind, self.barrier)
+        return {"loss": total} | dict(zip(DIMENSIONS, found.detach().mean((0, 1)), strict=True))
+
+
+# --- Scoring ---------------------------------------------------------------------------------------------------------
+
+
+def student_maps(teacher: list[Tensor], students: list[list[Tensor]], fusion: str) -> Tensor:
+    """One anomaly map of all students: (B, 256, 256), not smoothed.
+
+    `fusion` (ours; the choice is made on dev): "sum" or "max" over the students of their summed maps; "product": the
+    geometric mean over the students at each scale, high only where both fail.
+    """
+    a_scale = [
+        torch.stack([upsample(per_position_discrepancy(t, maps[i])) for maps in students])
+        for i, t in enumerate(teacher)
+    ]  # three times (students, B, 256, 256)
+    if fusion == "sum":
+        return sum(a_scale).sum(0)
+    if fusion == "max":
+        return sum(a_scale).amax(0)
+    if fusion == "product":
+        return sum(m.clamp(min=1e-6).log().mean(0).exp() for m in a_scale)
+    raise ValueError(f"unknown fusion {fusion!r}: use sum, max or product")
+
+
+# --- Settings of the three profiles, rows of the tables, one run -----------------------------------------------------
+
+SMALLER = {"low_channels": 32, "high_channels": 16}  # smoke only: 128 px and a random teacher need no more
+SETTINGS = {
+    "smoke": Settings(dataset="synthetic_tile", epochs=3, batch=8, **baselines.SMALL, **SMALLER),
+    "quick": Settings(epochs=10),
+    "paper": Settings(),
+}
+
+
+def rows(profile: str) -> dict[str, RD4ADSettings | baselines.PatchCoreSettings]:
+    """Every row of notebooks 20 and 21 at one profile; "bsdrd" is the whole method."""
+    base, plain = SETTINGS[profile], baselines.ROWS[profile]
+    return {
+        # the main table
+        "rd4ad": plain["rd4ad"],
+        "struct_only": replace(base, students=("struct",)),
+        "detail_only": replace(base, students=("detail",)),
+        "bsdrd": base,
+        "patchcore": plain["patchcore"],
+        # the loss
+        "rd4ad_per_pixel": plain["rd4ad_per_pixel"],
+        "loss_per_pixel": replace(base, loss="per_pixel"),
+        "loss_whole_map": replace(base, loss="whole_map"),
+        "gate_focus": replace(base, gate="focus"),
+        "gate_equal": replace(base, gate="equal"),
+        # the wavelet
+        "wavelet_none": replace(base, wavelet="none"),
+        "wavelet_db2": replace(base, wavelet="db2"),
+        "wavelet_two_levels": replace(base, wavelet_levels=2),
+        # the other reading of "high-level features"
+        "high_level_2_and_3": replace(base, high_level="layer2+3"),
+    }
+
+
+ROWS = {profile: rows(profile) for profile in SETTINGS}
+PRIMARY = ("rd4ad", "struct_only", "detail_only", "bsdrd", "patchcore")
+TABLES = {
+    "main": "BSDRD, its two students, RD4AD and PatchCore on magnetic tiles",
+    "ablation": "what the loss, the gate and the wavelet contribute",
+}
+load, fingerprints = baselines.load, baselines.fingerprints
+
+
+def planned_seeds(row: str, profile: str) -> int:
+    """How many seeds a row gets: the primary claims compare "bsdrd" with "rd4ad"."""
+    if row in ("rd4ad", "bsdrd"):
+        return {"smoke": 1, "quick": 3, "paper": 5}[profile]
+    return {"smoke": 1, "quick": 1, "paper": 3}[profile]
+
+
+def build(settings: Settings, channels: tuple[int, int, int], bottleneck: int) -> TwoStudents:
+    return TwoStudents(channels, bottleneck, settings)
+
+
+def make_loss(settings: Settings):
+    """MD-GFLoss, or one of RD4AD's two losses summed over the students: (teacher, students) -> named scalars."""
+    if settings.loss == "md_gf":
+        return MDGFLoss(len(settings.students), settings)
+    plain = LOSSES[settings.loss]
+    return lambda teacher, students: {"loss": sum(plain(teacher, maps) for maps in students)}
+
+
+def to_maps(settings: Settings, teacher: list[Tensor], students: list[list[Tensor]]) -> Tensor:
+    return student_maps(teacher, students, settings.fusion)
+
+
+def run_row(settings, seed: int, data, device: str, session) -> Result:
+    """One row and seed; the baselines' rows are computed by their own module, under the same key as in notebook 03."""
+    if not isinstance(settings, Settings):
+        return baselines.run_row(settings, seed, data, device, session)
+    return distil.distil(settings, seed, data, device, session, build, make_loss, to_maps)

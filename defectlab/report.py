@@ -1,0 +1,287 @@
+"""Tables and verdicts: the printed number, the recorded ones, and this run's, side by side.
+
+Printed numbers and claims are data (`results/papers/<study>/*.csv`, `claims.toml`); recorded ones are read from
+`results/runs`, this machine's from `runs/<profile>`. The rules are those of `defectlab.stats`.
+"""
+
+import csv
+import math
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from defectlab import runs, stats
+from defectlab.data.store import project_root
+from defectlab.metrics import metrics_from_histograms
+from defectlab.runs import Record
+from defectlab.studies import study
+
+METRIC_NAMES = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "aupro": "AUPRO",
+    "image_f1_dev": "image F1, dev threshold",
+    "image_f1_oracle": "image F1 (oracle threshold)",
+    "pixel_f1_oracle": "pixel F1 (oracle threshold)",
+}
+BOOTSTRAP_REPEATS = 300
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The records that a table may show: the committed ones of one profile, and this machine's of its own."""
+
+    profile: str  # of this machine's runs
+    recorded_profile: str  # of the committed records: the same, or in smoke the best there is
+    recorded: list[Record]
+    here: list[Record]
+
+    def of(self, settings: dict[str, Any], key: str) -> tuple[list[Record], list[Record]]:
+        """(recorded, this machine's) records of the row `key`; `settings`: ROWS of the study."""
+        recorded = runs.find(self.recorded, settings[self.recorded_profile][key], self.recorded_profile)
+        here = runs.find(self.here, settings[self.profile][key], self.profile)
+        return recorded, here
+
+
+def shelf(profile: str, rows: dict[str, dict[str, Any]] | None = None) -> Shelf:
+    """Read the records once for all tables of a page. In smoke the recorded column shows `paper` records where the
+    study `rows` has any, else `quick` ones: one profile a table."""
+    recorded = runs.read_records(runs.recorded_dir())
+    shown = profile
+    if runs.check_profile(profile) == "smoke":
+        ids = {runs.row_identity(s, "paper") for s in (rows or {}).get("paper", {}).values()}
+        shown = "paper" if any(r.row in ids for r in recorded) else "quick"
+    recorded = [r for r in recorded if r.profile == shown]
+    return Shelf(profile, shown, recorded, runs.read_records(runs.runs_dir(profile)))
+
+
+# --- Printed numbers beside ours -------------------------------------------------------------------------------------
+
+
+def printed_table(study_name: str, table: str) -> list[dict[str, str]]:
+    """The rows of `results/papers/<study>/<table>.csv`; ValueError where there is no such table."""
+    path = project_root() / "results" / "papers" / study_name / f"{table}.csv"
+    if not path.exists():
+        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv"))) or "none"
+        raise ValueError(f"{study_name} has no table {table!r}: there is {names}")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def show(values: list[float]) -> str:
+    """'87.3 [85.1, 89.5] n=3': mean over seeds, 95 % interval, number of seeds; one seed has no interval."""
+    values = [v for v in values if not math.isnan(v)]
+    if not values:
+        return "–"
+    found = stats.mean_interval(values)
+    if found.n == 1:
+        return f"{found.mean:.1f} n=1"
+    return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}] n={found.n}"
+
+
+def results_table(
+    study_name: str, table: str, profile: str, metrics: list[str] | None = None, books: Shelf | None = None
+) -> pd.DataFrame:
+    """One row a row of the paper's table; for each metric the columns paper | recorded | this run.
+
+    Rows without any number say why in the last column. In smoke this machine's column is headed "synthetic".
+    """
+    lines = printed_table(study_name, table)
+    rows = study(study_name).ROWS
+    books = books or shelf(profile, rows)
+    metrics = metrics or list(dict.fromkeys(line["metric"] for line in lines))
+    here_name = "synthetic" if profile == "smoke" else "this run"
+    recorded_name = f"recorded ({books.recorded_profile})"
+    content: dict[str, dict[tuple[str, str], str]] = {}
+    for line in lines:
+        if line["metric"] not in metrics:
+            continue
+        cells = content.setdefault(line["row"], {})
+        recorded, here = books.of(rows, line["key"]) if line["key"] else ([], [])
+        title, metric = METRIC_NAMES[line["metric"]], line["metric"]
+        cells[title, "paper"] = line["value"] or "–"
+        cells[title, recorded_name] = show([r.metrics[metric] for r in recorded])
+        cells[title, here_name] = show([r.metrics[metric] for r in here])
+        cells["", "note"] = "" if recorded else ("not run yet" if line["key"] else line["status"])
+    frame = pd.DataFrame.from_dict(content, orient="index")
+    frame.index.name = "row"
+    notes = [c for c in frame.columns if c == ("", "note")]
+    frame = frame[[c for c in frame.columns if c not in notes] + notes]
+    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    return frame
+
+
+def per_class_table(study_name: str, keys: list[str], metric: str, profile: str, recorded: bool = True) -> pd.DataFrame:
+    """Mean over seeds of one metric for each defect type: a row for each of `keys`, a column a type."""
+    rows = study(study_name).ROWS
+    books = shelf(profile, rows)
+    content = {}
+    for key in keys:
+        found = books.of(rows, key)[0 if recorded else 1]
+        if found:
+            types = found[0].per_class
+            content[key] = {t: show([r.per_class[t][metric] for r in found]) for t in types}
+            content[key]["all"] = show([r.metrics[metric] for r in found])
+    return pd.DataFrame.from_dict(content, orient="index")
+
+
+# --- Claims ----------------------------------------------------------------------------------------------------------
+
+
+def claims_of(study_name: str) -> list[dict[str, Any]]:
+    path = project_root() / "results" / "papers" / study_name / "claims.toml"
+    return tomllib.loads(path.read_text())["claim"] if path.exists() else []
+
+
+def claim_value(claim: dict[str, Any], record: Record) -> float:
+    """What a claim compares, of one record: the metric, or (kind "order") its mean over the claim's defect types
+    less its mean over all types, so that the difference of two rows is the extra gain at those types."""
+    if claim["kind"] != "order":
+        return record.metrics[claim["metric"]]
+    values = {t: m[claim["metric"]] for t, m in record.per_class.items()}
+    missing = set(claim["types"]) - set(values)
+    if missing:
+        raise ValueError(f"claim {claim['id']!r} names defect types that {record.key} lacks: {sorted(missing)}")
+    return float(np.mean([values[t] for t in claim["types"]]) - np.mean(list(values.values())))
+
+
+def _image_statistic(record: Record, metric: str) -> Callable[[np.ndarray], float]:
+    arrays = record.arrays
+    if metric in ("image_auroc", "image_ap"):
+        measure = stats.auroc if metric == "image_auroc" else stats.average_precision
+        return partial(measure, arrays["scores"], arrays["labels"])
+    histogram = {k.removeprefix("histogram_"): v for k, v in arrays.items() if k.startswith("histogram_")}
+    return lambda weights: metrics_from_histograms(histogram, weights)[metric]
+
+
+def bootstrap_difference(a: list[Record], b: list[Record], claim: dict[str, Any]) -> stats.Interval | None:
+    """Paired bootstrap over test images of mean(a) - mean(b), types kept in proportion; None for kind "order"."""
+    if claim["kind"] == "order":
+        return None
+    first = a[0].arrays
+    if any(list(r.arrays["names"]) != list(first["names"]) for r in [*a, *b]):
+        raise ValueError(f"claim {claim['id']!r}: the records were not tested on the same images")
+    of_a = [_image_statistic(r, claim["metric"]) for r in a]
+    of_b = [_image_statistic(r, claim["metric"]) for r in b]
+
+    def difference(weights: np.ndarray) -> float:
+        return float(np.mean([f(weights) for f in of_a]) - np.mean([f(weights) for f in of_b]))
+
+    return stats.paired_bootstrap(difference, len(first["names"]), first["types"], BOOTSTRAP_REPEATS)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One claim, measured: `difference` over seeds, `images` the bootstrap over test images, and what follows."""
+
+    claim: dict[str, Any]
+    n: int
+    difference: stats.Difference | None
+    images: stats.Interval | None
+    verdict: str
+
+
+def judge_claims(study_name: str, books: Shelf, recorded: bool = True) -> list[Judged]:
+    """Every claim of a study, from the recorded runs (or this machine's). Quick runs get a direction, no verdict."""
+    rows = study(study_name).ROWS
+    side = 0 if recorded else 1
+    profile = books.recorded_profile if recorded else books.profile
+    claims = claims_of(study_name)
+    found = {k: books.of(rows, k)[side] for c in claims for k in (c["a"], c["b"])}
+    measured: list[Judged] = []
+    for claim in claims:
+        a, b = found[claim["a"]], found[claim["b"]]
+        n = min(len(a), len(b))
+        if not n or profile == "smoke":
+            lacking = [k for k in (claim["a"], claim["b"]) if not found[k]]
+            reason = "synthetic data: no verdict" if profile == "smoke" else f"not run yet: {', '.join(lacking)}"
+            measured.append(Judged(claim, n, None, None, reason))
+            continue
+        value = partial(claim_value, claim)
+        groups = [[value(r) for r in records] for records in found.values() if records]
+        difference = stats.pooled_difference([value(r) for r in a], [value(r) for r in b], groups)
+        measured.append(Judged(claim, n, difference, bootstrap_difference(a, b, claim), ""))
+    return _with_verdicts(measured, profile)
+
+
+def _with_verdicts(measured: list[Judged], profile: str) -> list[Judged]:
+    primary = [
+        m.difference.p for m in measured if m.difference and m.claim["primary"] and not math.isnan(m.difference.p)
+    ]
+    corrected = iter(stats.holm(primary) if primary else [])
+    result = []
+    for m in measured:
+        if m.difference is None:
+            result.append(m)
+            continue
+        adjusted = None
+        if m.claim["primary"] and not math.isnan(m.difference.p):
+            adjusted = float(next(corrected))
+        reason = stats.verdict_allowed(m.n, profile)
+        if reason:
+            verdict = f"{stats.direction(m.difference)}  ({reason})"
+        elif not m.claim["primary"]:
+            verdict = f"{stats.direction(m.difference)}  (not primary: interval only)"
+        elif "printed" in m.claim:
+            verdict = stats.judge_gain(m.difference, m.claim["printed"], adjusted)
+        else:
+            verdict = stats.judge_reconstruction(m.difference, adjusted)
+        result.append(Judged(m.claim, m.n, m.difference, m.images, verdict))
+    return result
+
+
+def claims_table(study_name: str, profile: str, books: Shelf | None = None) -> pd.DataFrame:
+    """The study's claims with what the recorded runs say: difference, interval over seeds, over images, verdict."""
+    books = books or shelf(profile, study(study_name).ROWS)
+    lines = []
+    for m in judge_claims(study_name, books):
+        claim, d, images = m.claim, m.difference, m.images
+        measured = METRIC_NAMES[claim["metric"]] + (f" at {', '.join(claim['types'])}" if "types" in claim else "")
+        lines.append(
+            {
+                "claim": claim["id"].replace("_", " ") + (" (primary)" if claim["primary"] else ""),
+                "compared": f"{claim['a']} − {claim['b']}, {measured}",
+                "difference": "–" if d is None else f"{d.mean:+.1f}",
+                "95 % over seeds": "–" if d is None or math.isnan(d.low) else f"[{d.low:+.1f}, {d.high:+.1f}]",
+                "95 % over images": "–" if images is None else f"[{images.low:+.1f}, {images.high:+.1f}]",
+                "n": m.n or "–",
+                f"outcome ({books.recorded_profile})": m.verdict,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def agreement(study_name: str, key: str, metric: str, profile: str) -> str:
+    """Whether this run agrees with the record: |difference| <= the larger of 2 seed spreads and 0.5 points."""
+    rows = study(study_name).ROWS
+    recorded, here = shelf(profile, rows).of(rows, key)
+    if profile == "smoke" or not recorded or not here:
+        return f"{key}: nothing to compare (this run: {len(here)}, recorded: {len(recorded)}, profile {profile})"
+    old, new = ([r.metrics[metric] for r in side] for side in (recorded, here))
+    spread = float(np.std(old, ddof=1)) if len(old) > 1 else 0.0
+    allowed, gap = max(2 * spread, 0.5), abs(float(np.mean(new)) - float(np.mean(old)))
+    word = "agrees" if gap <= allowed else "does NOT agree"
+    return f"{key}: {METRIC_NAMES[metric]} {word} with the record: off by {gap:.2f}, allowed {allowed:.2f} points"
+
+
+# --- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def styled(frame: pd.DataFrame) -> Any:
+    """A table for notebooks and pages: left-aligned text, the synthetic column grey."""
+    grey = [c for c in frame.columns if "synthetic" in (c if isinstance(c, tuple) else (c,))]
+    look = [
+        {"selector": "th, td", "props": "text-align: left; vertical-align: top; padding: 2px 10px; font-size: 13px"},
+        {"selector": "thead th", "props": "border-bottom: 1px solid #888"},
+    ]
+    style = frame.style.set_table_styles(look).set_uuid("t")
+    if grey:
+        style = style.set_properties(subset=grey, **{"color": "#999"})
+    return style if frame.index.name else style.hide(axis="index") if frame.index.dtype != object else style

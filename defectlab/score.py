@@ -1,0 +1,112 @@
+"""A trained model on a reader's own pictures: scores and anomaly maps as files; or train on a folder of good ones."""
+
+import argparse
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from defectlab import runs
+from defectlab.anomaly import baselines
+from defectlab.anomaly import teacher as teachers
+from defectlab.anomaly.distil import precision_of, score_features
+from defectlab.anomaly.maps import MAP_SIZE, image_scores
+from defectlab.batch import pick_device
+from defectlab.data.anomaly import DataError, from_good_folder, load_folder
+from defectlab.papers import bsdrd
+from defectlab.train import Session
+
+KINDS = {
+    "rd4ad": (baselines.RD4ADSettings, baselines),
+    "patchcore": (baselines.PatchCoreSettings, baselines),
+    "bsdrd": (bsdrd.Settings, bsdrd),
+}
+
+
+def read_model(path: Path) -> tuple[Any, dict[str, float], dict[str, Tensor]]:
+    """-> (settings, metrics on dev with the threshold, tensors). DataError for a file that is no model of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        kind, _ = KINDS[header["model"]]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["settings"]).items()}
+        return kind(**values), json.loads(header["dev"]), tensors
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} is no model that this program saved ({error}): give a .safetensors from runs/, or train one with "
+            "--train-good"
+        ) from error
+
+
+@torch.inference_mode()
+def score_pictures(settings: Any, tensors: dict[str, Tensor], images: Tensor, device: str) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, 3, size, size) on `device` -> (maps (N, 256, 256), scores (N,)), as in the study's own rows."""
+    precision = precision_of(settings, device)
+    teacher = teachers.load_teacher(settings.teacher, device)
+    features = teachers.extract(teacher, images, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if settings.model == "patchcore":
+        return baselines.score_patches(features, tensors["bank"].to(device))
+    _, module = KINDS[settings.model]
+    network = module.build(settings, teacher.channels, teacher.bottleneck)
+    network.load_state_dict(tensors)
+    network.to(device, memory_format=torch.channels_last).eval()
+    maps = score_features(network, features, lambda t, outputs: module.to_maps(settings, t, outputs), precision)
+    return maps, image_scores(maps)
+
+
+def train_good(options: argparse.Namespace, device: str) -> Path:
+    """Train `--method` on a folder of good pictures; the threshold comes from defects pasted on a tenth of them."""
+    kind, module = KINDS[options.method]
+    settings = kind(dataset=f"folder {options.train_good.name}", teacher=options.teacher, size=options.size)
+    if options.method != "patchcore":
+        settings = dataclasses.replace(settings, epochs=options.epochs)
+    data = from_good_folder(options.train_good, options.size, device)
+    result = module.run_row(settings, 0, data, device, Session())
+    path = options.out / f"{options.method}.safetensors"
+    header = {"model": options.method, "settings": json.dumps(dataclasses.asdict(settings))}
+    header["dev"] = json.dumps(result.dev)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in result.model.items()}
+    runs.write_atomically(path, lambda aside: save_file(tensors, aside, header))
+    print(f"trained on {len(data.train)} good pictures; saved {path}")
+    return path
+
+
+def score(options: argparse.Namespace) -> int:
+    """The command `score`: writes `scores.csv` (picture, score, anomalous) and, a picture, the map as
+    `<name>_map.npy` (256, 256) float32 and `<name>_map.png`, the picture with the map laid over it."""
+    device = pick_device(options.device)
+    path = train_good(options, device) if options.train_good else options.model
+    settings, dev, tensors = read_model(path)
+    images, names = load_folder(options.images, settings.size, device)
+    maps, scores = score_pictures(settings, tensors, images, device)
+    threshold = dev["threshold"]
+    options.out.mkdir(parents=True, exist_ok=True)
+    high = max(float(maps.max()), threshold)
+    for name, picture, one in zip(names, images[:, 0].cpu(), maps.cpu(), strict=True):
+        np.save(options.out / f"{name}_map.npy", one.numpy())
+        overlay(picture.numpy(), one.numpy() / high).save(options.out / f"{name}_map.png")
+    with (options.out / "scores.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["picture", "score", "anomalous"])
+        for name, value in zip(names, scores.tolist(), strict=True):
+            writer.writerow([name, f"{value:.6f}", int(value >= threshold)])
+    flagged = int((scores >= threshold).sum())
+    print(f"{len(names)} pictures scored, {flagged} at or above the dev threshold {threshold:.4f}: {options.out}")
+    return 0
+
+
+def overlay(picture: np.ndarray, heat: np.ndarray) -> Image.Image:
+    """Grey picture (H, W) uint8 and heat (256, 256) in 0..1 -> a colour image of 256 x 256."""
+    grey = np.asarray(Image.fromarray(picture).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BILINEAR))
+    colour = matplotlib.colormaps["inferno"](heat.clip(0, 1))[..., :3] * 255
+    return Image.fromarray((0.5 * grey[..., None] + 0.5 * colour).astype(np.uint8))

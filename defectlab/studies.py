@@ -1,0 +1,31 @@
+"""The studies by name: the one place that knows which modules there are."""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+from defectlab.runs import check_profile
+
+STUDIES = {
+    "reverse_distillation": "defectlab.anomaly.baselines",
+    "bsdrd": "defectlab.papers.bsdrd",
+}
+
+
+def study(name: str) -> ModuleType:
+    """The module of a study.
+
+    It has `TITLE`, `TABLES`, `SETTINGS`, `ROWS`, `PRIMARY` rows, `planned_seeds`, `load`, `fingerprints`, `run_row`.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"unknown study {name!r}: use one of {', '.join(STUDIES)}")
+    return importlib.import_module(STUDIES[name])
+
+
+def pick_rows(name: str, profile: str, wanted: list[str] | None = None) -> dict[str, Any]:
+    """Row name -> settings, in the study's order; every row where `wanted` is None."""
+    rows = study(name).ROWS[check_profile(profile)]
+    unknown = [row for row in wanted or [] if row not in rows]
+    if unknown:
+        raise ValueError(f"unknown row {unknown[0]!r} of {name}: use some of {', '.join(rows)}")
+    return {row: rows[row] for row in wanted} if wanted else dict(rows)

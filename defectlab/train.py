@@ -1,0 +1,179 @@
+"""One training loop for networks that learn from features computed once; checkpoints, a time budget, seeds."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class OutOfTime(RuntimeError):
+    """The time budget is used up; what was trained so far lies in the checkpoint and the next run goes on from it."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message names epoch and batch."""
+
+
+@dataclass
+class Session:
+    """What one run may use and where it leaves traces: the same for every training in a row.
+
+    checkpoint: file that an interrupted training continues from; None: do not write one.
+    deadline: `time.monotonic()` value after which training stops at the end of an epoch with OutOfTime; None: none.
+    say: where the line an epoch goes.
+    """
+
+    checkpoint: Path | None = None
+    deadline: float | None = None
+    say: Callable[[str], None] = print
+    every_seconds: float = 60.0  # between two checkpoints
+    _last: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        if time.monotonic() - self._last < self.every_seconds:
+            return False
+        self._last = time.monotonic()
+        return True
+
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+@dataclass
+class Trained:
+    """curve: mean of each named scalar of the loss, an entry an epoch; seconds of training in all sittings."""
+
+    curve: dict[str, list[float]]
+    seconds: float
+    images_per_second: float
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 pays here: on a GPU, and on CPUs with AVX-512-BF16 or AMX."""
+    if device.type != "cpu":
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def epoch_order(count: int, batch: int, seed: int, epoch: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Shuffled indices in batches; depends on (seed, epoch) alone, so a resumed training goes on with the same order.
+
+    A last batch of a single image is dropped: batch norm cannot use it.
+    """
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    order = torch.randperm(count, generator=generator).to(device)
+    return tuple(part for part in order.split(batch) if len(part) > 1)
+
+
+def train(
+    network: nn.Module,
+    loss: Callable[[list[Tensor], list[list[Tensor]]], dict[str, Tensor]],
+    features: list[Tensor],
+    *,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    betas: tuple[float, float],
+    precision: str,
+    seed: int,
+    session: Session,
+) -> Trained:
+    """Train `network` (and `loss`, where it is a module with parameters) to map cached features to themselves.
+
+    Args:
+        features: teacher features, each (N, C, h, w), on the training device.
+        loss: (teacher features of a batch, outputs) -> named scalars, of which "loss" is minimised.
+
+    Raises:
+        OutOfTime, NonFiniteLoss, ValueError (fewer than two images).
+    """
+    device = features[0].device
+    count = len(features[0])
+    if count < 2:
+        raise ValueError(f"training needs at least 2 images, got {count}")
+    parts = nn.ModuleList([network, *([loss] if isinstance(loss, nn.Module) else [])])
+    weights = [p for p in parts.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(weights, learning_rate, betas, fused=True)
+    curve: dict[str, list[float]] = {}
+    done, earlier = 0, 0.0
+    if session.checkpoint and session.checkpoint.exists():
+        done, earlier, curve = load_checkpoint(session.checkpoint, parts, optimizer)
+        session.say(f"  continues after epoch {done} of {epochs}")
+    parts.train()
+    started, seen = time.monotonic(), 0
+    for epoch in range(done, epochs):
+        logged = []
+        for indices in epoch_order(count, batch, seed, epoch, device):
+            teacher = [f[indices] for f in features]
+            with autocast(device, precision):
+                outputs = network(teacher)
+            scalars = loss(teacher, outputs)
+            optimizer.zero_grad(set_to_none=True)
+            scalars["loss"].backward()
+            optimizer.step()
+            logged.append(torch.stack([v.detach() for v in scalars.values()]))
+            seen += len(indices)
+        table = torch.stack(logged).cpu()  # the only synchronisation: once an epoch
+        _check_finite(table[:, list(scalars).index("loss")], epoch, len(logged))
+        for name, value in zip(scalars, table.mean(0).tolist(), strict=True):
+            curve.setdefault(name, []).append(round(value, 6))
+        seconds = time.monotonic() - started
+        session.say(f"  epoch {epoch + 1}/{epochs}  loss {curve['loss'][-1]:.4f}  {seen / seconds:.1f} images/s")
+        last = epoch + 1 == epochs
+        if session.checkpoint and not last and (session.out_of_time() or session.due()):
+            save_checkpoint(session.checkpoint, parts, optimizer, epoch + 1, earlier + seconds, curve)
+        if session.out_of_time() and not last:
+            raise OutOfTime(f"time budget used up after epoch {epoch + 1} of {epochs}; run again to go on")
+    seconds = time.monotonic() - started
+    parts.eval()
+    return Trained(curve, earlier + seconds, seen / seconds if seen else 0.0)
+
+
+def _check_finite(losses: Tensor, epoch: int, batches: int) -> None:
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        raise NonFiniteLoss(
+            f"the loss is not finite: epoch {epoch + 1}, batch {int(bad[0]) + 1} of {batches}; lower the learning rate"
+        )
+
+
+def save_checkpoint(
+    path: Path, parts: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, seconds: float, curve: dict
+) -> None:
+    """Weights and optimiser state as safetensors, the rest as JSON in its header; written aside, then renamed."""
+    tensors = {f"weights.{k}": v.contiguous() for k, v in parts.state_dict().items()}
+    state = optimizer.state_dict()
+    for index, slots in state["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in slots.items()}
+    header = {"epoch": epoch, "seconds": seconds, "curve": curve, "groups": state["param_groups"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".writing")
+    save_file(tensors, aside, {"header": json.dumps(header)})
+    aside.replace(path)
+
+
+def load_checkpoint(
+    path: Path, parts: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, float, dict[str, list[float]]]:
+    """The other half of `save_checkpoint`: -> (epochs done, seconds spent, curve)."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["header"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    parts.load_state_dict({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            slots.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": header["groups"]})
+    return header["epoch"], header["seconds"], header["curve"]

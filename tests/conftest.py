@@ -1,0 +1,52 @@
+"""Shared fixtures: data scripts as modules, and real sets unpacked once a session."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "data_scripts"
+
+
+def load_script(name: str) -> ModuleType:
+    """`data_scripts/<name>.py` as a module (the folder is not a package)."""
+    spec = importlib.util.spec_from_file_location(f"data_scripts_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], ModuleType]:
+    return load_script
+
+
+@pytest.fixture(scope="session")
+def real_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """real_set(folder, script, archive, *options) -> the data root that holds the set.
+
+    DEFECTLAB_DATA is used where it holds the set; else the archive in DEFECTLAB_ARCHIVES is unpacked by the script
+    itself, once a session; else the test is skipped, saying why.
+    """
+    root = tmp_path_factory.mktemp("data")
+
+    def get(folder: str, script_name: str, archive: str, *options: str) -> Path:
+        own = os.environ.get("DEFECTLAB_DATA")
+        if own and (Path(own) / folder / "manifest.json").is_file():
+            return Path(own)
+        if (root / folder).is_dir():
+            return root
+        archives = os.environ.get("DEFECTLAB_ARCHIVES")
+        if not archives:
+            pytest.skip("needs real data: set DEFECTLAB_ARCHIVES to the folder that holds the archives")
+        path = Path(archives) / archive
+        if not path.is_file():
+            pytest.skip(f"needs real data: {archive} is not in DEFECTLAB_ARCHIVES")
+        status = load_script(script_name).main([*options, "--archive", str(path), "--data-dir", str(root)])
+        assert status == 0, f"{script_name}.py refused {archive}"
+        return root
+
+    return get

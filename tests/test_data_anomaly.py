@@ -1,0 +1,290 @@
+"""The readers of the anomaly sets, on tiny sets in the real layouts and on the drawn stand-in."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from defectlab.data import anomaly, store
+from defectlab.data.anomaly import load_anomaly, load_folder
+from defectlab.data.store import DataError
+
+SIZE = 32
+
+
+def picture(seed: int, width: int, height: int, colour: bool = False) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    shape = (height // 8, width // 8, 3) if colour else (height // 8, width // 8)
+    return Image.fromarray(rng.integers(60, 180, shape, dtype=np.uint8)).resize((width, height))
+
+
+def save(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def manifest(folder: Path, note: str = "") -> None:
+    (folder / "manifest.json").unlink(missing_ok=True)
+    store.write_manifest(folder, "a tiny set", "a test", note)
+
+
+@pytest.fixture
+def tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """25 normal tiles (20 of them listed for training) and two of each type; width 64, height 80."""
+    folder = tmp_path / "magnetic_tile"
+    for i in range(25):
+        save(folder / f"MT_Free/Imgs/exp1_num_{i:02}.jpg", picture(i, 64, 80))
+        save(folder / f"MT_Free/Imgs/exp1_num_{i:02}.png", Image.new("L", (64, 80)))
+    for number, kind in enumerate(anomaly.TILE_TYPES):
+        for i in range(2):
+            stem = folder / f"MT_{kind.capitalize()}/Imgs/exp{number}_num_{i}"
+            mask = Image.new("L", (64, 80))
+            mask.paste(255, (16, 20, 32, 40))
+            mask.paste(127, (0, 0, 8, 8))  # grey edges up to 127 are no defect
+            save(stem.with_suffix(".jpg"), picture(100 + 10 * number + i, 64, 80))
+            save(stem.with_suffix(".png"), Image.new("L", (64, 80)) if (kind, i) == ("uneven", 1) else mask)
+    manifest(folder)
+    names = tmp_path / "train.txt"
+    names.write_text("".join(f"exp1_num_{i:02}.jpg\n" for i in range(20)))
+    monkeypatch.setattr(anomaly, "TILE_TRAIN_LIST", names)
+    return folder
+
+
+def load_tiles(folder: Path, size: int = SIZE) -> anomaly.AnomalyData:
+    return load_anomaly("magnetic_tile", size, root=folder.parent)
+
+
+@pytest.fixture
+def bottles(tmp_path: Path) -> Path:
+    folder = tmp_path / "mvtec_ad" / "bottle"
+    for i in range(20):
+        save(folder / f"train/good/{i:03}.png", picture(i, 64, 64, colour=True))
+    for i in range(3):
+        save(folder / f"test/good/{i:03}.png", picture(50 + i, 64, 64, colour=True))
+    for kind in ("broken", "dirty"):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (0, 0, 32, 32))
+        save(folder / f"test/{kind}/000.png", picture(60, 64, 64, colour=True))
+        save(folder / f"ground_truth/{kind}/000_mask.png", mask)
+    (folder / "license.txt").write_text("CC BY-NC-SA 4.0")
+    manifest(folder, note="reduced")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------- contents
+
+
+def test_tiles(tiles: Path) -> None:
+    data = load_tiles(tiles)
+    assert data.name == "magnetic_tile" and data.label == "magnetic tiles"
+    assert data.type_names == ("good", "blowhole", "break", "crack", "fray", "uneven")
+    assert (len(data.train), len(data.dev), len(data.test)) == (18, 4, 15)
+    for split in (data.train, data.dev, data.test):
+        n = len(split)
+        assert split.images.shape == (n, 3, SIZE, SIZE) and split.images.dtype == torch.uint8
+        assert split.masks.shape == (n, 256, 256) and split.masks.dtype == torch.uint8 and split.masks.max() <= 1
+        assert split.labels.dtype == split.types.dtype == torch.uint8 and split.has_mask.dtype == torch.bool
+        assert torch.equal(split.labels == 1, split.types > 0)
+        assert (split.images[:, 0] == split.images[:, 2]).all()
+        assert split.original_sizes == ((80, 64),) * n and len(set(split.names)) == n
+    assert data.train.labels.sum() == 0 and data.train.has_mask.all() and data.train.masks.sum() == 0
+    assert data.test.types.tolist() == [0] * 5 + [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_masks_and_images_are_resized_as_stated(tiles: Path) -> None:
+    data = load_tiles(tiles)
+    expected = torch.zeros(256, 256, dtype=torch.uint8)
+    expected[64:128, 64:128] = 1  # (16, 20, 32, 40) of 64 x 80; the grey 127 in the corner is no defect
+    assert torch.equal(data.test.masks[5], expected)
+    path = tiles / data.test.names[5]
+    antialiased = torch.nn.functional.interpolate(
+        torch.from_numpy(np.asarray(Image.open(path)).astype(np.float32))[None, None],
+        (SIZE, SIZE),
+        mode="bilinear",
+        antialias=True,
+    )
+    assert (data.test.images[5, 0] - antialiased[0, 0]).abs().max() <= 1
+
+
+def test_masks_shrink_to_pixel_centres() -> None:
+    """nearest-exact samples at pixel centres: of 512 columns every second, from 1 on; plain nearest starts at 0."""
+    mask = np.zeros((512, 512), bool)
+    mask[:, 511] = True
+    resized = anomaly._resize_mask(mask)
+    assert resized.shape == (256, 256) and resized[:, 255].all() and not resized[:, :255].any()
+
+
+def test_empty_mask_is_anomalous_without_mask(tiles: Path) -> None:
+    test = load_tiles(tiles).test
+    without = [name for name, has in zip(test.names, test.has_mask, strict=True) if not has]
+    assert without == ["MT_Uneven/Imgs/exp4_num_1.jpg"]
+    assert test.labels[test.names.index(without[0])] == 1
+
+
+def test_dev_is_held_out_and_pasted(tiles: Path) -> None:
+    data = load_tiles(tiles)
+    normal, pasted = data.dev.names[:2], data.dev.names[2:]
+    assert not set(normal) & (set(data.train.names) | set(data.test.names))
+    assert set(normal) | set(data.train.names) == {f"MT_Free/Imgs/exp1_num_{i:02}.jpg" for i in range(20)}
+    assert pasted == (normal[0] + "+blowhole", normal[1] + "+break")
+    assert data.dev.types.tolist() == [0, 0, 1, 2] and data.dev.has_mask.all()
+    assert (data.dev.masks[2:].flatten(1).sum(1) > 0).all() and data.dev.masks[:2].sum() == 0
+    large = load_anomaly("magnetic_tile", 256, root=tiles.parent).dev
+    change = (large.images[2:].int() - large.images[:2].int()).abs()[:, 0].float()
+    inside = large.masks[2:] == 1
+    assert change[inside].mean() > 5 * change[~inside].mean() > 0 or change[~inside].max() == 0
+
+
+def test_same_every_time_and_fingerprint_follows_the_content(tiles: Path, monkeypatch) -> None:
+    first, second = load_tiles(tiles), load_tiles(tiles)
+    assert first.fingerprint == second.fingerprint and first.dev.names == second.dev.names
+    assert all(
+        torch.equal(getattr(getattr(first, split), field), getattr(getattr(second, split), field))
+        for split in ("train", "dev", "test")
+        for field in ("images", "masks", "types")
+    )
+    names = anomaly.TILE_TRAIN_LIST.read_text()
+    anomaly.TILE_TRAIN_LIST.write_text(names.replace("exp1_num_00.jpg", "exp1_num_24.jpg"))
+    other_split = load_tiles(tiles).fingerprint
+    anomaly.TILE_TRAIN_LIST.write_text(names)
+    save(tiles / "MT_Crack/Imgs/exp2_num_0.jpg", picture(999, 64, 80))
+    manifest(tiles)
+    assert len({first.fingerprint, other_split, load_tiles(tiles).fingerprint}) == 3
+
+
+def test_mvtec(bottles: Path) -> None:
+    data = load_anomaly("mvtec_ad/bottle", SIZE, root=bottles.parents[1])
+    assert data.label == "MVTec bottle (reduced copy)"
+    assert data.type_names == ("good", "broken", "dirty", "pasted")
+    assert (len(data.train), len(data.dev), len(data.test)) == (18, 4, 5)
+    assert data.test.types.tolist() == [0, 0, 0, 1, 2] and data.dev.types.tolist() == [0, 0, 3, 3]
+    assert data.test.masks[3].sum() == 128 * 128 and data.test.masks[3, :128, :128].all()
+    assert (data.train.images[:, 0] != data.train.images[:, 2]).any()  # colour stays
+    change = (data.dev.images[2:].int() - data.dev.images[:2].int()).flatten(1).abs().amax(1)
+    assert (change > 0).all()
+    manifest(bottles)
+    assert load_anomaly("mvtec_ad/bottle", SIZE, root=bottles.parents[1]).label == "MVTec bottle"
+
+
+def test_synthetic_tile(tmp_path: Path, script, capsys: pytest.CaptureFixture[str]) -> None:
+    data = load_anomaly("synthetic_tile", SIZE, root=tmp_path)
+    assert data.label == "synthetic tiles" and data.type_names[1:] == anomaly.TILE_TYPES
+    normal = len(data.train) + len(data.dev) // 2
+    assert normal == round(0.8 * (normal + int((data.test.labels == 0).sum())))
+    assert not set(data.train.names) & set(data.test.names)
+    stamp = (tmp_path / "synthetic_tile/manifest.json").stat().st_mtime_ns
+    assert load_anomaly("synthetic_tile", SIZE, root=tmp_path).fingerprint == data.fingerprint
+    main = script("synthetic_tile").main
+    assert main(["--data-dir", str(tmp_path)]) == 0 and main(["--verify", "--data-dir", str(tmp_path)]) == 0
+    assert "synthetic tiles: 180 files" in capsys.readouterr().out
+    assert (tmp_path / "synthetic_tile/manifest.json").stat().st_mtime_ns == stamp  # not drawn again
+    assert main(["--verify", "--data-dir", str(tmp_path / "none")]) == 1
+    assert "run `python data_scripts/synthetic_tile.py`" in capsys.readouterr().err
+
+
+def test_synthetic_tile_of_an_older_version_is_drawn_again(tmp_path: Path) -> None:
+    old = tmp_path / "synthetic_tile"
+    save(old / "MT_Free/Imgs/exp0_num_1.jpg", picture(0, 64, 80))
+    store.write_manifest(old, "synthetic tiles", "defectlab.data.synthetic, seed 0, code 000000000000")
+    assert len(anomaly.ensure_synthetic(tmp_path).files) == 180
+    assert not (old / "MT_Free/Imgs/exp0_num_1.jpg").exists()
+
+
+def test_load_folder(tmp_path: Path) -> None:
+    for index, name in enumerate(("b.jpg", "a.PNG", "c.bmp", "d.tif")):
+        save(tmp_path / name, picture(index, 40, 24, colour=index % 2 == 0))
+    (tmp_path / "notes.txt").write_text("not a picture")
+    images, names = load_folder(tmp_path, SIZE)
+    assert names == ("a.PNG", "b.jpg", "c.bmp", "d.tif")
+    assert images.shape == (4, 3, SIZE, SIZE) and images.dtype == torch.uint8
+    assert (images[0, 0] == images[0, 1]).all() and (images[1, 0] != images[1, 1]).any()
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_unknown_names_and_size(tmp_path: Path) -> None:
+    for name in ("magnetic_tiles", "mvtec_ad/teapot", "mvtec_ad", "../x"):
+        with pytest.raises(DataError, match=r"there is no anomaly set .*metal_nut") as error:
+            load_anomaly(name, SIZE, root=tmp_path)
+        assert repr(name) in str(error.value)
+    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
+        load_anomaly("magnetic_tile", 0, root=tmp_path)
+
+
+def test_set_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"magnetic_tile does not exist: run `python data_scripts/magnetic_tile\.py`"):
+        load_anomaly("magnetic_tile", SIZE, root=tmp_path)
+    command = r"python data_scripts/mvtec_ad\.py --category bottle"
+    with pytest.raises(DataError, match=rf"bottle does not exist: run `{command}`"):
+        load_anomaly("mvtec_ad/bottle", SIZE, root=tmp_path)
+
+
+def test_missing_and_corrupt_image(tiles: Path) -> None:
+    path = tiles / "MT_Crack/Imgs/exp2_num_0.jpg"
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(DataError, match=r"exp2_num_0\.jpg is missing.*magnetic_tile\.py"):
+        load_tiles(tiles)
+    path.write_bytes(content[:200])
+    with pytest.raises(DataError, match=r"exp2_num_0\.jpg has 200 bytes.*magnetic_tile\.py"):
+        load_tiles(tiles)
+    for damaged in (content[: len(content) // 2], b"<html></html>"):
+        path.write_bytes(damaged)
+        manifest(tiles)  # even if the manifest was made of the damaged file
+        with pytest.raises(DataError, match=r"exp2_num_0\.jpg cannot be decoded.*magnetic_tile\.py"):
+            load_tiles(tiles)
+
+
+def test_mask_missing_or_of_another_size(tiles: Path, bottles: Path) -> None:
+    path = tiles / "MT_Crack/Imgs/exp2_num_0.png"
+    save(path, Image.new("L", (80, 64)))
+    manifest(tiles)
+    with pytest.raises(DataError, match=r"exp2_num_0\.png is 80 x 64 pixels, its image .*exp2_num_0\.jpg 64 x 80"):
+        load_tiles(tiles)
+    path.unlink()
+    manifest(tiles)
+    with pytest.raises(DataError, match=r"exp2_num_0\.png is missing: run `python data_scripts/magnetic_tile\.py`"):
+        load_tiles(tiles)
+    (bottles / "ground_truth/dirty/000_mask.png").unlink()
+    manifest(bottles)
+    with pytest.raises(DataError, match=r"dirty/000_mask\.png is missing: run .*--category bottle"):
+        load_anomaly("mvtec_ad/bottle", SIZE, root=bottles.parents[1])
+
+
+def test_sixteen_bit_image(tiles: Path) -> None:
+    deep = Image.fromarray(np.full((80, 64), 40_000, np.uint16))
+    save(tiles / "MT_Crack/Imgs/exp2_num_0.png", deep)
+    manifest(tiles)
+    with pytest.raises(DataError, match=r"exp2_num_0\.png has more than 8 bits a pixel"):
+        load_tiles(tiles)
+
+
+def test_list_and_set_that_do_not_fit(tiles: Path) -> None:
+    with anomaly.TILE_TRAIN_LIST.open("a") as names:
+        names.write("exp9_num_99.jpg\n")
+    with pytest.raises(DataError, match=r"train\.txt lists MT_Free/Imgs/exp9_num_99\.jpg, which .* does not hold"):
+        load_tiles(tiles)
+
+
+def test_set_without_defects(bottles: Path) -> None:
+    for path in [*bottles.glob("test/[!g]*/*"), *bottles.glob("ground_truth/*/*")]:
+        path.unlink()
+    manifest(bottles)
+    with pytest.raises(DataError, match="has no training or no anomalous test images"):
+        load_anomaly("mvtec_ad/bottle", SIZE, root=bottles.parents[1])
+
+
+def test_folder_empty_or_with_a_broken_picture(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no jpg, png, bmp or tif picture"):
+        load_folder(tmp_path, SIZE)
+    (tmp_path / "x.jpg").write_text("no picture")
+    with pytest.raises(DataError, match=r"x\.jpg cannot be decoded .*: replace or remove it"):
+        load_folder(tmp_path, SIZE)
+
+
+def test_published_list() -> None:
+    names = anomaly.TILE_TRAIN_LIST.read_text().split()
+    assert len(names) == len(set(names)) == 761 and all(name.endswith(".jpg") for name in names)

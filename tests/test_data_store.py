@@ -1,0 +1,404 @@
+"""Fetching, unpacking and verifying: what is refused, what the message says, and that nothing is left behind."""
+
+import errno
+import hashlib
+import io
+import json
+import shutil
+import stat
+import tarfile
+import zipfile
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from defectlab.data import store, unpacking
+from defectlab.data.store import DataError, DataSet, Source
+
+FILES = {"a/1.txt": b"one", "a/2.txt": b"two", "b/3.txt": b"three" * 100}
+DATASET = DataSet(
+    name="toy set",
+    folder="group/toy",
+    command="python data_scripts/toy.py",
+    members=r"(?:.*/)?(?P<path>[ab]/[^/]+\.txt)",
+    sources=(),
+    page="https://example.org/toy",
+    licence="free",
+    citation="nobody",
+    check=lambda folder: "",
+)
+
+
+def make_zip(path: Path, files: dict[str, bytes], top: str = "top/") -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(top + name, content)
+    return path
+
+
+def make_tar(path: Path, members: list[tarfile.TarInfo], contents: list[bytes], mode: str = "w:xz") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for member, content in zip(members, contents, strict=True):
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def nothing_left(root: Path) -> bool:
+    """Only lock files and empty folders remain."""
+    return not [
+        path for path in root.rglob("*") if path.suffix != ".lock" and (path.is_file() or path.suffix == ".part")
+    ]
+
+
+@pytest.fixture
+def fetched(tmp_path: Path) -> Path:
+    store.fetch(DATASET, tmp_path / "data", make_zip(tmp_path / "toy.zip", FILES))
+    return tmp_path / "data" / "group" / "toy"
+
+
+# ----------------------------------------------------------------------------------------------------- what works
+
+
+def test_fetch_writes_files_and_manifest(fetched: Path) -> None:
+    manifest = json.loads((fetched / "manifest.json").read_text())
+    expected = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in FILES.items()}
+    assert manifest["files"] == expected
+    lines = "".join(f"{name} {expected[name][1]}\n" for name in sorted(expected))
+    assert manifest["fingerprint"] == hashlib.sha256(lines.encode()).hexdigest()
+    assert manifest["name"] == "toy set" and manifest["source"] == "toy.zip" and manifest["note"] == ""
+    assert all((fetched / name).read_bytes() == content for name, content in FILES.items())
+    assert store.verify(fetched, "x") == store.quick_check(fetched, "x")
+    assert not list(fetched.parent.glob("*.part")) and not list(fetched.parent.glob(".*.part"))
+
+
+def test_other_archive_same_fingerprint(tmp_path: Path) -> None:
+    """Another top-level folder, extra files and another format do not change the content."""
+    first = store.fetch(DATASET, tmp_path / "1", make_zip(tmp_path / "1.zip", FILES))
+    extra = {**FILES, "README.md": b"hello", "__MACOSX/x.txt": b"junk"}
+    second = store.fetch(DATASET, tmp_path / "2", make_zip(tmp_path / "2.zip", extra, top="repository.-cc4eb530/"))
+    names = [tarfile.TarInfo(f"./deep/er/{name}") for name in FILES]
+    third = store.fetch(DATASET, tmp_path / "3", make_tar(tmp_path / "3.tar.xz", names, list(FILES.values())))
+    assert first.files == second.files == third.files
+    assert first.fingerprint == second.fingerprint == third.fingerprint
+    changed = store.fetch(DATASET, tmp_path / "4", make_zip(tmp_path / "4.zip", {**FILES, "a/1.txt": b"eno"}))
+    assert changed.fingerprint != first.fingerprint
+
+
+def test_present_set_is_kept_and_archive_replaces_it(tmp_path: Path, fetched: Path) -> None:
+    root = tmp_path / "data"
+    assert store.fetch(DATASET, root).files.keys() == FILES.keys()  # no address: it would fail to download
+    store.fetch(DATASET, root, make_zip(tmp_path / "new.zip", {"a/9.txt": b"nine"}))
+    assert [path.name for path in fetched.rglob("*.txt")] == ["9.txt"]
+
+
+def test_note_of_the_check_is_in_the_manifest(tmp_path: Path) -> None:
+    dataset = replace(DATASET, check=lambda folder: "reduced" if (folder / "a/1.txt").stat().st_size == 3 else "")
+    assert store.fetch(dataset, tmp_path / "data", make_zip(tmp_path / "toy.zip", FILES)).note == "reduced"
+
+
+def test_several_processes_take_turns(tmp_path: Path) -> None:
+    calls = []
+
+    def fill(folder: Path) -> store.Manifest:
+        calls.append(folder)
+        folder.mkdir()
+        (folder / "x.txt").write_text("x")
+        return store.write_manifest(folder, "toy", "drawn")
+
+    def existing() -> store.Manifest | None:
+        target = tmp_path / "toy"
+        return store.quick_check(target, "draw") if target.exists() else None
+
+    with ThreadPoolExecutor(4) as pool:
+        manifests = list(pool.map(lambda _: store.create_folder(tmp_path / "toy", fill, existing), range(8)))
+    assert len(calls) == 1 and len({manifest.fingerprint for manifest in manifests}) == 1
+
+
+def test_download_tries_mirrors_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = make_zip(tmp_path / "toy.zip", FILES)
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    asked = []
+
+    def retrieve(url, known_hash, fname, path, downloader):
+        asked.append(url)
+        if "down" in url:
+            raise ConnectionError("no route")
+        target = Path(path) / fname
+        target.write_bytes(b"an error page" if "wrong" in url else archive.read_bytes())
+        return str(target)
+
+    monkeypatch.setattr(store.pooch, "retrieve", retrieve)
+    urls = ["https://down.org", "https://wrong.org", "https://good.org"]
+    dataset = replace(DATASET, sources=tuple(Source(url, sha256) for url in urls))
+    manifest = store.fetch(dataset, tmp_path / "data")
+    assert asked == urls and manifest.source == urls[2] and manifest.archive_sha256 == sha256
+    assert not list((tmp_path / "data").rglob("archive"))  # the download is not kept
+
+    with pytest.raises(DataError) as error:
+        store.fetch(replace(dataset, sources=dataset.sources[:2]), tmp_path / "other")
+    wrong = hashlib.sha256(b"an error page").hexdigest()
+    for part in ("down.org: ConnectionError", "wrong.org", wrong, sha256, "python data_scripts/toy.py --archive FILE"):
+        assert part in str(error.value)
+    assert nothing_left(tmp_path / "other")
+
+
+def test_where_data_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # a notebook runs in another folder than the scripts
+    monkeypatch.delenv("DEFECTLAB_DATA", raising=False)
+    monkeypatch.delenv("DEFECTLAB_WEIGHTS", raising=False)
+    assert store.data_dir() == Path(store.__file__).parents[2] / "data" and store.weights_dir() is None
+    monkeypatch.setattr(store, "__file__", "/usr/lib/python3/site-packages/defectlab/data/store.py")
+    assert store.data_dir() == tmp_path / "data"
+    monkeypatch.setenv("DEFECTLAB_DATA", "/elsewhere")
+    monkeypatch.setenv("DEFECTLAB_WEIGHTS", "/weights")
+    assert store.data_dir() == Path("/elsewhere") and store.weights_dir() == Path("/weights")
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize("name", ["/etc/a/1.txt", "../a/1.txt", "top/../../a/1.txt", "..\\a\\1.txt", "C:\\a\\1.txt"])
+def test_members_outside_the_folder(tmp_path: Path, name: str) -> None:
+    for archive in (
+        make_zip(tmp_path / "bad.zip", {name: b"x"}, top=""),
+        make_tar(tmp_path / "bad.tar", [tarfile.TarInfo(name)], [b"x"], "w"),
+    ):
+        with pytest.raises(DataError, match="lies outside its folder") as error:
+            store.fetch(DATASET, tmp_path / "data", archive)
+        assert repr(name) in str(error.value) and archive.name in str(error.value)
+        assert nothing_left(tmp_path / "data")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_in_a_tar(tmp_path: Path, kind: bytes) -> None:
+    member = tarfile.TarInfo("top/a/1.txt")
+    member.type, member.linkname = kind, "/etc/passwd"
+    with pytest.raises(DataError, match=r"bad\.tar holds 'top/a/1.txt', a link or a device"):
+        store.fetch(DATASET, tmp_path / "data", make_tar(tmp_path / "bad.tar", [member], [b""], "w"))
+    assert nothing_left(tmp_path / "data")
+
+
+def test_symlink_in_a_zip(tmp_path: Path) -> None:
+    info = zipfile.ZipInfo("top/a/1.txt")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr(info, "/etc/passwd")
+    with pytest.raises(DataError, match="a link or a device"):
+        store.fetch(DATASET, tmp_path / "data", tmp_path / "bad.zip")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_too_large(tmp_path: Path, kind: str) -> None:
+    big = b"0" * 100_000  # compresses to almost nothing
+    if kind == "zip":
+        archive = make_zip(tmp_path / "big.zip", {"a/1.txt": big, "a/2.txt": big})
+    else:
+        members = [tarfile.TarInfo("a/1.txt"), tarfile.TarInfo("a/2.txt")]
+        archive = make_tar(tmp_path / "big.tar.xz", members, [big, big])
+    assert archive.stat().st_size < 2_000
+    with pytest.raises(DataError, match="unpacks to more than 150000 bytes"):
+        store.fetch(replace(DATASET, unpacked_limit=150_000), tmp_path / "data", archive)
+    assert nothing_left(tmp_path / "data")
+
+
+def test_member_larger_than_declared() -> None:
+    sink = io.BytesIO()
+    assert not unpacking._copy(io.BytesIO(b"12345"), sink, 3)
+    assert len(sink.getvalue()) <= 3
+    assert not unpacking._copy(io.BytesIO(b"12"), io.BytesIO(), 3)
+    assert unpacking._copy(io.BytesIO(b"123"), io.BytesIO(), 3)
+
+
+@pytest.mark.parametrize("kind", ["truncated zip", "flipped zip", "truncated tar", "text"])
+def test_damaged_archive(tmp_path: Path, kind: str) -> None:
+    noise = {"a/1.txt": bytes(range(256)) * 40}
+    path = tmp_path / "archive"
+    if "zip" in kind:
+        content = bytearray(make_zip(path, noise).read_bytes())
+        content[60] ^= 0xFF
+        path.write_bytes(content[:-40] if kind.startswith("truncated") else content)
+    elif "tar" in kind:
+        content = make_tar(path, [tarfile.TarInfo("a/1.txt")], list(noise.values())).read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_text("<html>not found</html>")
+    with pytest.raises(DataError, match=r"archive is damaged.*fetch it again"):
+        store.fetch(DATASET, tmp_path / "data", path)
+    assert nothing_left(tmp_path / "data")
+
+
+def test_two_members_for_one_path_and_no_member(tmp_path: Path) -> None:
+    twice = make_zip(tmp_path / "twice.zip", {"x/a/1.txt": b"1", "y/a/1.txt": b"2"})
+    with pytest.raises(DataError, match=r"twice\.zip holds two files for a/1\.txt"):
+        store.fetch(DATASET, tmp_path / "data", twice)
+    with pytest.raises(DataError, match="holds no file of this data set"):
+        store.fetch(DATASET, tmp_path / "data", make_zip(tmp_path / "other.zip", {"c/1.txt": b"1"}))
+
+
+def test_wrong_hash_and_wrong_fingerprint(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "toy.zip", FILES)
+    got = hashlib.sha256(archive.read_bytes()).hexdigest()
+    by_hash = replace(DATASET, check=None, archive_sha256=("0" * 64,))
+    with pytest.raises(DataError) as error:
+        store.fetch(by_hash, tmp_path / "data", archive)
+    for part in ("toy.zip", got, "0" * 64, "https://example.org/toy"):
+        assert part in str(error.value)
+    assert store.fetch(replace(by_hash, archive_sha256=(got,)), tmp_path / "data", archive).archive_sha256 == got
+
+    with pytest.raises(DataError, match=f"toy.zip does not hold toy set as published.*expected {'1' * 64}"):
+        store.fetch(replace(DATASET, fingerprint="1" * 64), tmp_path / "new", archive)
+    assert nothing_left(tmp_path / "new")
+
+
+def test_missing_archive(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.zip is not a file"):
+        store.fetch(DATASET, tmp_path, tmp_path / "none.zip")
+
+
+def test_folder_of_somebody_else_is_not_overwritten(tmp_path: Path) -> None:
+    own = tmp_path / "data" / "group" / "toy" / "mine.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    with pytest.raises(DataError, match=r"has no manifest\.json: move it away first"):
+        store.fetch(DATASET, tmp_path / "data", make_zip(tmp_path / "toy.zip", FILES))
+    assert own.read_text() == "mine" and [path.name for path in own.parent.iterdir()] == ["mine.txt"]
+
+
+def test_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 100))
+    members = [tarfile.TarInfo(name) for name in FILES]
+    for archive in (
+        make_zip(tmp_path / "toy.zip", FILES),
+        make_tar(tmp_path / "toy.tar.xz", members, list(FILES.values())),
+    ):
+        with pytest.raises(DataError, match=r"0 MiB free.*DEFECTLAB_DATA"):
+            store.fetch(DATASET, tmp_path / "data", archive)
+        assert nothing_left(tmp_path / "data")
+
+
+def test_disk_fills_up_while_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def full(source, sink, size) -> bool:
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(sink.write(source.read()))
+        return True
+
+    monkeypatch.setattr(unpacking, "_copy", full)
+    with pytest.raises(DataError, match=r"the disk of .* is full; nothing was kept: free some space"):
+        store.fetch(DATASET, tmp_path / "data", make_zip(tmp_path / "toy.zip", FILES))
+    assert written and nothing_left(tmp_path / "data")
+
+
+def test_data_dir_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("")
+    with pytest.raises(DataError, match=r"could not be filled.*--data-dir"):
+        store.fetch(DATASET, tmp_path / "data", make_zip(tmp_path / "toy.zip", FILES))
+
+
+# ------------------------------------------------------------------------------------------------------- verifying
+
+
+def test_changes_after_unpacking(fetched: Path) -> None:
+    file = fetched / "a/1.txt"
+    file.write_bytes(b"eno")  # same size: only verify sees it
+    store.quick_check(fetched, "run it")
+    with pytest.raises(DataError, match=r"a/1\.txt has sha256 .*, expected .*then run it"):
+        store.verify(fetched, "run it")
+    file.write_bytes(b"longer")
+    with pytest.raises(DataError, match=r"a/1\.txt has 6 bytes, expected 3: delete .*, then run it"):
+        store.quick_check(fetched, "run it")
+    file.unlink()
+    with pytest.raises(DataError, match=r"a/1\.txt is missing: delete .*, then run it"):
+        store.quick_check(fetched, "run it")
+    file.write_bytes(b"one")
+    (fetched / "a/.DS_Store").write_bytes(b"a file manager was here")
+    store.quick_check(fetched, "run it")
+    (fetched / "a/7.txt").write_bytes(b"new")
+    with pytest.raises(DataError, match=r"a/7\.txt does not belong to toy set"):
+        store.quick_check(fetched, "run it")
+
+
+def test_manifest_missing_damaged_edited(fetched: Path, tmp_path: Path) -> None:
+    path = fetched / "manifest.json"
+    text = path.read_text()
+    path.write_text(text[:-20])
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read .*then run it"):
+        store.quick_check(fetched, "run it")
+    path.write_text("[]")
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
+        store.quick_check(fetched, "run it")
+    fields = json.loads(text)
+    fields["files"]["a/1.txt"][1] = "0" * 64
+    path.write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=r"manifest\.json was edited"):
+        store.quick_check(fetched, "run it")
+    path.unlink()
+    with pytest.raises(DataError, match=r"manifest\.json is missing"):
+        store.quick_check(fetched, "run it")
+    with pytest.raises(DataError, match="nowhere does not exist: run it"):
+        store.quick_check(tmp_path / "nowhere", "run it")
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive, root = make_zip(tmp_path / "toy.zip", FILES), str(tmp_path / "data")
+    assert store.main(DATASET, ["--archive", str(archive), "--data-dir", root]) == 0
+    out = capsys.readouterr().out
+    fingerprint = store.quick_check(tmp_path / "data/group/toy", "").fingerprint
+    for part in ("free", "nobody", "toy set: 3 files in", str(tmp_path / "data/group/toy"), fingerprint):
+        assert part in out
+    assert store.main(DATASET, ["--verify", "--data-dir", root]) == 0
+    assert "every file verified" in capsys.readouterr().out
+
+    (tmp_path / "data/group/toy/a/1.txt").write_bytes(b"eno")
+    assert store.main(DATASET, ["--verify", "--data-dir", root]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and "a/1.txt" in captured.err and captured.err.count("\n") == 1
+    assert store.main(DATASET, ["--data-dir", str(tmp_path / "empty")]) == 1
+    assert "it has no address" in capsys.readouterr().err
+
+
+def test_mvtec_script(tmp_path: Path, script, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Counts are checked, small images are called reduced, and only the category leaves an archive of the whole set."""
+    from PIL import Image
+
+    mvtec = script("mvtec_ad")
+    monkeypatch.setitem(mvtec.CATEGORIES, "tile", (2, 1, 1, 64, "share"))
+
+    def archive(side: int, train: int) -> Path:
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, side)).save(buffer, "png")
+        names = [f"train/good/{i:03}.png" for i in range(train)]
+        names += ["test/good/000.png", "test/crack/000.png", "ground_truth/crack/000_mask.png", "license.txt"]
+        both = [f"{category}/{name}" for category in ("tile", "wood") for name in names]
+        return make_zip(tmp_path / f"{side}.zip", dict.fromkeys(both, buffer.getvalue()), top="")
+
+    def run(path: Path) -> int:
+        return mvtec.main(["--category", "tile", "--archive", str(path), "--data-dir", str(tmp_path / "data")])
+
+    assert run(archive(64, 2)) == 0
+    assert "MVTec AD tile: 6 files" in capsys.readouterr().out
+    assert not (tmp_path / "data/mvtec_ad/wood").exists()
+    assert run(archive(32, 2)) == 0
+    assert "MVTec AD tile (reduced): 6 files" in capsys.readouterr().out
+    assert run(archive(64, 3)) == 1
+    assert "should have (2, 1, 1)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        mvtec.main(["--category", "teapot"])
+
+
+def test_mvtec_table_adds_up(script) -> None:
+    from defectlab.data.anomaly import MVTEC_CATEGORIES
+
+    categories = script("mvtec_ad").CATEGORIES
+    assert tuple(sorted(categories)) == tuple(sorted(MVTEC_CATEGORIES))
+    assert [sum(values[i] for values in categories.values()) for i in range(3)] == [3629, 467, 1258]

@@ -1,0 +1,313 @@
+"""Intervals and tests against scipy and scikit-learn; each verdict by a hand-worked case."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+from scipy import stats as distributions
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from defectlab.stats import (
+    Difference,
+    Interval,
+    auroc,
+    average_precision,
+    direction,
+    f1_max,
+    holm,
+    judge_gain,
+    judge_level,
+    judge_reconstruction,
+    mean_interval,
+    paired_bootstrap,
+    pooled_difference,
+    verdict_allowed,
+)
+
+
+def interval(low, high):
+    return Interval((low + high) / 2, low, high, 5)
+
+
+# ---------------------------------------------------------------------------------------------- between seeds
+
+
+def test_mean_interval():
+    values = [96.1, 97.0, 95.4, 96.6]
+    result = mean_interval(values, 0.9)
+    low, high = distributions.t.interval(0.9, 3, np.mean(values), distributions.sem(values))
+    assert (result.low, result.high) == pytest.approx((low, high))
+    assert (result.mean, result.n) == (pytest.approx(96.275), 4)
+    # By hand: 1, 2, 3 has s = 1, and the 97.5 % point of t with 2 degrees of freedom is 4.3027.
+    assert mean_interval([1, 2, 3]).high == pytest.approx(2 + 4.3027 / math.sqrt(3), abs=1e-4)
+
+
+def test_one_seed_has_no_interval():
+    result = mean_interval([90.0])
+    assert (result.mean, result.n) == (90.0, 1)
+    assert math.isnan(result.low) and math.isnan(result.high)
+    assert math.isnan(mean_interval([90.0, math.nan]).low)
+    with pytest.raises(ValueError, match="values is empty"):
+        mean_interval([])
+    with pytest.raises(ValueError, match="confidence"):
+        mean_interval([1, 2], confidence=95)
+
+
+def test_pooled_difference_of_two_rows_is_the_t_test():
+    a, b = [3.1, 4.0, 3.6], [2.0, 2.9, 2.2, 3.0]
+    result = pooled_difference(a, b, [a, b], confidence=0.9)
+    expected = distributions.ttest_ind(a, b, equal_var=True)
+    low, high = expected.confidence_interval(0.9)
+    assert (result.low, result.high) == pytest.approx((low, high))
+    assert result.p == pytest.approx(expected.pvalue)
+    assert (result.mean, result.df) == (pytest.approx(np.mean(a) - np.mean(b)), 5)
+
+
+def test_pooled_difference_over_a_table():
+    # Rows with squared deviations 2, 2, 8 and 0 and 2 + 2 + 2 + 0 degrees of freedom: variance 12 / 6 = 2.
+    a, b = [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]
+    result = pooled_difference(a, b, [a, b, [0.0, 2.0, 4.0], [7.0], []])
+    half = 2.446912 * math.sqrt(2 * (1 / 3 + 1 / 3))  # t with 6 degrees of freedom
+    assert result.df == 6
+    assert (result.low, result.high) == pytest.approx((-3 - half, -3 + half), abs=1e-5)
+    # Rows with one seed borrow the spread of the others.
+    assert pooled_difference([2.0], [1.0], [[2.0], [1.0], a]).high == pytest.approx(
+        1 + 4.302653 * math.sqrt(2), abs=1e-5
+    )
+
+
+def test_pooled_difference_without_spread():
+    single = pooled_difference([2.0], [1.5], [[2.0], [1.5]])
+    assert (single.mean, single.df) == (0.5, 0)
+    assert all(math.isnan(value) for value in (single.low, single.high, single.p))
+    equal = [1.0, 1.0]
+    assert pooled_difference(equal, equal, [equal, equal]) == Difference(0.0, 0.0, 0.0, 1.0, 2)
+    assert pooled_difference([2.0, 2.0], equal, [equal, [2.0, 2.0]]) == Difference(1.0, 1.0, 1.0, 0.0, 2)
+    assert math.isnan(pooled_difference([1.0, math.nan], equal, [[1.0, math.nan], equal]).p)
+    with pytest.raises(ValueError, match="b is empty"):
+        pooled_difference(equal, [], [equal])
+
+
+def test_holm_by_hand():
+    # Sorted 0.005, 0.01, 0.03, 0.04, times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04; the last is raised to 0.06.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
+    assert holm([0.2]) == pytest.approx([0.2])
+    assert holm([]).shape == (0,)
+    for broken in ([0.1, math.nan], [1.2], [-0.1]):
+        with pytest.raises(ValueError, match="p values"):
+            holm(broken)
+
+
+# --------------------------------------------------------------------------------------------- between images
+
+
+def scored_images(seed=0, count=200, levels=None):
+    generator = np.random.default_rng(seed)
+    labels = generator.random(count) < 0.6
+    scores = generator.normal(size=count) + labels
+    weights = generator.integers(0, 4, count)
+    return (np.round(scores * levels) / levels if levels else scores), labels, weights
+
+
+@pytest.mark.parametrize("levels", [None, 1])
+def test_weighted_metrics_are_those_of_repeated_samples(levels):
+    scores, labels, weights = scored_images(levels=levels)
+    repeated_scores, repeated_labels = np.repeat(scores, weights), np.repeat(labels, weights)
+    assert auroc(scores, labels) == pytest.approx(100 * roc_auc_score(labels, scores))
+    assert auroc(scores, labels, weights) == pytest.approx(100 * roc_auc_score(repeated_labels, repeated_scores))
+    assert average_precision(scores, labels) == pytest.approx(100 * average_precision_score(labels, scores))
+    assert average_precision(scores, labels, weights) == pytest.approx(
+        100 * average_precision_score(repeated_labels, repeated_scores)
+    )
+    precision, recall, _ = precision_recall_curve(repeated_labels, repeated_scores)
+    best = np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
+    assert f1_max(scores, labels, weights) == pytest.approx(100 * best)
+
+
+def test_metrics_of_one_class_are_nan():
+    for metric in (auroc, average_precision, f1_max):
+        assert math.isnan(metric([0.1, 0.2], [1, 1]))
+        assert math.isnan(metric([0.1, 0.2], [0, 1], [1, 0]))
+        with pytest.raises(ValueError, match="NaN"):
+            metric([0.1, math.nan], [0, 1])
+        with pytest.raises(ValueError, match="weights"):
+            metric([0.1, 0.2], [0, 1], [1])
+        with pytest.raises(ValueError, match="vectors"):
+            metric([0.1, 0.2], [0, 1, 1])
+
+
+def test_bootstrap_of_a_mean_is_close_to_theory():
+    values = np.random.default_rng(3).normal(size=400)
+    result = paired_bootstrap(lambda weights: float(weights @ values / weights.sum()), 400, repeats=2000)
+    error = values.std() / math.sqrt(400)
+    assert (result.mean, result.n) == (pytest.approx(values.mean()), 400)
+    assert result.low == pytest.approx(values.mean() - 1.96 * error, abs=0.2 * error)
+    assert result.high == pytest.approx(values.mean() + 1.96 * error, abs=0.2 * error)
+
+
+def test_bootstrap_covers():
+    """Of 200 samples of 40, the 90 % interval holds the true mean 0 in about 180 (too few by chance: <
+    1e-4)."""
+    generator = np.random.default_rng(4)
+    hits = 0
+    for trial in range(200):
+        values = generator.normal(size=40)
+        result = paired_bootstrap(
+            lambda weights, values=values: float(weights @ values / 40), 40, repeats=200, seed=trial, confidence=0.9
+        )
+        hits += result.low <= 0 <= result.high
+    assert 160 <= hits <= 196
+
+
+def test_bootstrap_is_a_function_of_its_seed():
+    scores, labels, _ = scored_images()
+
+    def run(seed):
+        return paired_bootstrap(lambda w: auroc(scores, labels, w), 200, labels, repeats=50, seed=seed)
+
+    assert run(1) == run(1)
+    assert run(1).low != run(2).low
+
+
+def test_strata_keep_their_sizes():
+    strata = np.array(["good"] * 3 + ["scratch"] * 5)
+    seen = []
+
+    def statistic(weights):
+        seen.append(weights)
+        return 0.0
+
+    paired_bootstrap(statistic, 8, strata, repeats=30)
+    seen = np.array(seen)
+    assert (seen[:, :3].sum(1) == 3).all() and (seen[:, 3:].sum(1) == 5).all()
+    assert np.issubdtype(seen.dtype, np.integer) and seen.std() > 0
+
+
+def test_pairing_removes_what_two_models_share():
+    scores, labels, _ = scored_images()
+    better = scores + 0.1 * labels
+    single = paired_bootstrap(lambda w: auroc(better, labels, w), 200, labels, repeats=300)
+    paired = paired_bootstrap(lambda w: auroc(better, labels, w) - auroc(scores, labels, w), 200, labels, repeats=300)
+    assert paired.low > 0
+    assert paired.high - paired.low < (single.high - single.low) / 3
+
+
+def test_bootstrap_edges():
+    undefined = paired_bootstrap(lambda weights: math.nan, 4, repeats=5)
+    assert all(math.isnan(value) for value in (undefined.mean, undefined.low, undefined.high))
+    # Without strata, two images of two classes often lack one: those repeats are left out.
+    two = paired_bootstrap(lambda w: auroc([0.1, 0.9], [0, 1], w), 2, repeats=50)
+    assert (two.mean, two.low, two.high) == (100, 100, 100)
+    with pytest.raises(ValueError, match="n_images=0"):
+        paired_bootstrap(lambda weights: 0.0, 0)
+    with pytest.raises(ValueError, match="strata must have shape"):
+        paired_bootstrap(lambda weights: 0.0, 3, [0, 1])
+
+
+def test_bootstrap_speed():
+    scores, labels, _ = scored_images(count=583)
+    start = time.process_time()
+    paired_bootstrap(lambda w: auroc(scores, labels, w), 583, labels)
+    assert time.process_time() - start < 2
+
+
+# --------------------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(97, 99, "agrees"), (98, 99, "agrees"), (97, 98, "agrees"), (98.1, 99, "above"), (96, 97.9, "below")],
+)
+def test_level(low, high, verdict):
+    assert judge_level(interval(low, high), 98) == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.5, 2.5, "reproduced"),
+        (0.5, 2.0, "reproduced"),  # touching g contains it
+        (2.0, 3.0, "reproduced"),
+        (0.5, 1.5, "direction only"),
+        (2.1, 3.0, "larger than printed"),
+        (-1.0, 2.5, "undecided"),
+        (0.0, 2.5, "undecided"),  # touching 0 contains it
+        (-1.0, 1.0, "no gain seen"),
+        (0.0, 1.0, "no gain seen"),
+        (-1.0, 0.0, "no gain seen"),
+        (-2.0, -0.1, "opposite"),
+    ],
+)
+def test_gain(low, high, verdict):
+    assert judge_gain(interval(low, high), 2.0) == verdict
+    assert judge_gain(Difference((low + high) / 2, low, high, 0.01, 8), 2.0) == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "corrected"),
+    [
+        (0.5, 2.5, "undecided"),
+        (0.5, 1.5, "no gain seen"),
+        (2.1, 3.0, "undecided"),
+        (-2.0, -0.1, "no gain seen"),
+        (-1.0, 1.0, "no gain seen"),
+    ],
+)
+def test_gain_that_does_not_survive_the_correction(low, high, corrected):
+    assert judge_gain(interval(low, high), 2.0, adjusted_p=0.051) == corrected
+    assert judge_gain(interval(low, high), 2.0, adjusted_p=0.05) == judge_gain(interval(low, high), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.1, 2, "supports"), (0, 2, "no evidence"), (-1, 0, "no evidence"), (-2, -0.1, "contradicts")],
+)
+def test_reconstruction(low, high, verdict):
+    assert judge_reconstruction(interval(low, high)) == verdict
+    assert judge_reconstruction(interval(low, high), adjusted_p=0.2) == "no evidence"
+
+
+def test_meaningless_verdicts_are_errors():
+    for printed in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="printed gain must be positive"):
+            judge_gain(interval(1, 2), printed)
+    with pytest.raises(ValueError, match="printed number must be finite"):
+        judge_level(interval(1, 2), math.nan)
+    with pytest.raises(ValueError, match="adjusted_p"):
+        judge_gain(interval(1, 2), 1.0, adjusted_p=2)
+    one_seed = mean_interval([1.0])
+    for judge in (lambda: judge_gain(one_seed, 1.0), lambda: judge_level(one_seed, 1.0)):
+        with pytest.raises(ValueError, match="needs more seeds"):
+            judge()
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "sign"),
+    [
+        (1.0, 0.1, 1.9, "+"),
+        (1.0, 0.0, 2.0, "0"),
+        (-1.0, -1.9, -0.1, "−"),
+        (0.3, 0.1, 0.5, "+"),  # with an interval, small differences have a direction too
+        (0.49, math.nan, math.nan, "0"),
+        (0.5, math.nan, math.nan, "+"),
+        (-0.5, math.nan, math.nan, "−"),
+    ],
+)
+def test_direction(mean, low, high, sign):
+    assert direction(Difference(mean, low, high, math.nan, 0)) == sign
+
+
+def test_direction_of_nan():
+    with pytest.raises(ValueError, match="no direction"):
+        direction(Difference(math.nan, math.nan, math.nan, math.nan, 0))
+
+
+def test_who_gets_a_verdict():
+    assert verdict_allowed(3, "paper") is None
+    assert verdict_allowed(2, "paper") == "needs at least 3 seeds"
+    assert verdict_allowed(5, "quick") == "quick runs show a direction only"
+    assert verdict_allowed(5, "smoke") == "synthetic data get no verdict"
+    with pytest.raises(ValueError, match="unknown profile 'full'"):
+        verdict_allowed(3, "full")
