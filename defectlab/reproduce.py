@@ -10,12 +10,10 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,7 +122,7 @@ def only_one(folder: Path, profile: str) -> Iterator[None]:
 
 
 def start(notebook: Notebook, minutes: float | None, jobs: int) -> None:
-    """Start the process; `minutes` is what is left of the budget. Its prints go to `<name>.log`, as they come."""
+    """Start the process; `minutes` is what is left of the budget. What it prints goes to `<name>.log` at once."""
     parameters = dict(notebook.parameters)
     if minutes is not None:
         parameters["minutes"] = round(minutes, 2)
@@ -137,10 +135,10 @@ def start(notebook: Notebook, minutes: float | None, jobs: int) -> None:
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     notebook.log = notebook.beside(".log").open("w")
-    call = [sys.executable, "-m", "defectlab.reproduce", str(notebook.source), str(notebook.beside(".running"))]
+    files = [str(notebook.source), str(notebook.beside(".running.ipynb"))]
     notebook.started = time.monotonic()
     notebook.process = subprocess.Popen(
-        [*call, json.dumps(parameters)],
+        [sys.executable, "-m", "defectlab.execute", *files, json.dumps(parameters)],
         stdin=subprocess.PIPE,  # its end tells the child that we are gone, however we went
         stdout=notebook.log,
         stderr=subprocess.STDOUT,
@@ -149,31 +147,11 @@ def start(notebook: Notebook, minutes: float | None, jobs: int) -> None:
     )
 
 
-def execute(source: str, target: str, parameters: str) -> None:
-    """The child: papermill, which saves after every cell. The kernel watches its parent and so ends with it."""
-
-    def end_with_parent() -> None:
-        sys.stdin.buffer.read()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    papermill.execute_notebook(
-        source,
-        target,
-        json.loads(parameters),
-        kernel_name="python3",
-        progress_bar=False,
-        log_output=True,
-        cwd=Path(source).parent,
-    )
-
-
 def finish(notebook: Notebook) -> page.Outcome:
     """After the process ended: stamp and rename its output, or keep what was executed as `<name>.error.ipynb`."""
     seconds = time.monotonic() - notebook.started
     close(notebook)
-    running = notebook.beside(".running")
+    running = notebook.beside(".running.ipynb")
     if notebook.process.returncode == 0:
         executed = nbformat.read(running, as_version=4)
         # A notebook that used up its budget may have left runs out: the next call continues it.
@@ -214,19 +192,6 @@ def error_line(executed: Path) -> str:
 def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "the process ended without a word"
-
-
-def write_html(executed: Path) -> None:
-    """`<name>.html` beside an executed notebook, pictures inside. Made without a network; where the reader has one,
-    formulas are typeset, else they show as LaTeX."""
-    from nbconvert import HTMLExporter
-
-    target = executed.with_suffix(".html")
-    if target.exists() and target.stat().st_mtime >= executed.stat().st_mtime:
-        return
-    plain = "{% extends 'index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}"  # no widgets: no require.js
-    body, _ = HTMLExporter(template_name="lab", raw_template=plain, embed_images=True).from_filename(str(executed))
-    runs.write_atomically(target, lambda aside: aside.write_text(body, encoding="utf-8") and None)
 
 
 # --- All of them -----------------------------------------------------------------------------------------------------
@@ -365,7 +330,7 @@ def conclude(profile: str, planned: list[Notebook], outcomes: list[page.Outcome]
     for notebook in planned:
         for kind in (".ipynb", ".error.ipynb"):
             if notebook.beside(kind).exists():
-                write_html(notebook.beside(kind))
+                page.write_html(notebook.beside(kind))
     problem = ""
     try:
         written = page.write_page(profile, outcomes)
@@ -401,7 +366,3 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=numbers, metavar="0,1", help="default: as each notebook says")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks side by side")
     return reproduce(**vars(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    execute(*sys.argv[1:])

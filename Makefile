@@ -1,0 +1,54 @@
+# `make reproduce` on a machine with Python 3.11 or newer, make and a network: installs once, then runs every notebook.
+
+PROFILE ?= smoke
+PYTHON ?= python3
+PY := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test data bench report clean
+
+help:
+	@echo "make setup       install everything into .venv (once; again when pyproject.toml or constraints.txt change)"
+	@echo "make reproduce   run the notebooks, write runs/PROFILE/index.html; an interrupted call is continued by the same"
+	@echo "                   PROFILE=smoke|quick|paper (smoke)  NOTEBOOKS=03,20  MINUTES=30  DEVICE=cpu|cuda  SEEDS=0,1  JOBS=2"
+	@echo "make test        style, tests, and the notebooks once more with nbval"
+	@echo "make data        fetch the data sets, or unpack them: ARCHIVES=folder with magnetic-tile.zip, mvtec_metal_nut_512.zip"
+	@echo "make bench       speed of training, inference and metrics on this machine"
+	@echo "make report      write runs/PROFILE/index.html, results/tables and the verdicts in README.md from the records"
+	@echo "make clean       remove runs/smoke and caches; data, weights, quick and paper runs stay"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else 1)' || \
+	  { echo "error: '$(PYTHON)' is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PY) -m ipykernel install --sys-prefix --name python3
+	@touch $@
+
+reproduce: $(INSTALLED)
+	$(PY) -m defectlab reproduce --profile $(PROFILE) $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS)) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DEVICE),--device $(DEVICE)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	  $(if $(JOBS),--jobs $(JOBS))
+
+test: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest -q
+	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+
+data: $(INSTALLED)
+	$(PY) data_scripts/magnetic_tile.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/magnetic-tile.zip')
+	$(PY) data_scripts/mvtec_ad.py --category metal_nut $(if $(ARCHIVES),--archive '$(ARCHIVES)/mvtec_metal_nut_512.zip')
+
+bench: $(INSTALLED)
+	$(PY) -m defectlab bench $(if $(DEVICE),--device $(DEVICE))
+
+report: $(INSTALLED)
+	$(PY) -m defectlab report --profile $(PROFILE)
+
+clean:
+	rm -rf runs/smoke .pytest_cache .ruff_cache build
+	find defectlab data_scripts tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +

@@ -1,0 +1,416 @@
+"""BSDRD: the wavelet against PyWavelets, the two students, the gated loss that cannot switch a term off, the maps."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import pywt
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from defectlab.anomaly import distil
+from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.papers import bsdrd
+from defectlab.papers.bsdrd import (
+    DetailStudent,
+    DynamicFusion,
+    MDGFLoss,
+    Settings,
+    TwoStudents,
+    Wavelet,
+    dimension_discrepancies,
+    gated_fusion,
+    student_maps,
+)
+from defectlab.train import Session
+
+CHANNELS = (8, 16, 32)  # of a pretended teacher
+NARROW = Settings(low_channels=8, high_channels=4)
+
+
+def features(count: int = 2, coarsest: int = 4, seed: int = 0) -> list[Tensor]:
+    """Random positive maps, as behind a ReLU: three scales, each half the size of the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (4 * coarsest, 2 * coarsest, coarsest)
+    return [torch.rand(count, c, s, s, generator=generator) for c, s in zip(CHANNELS, sizes, strict=True)]
+
+
+# --- Wavelet ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["haar", "db2", "db4"])
+@pytest.mark.parametrize("shape", [(16, 16), (8, 12)])
+def test_wavelet_equals_pywavelets_band_by_band(name: str, shape: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    approximation, (horizontal, vertical, diagonal) = pywt.dwt2(x.double().numpy(), name, mode="periodization")
+    bands = Wavelet(name)(x)
+    assert bands.shape == (2, 4, 3, shape[0] // 2, shape[1] // 2)
+    for index, expected in enumerate((approximation, horizontal, vertical, diagonal)):
+        torch.testing.assert_close(bands[:, index].double(), torch.from_numpy(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["haar", "db2", "db4", "none"])
+@pytest.mark.parametrize("shape", [(16, 16), (8, 12)])
+def test_inverse_reconstructs_perfectly(name: str, shape: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    wavelet = Wavelet(name)
+    torch.testing.assert_close(wavelet.inverse(wavelet(x)), x, rtol=0, atol=1e-5)
+    bands = torch.randn(2, 4, 3, 4, 8)
+    torch.testing.assert_close(wavelet(wavelet.inverse(bands)), bands, rtol=0, atol=1e-5)
+
+
+def test_none_is_space_to_depth() -> None:
+    x = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
+    bands = Wavelet("none")(x)
+    expected = [x[..., row::2, column::2] for row in (0, 1) for column in (0, 1)]
+    assert torch.equal(bands, torch.stack(expected, 1))
+
+
+def test_a_constant_has_no_high_band() -> None:
+    for name in ("haar", "db2", "db4"):
+        bands = Wavelet(name)(torch.full((1, 1, 8, 8), 3.0))
+        torch.testing.assert_close(bands[:, 0], torch.full((1, 1, 4, 4), 6.0))  # orthonormal: twice the value
+        assert float(bands[:, 1:].abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["haar", "db2", "none"])
+def test_wavelet_gradients(name: str) -> None:
+    wavelet = Wavelet(name)
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    bands = torch.randn(1, 4, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(wavelet, x)
+    assert gradcheck(wavelet.inverse, bands)
+
+
+def test_biorthogonal_wavelet_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'bior2\.2' is not orthogonal: use haar"):
+        Wavelet("bior2.2")
+    with pytest.raises(ValueError, match="nonsense"):
+        Wavelet("nonsense")
+
+
+def test_wavelet_has_nothing_to_learn_or_to_save() -> None:
+    wavelet = Wavelet("db2")
+    assert not list(wavelet.parameters())
+    assert not wavelet.state_dict()
+
+
+# --- Students --------------------------------------------------------------------------------------------------------
+
+
+def test_dynamic_fusion_weights_sum_to_one_and_depend_on_the_input() -> None:
+    torch.manual_seed(0)
+    fusion = DynamicFusion(CHANNELS).eval()
+    fused, weights = fusion(features(seed=0))
+    assert fused.shape == (2, 3 * 32, 4, 4)
+    assert weights.shape == (2, 3, 32)
+    torch.testing.assert_close(weights.sum(1), torch.ones(2, 32))
+    _, others = fusion([5 * f for f in features(seed=1)])
+    assert not torch.allclose(weights, others, atol=1e-3)
+    aligned = torch.stack([a(f) for a, f in zip(fusion.align, features(seed=0), strict=True)], 1)
+    for scale in range(3):  # scale after scale, side by side, at weight 1 where all three are equal
+        part = fused[:, 32 * scale : 32 * (scale + 1)]
+        torch.testing.assert_close(part, 3 * weights[:, scale, :, None, None] * aligned[:, scale])
+
+
+VARIANTS = {
+    "struct": {"students": ("struct",)},
+    "detail": {"students": ("detail",)},
+    "both": {},
+    "layer2+3": {"high_level": "layer2+3"},
+    "two levels": {"wavelet_levels": 2},
+    "db2": {"wavelet": "db2"},
+    "none": {"wavelet": "none"},
+}
+
+
+@pytest.mark.parametrize("bottleneck", [0, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_students_give_the_teachers_shapes(variant: str, bottleneck: int) -> None:
+    settings = replace(NARROW, **VARIANTS[variant])
+    outputs = TwoStudents(CHANNELS, bottleneck, settings)(features())
+    assert len(outputs) == len(settings.students)
+    for maps in outputs:
+        assert [m.shape for m in maps] == [f.shape for f in features()]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_weight_learns(variant: str) -> None:
+    torch.manual_seed(0)
+    settings = replace(NARROW, **VARIANTS[variant])
+    network, loss, maps = TwoStudents(CHANNELS, 0, settings), MDGFLoss(len(settings.students), settings), features()
+    weights = dict(network.named_parameters()) | dict(loss.named_parameters(prefix="loss"))
+    optimizer = torch.optim.Adam(weights.values(), 1e-3)
+    moved = set()
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(maps, network(maps))["loss"].backward()
+        moved |= {name for name, p in weights.items() if p.grad is not None and p.grad.abs().max() > 0}
+        optimizer.step()
+    assert moved == set(weights)
+
+
+def test_students_share_nothing() -> None:
+    torch.manual_seed(0)
+    network, maps = TwoStudents(CHANNELS, 0, NARROW), features()
+    struct, _ = network(maps)
+    sum(m.sum() for m in struct).backward()
+    assert all(p.grad is not None for p in network.students["struct"].parameters())
+    assert all(p.grad is None for p in network.students["detail"].parameters())
+
+
+def test_control_without_wavelet_has_equal_size() -> None:
+    count = {
+        name: sum(p.numel() for p in DetailStudent(CHANNELS, 0, replace(NARROW, wavelet=name)).parameters())
+        for name in ("haar", "none", "db2")
+    }
+    assert count["none"] == count["haar"] == count["db2"]
+
+
+def test_detail_student_reads_layer_3_alone_or_layers_2_and_3() -> None:
+    torch.manual_seed(0)
+    changed = features(seed=9)
+    for high_level, reads_second in (("layer3", False), ("layer2+3", True)):
+        student = DetailStudent(CHANNELS, 0, replace(NARROW, high_level=high_level)).eval()
+        first, second, third = features()
+        output = student([first, second, third])[0]
+        assert torch.equal(student([changed[0], second, third])[0], output)  # layer 1 never
+        assert torch.equal(student([first, changed[1], third])[0], output) is not reads_second
+        assert not torch.equal(student([first, second, changed[2]])[0], output)
+
+
+# --- MD-GFLoss -------------------------------------------------------------------------------------------------------
+
+
+def slow_discrepancies(teacher: Tensor, student: Tensor) -> list[float]:
+    """The definition in loops, in float64."""
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        return float(1 - a.double() @ b.double() / (a.double().norm() * b.double().norm()))
+
+    images, channels, height, width = teacher.shape
+    position = [
+        apart(teacher[i, :, y, x], student[i, :, y, x])
+        for i in range(images)
+        for y in range(height)
+        for x in range(width)
+    ]
+    channel = [
+        apart(teacher[i, c].flatten(), student[i, c].flatten())
+        for i in range(images)
+        for c in range(channels)
+        if teacher[i, c].any()
+    ]
+    whole = [apart(teacher[i].flatten(), student[i].flatten()) for i in range(images)]
+    return [sum(values) / len(values) for values in (position, channel, whole)]
+
+
+def test_discrepancies_by_hand() -> None:
+    teacher = torch.tensor([[3.0, 0.0], [4.0, 1.0]]).view(1, 2, 1, 2)  # positions (3, 4) and (0, 1)
+    student = torch.tensor([[3.0, 1.0], [4.0, 0.0]]).view(1, 2, 1, 2)  # positions (3, 4) and (1, 0)
+    channels = [1 - 3 / 10**0.5, 1 - 4 / 17**0.5]  # (3, 0) with (3, 1); (4, 1) with (4, 0)
+    expected = [0.5, sum(channels) / 2, 1 - 25 / 26]
+    assert dimension_discrepancies(teacher, student).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_discrepancies_equal_the_definition() -> None:
+    teacher, student = (torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    teacher[1, 2] = 0
+    found = dimension_discrepancies(teacher, student)
+    assert found.tolist() == pytest.approx(slow_discrepancies(teacher, student), abs=1e-5)
+
+
+def test_discrepancies_of_identical_and_opposite_maps() -> None:
+    maps = torch.rand(2, 3, 4, 4) + 0.1
+    torch.testing.assert_close(dimension_discrepancies(maps, maps), torch.zeros(3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(dimension_discrepancies(maps, -2 * maps), torch.full((3,), 2.0))
+
+
+def test_a_silent_teacher_channel_is_left_out() -> None:
+    teacher = torch.rand(2, 3, 4, 4) + 0.1
+    student = teacher.clone()
+    teacher[:, 1] = 0
+    student[:, 1] = 0
+    torch.testing.assert_close(dimension_discrepancies(teacher, student), torch.zeros(3), rtol=0, atol=1e-6)
+    silent = dimension_discrepancies(torch.zeros_like(teacher), student)
+    assert float(silent[1]) == 0  # nothing left, and no division by zero
+
+
+def test_discrepancy_gradients() -> None:
+    torch.manual_seed(0)
+    teacher = torch.rand(2, 3, 2, 2, dtype=torch.float64) + 0.2
+    teacher[0, 1] = 0
+    student = (torch.rand(2, 3, 2, 2, dtype=torch.float64) + 0.2).requires_grad_()
+    assert gradcheck(partial(dimension_discrepancies, teacher), student)
+
+
+@pytest.mark.parametrize("gate", ["learned", "equal"])
+def test_fusion_gradients(gate: str) -> None:
+    found = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(2, 3, dtype=torch.float64, requires_grad=gate == "learned")
+    assert gradcheck(lambda d, x: gated_fusion(d, x, gate, 0.7)[0], (found, logits))
+
+
+def test_fusion_by_hand() -> None:
+    found = torch.tensor([[0.2, 0.4, 0.9], [1.0, 1.0, 1.0]])
+    loss, gates = gated_fusion(found, torch.zeros(2, 3), "learned", 1.0)
+    assert float(loss) == pytest.approx(0.5 + 1.0)  # open gates pay no toll
+    torch.testing.assert_close(gates, torch.full((2, 3), 1 / 3))
+    equal, _ = gated_fusion(found, torch.randn(2, 3), "equal", 1.0)
+    assert float(equal) == pytest.approx(1.5)
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    loss, _ = gated_fusion(found[:1], logits, "learned", 0.6)
+    toll = -0.2 * float(torch.tensor([1.5, 0.75, 0.75]).log().sum())
+    assert float(loss) == pytest.approx(0.1 + 0.1 + 0.225 + toll)
+
+
+def best_gates(found: tuple[float, float, float], barrier: float) -> Tensor:
+    """Where many gradient steps on the logits alone lead; the discrepancies stay as they are."""
+    fixed = torch.tensor([found], dtype=torch.float64)
+    logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.05)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        loss, gates = gated_fusion(fixed, logits, "learned", barrier)
+        loss.backward()
+        optimizer.step()
+    return gates.detach()[0]
+
+
+@pytest.mark.parametrize("found", [(0.0, 2.0, 2.0), (0.01, 1.0, 1.9), (0.0, 0.0, 2.0)])
+@pytest.mark.parametrize("barrier", [1.0, 0.2])
+def test_gate_cannot_win_by_switching_a_term_off(found: tuple[float, float, float], barrier: float) -> None:
+    bound = barrier / (3 * (2 + barrier))
+    gates = best_gates(found, barrier)
+    assert float(gates.min()) >= bound
+    assert float(gates[2]) < 1 / 3  # the gates did move: towards the small terms
+    assert float(best_gates(found, 0.0).min()) < bound / 10  # without the barrier the gate closes
+
+
+def test_focus_leads_with_the_largest_term_and_its_gate_learns_nothing() -> None:
+    found = torch.tensor([[0.1, 0.9, 0.3], [0.8, 0.2, 0.1]], requires_grad=True)
+    logits = torch.zeros(2, 3, requires_grad=True)
+    loss, gates = gated_fusion(found, logits, "focus", 1.0)
+    assert gates.argmax(1).tolist() == [1, 0]
+    assert float(gates.amax(1).min()) > 0.5
+    torch.testing.assert_close(gates, (5 * found.detach()).softmax(1))
+    assert not gates.requires_grad
+    loss.backward()
+    torch.testing.assert_close(found.grad, gates)  # the gates are constants of the gradient
+    assert logits.grad is None
+
+
+def test_unknown_gate() -> None:
+    with pytest.raises(ValueError, match=r"unknown gate 'nonsense': use learned, focus or equal"):
+        gated_fusion(torch.rand(1, 3), torch.zeros(1, 3), "nonsense", 1.0)
+
+
+def test_loss_names_its_scalars_and_sums_over_scales_and_students() -> None:
+    maps = features()
+    others = [features(seed=1), features(seed=2)]
+    scalars = MDGFLoss(2, replace(NARROW, gate="equal"))(maps, others)
+    assert list(scalars) == ["loss", "position", "channel", "map"]
+    each = torch.stack(
+        [dimension_discrepancies(t, s) for student in others for t, s in zip(maps, student, strict=True)]
+    )
+    torch.testing.assert_close(scalars["loss"], each.mean(1).sum())
+    torch.testing.assert_close(torch.stack(list(scalars.values())[1:]), each.mean(0))
+
+
+def test_gate_is_learned_only_where_settings_say_so() -> None:
+    for gate in ("learned", "focus", "equal"):
+        assert MDGFLoss(2, replace(NARROW, gate=gate)).logits.requires_grad is (gate == "learned")
+
+
+# --- Maps ------------------------------------------------------------------------------------------------------------
+
+
+def flat_student(apart: tuple[int, int, int]) -> list[Tensor]:
+    """Maps that lie 0, 1 or 2 from `flat_teacher` at every position, a number a scale."""
+    directions = {0: (1.0, 0.0), 1: (0.0, 1.0), 2: (-1.0, 0.0)}
+    return [
+        torch.tensor(directions[d]).view(1, 2, 1, 1).expand(1, 2, s, s) for d, s in zip(apart, (8, 4, 2), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fusion", "expected"),
+    [
+        ("sum", 2.0 + 1 + 0 + 2 + 2 + 1),
+        ("max", 2.0 + 2 + 1),
+        ("product", (2 * 2) ** 0.5 + (1 * 2) ** 0.5 + (1e-6 * 1) ** 0.5),
+    ],
+)
+def test_student_maps_by_hand(fusion: str, expected: float) -> None:
+    teacher, students = flat_student((0, 0, 0)), [flat_student((2, 1, 0)), flat_student((2, 2, 1))]
+    torch.testing.assert_close(
+        student_maps(teacher, students, fusion), torch.full((1, 256, 256), expected), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("fusion", ["sum", "max", "product"])
+def test_one_student_needs_no_fusion(fusion: str) -> None:
+    teacher, student = flat_student((0, 0, 0)), flat_student((2, 1, 1))
+    torch.testing.assert_close(student_maps(teacher, [student], fusion), torch.full((1, 256, 256), 4.0))
+
+
+def test_unknown_fusion() -> None:
+    with pytest.raises(ValueError, match=r"unknown fusion 'mean': use sum, max or product"):
+        student_maps(flat_student((0, 0, 0)), [flat_student((1, 1, 1))], "mean")
+
+
+# --- Rows, and a whole run -------------------------------------------------------------------------------------------
+
+
+def test_rows_are_the_same_in_every_profile_and_each_builds() -> None:
+    assert list(bsdrd.ROWS["smoke"]) == list(bsdrd.ROWS["quick"]) == list(bsdrd.ROWS["paper"])
+    assert set(bsdrd.PRIMARY) <= set(bsdrd.ROWS["paper"])
+    for settings in bsdrd.ROWS["paper"].values():
+        if isinstance(settings, Settings):
+            with torch.device("meta"):
+                network = bsdrd.build(settings, (64, 128, 256), 0)
+            assert set(network.students) == set(settings.students)
+            assert callable(bsdrd.make_loss(settings))
+
+
+def fake_split(good: int, bad: int, seed: int, size: int = 64) -> AnomalySplit:
+    """Noise; a bad image has a bright square, and its mask says where."""
+    generator = torch.Generator().manual_seed(seed)
+    count = good + bad
+    images = torch.randint(90, 130, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    masks = torch.zeros(count, 256, 256, dtype=torch.uint8)
+    labels = (torch.arange(count) >= good).to(torch.uint8)
+    images[good:, :, size // 4 : size // 2, size // 4 : size // 2] += 100
+    masks[good:, 64:128, 64:128] = 1
+    names = tuple(f"{seed}_{i}" for i in range(count))
+    return AnomalySplit(
+        images, masks, labels, labels, torch.ones(count, dtype=torch.bool), names, ((size, size),) * count
+    )
+
+
+@pytest.fixture(scope="module")
+def fake_data() -> AnomalyData:
+    splits = fake_split(5, 0, 1), fake_split(2, 2, 2), fake_split(3, 3, 3)
+    return AnomalyData("fake", "fake", ("good", "square"), *splits, "fake")
+
+
+def test_same_seed_gives_the_same_numbers_and_another_gives_others(fake_data: AnomalyData) -> None:
+    settings = replace(bsdrd.ROWS["smoke"]["bsdrd"], epochs=1, size=64, batch=4)
+
+    def run(seed: int):
+        distil._features.clear()
+        return bsdrd.run_row(settings, seed, fake_data, "cpu", Session(say=lambda line: None))
+
+    first, again, other = run(0), run(0), run(1)
+    assert first.metrics == again.metrics
+    assert first.per_class == again.per_class
+    assert first.dev == again.dev
+    assert first.curve == again.curve
+    assert all((first.predictions[k] == again.predictions[k]).all() for k in first.predictions)
+    assert all(torch.equal(first.model[k], again.model[k]) for k in first.model)
+    assert other.curve != first.curve
+    assert (other.predictions["scores"] != first.predictions["scores"]).all()
+    assert set(first.metrics) >= {"image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "image_f1_dev"}
+    assert set(first.per_class) == {"square"}
+    assert len(first.curve["loss"]) == 1

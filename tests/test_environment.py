@@ -1,0 +1,74 @@
+"""The three descriptions of the environment say the same, and what is installed is what they say."""
+
+import re
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEV = PROJECT["optional-dependencies"]["dev"]
+DIRECT = [canonicalize_name(Requirement(text).name) for text in [*PROJECT["dependencies"], *DEV]]
+LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+PINS = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LINES)}
+PLATFORM = re.compile(r"nvidia-|cuda-|triton$")  # torch pins these itself, where there are any
+
+
+def closure(root: str, extras: set[str]) -> set[str]:
+    """Names of all installed distributions that `root[extras]` needs here, directly or not."""
+    seen: dict[str, set[str]] = {}
+    waiting = [(canonicalize_name(root), {"", *extras})]
+    while waiting:
+        name, wanted = waiting.pop()
+        new = wanted - seen.setdefault(name, set())
+        seen[name] |= new
+        for requirement in map(Requirement, metadata.requires(name) or [] if new else []):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in new):
+                waiting.append((canonicalize_name(requirement.name), {"", *requirement.extras}))
+    return set(seen) - {canonicalize_name(root)}
+
+
+def test_constraints_hold_exact_versions_and_nothing_else():
+    for line in LINES:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line), f"not an exact version: {line}"
+    assert len(PINS) == len(LINES), "a package is named twice"
+
+
+def test_constraints_are_the_same_on_every_platform():
+    assert not [name for name in PINS if PLATFORM.match(name)]
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_direct_dependency_is_pinned_and_installed_so(name: str):
+    assert name in PINS, f"{name} is in pyproject.toml, not in constraints.txt"
+    assert metadata.version(name).partition("+")[0] == PINS[name]
+
+
+def test_everything_needed_is_pinned():
+    needed = {name for name in closure("defectlab", {"dev"}) if not PLATFORM.match(name)}
+    assert set(DIRECT) <= needed
+    assert needed <= set(PINS), f"not in constraints.txt: {sorted(needed - set(PINS))}"
+
+
+def test_conda_environment_is_made_of_the_same_files():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == PROJECT["name"]
+    *packages, pip = environment["dependencies"]
+    assert pip == {"pip": ["-c constraints.txt", "-e .[dev]"]}
+    python, _, version = packages[0].partition("=")
+    assert (python, packages[1:]) == ("python", ["pip"])
+    assert f"{version}.0" in SpecifierSet(PROJECT["requires-python"])
+
+
+def test_versions_of_the_package_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"] == metadata.version("defectlab")
+    assert citation["title"] == PROJECT["name"]
+    assert citation["license"] == PROJECT["license"]["text"] == "MIT"

@@ -1,0 +1,196 @@
+"""The frozen teacher: where its weights come from, what it gives, and that nothing moves it."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from defectlab.anomaly import teacher as teachers
+from defectlab.anomaly.teacher import Teacher, WeightsError, extract, fingerprint, load_teacher
+
+STEM = {"stem.0": "conv1", "stem.1": "bn1"}
+LOCAL = "resnet18_imagenet_layers1-3.safetensors"
+
+
+@pytest.fixture(scope="module")
+def random_teacher() -> Teacher:
+    return load_teacher("resnet18_random")
+
+
+@pytest.fixture
+def empty_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A weights folder and a torchvision cache, both empty. -> the weights folder."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setenv("DEFECTLAB_WEIGHTS", str(folder))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return folder
+
+
+def some_images(count: int = 2, size: int = 64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+def torchvision_state(teacher: Teacher) -> dict[str, torch.Tensor]:
+    """The teacher's tensors under torchvision's names."""
+    state = {}
+    for key, value in teacher.state_dict().items():
+        if key not in ("mean", "std"):
+            stem = next((old for old in STEM if key.startswith(old)), None)
+            state[key.replace(stem, STEM[stem], 1) if stem else key] = value.clone()
+    return state
+
+
+def test_stays_in_eval_mode_and_frozen(random_teacher: Teacher) -> None:
+    parent = nn.ModuleList([random_teacher, nn.Dropout()]).train()
+    assert parent[1].training
+    assert not any(module.training for module in random_teacher.train().modules())
+    assert not any(p.requires_grad for p in random_teacher.parameters())
+    assert not any(f.requires_grad for f in random_teacher(some_images()))
+
+
+def test_train_does_not_change_the_output(random_teacher: Teacher) -> None:
+    images = some_images()
+    before, print_before = random_teacher(images), fingerprint(random_teacher)
+    after = random_teacher.train()(images)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert fingerprint(random_teacher) == print_before
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "bottleneck"),
+    [("resnet18", (64, 128, 256), 0), ("resnet50", (256, 512, 1024), 4), ("wide_resnet50_2", (256, 512, 1024), 2)],
+)
+def test_shapes(name: str, channels: tuple[int, ...], bottleneck: int) -> None:
+    with torch.device("meta"):  # shapes only: no memory, no arithmetic
+        teacher = Teacher(name)
+        features = teacher(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
+    assert teacher.channels == channels
+    assert teacher.bottleneck == bottleneck
+    assert [tuple(f.shape) for f in features] == [
+        (2, c, 64 // stride, 96 // stride) for c, stride in zip(channels, (4, 8, 16), strict=True)
+    ]
+
+
+def test_width_of_the_bottleneck_is_the_one_named() -> None:
+    with torch.device("meta"):
+        widths = {name: Teacher(name).layer3[1].conv2.out_channels for name in ("resnet50", "wide_resnet50_2")}
+    assert widths == {"resnet50": 1024 // 4, "wide_resnet50_2": 1024 // 2}
+
+
+def test_images_are_normalised_as_imagenet(random_teacher: Teacher) -> None:
+    images = some_images(1)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (teachers.IMAGENET_MEAN, teachers.IMAGENET_STD))
+    expected = random_teacher.layer1(random_teacher.stem((images.float() / 255 - mean) / std))
+    assert torch.equal(random_teacher(images)[0], expected)
+
+
+def test_random_teacher_is_the_same_each_time_and_leaves_the_generator_alone(random_teacher: Teacher) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    again = load_teacher("resnet18_random")
+    assert torch.equal(torch.rand(3), expected)
+    assert fingerprint(again) == fingerprint(random_teacher)
+
+
+def test_missing_weights_name_the_variable_and_the_file(empty_machine: Path) -> None:
+    with pytest.raises(WeightsError, match="DEFECTLAB_WEIGHTS") as caught:
+        load_teacher("resnet18")
+    assert "resnet18.safetensors" in str(caught.value)
+    assert "resnet18-f37072fd.pth" in str(caught.value)  # where torchvision itself would put them
+
+
+def test_unknown_teacher() -> None:
+    for name in ("vgg16", "vgg16_random"):
+        with pytest.raises(WeightsError, match=rf"unknown teacher '{name}'.*resnet18.*wide_resnet50_2"):
+            load_teacher(name)
+
+
+def test_safetensors_of_the_weights_folder_are_used(empty_machine: Path, random_teacher: Teacher) -> None:
+    state = torchvision_state(random_teacher)
+    state["layer1.0.conv1.weight"] += 1
+    save_file(state, empty_machine / "resnet18_mine.safetensors")
+    loaded = load_teacher("resnet18")
+    assert torch.equal(loaded.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
+    assert torch.equal(loaded.stem[0].weight, state["conv1.weight"])
+    assert fingerprint(loaded) != fingerprint(random_teacher)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    with pytest.raises(WeightsError, match="no ImageNet weights for the teacher resnet50"):
+        load_teacher("resnet50")  # another architecture's file does not count
+
+
+def test_torchvision_cache_is_used(empty_machine: Path, random_teacher: Teacher) -> None:
+    state = torchvision_state(random_teacher)
+    state |= {"fc.weight": torch.zeros(10, 512), "layer4.0.conv1.weight": torch.zeros(1)}  # more than is needed
+    path = Path(torch.hub.get_dir()) / "checkpoints" / "resnet18-f37072fd.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    assert fingerprint(load_teacher("resnet18")) == fingerprint(random_teacher)
+
+
+def test_file_that_lacks_tensors_names_the_first(empty_machine: Path, random_teacher: Teacher) -> None:
+    state = torchvision_state(random_teacher)
+    del state["layer2.0.conv1.weight"], state["layer3.1.bn2.bias"]
+    path = empty_machine / "resnet18.safetensors"
+    save_file(state, path)
+    with pytest.raises(WeightsError, match=r"lacks layer2\.0\.conv1\.weight and 1 more") as caught:
+        load_teacher("resnet18")
+    assert str(path) in str(caught.value)
+
+
+def test_file_of_other_shapes_is_refused(empty_machine: Path, random_teacher: Teacher) -> None:
+    state = torchvision_state(random_teacher)
+    state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
+    path = empty_machine / "resnet18.safetensors"
+    save_file(state, path)
+    with pytest.raises(WeightsError, match="does not fit resnet18") as caught:
+        load_teacher("resnet18")
+    assert str(path) in str(caught.value)
+
+
+def test_damaged_file_is_a_weights_error(empty_machine: Path) -> None:
+    path = empty_machine / "resnet18.safetensors"
+    path.write_bytes(b"not weights")
+    with pytest.raises(WeightsError, match=r"resnet18\.safetensors"):
+        load_teacher("resnet18")
+
+
+@pytest.mark.parametrize("key", ["stem.0.weight", "layer3.1.bn2.running_var"])
+def test_fingerprint_sees_every_tensor(key: str) -> None:
+    teacher = load_teacher("resnet18_random")
+    before = fingerprint(teacher)
+    assert fingerprint(teacher) == before
+    teacher.state_dict()[key].view(-1)[0] += 1e-3
+    assert fingerprint(teacher) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extract_equals_forward(random_teacher: Teacher, dtype: torch.dtype) -> None:
+    images = some_images(5)
+    parts = extract(random_teacher, images, dtype, batch=2)  # the last batch has one image
+    for part, whole in zip(parts, random_teacher(images), strict=True):
+        assert part.dtype == dtype
+        assert part.is_contiguous(memory_format=torch.channels_last)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(part.float(), whole, rtol=tolerance, atol=tolerance)
+
+
+def test_local_folded_resnet18() -> None:
+    folder = os.environ.get("DEFECTLAB_WEIGHTS")
+    if not folder or not (Path(folder) / LOCAL).is_file():
+        pytest.skip(f"needs {LOCAL} in the folder that DEFECTLAB_WEIGHTS names")
+    teacher = load_teacher("resnet18")
+    norms = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 1 + 4 + 5 + 5  # stem, layer1, layers 2 and 3 with a downsampling norm each
+    for norm in norms:
+        assert torch.equal(norm.running_mean, torch.zeros_like(norm.running_mean))
+        torch.testing.assert_close(norm.running_var + norm.eps, torch.ones_like(norm.running_var), rtol=0, atol=1e-6)
+    images = some_images()
+    before = teacher(images)
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.train()(images), strict=True))
+    assert fingerprint(teacher) != fingerprint(load_teacher("resnet18_random"))

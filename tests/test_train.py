@@ -1,0 +1,285 @@
+"""The training loop: seeds, resuming, the time budget, and what it says when the loss breaks."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from defectlab.train import NonFiniteLoss, OutOfTime, Session, Trained, autocast, epoch_order, fast_bf16, train
+
+EPOCHS, BATCH, IMAGES = 4, 3, 8
+
+
+class TinyStudent(nn.Module):
+    """A convolution with batch norm a scale: weights, buffers, and nothing to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(nn.Sequential(nn.Conv2d(c, c, 1), nn.BatchNorm2d(c)) for c in (4, 8))
+
+    def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
+        return [[scale(f) for scale, f in zip(self.scales, features, strict=True)]]
+
+
+class WeightedLoss(nn.Module):
+    """A loss with a weight of its own: it has to be trained and saved with the student."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(2))
+
+    def forward(self, teacher: list[Tensor], students: list[list[Tensor]]) -> dict[str, Tensor]:
+        terms = torch.stack([(t - s).square().mean() for t, s in zip(teacher, students[0], strict=True)])
+        return {"loss": (self.logits.softmax(0) * terms).sum() + self.logits.square().sum(), "plain": terms.mean()}
+
+
+def features() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(IMAGES, c, s, s, generator=generator) for c, s in ((4, 8), (8, 4))]
+
+
+def fit(seed: int = 0, session: Session | None = None, loss=None, **changes) -> tuple[dict[str, Tensor], Trained]:
+    """Train a fresh student. -> (weights of student and loss, what `train` returned)."""
+    torch.manual_seed(seed)
+    network, loss = TinyStudent(), loss or WeightedLoss()
+    options = {
+        "epochs": EPOCHS,
+        "batch": BATCH,
+        "learning_rate": 0.01,
+        "betas": (0.5, 0.999),
+        "precision": "fp32",
+        "seed": seed,
+        "session": session or quiet(),
+    }
+    trained = train(network, loss, features(), **(options | changes))
+    parts = nn.ModuleList([network, loss] if isinstance(loss, nn.Module) else [network])
+    return {k: v.clone() for k, v in parts.state_dict().items()}, trained
+
+
+def quiet(**options) -> Session:
+    return Session(say=lambda line: None, **options)
+
+
+def past() -> float:
+    return time.monotonic() - 1
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- Seeds -----------------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_gives_identical_weights() -> None:
+    (first, trained), (again, trained_again) = fit(0), fit(0)
+    assert same(first, again)
+    assert trained.curve == trained_again.curve
+
+
+def test_another_seed_gives_others() -> None:
+    (first, trained), (other, trained_other) = fit(0), fit(1)
+    assert all(not torch.equal(first[k], other[k]) for k in first if k.endswith("weight") and first[k].ndim == 4)
+    assert trained.curve != trained_other.curve
+
+
+def test_the_seed_also_orders_the_images() -> None:
+    torch.manual_seed(0)
+    start = TinyStudent().state_dict()
+
+    def from_the_same_start(seed: int) -> dict[str, Tensor]:
+        network = TinyStudent()
+        network.load_state_dict(start)
+        train(
+            network, WeightedLoss(), features(), epochs=1, batch=BATCH, learning_rate=0.01, betas=(0.5, 0.999),
+            precision="fp32", seed=seed, session=quiet(),
+        )  # fmt: skip
+        return network.state_dict()
+
+    assert same(from_the_same_start(0), from_the_same_start(0))
+    assert not same(from_the_same_start(0), from_the_same_start(1))
+
+
+def test_training_trains_the_student_and_the_loss() -> None:
+    weights, trained = fit()
+    assert trained.curve["loss"][-1] < trained.curve["loss"][0]
+    assert list(trained.curve) == ["loss", "plain"]
+    assert [len(v) for v in trained.curve.values()] == [EPOCHS, EPOCHS]
+    assert weights["1.logits"].abs().max() > 0
+    assert trained.seconds > 0
+    assert trained.images_per_second > 0
+
+
+def test_student_is_left_in_eval_mode() -> None:
+    network, loss = TinyStudent(), WeightedLoss()
+    train(
+        network, loss, features(), epochs=1, batch=BATCH, learning_rate=0.01, betas=(0.5, 0.999),
+        precision="fp32", seed=0, session=quiet(),
+    )  # fmt: skip
+    assert not network.training
+    assert not any(m.training for m in network.modules())
+
+
+def test_one_line_an_epoch() -> None:
+    lines: list[str] = []
+    fit(session=Session(say=lines.append))
+    assert len(lines) == EPOCHS
+    assert all(f"epoch {i + 1}/{EPOCHS}" in line and "images/s" in line for i, line in enumerate(lines))
+
+
+def test_one_image_is_too_few() -> None:
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        train(
+            TinyStudent(), WeightedLoss(), [f[:1] for f in features()], epochs=1, batch=2, learning_rate=0.1,
+            betas=(0.5, 0.9), precision="fp32", seed=0, session=quiet(),
+        )  # fmt: skip
+
+
+# --- Order -----------------------------------------------------------------------------------------------------------
+
+
+def order(count: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
+    return [part.tolist() for part in epoch_order(count, batch, seed, epoch, torch.device("cpu"))]
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    torch.manual_seed(1)
+    first = order(20, 6, 3, 5)
+    torch.manual_seed(2)
+    assert order(20, 6, 3, 5) == first
+    assert order(20, 6, 3, 6) != first
+    assert order(20, 6, 4, 5) != first
+    assert sorted(sum(first, [])) == list(range(20))
+    assert [len(part) for part in first] == [6, 6, 6, 2]
+
+
+def test_no_two_seeds_share_their_orders() -> None:
+    found = {str(order(30, 30, seed, epoch)) for seed in range(5) for epoch in range(200)}
+    assert len(found) == 5 * 200
+
+
+def test_a_single_last_image_is_dropped() -> None:
+    parts = order(13, 4, 0, 0)
+    assert [len(part) for part in parts] == [4, 4, 4]
+    left = {n for epoch in range(60) for n in set(range(13)) - set(sum(order(13, 4, 0, epoch), []))}
+    assert left == set(range(13))  # another image each time: none is left out for good
+
+
+# --- Resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    whole, trained = fit()
+    checkpoint = tmp_path / "checkpoints" / "row.safetensors"
+    for done in (1, 2):  # each sitting has no time left and does its one epoch
+        with pytest.raises(OutOfTime, match=f"after epoch {done} of {EPOCHS}; run again"):
+            fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+        assert checkpoint.exists()
+    lines: list[str] = []
+    resumed, trained_again = fit(session=Session(checkpoint=checkpoint, say=lines.append))
+    assert f"continues after epoch 2 of {EPOCHS}" in lines[0]
+    assert len(lines) == 1 + EPOCHS - 2
+    assert same(resumed, whole)
+    assert trained_again.curve == trained.curve
+
+
+def test_resuming_does_not_depend_on_the_state_of_the_generator(tmp_path: Path) -> None:
+    whole, _ = fit()
+    checkpoint = tmp_path / "row.safetensors"
+    with pytest.raises(OutOfTime):
+        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+    network, loss = TinyStudent(), WeightedLoss()  # other initial weights: the checkpoint's take their place
+    train(
+        network, loss, features(), epochs=EPOCHS, batch=BATCH, learning_rate=0.01, betas=(0.5, 0.999),
+        precision="fp32", seed=0, session=quiet(checkpoint=checkpoint),
+    )  # fmt: skip
+    assert same(nn.ModuleList([network, loss]).state_dict(), whole)
+
+
+def test_seconds_of_all_sittings_are_counted(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "row.safetensors"
+    with pytest.raises(OutOfTime):
+        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+    with safe_open(checkpoint, framework="pt") as file:
+        earlier = json.loads(file.metadata()["header"])["seconds"]
+    _, trained = fit(session=quiet(checkpoint=checkpoint))
+    assert trained.seconds > earlier > 0
+
+
+def test_checkpoint_is_safetensors_with_a_json_header(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "row.safetensors"
+    with pytest.raises(OutOfTime):
+        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+    with safe_open(checkpoint, framework="pt") as file:  # reads no pickle
+        header, keys = json.loads(file.metadata()["header"]), set(file.keys())
+    assert header["epoch"] == 1
+    assert len(header["curve"]["loss"]) == 1
+    assert {"weights.1.logits", "weights.0.scales.0.1.running_mean"} <= keys
+    assert any(k.startswith("optimizer.") and k.endswith("exp_avg_sq") for k in keys)
+    assert [p.name for p in tmp_path.iterdir()] == ["row.safetensors"]
+
+
+def test_checkpoint_is_written_when_due_and_not_after_the_last_epoch(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "row.safetensors"
+    fit(session=quiet(checkpoint=checkpoint, every_seconds=0.0), epochs=1)
+    assert not checkpoint.exists()
+    fit(session=quiet(checkpoint=checkpoint, every_seconds=3600.0))
+    assert not checkpoint.exists()
+    fit(session=quiet(checkpoint=checkpoint, every_seconds=0.0))
+    with safe_open(checkpoint, framework="pt") as file:
+        assert json.loads(file.metadata()["header"])["epoch"] == EPOCHS - 1
+
+
+def test_no_time_left_after_the_last_epoch_is_no_reason_to_stop() -> None:
+    _, trained = fit(session=quiet(deadline=past()), epochs=1)
+    assert len(trained.curve["loss"]) == 1
+
+
+def test_out_of_time_without_a_checkpoint_still_stops() -> None:
+    with pytest.raises(OutOfTime, match="after epoch 1"):
+        fit(session=quiet(deadline=past()))
+
+
+# --- A loss that breaks ----------------------------------------------------------------------------------------------
+
+
+class BreaksAt:
+    """A loss that is not finite at one call."""
+
+    def __init__(self, call: int, value: float) -> None:
+        self.call, self.value, self.calls = call, value, 0
+
+    def __call__(self, teacher: list[Tensor], students: list[list[Tensor]]) -> dict[str, Tensor]:
+        self.calls += 1
+        loss = sum((t - s).square().mean() for t, s in zip(teacher, students[0], strict=True))
+        return {"other": torch.zeros(()), "loss": loss * (self.value if self.calls == self.call else 1.0)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_loss_names_epoch_and_batch(value: float, tmp_path: Path) -> None:
+    batches = -(-IMAGES // BATCH)
+    with pytest.raises(NonFiniteLoss, match=f"epoch 2, batch 3 of {batches}"):
+        fit(loss=BreaksAt(batches + 3, value))
+
+
+def test_non_finite_loss_leaves_no_broken_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "row.safetensors"
+    with pytest.raises(NonFiniteLoss):
+        fit(loss=BreaksAt(2, float("nan")), session=quiet(checkpoint=checkpoint, every_seconds=0.0))
+    assert not checkpoint.exists()
+
+
+# --- Precision -------------------------------------------------------------------------------------------------------
+
+
+def test_autocast_computes_in_bf16_only_when_asked() -> None:
+    convolution, x, cpu = nn.Conv2d(2, 2, 1), torch.rand(1, 2, 2, 2), torch.device("cpu")
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with autocast(cpu, precision):
+            assert convolution(x).dtype == dtype
+    assert isinstance(fast_bf16(cpu), bool)
+    assert fast_bf16(torch.device("cuda"))
