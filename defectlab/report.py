@@ -5,6 +5,7 @@ Printed numbers and claims are data (`results/papers/<study>/*.csv`, `claims.tom
 """
 
 import csv
+import hashlib
 import math
 import tomllib
 from collections.abc import Callable
@@ -281,7 +282,8 @@ def styled(frame: pd.DataFrame) -> Any:
         {"selector": "th, td", "props": "text-align: left; vertical-align: top; padding: 2px 10px; font-size: 13px"},
         {"selector": "thead th", "props": "border-bottom: 1px solid #888"},
     ]
-    style = frame.style.set_table_styles(look).set_uuid("t")
+    name = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]  # the style's own, and the same in every run
+    style = frame.style.set_table_styles(look).set_uuid(name)
     if grey:
         style = style.set_properties(subset=grey, **{"color": "#999"})
-    return style if frame.index.name else style.hide(axis="index") if frame.index.dtype != object else style
+    return style.hide(axis="index") if isinstance(frame.index, pd.RangeIndex) else style

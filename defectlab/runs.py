@@ -171,11 +171,15 @@ class Record:
         return identity(self.model, self.version, self.changed, self.profile)
 
 
+class RecordError(ValueError):
+    """A record cannot be read; the message names the file and the remedy."""
+
+
 def read_record(path: Path) -> Record:
     try:
         return Record(json.loads(path.read_text()), path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RuntimeError(f"{path} is not a readable record ({error}); delete it and run again") from error
+        raise RecordError(f"{path} is not a readable record ({error}); delete it and run again") from error
 
 
 def read_records(folder: Path) -> list[Record]:
