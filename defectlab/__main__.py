@@ -69,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
 def chosen(options: argparse.Namespace) -> list[Task]:
     if options.command == "run" and options.tasks:
         pairs = [pair.partition(":")[::2] for pair in options.tasks]
+        if not all(seed.isdigit() for _, seed in pairs):
+            raise ValueError(f"--tasks takes ROW:SEED,ROW:SEED,..., got {','.join(options.tasks)}")
         wanted = [(row, int(seed)) for row, seed in pairs]
         listed = {
             (t.row, t.seed): t for row, seed in wanted for t in tasks(options.study, options.profile, [row], [seed])
@@ -89,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     for name in [options.study] if options.study else STUDIES:
-        print("\n".join(status_lines(name, options.profile, options.rows)))
+        print("\n".join(status_lines(name, options.profile, options.rows, options.seeds)))
     return 0
 
 

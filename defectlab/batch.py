@@ -105,20 +105,22 @@ def run_parallel(name: str, listed: list[Task], profile: str, device: str, minut
             continue
         pairs = ",".join(f"{t.row}:{t.seed}" for t in mine)
         command = [sys.executable, "-m", "defectlab", "run", name, "--tasks", pairs]
-        command += ["--profile", profile, "--device", device] + (["--minutes", str(minutes)] if minutes else [])
+        command += ["--profile", profile, "--device", device] + (
+            ["--minutes", str(minutes)] if minutes is not None else []
+        )
         children.append(subprocess.Popen(command, env=environment))
     try:
-        return max((child.wait() for child in children), default=0)
+        return max((abs(child.wait()) for child in children), default=0)  # negative: killed by a signal
     except KeyboardInterrupt:
         for child in children:
             child.terminate()
         raise
 
 
-def status_lines(name: str, profile: str, rows: list[str] | None = None) -> list[str]:
+def status_lines(name: str, profile: str, rows: list[str] | None = None, seeds: list[int] | None = None) -> list[str]:
     """A line a row: seeds recorded, run here, missing; in the order in which to run them."""
     by_row: dict[str, list[Task]] = {}
-    for task in tasks(name, profile, rows):
+    for task in tasks(name, profile, rows, seeds):
         by_row.setdefault(task.row, []).append(task)
     width = max(map(len, by_row))
     lines = [f"{name} ({profile}): {'row':{width}}  recorded  here      missing"]

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
+from torch.nn.functional import interpolate
 
+from defectlab.data.anomaly import AnomalyData
 from defectlab.runs import Record
 
 INK, GOOD, BAD = "#333333", "#4477aa", "#cc6677"
@@ -45,6 +48,22 @@ def picture_grid(
         if masks is not None and masks[index] is not None and masks[index].any():
             axis.contour(masks[index], [0.5], colors=BAD, linewidths=1)
     return figure
+
+
+def samples(data: AnomalyData, part: str, indices: Sequence[int], columns: int = 6, width: float = 9.0) -> Figure:
+    """Pictures of one split ("train", "dev", "test") as the network sees them, named by type, the mask outlined."""
+    split = getattr(data, part)
+    chosen = torch.as_tensor(indices)
+    images = interpolate(split.images[chosen].float().mean(1, keepdim=True).cpu(), (128, 128), mode="area")[:, 0]
+    masks = interpolate(split.masks[chosen, None].cpu(), (128, 128), mode="nearest-exact")[:, 0]
+    titles = [data.type_names[t] for t in split.types[chosen].tolist()]
+    return picture_grid(list(images.numpy()), titles, columns, list(masks.numpy()), width)
+
+
+def one_of_each(data: AnomalyData, part: str = "test") -> list[int]:
+    """The index of the first picture of each type that the split has."""
+    types = getattr(data, part).types.tolist()
+    return [types.index(t) for t in range(len(data.type_names)) if t in types]
 
 
 def loss_curves(records: dict[str, list[Record]]) -> Figure:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -204,8 +205,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(aside)
         os.replace(aside, path)
-    except OSError as error:
-        raise OSError(f"could not write {path} ({error.strerror or error}): free some disk space") from error
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        raise OSError(
+            f"could not write {path} ({getattr(error, 'strerror', None) or error}): free some disk space"
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
 

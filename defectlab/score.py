@@ -49,19 +49,32 @@ def read_model(path: Path) -> tuple[Any, dict[str, float], dict[str, Tensor]]:
 
 
 @torch.inference_mode()
-def score_pictures(settings: Any, tensors: dict[str, Tensor], images: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, 3, size, size) on `device` -> (maps (N, 256, 256), scores (N,)), as in the study's own rows."""
+def score_pictures(
+    path: Path, settings: Any, tensors: dict[str, Tensor], images: Tensor, device: str
+) -> tuple[Tensor, Tensor]:
+    """The model read from `path` on uint8 images (N, 3, size, size), as in the study's own rows.
+
+    -> (maps (N, 256, 256), scores (N,)), on `device` like the images. DataError where the tensors do not fit.
+    """
     precision = precision_of(settings, device)
     teacher = teachers.load_teacher(settings.teacher, device)
     features = teachers.extract(teacher, images, torch.bfloat16 if precision == "bf16" else torch.float32)
     if settings.model == "patchcore":
+        _check_tensors(path, tensors, {"bank"})
         return baselines.score_patches(features, tensors["bank"].to(device))
     _, module = KINDS[settings.model]
     network = module.build(settings, teacher.channels, teacher.bottleneck)
+    _check_tensors(path, tensors, set(network.state_dict()))
     network.load_state_dict(tensors)
     network.to(device, memory_format=torch.channels_last).eval()
     maps = score_features(network, features, lambda t, outputs: module.to_maps(settings, t, outputs), precision)
     return maps, image_scores(maps)
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], wanted: set[str]) -> None:
+    if tensors.keys() != wanted:
+        odd = sorted(tensors.keys() ^ wanted)[0]
+        raise DataError(f"{path} does not hold the tensors that its settings call for ({odd}): train it again")
 
 
 def train_good(options: argparse.Namespace, device: str) -> Path:
@@ -85,10 +98,11 @@ def score(options: argparse.Namespace) -> int:
     """The command `score`: writes `scores.csv` (picture, score, anomalous) and, a picture, the map as
     `<name>_map.npy` (256, 256) float32 and `<name>_map.png`, the picture with the map laid over it."""
     device = pick_device(options.device)
+    load_folder(options.images, 8, "cpu")  # a wrong folder is an error before any training
     path = train_good(options, device) if options.train_good else options.model
     settings, dev, tensors = read_model(path)
     images, names = load_folder(options.images, settings.size, device)
-    maps, scores = score_pictures(settings, tensors, images, device)
+    maps, scores = score_pictures(path, settings, tensors, images, device)
     threshold = dev["threshold"]
     options.out.mkdir(parents=True, exist_ok=True)
     high = max(float(maps.max()), threshold)

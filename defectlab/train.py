@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -107,7 +107,10 @@ def train(
     curve: dict[str, list[float]] = {}
     done, earlier = 0, 0.0
     if session.checkpoint and session.checkpoint.exists():
-        done, earlier, curve = load_checkpoint(session.checkpoint, parts, optimizer)
+        try:
+            done, earlier, curve = load_checkpoint(session.checkpoint, parts, optimizer)
+        except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{session.checkpoint} does not continue this training ({error}): delete it") from error
         session.say(f"  continues after epoch {done} of {epochs}")
     parts.train()
     started, seen = time.monotonic(), 0
@@ -158,8 +161,13 @@ def save_checkpoint(
     header = {"epoch": epoch, "seconds": seconds, "curve": curve, "groups": state["param_groups"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".writing")
-    save_file(tensors, aside, {"header": json.dumps(header)})
-    aside.replace(path)
+    try:
+        save_file(tensors, aside, {"header": json.dumps(header)})
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {path} ({error}): free some disk space") from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def load_checkpoint(

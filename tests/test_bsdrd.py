@@ -337,13 +337,13 @@ def flat_student(apart: tuple[int, int, int]) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("fusion", "expected"),
     [
-        ("sum", 2.0 + 1 + 0 + 2 + 2 + 1),
-        ("max", 2.0 + 2 + 1),
-        ("product", (2 * 2) ** 0.5 + (1 * 2) ** 0.5 + (1e-6 * 1) ** 0.5),
+        ("sum", (2.0 + 1 + 0) + (1 + 2 + 1)),
+        ("max", 4.0),  # of 3 and 4: the larger sum, not the sum of the larger
+        ("product", 2**0.5 + 2**0.5 + (1e-6 * 1) ** 0.5),
     ],
 )
 def test_student_maps_by_hand(fusion: str, expected: float) -> None:
-    teacher, students = flat_student((0, 0, 0)), [flat_student((2, 1, 0)), flat_student((2, 2, 1))]
+    teacher, students = flat_student((0, 0, 0)), [flat_student((2, 1, 0)), flat_student((1, 2, 1))]
     torch.testing.assert_close(
         student_maps(teacher, students, fusion), torch.full((1, 256, 256), expected), rtol=1e-5, atol=1e-5
     )

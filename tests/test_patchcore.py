@@ -138,8 +138,8 @@ def test_a_memory_that_is_there_twice_gives_the_weight_of_its_distance() -> None
     assert found == pytest.approx(float(3 * (1 - functional.softmax(others, 0)[0])), rel=1e-5)
 
 
-def test_single_memory_gives_zero() -> None:
-    """With one memory the weight is 1 - exp(d)/exp(d): the formula has nothing to compare with."""
+def test_single_memory_is_not_weighed() -> None:
+    """With one memory the formula's weight would be 1 - exp(d)/exp(d) = 0 for every image: the distance stands."""
     patch = torch.tensor([[1.0, 1.0]])
     bank = torch.zeros(1, 2)
-    assert float(reweighted_score(patch, *nearest_distances(patch, bank), bank)) == 0
+    assert float(reweighted_score(patch, *nearest_distances(patch, bank), bank)) == pytest.approx(2**0.5)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from defectlab import runs
-from defectlab.runs import Record, Result
+from defectlab.runs import Record, RecordError, Result
 from defectlab.score import KINDS
 from defectlab.train import OutOfTime, Session
 
@@ -323,7 +323,7 @@ def test_a_failed_write_keeps_what_was_there(root: Path) -> None:
 def test_a_corrupt_record_is_named(root: Path, broken: bytes) -> None:
     path = run(make_study()).path
     path.write_bytes(broken)
-    with pytest.raises(RuntimeError, match=r"is not a readable record .*; delete it and run again") as caught:
+    with pytest.raises(RecordError, match=r"is not a readable record .*; delete it and run again") as caught:
         runs.read_records(path.parent)
     assert str(path) in str(caught.value)
 

@@ -2,11 +2,13 @@
 
 import json
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from defectlab.train import NonFiniteLoss, OutOfTime, Session, Trained, autocast, epoch_order, fast_bf16, train
@@ -153,7 +155,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert order(20, 6, 3, 5) == first
     assert order(20, 6, 3, 6) != first
     assert order(20, 6, 4, 5) != first
-    assert sorted(sum(first, [])) == list(range(20))
+    assert sorted(chain(*first)) == list(range(20))
     assert [len(part) for part in first] == [6, 6, 6, 2]
 
 
@@ -165,7 +167,7 @@ def test_no_two_seeds_share_their_orders() -> None:
 def test_a_single_last_image_is_dropped() -> None:
     parts = order(13, 4, 0, 0)
     assert [len(part) for part in parts] == [4, 4, 4]
-    left = {n for epoch in range(60) for n in set(range(13)) - set(sum(order(13, 4, 0, epoch), []))}
+    left = {n for epoch in range(60) for n in set(range(13)) - set(chain(*order(13, 4, 0, epoch)))}
     assert left == set(range(13))  # another image each time: none is left out for good
 
 
@@ -242,6 +244,36 @@ def test_no_time_left_after_the_last_epoch_is_no_reason_to_stop() -> None:
 def test_out_of_time_without_a_checkpoint_still_stops() -> None:
     with pytest.raises(OutOfTime, match="after epoch 1"):
         fit(session=quiet(deadline=past()))
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", None])
+def test_damaged_checkpoint_is_named(tmp_path: Path, content: bytes | None) -> None:
+    checkpoint = tmp_path / "row.safetensors"
+    if content is None:  # whole, but of another network
+        save_file({"weights.0.other": torch.zeros(2)}, checkpoint, {"header": '{"epoch": 1}'})
+    else:
+        checkpoint.write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=r"(?s)row\.safetensors.*delete it"):
+        fit(session=quiet(checkpoint=checkpoint))
+
+
+def test_checkpoint_on_a_full_disk_names_the_file_and_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "row.safetensors"
+    with pytest.raises(OutOfTime):
+        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+    before = checkpoint.read_bytes()
+
+    def no_space(tensors, path, header):  # as safetensors does, which raises no OSError
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("defectlab.train.save_file", no_space)
+    with pytest.raises(OSError, match=r"could not write .*row\.safetensors"):
+        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+    assert checkpoint.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["row.safetensors"]
 
 
 # --- A loss that breaks ----------------------------------------------------------------------------------------------

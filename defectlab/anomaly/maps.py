@@ -54,6 +54,7 @@ def best_f1_threshold(scores: Tensor, labels: Tensor) -> float:
     ranked, hits = scores[order].double(), labels[order].double().cumsum(0)
     predicted = torch.arange(1, len(ranked) + 1, device=ranked.device)
     f1 = 2 * hits / (predicted + labels.sum())
-    best = int(f1.argmax())
+    whole = torch.cat([ranked[1:] != ranked[:-1], ranked.new_ones(1).bool()])  # a threshold cannot divide a tie
+    best = int(f1.where(whole, -1).argmax())
     below = ranked[best + 1] if best + 1 < len(ranked) else -math.inf
     return float((ranked[best] + below) / 2) if math.isfinite(below) else float(ranked[best])

@@ -62,6 +62,8 @@ def reweighted_score(patches: Tensor, distances: Tensor, indices: Tensor, bank: 
     patches (P, C), distances and indices (P,) of one image -> scalar.
     """
     worst = distances.argmax()
+    if len(bank) < 2:
+        return distances[worst]  # no neighbours to weigh by
     around = torch.cdist(bank[indices[worst]][None], bank)[0].topk(min(neighbours, len(bank)), largest=False).indices
     to_neighbours = torch.cdist(patches[worst][None], bank[around])[0]
     weight = 1 - functional.softmax(to_neighbours, 0)[0]  # the nearest of its own neighbours is the patch itself

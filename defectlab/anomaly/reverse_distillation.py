@@ -61,7 +61,6 @@ class ResidualBlock(nn.Module):
                 nn.Conv2d(inputs, outputs, 1, 2 if scale == "down" else 1, bias=False),
                 nn.BatchNorm2d(outputs),
             )
-        nn.init.zeros_(self.residual[-1].bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.shortcut(x) + self.residual(x))
@@ -132,9 +131,17 @@ class ReverseDistillation(nn.Module):
         return [self.decoder(self.embedding(self.fusion(features)))]
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """bf16 and fp16 as float32; float32 and float64 (gradient checks) as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def per_position_discrepancy(teacher: Tensor, student: Tensor) -> Tensor:
-    """Equation 1: 1 - cosine over the channels at each position: 2 x (B, C, H, W) -> (B, H, W), in 0..2."""
-    return 1 - functional.cosine_similarity(teacher.float(), student.float(), dim=1)
+    """Equation 1: 1 - cosine over the channels at each position: 2 x (B, C, H, W) -> (B, H, W), in 0..2.
+
+    A position where a side is all zero has no direction and counts as 1.
+    """
+    return 1 - functional.cosine_similarity(at_least_float32(teacher), at_least_float32(student), dim=1)
 
 
 def per_pixel_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
@@ -147,7 +154,10 @@ def whole_map_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
 
     Not the paper's formula: strong positions weigh more here, weak ones hardly at all.
     """
-    flat = [[rearrange(f.float(), "b c h w -> b (c h w)") for f in pair] for pair in zip(teacher, student, strict=True)]
+    flat = [
+        [rearrange(at_least_float32(f), "b c h w -> b (c h w)") for f in pair]
+        for pair in zip(teacher, student, strict=True)
+    ]
     return sum((1 - functional.cosine_similarity(t, s, dim=1)).mean() for t, s in flat)
 
 

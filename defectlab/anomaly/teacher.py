@@ -9,6 +9,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
@@ -96,7 +97,10 @@ def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
         path = _torchvision_file(architecture)
         state = torch.load(path, map_location="cpu", weights_only=True)
     else:
-        state = load_file(path)
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise WeightsError(f"{path} cannot be read ({error}): replace it") from error
     _load(teacher, state, path)
     return teacher.to(device)
 

@@ -24,6 +24,7 @@ from defectlab.anomaly.reverse_distillation import (
     LOSSES,
     OneClassEmbedding,
     ReverseDecoder,
+    at_least_float32,
     downsample_to,
     per_position_discrepancy,
     stage,
@@ -217,9 +218,7 @@ def dimension_discrepancies(teacher: Tensor, student: Tensor) -> Tensor:
     Per position (over channels), per channel (over positions; channels silent in the teacher have no direction and are
     left out), and over the whole map at once.
     """
-    teacher, student = teacher.flatten(2), student.flatten(2)  # (B, C, H W)
-    if teacher.dtype in (torch.bfloat16, torch.float16):
-        teacher, student = teacher.float(), student.float()
+    teacher, student = (at_least_float32(f).flatten(2) for f in (teacher, student))  # (B, C, H W)
     position = (1 - functional.cosine_similarity(teacher, student, dim=1)).mean()
     active = (teacher.norm(dim=2) > 1e-6).to(teacher.dtype)
     channel = (1 - functional.cosine_similarity(teacher, student, dim=2)) * active
