@@ -339,7 +339,7 @@ def test_model_that_lacks_tensors(pictures: Path, tmp_path: Path, capsys: pytest
 
 def test_pictures_that_are_not_there(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--out", str(tmp_path / "out"), "--teacher", "resnet18_random", "--size", "64", "--method", "patchcore"]
-    arguments = ["score", "--images", str(tmp_path / "none"), "--train-good", str(pictures / "new"), *options]
+    arguments = ["score", "--images", str(pictures / "new"), "--train-good", str(pictures / "new"), *options]
     assert main([*arguments, "--device", "cpu"]) == 1
     assert "holds 4 pictures: training needs at least 20 good ones" in capsys.readouterr().err
     model = tmp_path / "model.safetensors"

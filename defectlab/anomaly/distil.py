@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from defectlab.anomaly import teacher as teachers
 from defectlab.anomaly.maps import best_f1_threshold, gaussian_smooth, image_scores
+from defectlab.anomaly.reverse_distillation import initialise
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.metrics import anomaly_metrics, pixel_histograms
 from defectlab.runs import Result
@@ -77,7 +78,9 @@ def distil(
     precision = precision_of(settings, device)
     teacher = teachers.load_teacher(settings.teacher, "cpu")
     torch.manual_seed(seed)
-    network = build(settings, teacher.channels, teacher.bottleneck).to(device, memory_format=torch.channels_last)
+    network = build(settings, teacher.channels, teacher.bottleneck)
+    initialise(network)
+    network.to(device, memory_format=torch.channels_last)
     loss_function = make_loss(settings)
     if isinstance(loss_function, nn.Module):
         loss_function.to(device)
