@@ -135,7 +135,8 @@ def to_maps(settings: RD4ADSettings, teacher: list[torch.Tensor], students: list
 @torch.inference_mode()
 def run_patchcore(settings: PatchCoreSettings, seed: int, data: AnomalyData, device: str, session: Session) -> Result:
     features = partial(cached_features, data, settings=settings, device=device)
-    patches = patch_features(features("train")).flatten(0, 2)
+    chunks = zip(*(f.split(64) for f in features("train")), strict=True)  # the temporaries of all images are GBs
+    patches = torch.cat([patch_features(list(chunk)).flatten(0, 2) for chunk in chunks])
     bank = patches[greedy_coreset(patches, max(1, round(settings.coreset * len(patches))), seed)]
     del patches
     session.say(f"  {len(bank)} patches of {bank.shape[1]} channels remembered")
