@@ -259,6 +259,30 @@ def claims_table(study_name: str, profile: str, books: Shelf | None = None) -> p
     return pd.DataFrame(lines)
 
 
+def findings(study_name: str, profile: str) -> str:
+    """What we found and what it cost, in sentences, from the committed records: for the head of a notebook."""
+    rows = study(study_name).ROWS
+    books = shelf(profile, rows)
+    lines = []
+    for m in judge_claims(study_name, books):
+        if m.claim["primary"]:
+            measured = "not run yet"
+            if m.difference:
+                interval = (
+                    "" if math.isnan(m.difference.low) else f" [{m.difference.low:+.1f}, {m.difference.high:+.1f}]"
+                )
+                measured = f"{m.difference.mean:+.1f}{interval} points with {m.n} seed(s): {m.verdict}"
+            name = METRIC_NAMES[m.claim["metric"]]
+            lines.append(
+                f"{m.claim['id'].replace('_', ' ')}: {m.claim['a']} against {m.claim['b']}, {name}: {measured}"
+            )
+    used = {r.key: r for key in rows[books.recorded_profile] for r in books.of(rows, key)[0]}
+    hours = sum(r.seconds for r in used.values()) / 3600
+    devices = "; ".join(sorted({r.device for r in used.values()})) or "none"
+    lines.append(f"cost: {len(used)} recorded {books.recorded_profile} runs, {hours:.1f} hours on {devices}")
+    return "\n".join(lines)
+
+
 def agreement(study_name: str, key: str, metric: str, profile: str) -> str:
     """Whether this run agrees with the record: |difference| <= the larger of 2 seed spreads and 0.5 points."""
     rows = study(study_name).ROWS
