@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from defectlab import runs
+from defectlab.anomaly.teacher import WeightsError
+from defectlab.data.store import DataError
 from defectlab.runs import Record
 from defectlab.studies import pick_rows, study
 from defectlab.train import OutOfTime, Session
@@ -31,24 +33,38 @@ def pick_device(name: str) -> str:
     """'auto' -> 'cuda' where there is one, else 'cpu'. ValueError for a device that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
+    kind, _, index = name.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+    if (index and not index.isdigit()) or int(index or 0) >= there:
         raise ValueError(f"device {name!r} is not available here: use auto, cpu or (with a GPU) cuda")
     return name
+
+
+def fingerprints_here(module: Any, settings: Any) -> dict[str, str] | None:
+    """What a row would be computed from on this machine; None where data or weights are not there."""
+    try:
+        return module.fingerprints(settings)
+    except (DataError, WeightsError):
+        return None
 
 
 def tasks(name: str, profile: str, rows: list[str] | None = None, seeds: list[int] | None = None) -> list[Task]:
     """Rows x seeds in the order in which to run them: the first seed of every row, then the second, and so on, so
     that a batch that is cut short has touched the headline rows first. `seeds` None: as the study plans them."""
+    if seeds is not None and (len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0):
+        raise ValueError(f"seeds must be different and not negative, got {seeds}")
     module = study(name)
     chosen = pick_rows(name, profile, rows)
     recorded, here = runs.read_records(runs.recorded_dir()), runs.read_records(runs.runs_dir(profile))
-    have = {(r.row, r.seed) for r in recorded}, {(r.row, r.seed) for r in here}
     listed = []
     for position, (row, settings) in enumerate(chosen.items()):
         wanted = range(module.planned_seeds(row, profile)) if seeds is None else seeds
         mark = runs.row_identity(settings, profile)
+        prints = fingerprints_here(module, settings)
+        mine = {r.seed for r in here if r.row == mark and prints in (None, r.fingerprints)}
+        kept = {r.seed for r in recorded if r.row == mark}
         for turn, seed in enumerate(wanted):
-            task = Task(row, seed, settings, (mark, seed) in have[0], (mark, seed) in have[1])
+            task = Task(row, seed, settings, seed in kept, seed in mine)
             listed.append(((row not in module.PRIMARY, turn, position), task))
     return [task for _, task in sorted(listed, key=lambda item: item[0])]
 

@@ -53,7 +53,7 @@ def picture_grid(
 def samples(data: AnomalyData, part: str, indices: Sequence[int], columns: int = 6, width: float = 9.0) -> Figure:
     """Pictures of one split ("train", "dev", "test") as the network sees them, named by type, the mask outlined."""
     split = getattr(data, part)
-    chosen = torch.as_tensor(indices)
+    chosen = torch.as_tensor(list(indices), dtype=torch.long)
     images = interpolate(split.images[chosen].float().mean(1, keepdim=True).cpu(), (128, 128), mode="area")[:, 0]
     masks = interpolate(split.masks[chosen, None].cpu(), (128, 128), mode="nearest-exact")[:, 0]
     titles = [data.type_names[t] for t in split.types[chosen].tolist()]

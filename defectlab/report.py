@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from defectlab import runs, stats
+from defectlab.batch import fingerprints_here
 from defectlab.data.store import project_root
 from defectlab.metrics import metrics_from_histograms
 from defectlab.runs import Record
@@ -33,6 +34,8 @@ METRIC_NAMES = {
     "pixel_f1_oracle": "pixel F1 (oracle threshold)",
 }
 BOOTSTRAP_REPEATS = 300
+BOOTSTRAPPED = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")  # what a record's arrays can give again
+NEAR_100 = 98.0  # per cent: from here on seeds say less than images
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,14 @@ class Shelf:
     recorded: list[Record]
     here: list[Record]
 
-    def of(self, settings: dict[str, Any], key: str) -> tuple[list[Record], list[Record]]:
-        """(recorded, this machine's) records of the row `key`; `settings`: ROWS of the study."""
-        recorded = runs.find(self.recorded, settings[self.recorded_profile][key], self.recorded_profile)
-        here = runs.find(self.here, settings[self.profile][key], self.profile)
-        return recorded, here
+    def of(self, module: Any, key: str) -> tuple[list[Record], list[Record]]:
+        """(recorded, this machine's) records of the row `key` of a study's module; this machine's are those made from
+        the data and weights that lie here now."""
+        recorded = runs.find(self.recorded, module.ROWS[self.recorded_profile][key], self.recorded_profile)
+        settings = module.ROWS[self.profile][key]
+        prints = fingerprints_here(module, settings) if self.here else None
+        here = [r for r in self.here if prints in (None, r.fingerprints)]
+        return recorded, runs.find(here, settings, self.profile)
 
 
 def shelf(profile: str, rows: dict[str, dict[str, Any]] | None = None) -> Shelf:
@@ -87,29 +93,58 @@ def show(values: list[float]) -> str:
     return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}] n={found.n}"
 
 
+def show_records(records: list[Record], metric: str) -> str:
+    """`show`; near 100 the interval is the bootstrap over test images, marked ‡, since Student's would pass 100."""
+    values = [r.metrics[metric] for r in records]
+    if not values or metric not in BOOTSTRAPPED or not np.mean(values) >= NEAR_100:
+        return show(values)
+    found = bootstrap_level(records, metric)
+    return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]‡ n={len(values)}"
+
+
+def judge_printed(line: dict[str, str], records: list[Record], profile: str) -> str:
+    """The verdict on one printed level: why it cannot be judged, or agrees / above / below."""
+    if not line["value"]:
+        return ""
+    if line["not_comparable"]:
+        return f"cannot be judged ({line['not_comparable']})"
+    reason = stats.verdict_allowed(len(records), profile) if records else "not run yet"
+    if reason:
+        return reason
+    metric = line["metric"]
+    interval = stats.mean_interval([r.metrics[metric] for r in records])
+    if interval.mean >= NEAR_100 and metric in BOOTSTRAPPED:
+        interval = bootstrap_level(records, metric)
+    return stats.judge_level(interval, float(line["value"]))
+
+
 def results_table(
     study_name: str, table: str, profile: str, metrics: list[str] | None = None, books: Shelf | None = None
 ) -> pd.DataFrame:
-    """One row a row of the paper's table; for each metric the columns paper | recorded | this run.
+    """One row a row of the paper's table; for each metric the columns paper | recorded | this run | verdict.
 
-    Rows without any number say why in the last column. In smoke this machine's column is headed "synthetic".
+    The verdict column is there for metrics of which a number was printed. Rows without any number say why in the last
+    column. In smoke this machine's column is headed "synthetic".
     """
     lines = printed_table(study_name, table)
-    rows = study(study_name).ROWS
-    books = books or shelf(profile, rows)
+    module = study(study_name)
+    books = books or shelf(profile, module.ROWS)
     metrics = metrics or list(dict.fromkeys(line["metric"] for line in lines))
+    printed = {line["metric"] for line in lines if line["value"]}
     here_name = "synthetic" if profile == "smoke" else "this run"
-    recorded_name = f"recorded ({books.recorded_profile})"
     content: dict[str, dict[tuple[str, str], str]] = {}
     for line in lines:
-        if line["metric"] not in metrics:
+        metric = line["metric"]
+        if metric not in metrics:
             continue
         cells = content.setdefault(line["row"], {})
-        recorded, here = books.of(rows, line["key"]) if line["key"] else ([], [])
-        title, metric = METRIC_NAMES[line["metric"]], line["metric"]
+        recorded, here = books.of(module, line["key"]) if line["key"] else ([], [])
+        title = METRIC_NAMES[metric]
         cells[title, "paper"] = line["value"] or "–"
-        cells[title, recorded_name] = show([r.metrics[metric] for r in recorded])
-        cells[title, here_name] = show([r.metrics[metric] for r in here])
+        cells[title, f"recorded ({books.recorded_profile})"] = show_records(recorded, metric)
+        cells[title, here_name] = show_records(here, metric)
+        if metric in printed:
+            cells[title, "verdict"] = judge_printed(line, recorded, books.recorded_profile)
         cells["", "note"] = "" if recorded else ("not run yet" if line["key"] else line["status"])
     frame = pd.DataFrame.from_dict(content, orient="index")
     frame.index.name = "row"
@@ -119,16 +154,15 @@ def results_table(
     return frame
 
 
-def per_class_table(study_name: str, keys: list[str], metric: str, profile: str, recorded: bool = True) -> pd.DataFrame:
-    """Mean over seeds of one metric for each defect type: a row for each of `keys`, a column a type."""
-    rows = study(study_name).ROWS
-    books = shelf(profile, rows)
+def per_class_table(study_name: str, keys: list[str], metric: str, profile: str) -> pd.DataFrame:
+    """Mean over seeds of one metric for each defect type, recorded runs: a row for each of `keys`, a column a type."""
+    module = study(study_name)
+    books = shelf(profile, module.ROWS)
     content = {}
     for key in keys:
-        found = books.of(rows, key)[0 if recorded else 1]
+        found, _ = books.of(module, key)
         if found:
-            types = found[0].per_class
-            content[key] = {t: show([r.per_class[t][metric] for r in found]) for t in types}
+            content[key] = {t: show([r.per_class[t][metric] for r in found]) for t in found[0].per_class}
             content[key]["all"] = show([r.metrics[metric] for r in found])
     return pd.DataFrame.from_dict(content, orient="index")
 
@@ -153,24 +187,51 @@ def claim_value(claim: dict[str, Any], record: Record) -> float:
     return float(np.mean([values[t] for t in claim["types"]]) - np.mean(list(values.values())))
 
 
-def _image_statistic(record: Record, metric: str) -> Callable[[np.ndarray], float]:
+def _image_statistic(record: Record, metric: str, types: list[str] | None = None) -> Callable[[np.ndarray], float]:
+    """(weight of each test image) -> the metric; with `types`, of those types against all normals, averaged."""
     arrays = record.arrays
     if metric in ("image_auroc", "image_ap"):
         measure = stats.auroc if metric == "image_auroc" else stats.average_precision
-        return partial(measure, arrays["scores"], arrays["labels"])
-    histogram = {k.removeprefix("histogram_"): v for k, v in arrays.items() if k.startswith("histogram_")}
-    return lambda weights: metrics_from_histograms(histogram, weights)[metric]
+        whole = partial(measure, arrays["scores"], arrays["labels"])
+    else:
+        histogram = {k.removeprefix("histogram_"): v for k, v in arrays.items() if k.startswith("histogram_")}
+
+        def whole(weights: np.ndarray) -> float:
+            return metrics_from_histograms(histogram, weights)[metric]
+
+    if types is None:
+        return whole
+    names = arrays["type_names"].tolist()
+    members = [np.isin(arrays["types"], [0, names.index(t)]) for t in types]
+    return lambda weights: float(np.mean([whole(weights * chosen) for chosen in members]))
 
 
-def bootstrap_difference(a: list[Record], b: list[Record], claim: dict[str, Any]) -> stats.Interval | None:
-    """Paired bootstrap over test images of mean(a) - mean(b), types kept in proportion; None for kind "order"."""
-    if claim["kind"] == "order":
-        return None
+def _claim_statistic(claim: dict[str, Any], record: Record) -> Callable[[np.ndarray], float]:
+    """`claim_value` of one record as a function of the weight of each test image."""
+    if claim["kind"] != "order":
+        return _image_statistic(record, claim["metric"])
+    chosen = _image_statistic(record, claim["metric"], claim["types"])
+    every = _image_statistic(record, claim["metric"], list(record.per_class))
+    return lambda weights: chosen(weights) - every(weights)
+
+
+def bootstrap_level(records: list[Record], metric: str) -> stats.Interval:
+    """Bootstrap over test images of the mean over seeds of one metric, types kept in proportion."""
+    of_seed = [_image_statistic(r, metric) for r in records]
+    types = records[0].arrays["types"]
+    found = stats.paired_bootstrap(
+        lambda weights: float(np.mean([f(weights) for f in of_seed])), len(types), types, BOOTSTRAP_REPEATS
+    )
+    mean = float(np.mean([r.metrics[metric] for r in records]))  # the exact one: histograms round
+    return stats.Interval(mean, min(found.low, mean), max(found.high, mean), found.n)
+
+
+def bootstrap_difference(a: list[Record], b: list[Record], claim: dict[str, Any]) -> stats.Interval:
+    """Paired bootstrap over test images of mean(a) - mean(b), types kept in proportion."""
     first = a[0].arrays
     if any(list(r.arrays["names"]) != list(first["names"]) for r in [*a, *b]):
         raise ValueError(f"claim {claim['id']!r}: the records were not tested on the same images")
-    of_a = [_image_statistic(r, claim["metric"]) for r in a]
-    of_b = [_image_statistic(r, claim["metric"]) for r in b]
+    of_a, of_b = ([_claim_statistic(claim, r) for r in side] for side in (a, b))
 
     def difference(weights: np.ndarray) -> float:
         return float(np.mean([f(weights) for f in of_a]) - np.mean([f(weights) for f in of_b]))
@@ -189,27 +250,32 @@ class Judged:
     verdict: str
 
 
-def judge_claims(study_name: str, books: Shelf, recorded: bool = True) -> list[Judged]:
-    """Every claim of a study, from the recorded runs (or this machine's). Quick runs get a direction, no verdict."""
-    rows = study(study_name).ROWS
-    side = 0 if recorded else 1
-    profile = books.recorded_profile if recorded else books.profile
-    claims = claims_of(study_name)
-    found = {k: books.of(rows, k)[side] for c in claims for k in (c["a"], c["b"])}
+def judge_claims(study_name: str, books: Shelf) -> list[Judged]:
+    """Every claim of a study, from the recorded runs. Quick runs get a direction, no verdict.
+
+    The spread over seeds is pooled over all trained rows of the study on the claim's data and weights (PatchCore has
+    hardly any spread, and would make the others' look smaller than it is).
+    """
+    module = study(study_name)
+    found = {key: books.of(module, key)[0] for key in module.ROWS[books.recorded_profile]}
     measured: list[Judged] = []
-    for claim in claims:
+    for claim in claims_of(study_name):
         a, b = found[claim["a"]], found[claim["b"]]
         n = min(len(a), len(b))
-        if not n or profile == "smoke":
+        if not n:
             lacking = [k for k in (claim["a"], claim["b"]) if not found[k]]
-            reason = "synthetic data: no verdict" if profile == "smoke" else f"not run yet: {', '.join(lacking)}"
-            measured.append(Judged(claim, n, None, None, reason))
+            measured.append(Judged(claim, n, None, None, f"not run yet: {', '.join(lacking)}"))
+            continue
+        prints = a[0].fingerprints
+        if b[0].fingerprints != prints:
+            measured.append(Judged(claim, n, None, None, "cannot be judged (records differ in data or weights)"))
             continue
         value = partial(claim_value, claim)
-        groups = [[value(r) for r in records] for records in found.values() if records]
+        trained = [rows for rows in found.values() if rows and rows[0].curve and rows[0].fingerprints == prints]
+        groups = [[value(r) for r in rows] for rows in trained]
         difference = stats.pooled_difference([value(r) for r in a], [value(r) for r in b], groups)
         measured.append(Judged(claim, n, difference, bootstrap_difference(a, b, claim), ""))
-    return _with_verdicts(measured, profile)
+    return _with_verdicts(measured, books.recorded_profile)
 
 
 def _with_verdicts(measured: list[Judged], profile: str) -> list[Judged]:
@@ -261,8 +327,8 @@ def claims_table(study_name: str, profile: str, books: Shelf | None = None) -> p
 
 def findings(study_name: str, profile: str) -> str:
     """What we found and what it cost, in sentences, from the committed records: for the head of a notebook."""
-    rows = study(study_name).ROWS
-    books = shelf(profile, rows)
+    module = study(study_name)
+    books = shelf(profile, module.ROWS)
     lines = []
     for m in judge_claims(study_name, books):
         if m.claim["primary"]:
@@ -276,7 +342,7 @@ def findings(study_name: str, profile: str) -> str:
             lines.append(
                 f"{m.claim['id'].replace('_', ' ')}: {m.claim['a']} against {m.claim['b']}, {name}: {measured}"
             )
-    used = {r.key: r for key in rows[books.recorded_profile] for r in books.of(rows, key)[0]}
+    used = {r.key: r for key in module.ROWS[books.recorded_profile] for r in books.of(module, key)[0]}
     hours = sum(r.seconds for r in used.values()) / 3600
     devices = "; ".join(sorted({r.device for r in used.values()})) or "none"
     lines.append(f"cost: {len(used)} recorded {books.recorded_profile} runs, {hours:.1f} hours on {devices}")
@@ -285,8 +351,8 @@ def findings(study_name: str, profile: str) -> str:
 
 def agreement(study_name: str, key: str, metric: str, profile: str) -> str:
     """Whether this run agrees with the record: |difference| <= the larger of 2 seed spreads and 0.5 points."""
-    rows = study(study_name).ROWS
-    recorded, here = shelf(profile, rows).of(rows, key)
+    module = study(study_name)
+    recorded, here = shelf(profile, module.ROWS).of(module, key)
     if profile == "smoke" or not recorded or not here:
         return f"{key}: nothing to compare (this run: {len(here)}, recorded: {len(recorded)}, profile {profile})"
     old, new = ([r.metrics[metric] for r in side] for side in (recorded, here))

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -116,23 +117,22 @@ def device_name(device: str | torch.device) -> str:
     return f"CPU {model}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
 
 
-def _git(*arguments: str) -> str | None:
+@functools.cache  # once a process: a run is made by the code that was imported, wherever HEAD moves meanwhile
+def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=project_root(), capture_output=True, text=True, timeout=20, check=True
-        )
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None  # not a checkout, or no git: the record says "unknown"
     return done.stdout.strip()
 
 
 def provenance(device: str | torch.device) -> dict[str, Any]:
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", "defectlab")
+    status = _git(project_root(), "status", "--porcelain", "--untracked-files=no", "--", "defectlab")
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in PACKAGES},
-        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "commit": _git(project_root(), "rev-parse", "HEAD") or "unknown",
         "dirty": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
@@ -248,11 +248,13 @@ def run(study: Any, settings: Any, seed: int, profile: str, device: str, session
     prints = study.fingerprints(settings)
     key = make_key(settings.model, settings.dataset, profile, seed, row_identity(settings, profile), prints)
     path = folder / f"{key}.json"
+    code = provenance(device)
     with locked(folder / "locks" / key):
         if path.exists():
             return read_record(path)
         session.checkpoint = folder / "checkpoints" / f"{key}.safetensors"
         if torch.device(device).type == "cuda":
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(device)
         started = time.monotonic()
         data = study.load(settings, device)
@@ -276,7 +278,7 @@ def run(study: Any, settings: Any, seed: int, profile: str, device: str, session
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_mb": peak_memory_mb(device),
             "fingerprints": prints,
-        } | provenance(device)
+        } | code
         if result.model:
             weights = path.with_suffix(".safetensors")
             header = {"key": key, "settings": json.dumps(content["settings"]), "model": settings.model}
@@ -305,7 +307,8 @@ def promote(records: list[Record]) -> list[str]:
             raise ValueError(f"{arrays} has {arrays.stat().st_size} bytes, more than the {NPZ_LIMIT} a record may have")
         write_atomically(target.with_suffix(".npz"), lambda aside, a=arrays: shutil.copyfile(a, aside) and None)
         write_json(target, record.content)
-        lines.append(f"recorded: {record.key}")
+        doubt = "" if record.dirty is False else "  (made with uncommitted changes, or outside a checkout)"
+        lines.append(f"recorded: {record.key}{doubt}")
     return lines
 
 

@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from torch import Tensor
 from defectlab import runs
 from defectlab.anomaly import baselines
 from defectlab.anomaly import teacher as teachers
-from defectlab.anomaly.distil import precision_of, score_features
+from defectlab.anomaly.distil import compute_features, precision_of, score_features
 from defectlab.anomaly.maps import MAP_SIZE, image_scores
 from defectlab.batch import pick_device
 from defectlab.data.anomaly import DataError, from_good_folder, load_folder
 from defectlab.papers import bsdrd
 from defectlab.train import Session
 
+CHUNK = 256  # pictures whose features are held at once: about 0.9 MB each at 256 px with a ResNet-18
 KINDS = {
     "rd4ad": (baselines.RD4ADSettings, baselines),
     "patchcore": (baselines.PatchCoreSettings, baselines),
@@ -49,25 +51,28 @@ def read_model(path: Path) -> tuple[Any, dict[str, float], dict[str, Tensor]]:
 
 
 @torch.inference_mode()
-def score_pictures(
-    path: Path, settings: Any, tensors: dict[str, Tensor], images: Tensor, device: str
-) -> tuple[Tensor, Tensor]:
+def score_pictures(path: Path, settings: Any, tensors: dict[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
     """The model read from `path` on uint8 images (N, 3, size, size), as in the study's own rows.
 
-    -> (maps (N, 256, 256), scores (N,)), on `device` like the images. DataError where the tensors do not fit.
+    -> (maps (N, 256, 256), scores (N,)), on the images' device. DataError where the tensors do not fit.
     """
-    precision = precision_of(settings, device)
-    teacher = teachers.load_teacher(settings.teacher, device)
-    features = teachers.extract(teacher, images, torch.bfloat16 if precision == "bf16" else torch.float32)
+    device = images.device
     if settings.model == "patchcore":
         _check_tensors(path, tensors, {"bank"})
-        return baselines.score_patches(features, tensors["bank"].to(device))
+        bank = tensors["bank"].to(device)
+        parts = [baselines.score_patches(compute_features(settings, chunk), bank) for chunk in images.split(CHUNK)]
+        return torch.cat([maps for maps, _ in parts]), torch.cat([scores for _, scores in parts])
     _, module = KINDS[settings.model]
+    teacher = teachers.Teacher(settings.teacher)  # for its shapes only
     network = module.build(settings, teacher.channels, teacher.bottleneck)
     _check_tensors(path, tensors, set(network.state_dict()))
     network.load_state_dict(tensors)
     network.to(device, memory_format=torch.channels_last).eval()
-    maps = score_features(network, features, lambda t, outputs: module.to_maps(settings, t, outputs), precision)
+    to_maps = partial(module.to_maps, settings)
+    precision = precision_of(settings, device)
+    maps = torch.cat(
+        [score_features(network, compute_features(settings, c), to_maps, precision) for c in images.split(CHUNK)]
+    )
     return maps, image_scores(maps)
 
 
@@ -102,7 +107,7 @@ def score(options: argparse.Namespace) -> int:
     path = train_good(options, device) if options.train_good else options.model
     settings, dev, tensors = read_model(path)
     images, names = load_folder(options.images, settings.size, device)
-    maps, scores = score_pictures(path, settings, tensors, images, device)
+    maps, scores = score_pictures(path, settings, tensors, images)
     threshold = dev["threshold"]
     options.out.mkdir(parents=True, exist_ok=True)
     high = max(float(maps.max()), threshold)

@@ -184,4 +184,8 @@ def load_checkpoint(
             _, index, name = key.split(".")
             slots.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": slots, "param_groups": header["groups"]})
+    for weight, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == weight.shape:  # the fused step pairs elements by memory order: channels-last, too
+                moments[name] = torch.empty_like(weight).copy_(value)
     return header["epoch"], header["seconds"], header["curve"]

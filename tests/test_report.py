@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,13 +31,13 @@ PAPERS = project_root() / "results" / "papers"
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 TYPES = ("crack", "fray", "break")
 
-TABLE = """row,column,metric,unit,value,higher_is_better,status,key,source
-RD4AD,all,image_auroc,%,81.5,true,runnable,rd4ad,made up
-RD4AD,all,aupro,%,,true,runnable,rd4ad,made up
-BSDRD,all,image_auroc,%,,true,runnable,bsdrd,made up
-BSDRD,all,aupro,%,,true,runnable,bsdrd,made up
-Another,all,image_auroc,%,97.7,true,not run: code,,made up
-Another,all,aupro,%,,true,not run: code,,made up
+TABLE = """row,column,metric,unit,value,higher_is_better,status,key,not_comparable,source
+RD4AD,all,image_auroc,%,81.5,true,runnable,rd4ad,,made up
+RD4AD,all,aupro,%,,true,runnable,rd4ad,,made up
+BSDRD,all,image_auroc,%,,true,runnable,bsdrd,,made up
+BSDRD,all,aupro,%,,true,runnable,bsdrd,,made up
+Another,all,image_auroc,%,97.7,true,not run: code,,not run here,made up
+Another,all,aupro,%,,true,not run: code,,,made up
 """
 
 
@@ -46,6 +47,7 @@ def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
     monkeypatch.setattr(report, "project_root", lambda: tmp_path)
     monkeypatch.setattr(report, "BOOTSTRAP_REPEATS", 20)
+    monkeypatch.setattr(report, "fingerprints_here", lambda module, settings: {"data": "d", "weights": "w"})
     papers = tmp_path / "results" / "papers" / "bsdrd"
     papers.mkdir(parents=True)
     (papers / "main.csv").write_text(TABLE)
@@ -71,12 +73,13 @@ def write_records(
     here: bool = False,
     per_class: Callable[[int, str], float] = lambda seed, kind: 90.0,
     names: str = "image",
+    prints: dict[str, str] | None = None,
 ) -> None:
     """A record for each seed; `values`: metric -> a value a seed."""
     settings = bsdrd.ROWS[profile][row]
     folder = runs.runs_dir(profile) if here else runs.recorded_dir()
     for seed in range(len(next(iter(values.values())))):
-        mark, prints = runs.row_identity(settings, profile), {"data": "d", "weights": "w"}
+        mark, prints = runs.row_identity(settings, profile), prints or {"data": "d", "weights": "w"}
         key = runs.make_key(settings.model, settings.dataset, profile, seed, mark, prints)
         content = {
             "key": key,
@@ -87,6 +90,7 @@ def write_records(
             "changed": runs.changed(settings),
             "fingerprints": prints,
             "metrics": {metric: listed[seed] for metric, listed in values.items()},
+            "curve": {"loss": [1.0, 0.5]},
             "per_class": {kind: {metric: per_class(seed, kind) for metric in values} for kind in TYPES},
         }
         runs.write_json(folder / f"{key}.json", content)
@@ -95,7 +99,8 @@ def write_records(
         arrays = {
             "scores": rng.random(12) + (0.8 if row == "bsdrd" else 0.2) * labels,
             "labels": labels,
-            "types": np.repeat([0, 0, 1, 2], 3),
+            "types": np.repeat([0, 1, 2, 3], [6, 2, 2, 2]),
+            "type_names": np.array(["good", "crack", "fray", "break"]),
             "names": np.array([f"{names}{i}" for i in range(12)]),
             "histogram_edges": np.array([0.5], np.float32),
             "histogram_normal": np.full((12, 2), 8, np.uint16),
@@ -131,15 +136,48 @@ def test_results_table(root: Path) -> None:
     frame = results_table("bsdrd", "main", "paper")
     assert list(frame.index) == ["RD4AD", "BSDRD", "Another"]
     assert list(frame.columns) == [
-        *((name, column) for name in ("image AUROC", "AUPRO") for column in ("paper", "recorded (paper)", "this run")),
+        *(("image AUROC", column) for column in ("paper", "recorded (paper)", "this run", "verdict")),
+        *(("AUPRO", column) for column in ("paper", "recorded (paper)", "this run")),  # nothing printed, no verdict
         ("", "note"),
     ]
     assert frame.loc["BSDRD"].tolist() == [
-        "–", "87.0 [84.5, 89.5] n=3", "80.0 n=1", "–", "70.0 [70.0, 70.0] n=3", "60.0 n=1", "",
+        "–", "87.0 [84.5, 89.5] n=3", "80.0 n=1", "", "–", "70.0 [70.0, 70.0] n=3", "60.0 n=1", "",
     ]  # fmt: skip
-    assert frame.loc["RD4AD"].tolist() == ["81.5", "–", "–", "–", "–", "–", "not run yet"]
-    assert frame.loc["Another"].tolist() == ["97.7", "–", "–", "–", "–", "–", "not run: code"]
+    assert frame.loc["RD4AD"].tolist() == ["81.5", "–", "–", "not run yet", "–", "–", "–", "not run yet"]
+    assert frame.loc["Another"].tolist() == [
+        "97.7",
+        "–",
+        "–",
+        "cannot be judged (not run here)",
+        "–",
+        "–",
+        "–",
+        "not run: code",
+    ]
     assert "87.0 [84.5, 89.5] n=3" in report.styled(frame).to_html()
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [((81.0, 81.4, 81.9), "agrees"), ((84.0, 84.2, 84.1), "above"), ((70.0, 70.2), "needs at least 3 seeds")],
+)
+def test_printed_level_gets_a_verdict(root: Path, values: tuple[float, ...], verdict: str) -> None:
+    write_records("rd4ad", {"image_auroc": values, "aupro": values})
+    assert results_table("bsdrd", "main", "paper").loc["RD4AD", ("image AUROC", "verdict")] == verdict
+
+
+def test_near_100_the_interval_is_the_bootstrap_and_stays_below(root: Path) -> None:
+    write_records("rd4ad", {"image_auroc": (99.7, 100.0, 99.9), "aupro": (70.0, 70.0, 70.0)})
+    cell = results_table("bsdrd", "main", "paper").loc["RD4AD", ("image AUROC", "recorded (paper)")]
+    low, high = re.fullmatch(r"99\.9 \[([\d.]+), ([\d.]+)\]‡ n=3", cell).groups()
+    assert float(low) <= 99.9 <= float(high) <= 100
+
+
+def test_records_from_other_data_are_not_compared(root: Path) -> None:
+    write_claims(root, claim("image"))
+    write_records("rd4ad", all_metrics(80))
+    write_records("bsdrd", all_metrics(86), prints={"data": "other", "weights": "w"})
+    assert verdicts() == {"image (primary)": "cannot be judged (records differ in data or weights)"}
 
 
 def test_results_table_of_some_metrics(root: Path) -> None:
@@ -277,13 +315,10 @@ def test_one_seed_each_has_no_interval(root: Path) -> None:
     assert frame["outcome (quick)"].tolist() == ["+  (quick runs show a direction only)"]
 
 
-def test_synthetic_runs_get_no_verdict(root: Path) -> None:
+def test_synthetic_runs_are_never_judged(root: Path) -> None:
     write_claims(root, claim("sample_level"))
     write_records("rd4ad", all_metrics(80), "smoke", here=True)
     write_records("bsdrd", all_metrics(86), "smoke", here=True)
-    (judged,) = judge_claims("bsdrd", shelf("smoke", bsdrd.ROWS), recorded=False)
-    assert judged.verdict == "synthetic data: no verdict"
-    assert judged.difference is None
     assert verdicts("smoke") == {"sample level (primary)": "not run yet: bsdrd, rd4ad"}  # the recorded column is empty
 
 
@@ -294,11 +329,10 @@ def test_order_claims_compare_the_gain_at_some_types(root: Path) -> None:
     write_records("bsdrd", all_metrics(82), per_class=lambda seed, kind: 80.0 + seed + 6 * (kind == "crack"))
     judged = judge_claims("bsdrd", shelf("paper", bsdrd.ROWS))[0]
     assert judged.difference.mean == pytest.approx(6 - 2)
-    assert judged.images is None
+    assert judged.images.low <= judged.images.mean <= judged.images.high
     line = claims_table("bsdrd", "paper").iloc[0]
     assert line["compared"] == "bsdrd − rd4ad, image AUROC at crack"
     assert line["difference"] == "+4.0"
-    assert line["95 % over images"] == "–"
 
 
 def test_order_claim_about_a_type_that_is_not_there(root: Path) -> None:
@@ -317,7 +351,7 @@ def test_bootstrap_over_images_is_paired_and_reads_the_arrays(root: Path) -> Non
     books = shelf("paper", bsdrd.ROWS)
     means = []
     for row in ("bsdrd", "rd4ad"):
-        arrays = [r.arrays for r in books.of(bsdrd.ROWS, row)[0]]
+        arrays = [r.arrays for r in books.of(bsdrd, row)[0]]
         pairs = [(a["scores"][6:, None] > a["scores"][None, :6]).mean() for a in arrays]  # AUROC by its definition
         means.append(100 * np.mean(pairs))
     assert image.images.mean == pytest.approx(means[0] - means[1])

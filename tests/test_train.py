@@ -21,7 +21,7 @@ class TinyStudent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scales = nn.ModuleList(nn.Sequential(nn.Conv2d(c, c, 1), nn.BatchNorm2d(c)) for c in (4, 8))
+        self.scales = nn.ModuleList(nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c)) for c in (4, 8))
 
     def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
         return [[scale(f) for scale, f in zip(self.scales, features, strict=True)]]
@@ -44,10 +44,12 @@ def features() -> list[Tensor]:
     return [torch.rand(IMAGES, c, s, s, generator=generator) for c, s in ((4, 8), (8, 4))]
 
 
-def fit(seed: int = 0, session: Session | None = None, loss=None, **changes) -> tuple[dict[str, Tensor], Trained]:
+def fit(
+    seed: int = 0, session: Session | None = None, loss=None, layout=torch.contiguous_format, **changes
+) -> tuple[dict[str, Tensor], Trained]:
     """Train a fresh student. -> (weights of student and loss, what `train` returned)."""
     torch.manual_seed(seed)
-    network, loss = TinyStudent(), loss or WeightedLoss()
+    network, loss = TinyStudent().to(memory_format=layout), loss or WeightedLoss()
     options = {
         "epochs": EPOCHS,
         "batch": BATCH,
@@ -174,15 +176,17 @@ def test_a_single_last_image_is_dropped() -> None:
 # --- Resuming --------------------------------------------------------------------------------------------------------
 
 
-def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    whole, trained = fit()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, layout: torch.memory_format) -> None:
+    """Also in the layout in which the studies train: fused Adam pairs weights and moments by memory order."""
+    whole, trained = fit(layout=layout)
     checkpoint = tmp_path / "checkpoints" / "row.safetensors"
     for done in (1, 2):  # each sitting has no time left and does its one epoch
         with pytest.raises(OutOfTime, match=f"after epoch {done} of {EPOCHS}; run again"):
-            fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+            fit(session=quiet(checkpoint=checkpoint, deadline=past()), layout=layout)
         assert checkpoint.exists()
     lines: list[str] = []
-    resumed, trained_again = fit(session=Session(checkpoint=checkpoint, say=lines.append))
+    resumed, trained_again = fit(session=Session(checkpoint=checkpoint, say=lines.append), layout=layout)
     assert f"continues after epoch 2 of {EPOCHS}" in lines[0]
     assert len(lines) == 1 + EPOCHS - 2
     assert same(resumed, whole)

@@ -30,14 +30,19 @@ def precision_of(settings: Any, device: str | torch.device) -> str:
 
 def cached_features(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> list[Tensor]:
     """Teacher features of one split, computed once a process; another data set or teacher takes their place."""
-    dtype = torch.bfloat16 if precision_of(settings, device) == "bf16" else torch.float32
-    family = (data.fingerprint, settings.teacher, settings.size, dtype, str(device))
+    family = (data.fingerprint, settings.teacher, settings.size, precision_of(settings, device), str(device))
     for key in [k for k in _features if k[0] != family]:
         del _features[key]
     if (family, part) not in _features:
-        teacher = teachers.load_teacher(settings.teacher, device).to(memory_format=torch.channels_last)
-        _features[family, part] = teachers.extract(teacher, getattr(data, part).images, dtype)
+        _features[family, part] = compute_features(settings, getattr(data, part).images)
     return _features[family, part]
+
+
+def compute_features(settings: Any, images: Tensor) -> list[Tensor]:
+    """Teacher features of uint8 images (N, 3, size, size), on their device, in the dtype in which runs cache them."""
+    dtype = torch.bfloat16 if precision_of(settings, images.device) == "bf16" else torch.float32
+    teacher = teachers.load_teacher(settings.teacher, images.device).to(memory_format=torch.channels_last)
+    return teachers.extract(teacher, images, dtype)
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Reverse distillation (RD4AD): Deng and Li, "Anomaly Detection via Reverse Distillation from One-Class
-Embedding", CVPR 2022, arXiv 2201.10703. Section 3.2 is the bottleneck, section 3.1 the decoder, equations 1-3 the loss.
+Embedding", CVPR 2022, arXiv 2201.10703. Section 3.2 is the bottleneck, section 3.1 the decoder, equations 1-2 the loss
+(equation 3, the score, is in `maps.py`).
 
 The student never sees the image. It reads the teacher's three feature maps through a narrow one-class embedding and
 has to give the same three maps back, coarse to fine. Trained on good parts only, it restores what good parts have, and
@@ -67,7 +68,7 @@ class ResidualBlock(nn.Module):
 
 
 def initialise(network: nn.Module) -> None:
-    """Kaiming-normal convolutions (fan out, ReLU), as ResNets and the official code have; in place.
+    """Kaiming-normal convolutions (fan out, ReLU), in place; the official code does so for all but the transposed ones.
 
     PyTorch's default weights are about 2.5 times smaller, and since a norm follows every convolution that makes the
     first steps of a short training too large: `results/tried.md` has the numbers.
@@ -111,9 +112,9 @@ class OneClassEmbedding(nn.Sequential):
 class ReverseDecoder(nn.Module):
     """The teacher's mirror (section 3.1): three up-sampling stages, coarse to fine."""
 
-    def __init__(self, channels: tuple[int, int, int], bottleneck: int, inputs: int | None = None):
+    def __init__(self, channels: tuple[int, int, int], bottleneck: int):
         super().__init__()
-        widths = [inputs or 2 * channels[2], channels[2], channels[1], channels[0]]
+        widths = [2 * channels[2], channels[2], channels[1], channels[0]]
         depths = (3, 4, 6) if bottleneck else (2, 2, 2)
         self.stages = nn.ModuleList(
             stage(a, b, "up", depth, bottleneck) for a, b, depth in zip(widths, widths[1:], depths, strict=False)

@@ -6,6 +6,7 @@ features of these three layers: at stride 4, 8 and 16, with (64, 128, 256) chann
 """
 
 import hashlib
+import pickle
 from pathlib import Path
 
 import torch
@@ -79,9 +80,9 @@ def local_weights(name: str) -> Path | None:
 def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
     """The teacher `name` with ImageNet weights on `device`.
 
-    Weights come from a safetensors file `<name>*.safetensors` in DEFECTLAB_WEIGHTS (torchvision's keys, at least
-    the stem and layers 1-3), else from torchvision's own cache. Nothing is downloaded and nothing is replaced by
-    random numbers: `<name>_random`, seeded, is for smoke runs, and has to be asked for by this name.
+    Weights come from a file `<name>.safetensors` or `<name>_<anything>.safetensors` in DEFECTLAB_WEIGHTS (torchvision's
+    keys, at least the stem and layers 1-3), else from torchvision's own cache. Nothing is downloaded and nothing is
+    replaced by random numbers: `<name>_random`, seeded, is for smoke runs, and has to be asked for by this name.
 
     Raises:
         WeightsError: unknown name, weights not there, or keys that do not fit.
@@ -95,12 +96,10 @@ def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
     path = local_weights(architecture)
     if path is None:
         path = _torchvision_file(architecture)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    else:
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise WeightsError(f"{path} cannot be read ({error}): replace it") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pth" else load_file(path)
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}): replace it") from error
     _load(teacher, state, path)
     return teacher.to(device)
 
@@ -123,7 +122,7 @@ def _load(teacher: Teacher, state: dict[str, Tensor], path: Path) -> None:
     wanted = {k for k in teacher.state_dict() if k not in ("mean", "std") and not k.endswith("batches_tracked")}
     renamed = {}
     for key, value in state.items():
-        first, rest = key.split(".", 1)
+        first, _, rest = key.partition(".")
         renamed[f"{stem.get(first, first)}.{rest}"] = value
     missing = sorted(wanted - renamed.keys())
     if missing:
@@ -158,5 +157,6 @@ def extract(teacher: Teacher, images: Tensor, dtype: torch.dtype, batch: int = 3
     Returns:
         Three tensors (N, C, h, w), in channels-last memory order.
     """
-    parts = [[f.to(dtype) for f in teacher(chunk)] for chunk in images.split(batch)]
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        parts = [[f.to(dtype) for f in teacher(chunk)] for chunk in images.split(batch)]
     return [torch.cat(layer).contiguous(memory_format=torch.channels_last) for layer in zip(*parts, strict=True)]

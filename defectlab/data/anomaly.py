@@ -136,7 +136,10 @@ def _read_sample(
     original = (image.height, image.width)
     mask = np.zeros((1, 1), bool)
     if sample.pasted is not None:
-        image, mask = _paste_defect(image, TILE_TYPES[sample.pasted % len(TILE_TYPES)], sample.pasted)
+        try:
+            image, mask = _paste_defect(image, TILE_TYPES[sample.pasted % len(TILE_TYPES)], sample.pasted)
+        except ValueError as error:
+            raise DataError(f"{folder / sample.path} is too small for a pasted defect ({error}): {remedy}") from error
     elif sample.mask is not None:
         grey = np.asarray(_decode(folder / sample.mask, remedy).convert("L"))
         if grey.shape != original:

@@ -73,7 +73,10 @@ class DynamicFusion(nn.Module):
         self.gate = nn.Sequential(nn.Linear(3 * last, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 3 * last))
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Teacher features -> (weighted scales side by side (B, 3 C3, h, w), weights (B, 3, C3) that sum to 1)."""
+        """Teacher features -> (weighted scales side by side (B, 3 C3, h, w), weights (B, 3, C3) that sum to 1).
+
+        The scales are weighted times 3, so that equal weights are RD4AD's plain concatenation.
+        """
         scales = torch.stack([a(f) for a, f in zip(self.align, features, strict=True)], 1)  # (B, 3, C3, h, w)
         pooled = rearrange(scales.mean((-1, -2)), "b s c -> b (s c)")
         weights = rearrange(self.gate(pooled), "b (s c) -> b s c", s=3).softmax(1)
@@ -294,7 +297,7 @@ def student_maps(teacher: list[Tensor], students: list[list[Tensor]], fusion: st
 
 SMALLER = {"low_channels": 32}  # smoke only: 128 px and a random teacher need no more
 SETTINGS = {
-    "smoke": Settings(dataset="synthetic_tile", epochs=3, batch=8, **baselines.SMALL, **SMALLER),
+    "smoke": Settings(dataset="synthetic_tile", epochs=2, batch=8, **baselines.SMALL, **SMALLER),
     "quick": Settings(epochs=10),
     "paper": Settings(),
 }
