@@ -281,7 +281,7 @@ class Study:
 def toy_study(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One study with a table that works and one whose record is broken."""
 
-    def results_table(name: str, table: str, profile: str) -> pd.DataFrame:
+    def results_table(name: str, table: str, profile: str, metrics: list[str]) -> pd.DataFrame:
         if table == "broken":
             raise RuntimeError("x.json is not a readable record")
         return pd.DataFrame({("image AUROC", "paper"): ["97.7"]}, index=pd.Index(["row one"], name="row"))
