@@ -71,3 +71,8 @@ def test_versions_of_the_package_agree():
     assert citation["version"] == PROJECT["version"] == metadata.version("defectlab")
     assert citation["title"] == PROJECT["name"]
     assert citation["license"] == PROJECT["license"]["text"] == "MIT"
+
+
+def test_no_placeholder_is_left() -> None:
+    for path in (ROOT / "README.md", ROOT / "results" / "tried.md"):
+        assert not re.findall(r"@[A-Z0-9_]+@", path.read_text(encoding="utf-8")), path
