@@ -104,7 +104,7 @@ def show_records(records: list[Record], metric: str) -> str:
 
 def judge_printed(line: dict[str, str], records: list[Record], profile: str) -> str:
     """The verdict on one printed level: why it cannot be judged, or agrees / above / below."""
-    if not line["value"]:
+    if not line["value"] or not line["key"]:  # nothing printed, or another's number, shown for comparison only
         return ""
     if line["not_comparable"]:
         return f"cannot be judged ({line['not_comparable']})"
@@ -123,14 +123,14 @@ def results_table(
 ) -> pd.DataFrame:
     """One row a row of the paper's table; for each metric the columns paper | recorded | this run | verdict.
 
-    The verdict column is there for metrics of which a number was printed. Rows without any number say why in the last
-    column. In smoke this machine's column is headed "synthetic".
+    The verdict column is there for metrics of which a number was printed for a row that is run here. Rows without any
+    number say why in the last column. In smoke this machine's column is headed "synthetic".
     """
     lines = printed_table(study_name, table)
     module = study(study_name)
     books = books or shelf(profile, module.ROWS)
     metrics = metrics or list(dict.fromkeys(line["metric"] for line in lines))
-    printed = {line["metric"] for line in lines if line["value"]}
+    printed = {line["metric"] for line in lines if line["value"] and line["key"]}
     here_name = "synthetic" if profile == "smoke" else "this run"
     content: dict[str, dict[tuple[str, str], str]] = {}
     for line in lines:

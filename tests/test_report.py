@@ -36,7 +36,7 @@ RD4AD,all,image_auroc,%,81.5,true,runnable,rd4ad,,made up
 RD4AD,all,aupro,%,,true,runnable,rd4ad,,made up
 BSDRD,all,image_auroc,%,,true,runnable,bsdrd,,made up
 BSDRD,all,aupro,%,,true,runnable,bsdrd,,made up
-Another,all,image_auroc,%,97.7,true,not run: code,,not run here,made up
+Another,all,image_auroc,%,97.7,true,not run: code,,,made up
 Another,all,aupro,%,,true,not run: code,,,made up
 """
 
@@ -148,7 +148,7 @@ def test_results_table(root: Path) -> None:
         "97.7",
         "–",
         "–",
-        "cannot be judged (not run here)",
+        "",
         "–",
         "–",
         "–",
