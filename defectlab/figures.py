@@ -69,6 +69,8 @@ def one_of_each(data: AnomalyData, part: str = "test") -> list[int]:
 def loss_curves(records: dict[str, list[Record]]) -> Figure:
     """Training loss an epoch, a line a seed, a colour a row; each row divided by its first value, since losses of
     different definition have different heights."""
+    if not records:
+        return nothing_yet()
     figure, axis = plt.subplots(figsize=(6, 2.8))
     for colour, (name, found) in enumerate(records.items()):
         for record in found:
@@ -80,8 +82,31 @@ def loss_curves(records: dict[str, list[Record]]) -> Figure:
     return figure
 
 
+def dimension_curves(records: dict[str, Record], dimensions: Sequence[str]) -> Figure:
+    """Named scalars of the loss an epoch, a panel a row, a line a dimension."""
+    if not records:
+        return nothing_yet()
+    figure, axes = plt.subplots(1, len(records), figsize=(3 * len(records), 2.4), sharey=True, squeeze=False)
+    for axis, (name, record) in zip(axes[0], records.items(), strict=True):
+        for dimension in dimensions:
+            axis.plot(record.curve[dimension], label=dimension)
+        axis.set(title=name, xlabel="epoch")
+    axes[0, 0].set_ylabel("1 − cosine")
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def nothing_yet() -> Figure:
+    """In place of a figure whose runs are not finished (the minutes were used up): it says so."""
+    figure = plt.figure(figsize=(4, 0.5))
+    figure.text(0, 0.3, "no finished run yet: run again to go on")
+    return figure
+
+
 def score_histograms(records: dict[str, Record]) -> Figure:
     """Image scores of normal and defective test images, a panel a row; the dashed line is the threshold from dev."""
+    if not records:
+        return nothing_yet()
     figure, axes = plt.subplots(1, len(records), figsize=(3.2 * len(records), 2.6), squeeze=False)
     for axis, (name, record) in zip(axes[0], records.items(), strict=True):
         arrays = record.arrays
