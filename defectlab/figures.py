@@ -141,20 +141,3 @@ def cases(record: Record, width: float = 9.0) -> Figure:
         "defects with the lowest scores  ·  good parts with the highest  ·  defects with the highest", size=9
     )
     return figure
-
-
-def per_type_bars(records: dict[str, list[Record]], metric: str, label: str) -> Figure:
-    """Mean over seeds of one metric for each defect type, a bar a row; dots are the seeds."""
-    figure, axis = plt.subplots(figsize=(8, 2.8))
-    types = list(next(iter(records.values()))[0].per_class)
-    width = 0.8 / len(records)
-    for index, (name, found) in enumerate(records.items()):
-        values = np.array([[r.per_class[t][metric] for t in types] for r in found])
-        x = np.arange(len(types)) + (index - (len(records) - 1) / 2) * width
-        axis.bar(x, values.mean(0), width * 0.9, label=name, color=f"C{index}", alpha=0.75)
-        for one in values:
-            axis.plot(x, one, ".", color=INK, markersize=3)
-    axis.set(xticks=range(len(types)), xticklabels=types, ylabel=label)
-    axis.set_ylim(0, 100)
-    axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    return figure
