@@ -13,7 +13,8 @@ help:
 	@echo "make reproduce   run the notebooks, write runs/PROFILE/index.html; an interrupted call is continued by the same"
 	@echo "                   PROFILE=smoke|quick|paper (smoke)  NOTEBOOKS=03,20  MINUTES=30  DEVICE=cpu|cuda  SEEDS=0,1  JOBS=2"
 	@echo "make test        style, tests, and the notebooks once more with nbval"
-	@echo "make data        fetch the data sets, or unpack them: ARCHIVES=folder with magnetic-tile.zip, mvtec_metal_nut_512.zip"
+	@echo "make data        fetch the data sets, or unpack them: ARCHIVES=folder with magnetic-tile.zip, mvtec_metal_nut_512.zip,"
+	@echo "                   DeepPCB.tar.xz, NEU-DET.zip (NEU-DET cannot be downloaded by a script)"
 	@echo "make bench       speed of training, inference and metrics on this machine"
 	@echo "make report      write runs/PROFILE/index.html, results/tables and the verdicts in README.md from the records"
 	@echo "make clean       remove runs/smoke and caches; data, weights, quick and paper runs stay"
@@ -42,6 +43,8 @@ test: $(INSTALLED)
 data: $(INSTALLED)
 	$(PY) data_scripts/magnetic_tile.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/magnetic-tile.zip')
 	$(PY) data_scripts/mvtec_ad.py --category metal_nut $(if $(ARCHIVES),--archive '$(ARCHIVES)/mvtec_metal_nut_512.zip')
+	$(PY) data_scripts/deep_pcb.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/DeepPCB.tar.xz')
+	$(PY) data_scripts/neu_det.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/NEU-DET.zip')
 
 bench: $(INSTALLED)
 	$(PY) -m defectlab bench $(if $(DEVICE),--device $(DEVICE))

@@ -1,5 +1,6 @@
 """Batches of runs: which rows and seeds of a study, in which order, within how many minutes."""
 
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from defectlab import runs
 from defectlab.anomaly.teacher import WeightsError
 from defectlab.data.store import DataError
+from defectlab.measured import metric_groups, value_of, written
 from defectlab.runs import Record
 from defectlab.studies import pick_rows, study
 from defectlab.train import OutOfTime, Session
@@ -92,7 +94,8 @@ def run_tasks(
             say(f"  {stop}")
             break
         finished.append(record)
-        shown = ", ".join(f"{k} {record.metrics[k]:.1f}" for k in ("image_auroc", "pixel_auroc", "aupro"))
+        values = {metric: value_of(record, metric) for metric in metric_groups(study(name))[0]}
+        shown = ", ".join(f"{metric} {written(v, metric)}" for metric, v in values.items() if not math.isnan(v))
         say(f"  {shown}  ({record.seconds:.0f} s; {time.monotonic() - started:.0f} s so far)")
     return finished
 

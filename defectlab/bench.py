@@ -11,12 +11,12 @@ from scipy import ndimage
 
 from defectlab.anomaly import teacher as teachers
 from defectlab.anomaly.baselines import SETTINGS, build, make_loss, to_maps
-from defectlab.anomaly.distil import precision_of, score_features
+from defectlab.anomaly.distil import score_features
 from defectlab.batch import pick_device
 from defectlab.metrics import anomaly_metrics
 from defectlab.papers import bsdrd
 from defectlab.runs import device_name, peak_memory_mb
-from defectlab.train import autocast
+from defectlab.train import autocast, precision_of
 
 BATCH = 16
 

@@ -35,7 +35,10 @@ from defectlab.data.store import data_dir, project_root
 from defectlab.train import Session
 
 PROFILES = ("smoke", "quick", "paper")
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "PyWavelets", "safetensors")
+PACKAGES = (
+    *("torch", "torchvision", "numpy", "scipy", "scikit-learn", "PyWavelets", "safetensors"),
+    *("torchmetrics", "faster-coco-eval"),
+)
 NPZ_LIMIT = 300_000  # bytes: what a committed record may weigh
 
 
@@ -46,6 +49,7 @@ class Result:
     metrics: of the test set, in per cent; per_class: the same a defect type; dev: the same on dev, with its threshold.
     curve: name -> a value an epoch. predictions: arrays for the .npz. model: tensors for the .safetensors.
     costs: parameters, images/s, seconds of training ...; precision: what the network computed in.
+    notes: what else a reader must know, such as the key and hash of the teacher that a student learnt from.
     """
 
     metrics: dict[str, float]
@@ -57,6 +61,7 @@ class Result:
     costs: dict[str, float]
     precision: str
     fingerprints: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def runs_dir(profile: str) -> Path:
@@ -78,11 +83,15 @@ def check_profile(profile: str) -> str:
 
 def changed(settings: Any) -> dict[str, Any]:
     """The fields of a settings dataclass that differ from their frozen defaults."""
-    return {
-        f.name: getattr(settings, f.name)
-        for f in dataclasses.fields(settings)
-        if getattr(settings, f.name) != f.default
-    }
+    found = {f.name: (getattr(settings, f.name), f.default) for f in dataclasses.fields(settings)}
+    return {name: plain(value) for name, (value, default) in found.items() if value != default}
+
+
+def plain(value: Any) -> Any:
+    """Settings inside settings (a row that looks at another row's network) as a dict of what differs."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {"model": value.model, "version": value.version} | changed(value)
 
 
 def identity(model: str, version: int, different: dict[str, Any], profile: str) -> str:
@@ -126,12 +135,21 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def _versions() -> dict[str, str]:
+    """Package -> version, of those of `PACKAGES` that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
 def provenance(device: str | torch.device) -> dict[str, Any]:
     status = _git(project_root(), "status", "--porcelain", "--untracked-files=no", "--", "defectlab")
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | _versions(),
         "commit": _git(project_root(), "rev-parse", "HEAD") or "unknown",
         "dirty": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -253,6 +271,9 @@ def run(study: Any, settings: Any, seed: int, profile: str, device: str, session
         if path.exists():
             return read_record(path)
         session.checkpoint = folder / "checkpoints" / f"{key}.safetensors"
+        session.need = lambda other, its_seed: run(
+            study, other, its_seed, profile, device, Session(deadline=session.deadline, say=session.say)
+        )
         if torch.device(device).type == "cuda":
             torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(device)
@@ -279,6 +300,8 @@ def run(study: Any, settings: Any, seed: int, profile: str, device: str, session
             "peak_memory_mb": peak_memory_mb(device),
             "fingerprints": prints,
         } | code
+        if result.notes:
+            content["notes"] = result.notes
         if result.model:
             weights = path.with_suffix(".safetensors")
             header = {"key": key, "settings": json.dumps(content["settings"]), "model": settings.model}

@@ -19,12 +19,12 @@ from torch import Tensor
 from defectlab import runs
 from defectlab.anomaly import baselines
 from defectlab.anomaly import teacher as teachers
-from defectlab.anomaly.distil import compute_features, precision_of, score_features
+from defectlab.anomaly.distil import compute_features, score_features
 from defectlab.anomaly.maps import MAP_SIZE, image_scores
 from defectlab.batch import pick_device
 from defectlab.data.anomaly import DataError, from_good_folder, load_folder
 from defectlab.papers import bsdrd
-from defectlab.train import Session
+from defectlab.train import Session, precision_of
 
 CHUNK = 256  # pictures whose features are held at once: about 0.9 MB each at 256 px with a ResNet-18
 KINDS = {

@@ -9,6 +9,8 @@ from defectlab.runs import check_profile
 STUDIES = {
     "reverse_distillation": "defectlab.anomaly.baselines",
     "bsdrd": "defectlab.papers.bsdrd",
+    "detector": "defectlab.detector.baselines",
+    "yolo_dcf": "defectlab.papers.yolo_dcf",
 }
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,11 +28,14 @@ class Session:
     checkpoint: file that an interrupted training continues from; None: do not write one.
     deadline: `time.monotonic()` value after which training stops at the end of an epoch with OutOfTime; None: none.
     say: where the line an epoch goes.
+    need: (settings, seed) -> record of another row of the study at the same profile, run first if it has not been run
+        here: a teacher, or the network that a row looks at. `runs.run` sets it.
     """
 
     checkpoint: Path | None = None
     deadline: float | None = None
     say: Callable[[str], None] = print
+    need: Callable[[Any, int], Any] | None = None
     every_seconds: float = 60.0  # between two checkpoints
     _last: float = field(default_factory=time.monotonic)
 
@@ -63,6 +67,11 @@ def fast_bf16(device: torch.device) -> bool:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def precision_of(settings: Any, device: str | torch.device) -> str:
+    """The precision a run really uses: bf16 where settings ask for it and the device is fast at it, else fp32."""
+    return "bf16" if settings.precision == "bf16" and fast_bf16(torch.device(device)) else "fp32"
 
 
 def epoch_order(count: int, batch: int, seed: int, epoch: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -127,7 +136,7 @@ def train(
             logged.append(torch.stack([v.detach() for v in scalars.values()]))
             seen += len(indices)
         table = torch.stack(logged).cpu()  # the only synchronisation: once an epoch
-        _check_finite(table[:, list(scalars).index("loss")], epoch, len(logged))
+        check_finite(table[:, list(scalars).index("loss")], epoch, len(logged))
         for name, value in zip(scalars, table.mean(0).tolist(), strict=True):
             curve.setdefault(name, []).append(round(value, 6))
         seconds = time.monotonic() - started
@@ -142,7 +151,7 @@ def train(
     return Trained(curve, earlier + seconds, seen / seconds if seen else 0.0)
 
 
-def _check_finite(losses: Tensor, epoch: int, batches: int) -> None:
+def check_finite(losses: Tensor, epoch: int, batches: int) -> None:
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         raise NonFiniteLoss(

@@ -54,7 +54,7 @@ def study(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "nonsense"], "invalid choice: 'nonsense' (choose from 'reverse_distillation', 'bsdrd')"),
+        (["run", "nonsense"], "invalid choice: 'nonsense' (choose from 'reverse_distillation', 'bsdrd',"),
         (["run", "bsdrd", "--profile", "fast"], "invalid choice: 'fast' (choose from 'smoke', 'quick', 'paper')"),
         (["run", "bsdrd", "--seeds", "one"], "argument --seeds: invalid"),
         (["run", "bsdrd", "--minutes", "soon"], "argument --minutes: invalid"),

@@ -1,18 +1,27 @@
 """What the committed tables of printed numbers and the claims must hold."""
 
 import csv
+import math
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from defectlab import runs
+from defectlab import runs, stats
 from defectlab.data.anomaly import TILE_TYPES
+from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, PKU_CLASSES
 from defectlab.data.store import project_root
+from defectlab.measured import COSTS, METRIC_NAMES, metric_groups
 from defectlab.papers import bsdrd
-from defectlab.report import METRIC_NAMES
 from defectlab.studies import STUDIES, study
 
+# fields of a claim: all kinds have the first; then by kind what it needs and what it may have
+EVERY_CLAIM = {"id", "sentence", "place", "kind", "a", "metric", "primary", "rule", "date_set"}
+FIELDS = {
+    "gain": ({"b"}, {"printed"}),
+    "order": ({"b", "types"}, {"printed"}),
+    "bound": (set(), {"b", "at_most", "at_least"}),
+}
 PAPERS = project_root() / "results" / "papers"
 TABLES = [(name, path) for name in STUDIES for path in sorted((PAPERS / name).glob("*.csv"))]
 
@@ -31,10 +40,11 @@ def test_every_printed_line_is_a_row_or_says_why_not(name: str, path: Path) -> N
         else:
             assert line["status"] in {f"not run: {why}" for why in ("data", "weights", "code")}, where
         assert line["metric"] in METRIC_NAMES, where
-        assert line["unit"] == "%", where
-        assert line["higher_is_better"] == "true", where
+        cost = COSTS.get(line["metric"])
+        assert line["unit"] == (cost.unit if cost else "%"), where
+        assert line["higher_is_better"] == str(cost is None or cost.higher_is_better).lower(), where
         assert line["source"], where
-        assert not line["value"] or 0 <= float(line["value"]) <= 100, where
+        assert not line["value"] or 0 <= float(line["value"]) <= (math.inf if cost else 100), where
     assert len({(line["row"], line["column"], line["metric"]) for line in lines}) == len(lines)
     assert all(len({line["key"] for line in lines if line["row"] == row}) == 1 for row in {x["row"] for x in lines})
 
@@ -50,19 +60,44 @@ CLAIMS = sorted(PAPERS.glob("*/claims.toml"))
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.parent.name)
 def test_claims_are_complete(path: Path) -> None:
     claims = tomllib.loads(path.read_text())["claim"]
-    rows = study(path.parent.name).ROWS
+    module = study(path.parent.name)
+    types = {name for names in (TILE_TYPES, NEU_CLASSES, DEEP_PCB_CLASSES, PKU_CLASSES) for name in names}
     for one in claims:
-        for side in (one["a"], one["b"]):
-            assert all(side in rows[profile] for profile in runs.PROFILES), one["id"]
-        assert one["a"] != one["b"], one["id"]
+        assert one["kind"] in FIELDS, one["id"]
+        needed, optional = FIELDS[one["kind"]]
+        assert EVERY_CLAIM | needed <= set(one) <= EVERY_CLAIM | needed | optional, one["id"]
+        sides = [one[side] for side in ("a", "b") if side in one]
+        assert all(side in module.ROWS[profile] for side in sides for profile in runs.PROFILES), one["id"]
+        assert len(set(sides)) == len(sides), one["id"]
         assert one["metric"] in METRIC_NAMES, one["id"]
-        assert one["kind"] in ("level", "gain", "order"), one["id"]
         assert isinstance(one["primary"], bool), one["id"]
         assert one["date_set"].isoformat() > "2026", one["id"]
         assert all(one[field].strip() for field in ("sentence", "place", "rule")), one["id"]
-        assert bool(one.get("types")) == (one["kind"] == "order"), one["id"]
-        assert set(one.get("types", ())) <= set(TILE_TYPES), one["id"]
+        assert one.get("printed", 1) > 0, one["id"]
+        assert set(one.get("types", ())) <= types, one["id"]
+        assert (one["kind"] == "bound") == (one["metric"] in COSTS), one["id"]
+        if one["kind"] == "bound":
+            assert ("at_most" in one) != ("at_least" in one), one["id"]
+            assert one.get("at_most", one.get("at_least")) > 0, one["id"]
+        if one["kind"] == "order":
+            assert one["types"], one["id"]
     assert len({one["id"] for one in claims}) == len(claims)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_metrics_of_a_study_are_known_and_each_is_shown_once(name: str) -> None:
+    shown = [metric for group in metric_groups(study(name)) for metric in group]
+    assert shown
+    assert set(shown) <= set(METRIC_NAMES)
+    assert len(set(shown)) == len(shown)
+
+
+def test_primary_claims_get_enough_seeds_for_a_verdict() -> None:
+    for path in CLAIMS:
+        seeds = study(path.parent.name).planned_seeds
+        for one in tomllib.loads(path.read_text())["claim"]:
+            if one["primary"] and one["kind"] != "bound":
+                assert all(seeds(one[side], "paper") >= stats.MIN_SEEDS for side in ("a", "b")), one["id"]
 
 
 def test_primary_claims_of_bsdrd_are_planned_with_enough_seeds() -> None:

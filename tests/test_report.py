@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from defectlab import report, runs
+from defectlab import claims, measured, report, runs
 from defectlab.data.store import project_root
 from defectlab.metrics import metrics_from_histograms
 from defectlab.papers import bsdrd
@@ -41,7 +41,8 @@ def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A project with one table, no claims and no runs."""
     monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
     monkeypatch.setattr(report, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(report, "BOOTSTRAP_REPEATS", 20)
+    monkeypatch.setattr(claims, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(measured, "BOOTSTRAP_REPEATS", 20)
     monkeypatch.setattr(report, "fingerprints_here", lambda module, settings: {"data": "d", "weights": "w"})
     papers = tmp_path / "results" / "papers" / "bsdrd"
     papers.mkdir(parents=True)

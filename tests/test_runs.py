@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from defectlab import runs
 from defectlab.runs import Record, RecordError, Result
-from defectlab.score import KINDS
+from defectlab.studies import STUDIES, study
 from defectlab.train import OutOfTime, Session
 
 COMMITTED = runs.recorded_dir()
@@ -353,6 +353,18 @@ def test_find_mixes_no_fingerprints_and_prefers_the_largest_group(root: Path, la
     assert [r.fingerprints["data"] for r in found] == [larger] * 3
 
 
+def test_notes_are_kept_only_where_there_are_any(root: Path) -> None:
+    plain = run(make_study())
+    assert "notes" not in plain.content
+
+    def taught(settings, seed, data, device, session):
+        return dataclasses.replace(fake_result(seed), notes={"teacher": "fake-tiles-quick-s0", "sha256": "ab"})
+
+    record = run(make_study(taught), seed=1)
+    assert record.notes == {"teacher": "fake-tiles-quick-s0", "sha256": "ab"}
+    assert set(record.content) - {"notes"} == set(plain.content)
+
+
 def test_promote_copies_once(root: Path) -> None:
     record = run(make_study())
     doubt = "  (made with uncommitted changes, or outside a checkout)"
@@ -397,6 +409,11 @@ def test_provenance_outside_a_checkout_says_unknown(root: Path) -> None:
     assert (found["commit"], found["dirty"]) == ("unknown", None)
 
 
+def test_provenance_names_only_packages_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "PACKAGES", ("numpy", "surely-not-installed"))
+    assert runs.provenance("cpu")["versions"].keys() == {"python", "numpy"}
+
+
 def test_provenance_in_the_repository() -> None:
     if not (COMMITTED.parents[1] / ".git").exists():
         pytest.skip("needs a git checkout")
@@ -409,12 +426,25 @@ def test_provenance_in_the_repository() -> None:
 # --- The committed records -------------------------------------------------------------------------------------------
 
 
+def rebuilt(kind: type, fields: dict, changed: dict, kinds: dict[str, type]):
+    """Settings from a record; those inside of settings say their kind in what differs."""
+    values = {}
+    for name, value in fields.items():
+        if not isinstance(value, dict):
+            values[name] = tuple(value) if isinstance(value, list) else value
+        elif name in changed:
+            values[name] = rebuilt(kinds[changed[name]["model"]], value, changed[name], kinds)
+    return kind(**values)
+
+
 def test_committed_records_stand_under_the_key_of_their_content() -> None:
+    rows = [row for name in STUDIES for rows in study(name).ROWS.values() for row in rows.values()]
+    kinds = {row.model: type(row) for row in rows}
     for record in runs.read_records(COMMITTED):
-        kind, _ = KINDS[record.model]
+        kind = kinds[record.model]
         known = {f.name for f in dataclasses.fields(kind)}
         assert set(record.settings) <= known, f"{record.path.name}: settings that {record.model} no longer has"
-        settings = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.settings.items()})
+        settings = rebuilt(kind, record.settings, record.changed, kinds)
         # changed defaults would show here: the record's row would no longer be the row of its own settings
         assert json.loads(json.dumps(runs.changed(settings))) == record.changed, record.path.name
         assert record.version == kind.version, f"{record.path.name}: results changed since; run it again"
@@ -432,6 +462,8 @@ def test_committed_records_are_whole_small_and_not_synthetic() -> None:
         assert arrays.is_file(), f"{record.path.name} has no arrays beside it"
         assert arrays.stat().st_size <= 300_000, f"{arrays.name} is too large to commit"
         assert record.profile in ("quick", "paper")
-        assert len(record.arrays["scores"]) == len(record.arrays["labels"]) == len(record.arrays["names"])
+        content = record.arrays
+        per_image = [name for name in content if name in ("scores", "labels") or name.endswith("_counts")]
+        assert all(len(content[name]) == len(content["names"]) > 0 for name in ("names", *per_image)), record.path.name
     stems = {record.path.stem for record in records}
     assert {p.stem for p in COMMITTED.glob("*.npz")} == stems

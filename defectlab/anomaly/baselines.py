@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import torch
 
 from defectlab.anomaly import teacher as teachers
-from defectlab.anomaly.distil import cached_features, distil, evaluate, precision_of
+from defectlab.anomaly.distil import cached_features, distil, evaluate
 from defectlab.anomaly.maps import anomaly_map, gaussian_smooth, upsample
 from defectlab.anomaly.patchcore import greedy_coreset, nearest_distances, patch_features, reweighted_score
 from defectlab.anomaly.reverse_distillation import LOSSES, ReverseDistillation
 from defectlab.data.anomaly import AnomalyData, data_fingerprint, load_anomaly
 from defectlab.runs import Result
-from defectlab.train import Session
+from defectlab.train import Session, precision_of
 
 TITLE = "Reverse distillation (CVPR 2022) and PatchCore (CVPR 2022): the baselines"
 

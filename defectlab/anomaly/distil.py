@@ -15,17 +15,12 @@ from defectlab.anomaly.reverse_distillation import initialise
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.metrics import anomaly_metrics, pixel_histograms
 from defectlab.runs import Result
-from defectlab.train import Session, autocast, fast_bf16, train
+from defectlab.train import Session, autocast, precision_of, train
 
 THUMBNAIL = 96  # pixels a side of the cases kept in a record
 CASES = 12
 
 _features: dict[tuple, list[Tensor]] = {}
-
-
-def precision_of(settings: Any, device: str | torch.device) -> str:
-    """The precision a run really uses: bf16 where settings ask for it and the device is fast at it, else fp32."""
-    return "bf16" if settings.precision == "bf16" and fast_bf16(torch.device(device)) else "fp32"
 
 
 def cached_features(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> list[Tensor]:

@@ -1,0 +1,64 @@
+"""Unpack NEU-DET (1,800 grey pictures of hot-rolled steel strip with boxes, 28 MB) into data/neu_det.
+
+    python data_scripts/neu_det.py --archive FILE   use a local zip
+    python data_scripts/neu_det.py --verify         check every file
+
+No public address of the archive is known for certain, so nothing is downloaded: get NEU-DET.zip from the authors' page.
+Its folders IMAGES and ANNOTATIONS may lie below any other folder.
+
+What is pinned: the fingerprint of the 1,800 pictures and 1,800 xml files, computed from the archive whose sha256 is in
+`archive_sha256`. The files are kept as published, with their own defects: 3 of the 4,189 boxes stand twice, 174 xml
+have a <filename> without ".jpg", patches_101 and patches_105 are one picture, and 123 pictures have boxes of another
+class than their file name (the readers go by the boxes).
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+from defectlab.data import store
+from defectlab.data.detection import NEU_CLASSES
+
+FILE = rf"(?:{'|'.join(NEU_CLASSES)})_\d+"
+
+
+def _check(folder: Path) -> str:
+    """DataError unless there are 300 pictures of each class in the file names, each with its xml."""
+    pictures, annotations = (
+        {path.stem for path in folder.glob(pattern)} for pattern in ("IMAGES/*.jpg", "ANNOTATIONS/*.xml")
+    )
+    counts = Counter(stem.rpartition("_")[0] for stem in pictures)
+    if pictures != annotations or counts != dict.fromkeys(NEU_CLASSES, 300):
+        raise store.DataError(
+            f"NEU-DET should have 300 pictures of each of its six classes, each with an xml; the archive has "
+            f"{len(pictures)} pictures ({dict(counts)}) and {len(annotations)} xml: fetch it again"
+        )
+    return ""
+
+
+DATASET = store.DataSet(
+    name="NEU-DET",
+    folder="neu_det",
+    command="python data_scripts/neu_det.py",
+    members=rf"(?:.*/)?(?P<path>IMAGES/{FILE}\.jpg|ANNOTATIONS/{FILE}\.xml)",
+    sources=(),
+    page="http://faculty.neu.edu.cn/songkechen/zh_CN/zdylm/263270/list/",
+    licence="none stated; offered for research, the authors ask to be cited",
+    citation=(
+        "Song, Yan: A noise robust method based on completed local binary patterns for hot-rolled steel strip surface "
+        "defects. Applied Surface Science 285, 858-864, 2013; He, Song, Meng, Yan: An end-to-end steel surface defect "
+        "detection approach via fusing multiple hierarchical features. IEEE TIM 69(4), 1493-1504, 2020"
+    ),
+    archive_sha256=("f524ff77c0d06fbd038615dd61c2f7ef51cc7119da4a421420ef2953fedeee15",),
+    unpacked_limit=200_000_000,
+    fingerprint="6abd8e33a7829fc8bebb2328edfee5c11d6f0de1082b29760e8725d1e76453ad",
+    check=_check,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return store.main(DATASET, argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""What a network costs: parameters, FLOPs, size, latency; one function for all models, so that all are counted alike."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from defectlab.train import autocast
+
+
+def parameters(model: nn.Module) -> int:
+    """Exact number of weights and biases, frozen ones too (batch norm's running statistics are none of them)."""
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def flops(model: nn.Module, *inputs: Tensor) -> int:
+    """2 x multiply-accumulates of convolutions and matrix products in one forward pass."""
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops()
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_per_call(call: Callable[[], object], device: torch.device, repeats: int = 10, warm_up: int = 3) -> float:
+    """Median seconds of a call, after a warm-up; waits for the device each time."""
+    times = []
+    for index in range(warm_up + repeats):
+        started = time.perf_counter()
+        call()
+        synchronise(device)
+        if index >= warm_up:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def inference_seconds(model: nn.Module, images: Tensor, precision: str = "fp32", repeats: int = 10) -> float:
+    """Median seconds of one forward pass of `images` (B, 3, S, S) at "fp32" or "bf16" (autocast)."""
+    with autocast(images.device, precision):
+        return seconds_per_call(lambda: model(images), images.device, repeats)
+
+
+def model_costs(model: nn.Module, size: int, device: torch.device | str, precision: str = "fp32") -> dict[str, float]:
+    """Costs of a detector or another network of square RGB pictures, `size` px a side; the model as it is (fold it
+    before, if it is deployed folded). Its mode is left as it was.
+
+    -> parameters_m (millions), gflops (1e9, 2 x MACs, one picture), size_mb (MB of fp16 weights), latency_ms (one
+    picture), images_per_second_32 (a batch of 32).
+    """
+    device = torch.device(device)
+    training = model.training
+    model.eval()
+    one, many = (torch.rand(n, 3, size, size, device=device) for n in (1, 32))
+    one, many = (x.contiguous(memory_format=torch.channels_last) for x in (one, many))
+    result = {
+        "parameters_m": round(parameters(model) / 1e6, 4),
+        "gflops": round(flops(model, one) / 1e9, 3),
+        "size_mb": round(parameters(model) * 2 / 1e6, 2),
+        "latency_ms": round(1000 * inference_seconds(model, one, precision), 2),
+        "images_per_second_32": round(32 / inference_seconds(model, many, precision, 3), 1),
+    }
+    model.train(training)
+    return result

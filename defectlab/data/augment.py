@@ -1,0 +1,316 @@
+"""Augmentation for detection, batched on the device of the data: mosaic, affine, flips, colour, mixup.
+
+A whole batch is made by one bilinear sampling pass, without a loop over pictures. The four source pictures of a mosaic
+lie side by side in an atlas of 2S x 2S pixels; the mosaic's canvas is that atlas shifted by whole pixels and cut to
+2S x 2S, so output pixel -> canvas -> atlas is one affine map a picture. A picture without mosaic fills the first
+quarter of its atlas, and the rest of the path is the same.
+
+Coordinates are continuous: pixel (row i, column j) covers [j, j + 1] x [i, i + 1] and has its centre at
+(j + 0.5, i + 0.5); boxes and matrices use the same coordinates, so an S x S picture spans 0..S.
+
+Sources: mosaic, Bochkovskiy et al. 2020 (arXiv:2004.10934); mixup, Zhang et al. 2018 (arXiv:1710.09412), with
+Beta(32, 32) as is usual for detectors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+GROUND = 114  # of 255: the grey outside any picture, as in the letterbox
+MIN_SIDE = 2.0  # px: boxes that are narrower or lower after clipping are dropped
+MAX_ASPECT = 100.0  # longer side over shorter side, above which a box is dropped
+MIN_AREA = 0.10  # of the area before clipping that has to remain
+MIXUP_BETA = 32  # mixing ratio ~ Beta(32, 32): close to one half
+# fmt: off
+_NUMBERS = {  # uniform random numbers for one picture
+    "mosaic": 1, "partners": 3, "centre": 2, "angle": 1, "scale": 1, "shear": 2, "translate": 2, "flips": 2, "hue": 1,
+    "saturation": 1, "brightness": 1, "contrast": 1, "mixup": 1, "other": 1, "ratio": 2 * MIXUP_BETA - 1,
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Settings of `augment`; a field out of its range raises ValueError."""
+
+    mosaic: float = 1.0  # probability, 0..1, of a mosaic of 2 x 2 pictures
+    mixup: float = 0.0  # probability, 0..1, of blending with another augmented picture of the batch
+    degrees: float = 0.0  # rotation by an angle in ± degrees, 0..180
+    translate: float = 0.1  # shift by ± this fraction of the side S, 0..1, in x and in y
+    scale: float = 0.5  # scale factor in 1 ± scale, 0 <= scale < 1
+    shear: float = 0.0  # shear angle in ± degrees, 0 <= shear < 45, in x and in y
+    flip_left_right: float = 0.5  # probability, 0..1
+    flip_up_down: float = 0.0  # probability, 0..1
+    hue: float = 0.015  # turn about the grey axis by ± this fraction of a full turn, 0..0.5; colour pictures only
+    saturation: float = 0.7  # gain in 1 ± saturation, 0..1; colour pictures only
+    brightness: float = 0.4  # gain in 1 ± brightness, 0..1
+    contrast: float = 0.0  # gain about the picture's mean in 1 ± contrast, 0..1
+
+    def __post_init__(self) -> None:
+        limits = {"degrees": 180.0, "scale": 1.0, "shear": 45.0, "hue": 0.5}
+        for name, value in vars(self).items():
+            limit = limits.get(name, 1.0)
+            is_open = name in ("scale", "shear")  # at the limit itself the affine map could be singular
+            if not 0 <= value <= limit or (is_open and value == limit):
+                raise ValueError(f"{name} = {value}: choose 0 <= {name} {'<' if is_open else '<='} {limit:g}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B augmented pictures of S x S pixels. Tile k of a mosaic is top left, top right, bottom left, bottom right."""
+
+    images: Tensor  # float32 (B, 3, S, S), 0..1; grey pictures are expanded, so their three channels share memory
+    boxes: Tensor  # float32 (B, M', 4) xyxy in pixels, zeros where padded
+    labels: Tensor  # int64 (B, M'), -1 where padded; real boxes come first
+    matrices: Tensor  # float32 (B, 4, 3, 3): pixel (x, y, 1) of source tile k -> pixel of the output
+    sources: Tensor  # int64 (B, 4): the index in the split of tile k; four times the same without mosaic
+
+
+def augment(
+    split_images: Tensor,
+    split_boxes: Tensor,
+    split_labels: Tensor,
+    indices: Tensor,
+    settings: Augmentation,
+    generator: torch.Generator,
+) -> Batch:
+    """The pictures `indices` (B,) of a split, augmented, on the split's device.
+
+    `split_images` is uint8 (N, C, S, S) with C = 1 or 3, `split_boxes` float32 (N, M, 4) xyxy in pixels, `split_labels`
+    int64 (N, M) with -1 where padded. The three partners of a mosaic are drawn from the whole split (with replacement).
+
+    A box becomes the box that encloses its four moved corners, clipped to what is visible of its tile and to the
+    output. It is dropped if then a side is below MIN_SIDE, its aspect ratio above MAX_ASPECT, or less than MIN_AREA of
+    its area is left. With mixup the boxes of both pictures are kept, while matrices and sources describe the first;
+    a batch of one has no other picture and is not mixed.
+
+    `generator` lives on the CPU, so that a seed draws the same batch on every device; the numbers go over in one
+    transfer. M', the largest count of boxes in the batch (at least 1), is read back: one small synchronisation.
+    Raises ValueError for pictures that are not square or not uint8, and for a generator that is not on the CPU.
+    """
+    count, (split_size, channels, height, size) = len(indices), split_images.shape
+    if split_images.dtype != torch.uint8 or height != size or channels not in (1, 3):
+        raise ValueError(
+            f"split_images is {split_images.dtype} {tuple(split_images.shape)}: give uint8 (N, 1 or 3, S, S)"
+        )
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator is on {generator.device}: give a CPU generator, it serves every device")
+    device = split_images.device
+    indices = indices.to(device)
+    drawn = _to_device(_draw(settings, count, split_size, size, generator), device)
+
+    mosaic = drawn["mosaic"] > 0  # (B,)
+    partners = torch.where(mosaic[:, None], drawn["partners"].long(), indices[:, None])  # (B, 3)
+    sources = torch.cat([indices[:, None], partners], 1)  # (B, 4)
+
+    images = _sample(split_images[sources], drawn["visible"], drawn["theta"])  # (B, C, S, S), 0 = ground
+    images = _colour(images, drawn, settings)
+
+    boxes, keep = _move_boxes(split_boxes[sources], drawn["matrices"], drawn["visible"], drawn["offsets"], size)
+    labels = split_labels[sources]  # (B, 4, M)
+    used = mosaic[:, None] | (torch.arange(4, device=device) == 0)  # (B, 4): without mosaic the first tile only
+    keep &= (labels >= 0) & used[..., None]
+    boxes, labels, keep = boxes.flatten(1, 2), labels.flatten(1, 2), keep.flatten(1, 2)  # (B, 4 M, ...)
+
+    if settings.mixup > 0 and count > 1:
+        other = drawn["other"].long()
+        ratio = drawn["ratio"]  # (B,), 1 where nothing is mixed in
+        images = torch.lerp(images[other], images, ratio[:, None, None, None])
+        boxes, labels = torch.cat([boxes, boxes[other]], 1), torch.cat([labels, labels[other]], 1)  # (B, 8 M, ...)
+        keep = torch.cat([keep, keep[other] & (ratio < 1)[:, None]], 1)
+
+    boxes, labels = _pack(boxes, labels, keep)
+    return Batch(images.expand(-1, 3, -1, -1), boxes, labels, drawn["matrices"], sources)
+
+
+def plain(split_images: Tensor, indices: Tensor) -> Tensor:
+    """Pictures `indices` (B,) of uint8 (N, C, S, S) as they are: float32 (B, 3, S, S) in 0..1."""
+    return (split_images[indices.to(split_images.device)] / 255).expand(-1, 3, -1, -1)
+
+
+def warp(features: Tensor, matrices: Tensor, size: int, ground: float = 0.0) -> Tensor:
+    """Maps (B, C, h, w) of S x S pictures moved as the pictures were: (B, C, h, w), bilinear, in the maps' dtype.
+
+    `matrices` (B, 3, 3) map pixels of the S x S picture to pixels of the output, `size` is S, and `ground` is the value
+    outside the map. The maps may have any resolution, as long as they span the whole picture.
+    """
+    back = torch.linalg.inv_ex(matrices.double()).inverse[:, :2]  # inv would synchronise; (B, 2, 3), output -> input
+    linear, shift = back[..., :2], back[..., 2]
+    shift = linear.sum(2) + 2 / size * shift - 1  # pixels 0..S -> -1..1 on both sides
+    theta = torch.cat([linear, shift[..., None]], 2).float()
+    height, width = features.shape[-2:]
+    moved = grid_sample((features - ground).float(), _grid(theta, height, width), align_corners=False)
+    return (moved + ground).to(features.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ drawing
+
+
+def _draw(
+    settings: Augmentation, count: int, split_size: int, size: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """All random choices of a batch, as small float64 tensors (B, ...) on the CPU.
+
+    The same numbers are drawn whatever the settings, so that switching one augmentation off leaves the others as they
+    were. Small matrices are made here and not on the device, where they would be dozens of kernel launches.
+    """
+    drawn = torch.rand(count, sum(_NUMBERS.values()), dtype=torch.float64, generator=generator)
+    uniform = dict(zip(_NUMBERS, drawn.split(list(_NUMBERS.values()), 1), strict=True))  # name: (B, numbers)
+    signed = {name: 2 * numbers - 1 for name, numbers in uniform.items()}
+    mosaic = uniform["mosaic"] < settings.mosaic  # (B, 1)
+
+    # Mosaic: the four pictures touch in `centre` of the 2S x 2S canvas, a whole pixel from S // 2 to S // 2 + S.
+    centre = size // 2 + _integer(uniform["centre"], size + 1)  # (B, 2)
+    extent = size * (1 + mosaic.double())  # (B, 1), side of the canvas
+    origin = torch.where(mosaic, centre - size, 0.0)  # (B, 2), where the atlas begins on the canvas
+    visible = torch.cat([(-origin).clamp(min=0), (extent - origin).clamp(max=2 * size)], 1)  # (B, 4) xyxy in the atlas
+    corners = size * torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]], dtype=torch.float64)
+    offsets = torch.where(mosaic[..., None], corners, 0.0)  # (B, 4, 2), where tile k begins in the atlas
+
+    # Rotation and scale, then shear, about the canvas's centre, which comes to the output's centre plus a translation.
+    angle = math.radians(settings.degrees) * signed["angle"][:, 0]
+    factor = 1 + settings.scale * signed["scale"]  # (B, 1)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
+    shear = torch.eye(2, dtype=torch.float64).repeat(count, 1, 1)
+    shear[:, [0, 1], [1, 0]] = (math.radians(settings.shear) * signed["shear"]).tan()
+    linear = shear @ (factor * turn).view(count, 2, 2)
+    shift = size * (0.5 + settings.translate * signed["translate"]) - linear.sum(2) * extent / 2  # (B, 2)
+    chances = torch.tensor([settings.flip_left_right, settings.flip_up_down], dtype=torch.float64)
+    flipped = (uniform["flips"] < chances).double()  # (B, 2)
+    sign = 1 - 2 * flipped
+    linear, shift = sign[..., None] * linear, sign * shift + size * flipped  # x -> S - x where flipped
+    bottom = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64).expand(count, 1, 3)
+
+    def from_position(begin: Tensor) -> Tensor:
+        """(B, 3, 3): pixels of something that begins at `begin` (B, 2) on the canvas -> pixels of the output."""
+        moved = linear @ begin[..., None] + shift[..., None]
+        return torch.cat([torch.cat([linear, moved], 2), bottom], 1)
+
+    matrices = torch.stack([from_position(origin + offsets[:, k]) for k in range(4)], 1)  # (B, 4, 3, 3)
+    theta = _scale_shift(1 / size, -1) @ torch.linalg.inv(from_position(origin)) @ _scale_shift(size / 2, size / 2)
+
+    # Saturation scales, and hue turns, the part of a colour that is at right angles to the grey axis.
+    saturation = (1 + settings.saturation * signed["saturation"])[..., None]
+    hue = (2 * math.pi * settings.hue * signed["hue"])[..., None]  # (B, 1, 1)
+    grey = torch.full((3, 3), 1 / 3, dtype=torch.float64)
+    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) / math.sqrt(3)
+    colour = grey + saturation * (hue.cos() * (torch.eye(3, dtype=torch.float64) - grey) + hue.sin() * cross)
+
+    # The median of 2a - 1 uniform numbers is distributed as Beta(a, a).
+    ratio = torch.where(uniform["mixup"] < settings.mixup, uniform["ratio"].median(1, keepdim=True).values, 1.0)
+    step = 1 + _integer(uniform["other"], max(count - 1, 1))  # 1 to B - 1: never the picture itself, unless B = 1
+    return {
+        "mosaic": mosaic[:, 0],
+        "partners": _integer(uniform["partners"], split_size),
+        "visible": visible,
+        "offsets": offsets,
+        "matrices": matrices,
+        "theta": theta[:, :2],
+        "brightness": 1 + settings.brightness * signed["brightness"][:, 0],
+        "contrast": 1 + settings.contrast * signed["contrast"][:, 0],
+        "colour": colour,
+        "ratio": ratio[:, 0],
+        "other": (torch.arange(count) + step[:, 0]) % count,
+    }
+
+
+def _integer(uniform: Tensor, limit: int) -> Tensor:
+    """Numbers in 0..1 to whole numbers 0..limit - 1 (the clamp: a product may be rounded up to the limit)."""
+    return (uniform * limit).floor().clamp(max=limit - 1)
+
+
+def _scale_shift(scale: float, shift: float) -> Tensor:
+    """float64 (3, 3): x -> scale * x + shift in both coordinates."""
+    return torch.tensor([[scale, 0, shift], [0, scale, shift], [0, 0, 1]], dtype=torch.float64)
+
+
+def _to_device(drawn: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same tensors (B, ...) as float32 on the device, brought over in a single transfer."""
+    flat = [tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None] for tensor in drawn.values()]
+    moved = torch.cat([tensor.float() for tensor in flat], 1).to(device, non_blocking=True)
+    parts = moved.split([tensor.shape[1] for tensor in flat], 1)
+    return {name: part.reshape(tensor.shape) for (name, tensor), part in zip(drawn.items(), parts, strict=True)}
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def _sample(tiles: Tensor, visible: Tensor, theta: Tensor) -> Tensor:
+    """uint8 tiles (B, 4, C, S, S) -> (B, C, S, S), levels above ground, of the part `visible` (B, 4) of the atlas."""
+    count, _, channels, size, _ = tiles.shape
+    atlas = tiles.new_empty(count, channels, 2, size, 2, size, dtype=torch.float32)
+    atlas.permute(0, 2, 4, 1, 3, 5).copy_(tiles.view(count, 2, 2, channels, size, size))
+    atlas = atlas.view(count, channels, 2 * size, 2 * size)
+    # Levels are counted from the ground, so that what is not visible and what grid_sample pads are both zero.
+    position = torch.arange(2 * size, device=tiles.device)
+    rows = (position >= visible[:, 1, None]) & (position < visible[:, 3, None])  # (B, 2S)
+    columns = (position >= visible[:, 0, None]) & (position < visible[:, 2, None])
+    atlas.sub_(GROUND).mul_(rows[:, None, :, None]).mul_(columns[:, None, None, :])
+    return grid_sample(atlas, _grid(theta, size, size), mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _grid(theta: Tensor, height: int, width: int) -> Tensor:
+    """(B, h, w, 2) sampling positions for `theta` (B, 2, 3), output -> input, both in -1..1.
+
+    Written with products and sums, as affine_grid's matrix product would lose a tenth of a pixel in TF32.
+    """
+    x = (2 * torch.arange(width, device=theta.device) + 1) / width - 1  # pixel centres
+    y = (2 * torch.arange(height, device=theta.device) + 1) / height - 1
+    theta = theta[:, :, :, None]  # (B, 2, 3, 1)
+    along_x = theta[:, :, 0] * x  # (B, 2, w)
+    along_y = theta[:, :, 1] * y + theta[:, :, 2]  # (B, 2, h)
+    return (along_x[:, :, None] + along_y[..., None]).permute(0, 2, 3, 1)
+
+
+def _colour(levels: Tensor, drawn: dict[str, Tensor], settings: Augmentation) -> Tensor:
+    """Levels above ground (B, C, S, S) -> (B, C, S, S) in 0..1 with the drawn colour, written over the input."""
+    brightness, contrast = drawn["brightness"], drawn["contrast"]
+    gain, offset = brightness * contrast / 255, brightness * GROUND / 255  # (B,)
+    if settings.contrast > 0:
+        offset = offset + (1 - contrast) * brightness * levels.mean((1, 2, 3)) / 255
+    if levels.shape[1] == 3 and (settings.hue > 0 or settings.saturation > 0):
+        levels = (drawn["colour"] @ levels.flatten(2)).view_as(levels)
+    return levels.mul_(gain[:, None, None, None]).add_(offset[:, None, None, None]).clamp_(0, 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- boxes
+
+
+def _move_boxes(boxes: Tensor, matrices: Tensor, visible: Tensor, offsets: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Boxes (B, 4, M, 4) in pixels of their tiles -> clipped boxes in pixels of the output, and bool (B, 4, M).
+
+    The part of a tile that the canvas shows is a box, too, in the tile's own pixels: the first cut is made there.
+    """
+    limits = (visible[:, None] - offsets.repeat(1, 1, 2)).clamp(0, size)[:, :, None]  # (B, 4, 1, 4) xyxy
+    low, high = limits[..., :2].repeat(1, 1, 1, 2), limits[..., 2:].repeat(1, 1, 1, 2)
+    cut = boxes.maximum(low).minimum(high)  # (B, 4, M, 4)
+    whole, clipped = _enclose(boxes, matrices), _enclose(cut, matrices).clamp(0, size)
+    sides = clipped[..., 2:] - clipped[..., :2]
+    keep = (
+        (cut[..., 2:] > cut[..., :2]).all(-1)  # a box without width would get one by rotation
+        & (sides.amin(-1) >= MIN_SIDE)
+        & (sides.amax(-1) <= MAX_ASPECT * sides.amin(-1))
+        & (sides.prod(-1) >= MIN_AREA * (whole[..., 2:] - whole[..., :2]).prod(-1))
+    )
+    return clipped, keep
+
+
+def _enclose(boxes: Tensor, matrices: Tensor) -> Tensor:
+    """The boxes (B, 4, M, 4) that enclose the four moved corners: the centre moves, |A| gives the half sides."""
+    linear, shift = matrices[:, :, None, :2, :2], matrices[:, :, None, :2, 2]  # (B, 4, 1, 2, 2), (B, 4, 1, 2)
+    low, high = boxes[..., None, :2], boxes[..., None, 2:]  # (B, 4, M, 1, 2)
+    centre = (linear * (low + high) / 2).sum(-1) + shift
+    half = (linear.abs() * (high - low) / 2).sum(-1)
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def _pack(boxes: Tensor, labels: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept boxes first, in their order, cut to the largest count; the rest is zeros with label -1."""
+    order = keep.long().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(keep.sum(1).max()))]
+    boxes, labels = boxes.masked_fill(~keep[..., None], 0), labels.masked_fill(~keep, -1)
+    return boxes.gather(1, order[..., None].expand(-1, -1, 4)), labels.gather(1, order)

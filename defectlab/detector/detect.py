@@ -1,0 +1,183 @@
+"""From a trained detector to a result: prediction, evaluation, the telling cases; and the way from settings to both."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from defectlab.costs import flops, model_costs
+from defectlab.data.augment import plain
+from defectlab.data.detection import DetectionData, DetectionSplit
+from defectlab.detector.assignment import kmeans_anchors
+from defectlab.detector.blocks import folded
+from defectlab.detector.decode import decode_anchor_based, decode_anchor_free, select
+from defectlab.detector.evaluation import best_f1_threshold, evaluate, pack, telling_cases
+from defectlab.detector.losses import AnchorBasedLoss, AnchorFreeLoss
+from defectlab.detector.model import ANCHORS, Detector
+from defectlab.detector.training import DetectorSettings, train_detector
+from defectlab.runs import Record, Result
+from defectlab.train import Session, precision_of
+
+CASE_SIDE = 128  # pixels a side of the pictures that a record keeps
+COST_SIZE = 640  # px: GFLOPs are stated for this input, whatever the training used
+
+Predictions = list[dict[str, Tensor]]
+
+
+def build_detector(settings: DetectorSettings, data: DetectionData, **parts: Any) -> Detector:
+    """A fresh detector for `data`; v5 anchors are COCO's scaled to the input, or found on the training boxes."""
+    anchors = None
+    if settings.family == "v5":
+        if settings.anchors == "kmeans":
+            boxes = data.train.boxes[data.train.labels >= 0].cpu()
+            anchors = kmeans_anchors(boxes[:, 2:] - boxes[:, :2], 9, torch.Generator().manual_seed(0)).view(3, 3, 2)
+        else:
+            anchors = torch.tensor(ANCHORS, dtype=torch.float32) * (settings.size / 640)
+    return Detector(settings.family, settings.scale, len(data.class_names), anchors=anchors, **parts)
+
+
+def detection_loss(detector: Detector, size: int) -> nn.Module:
+    """The loss of the detector's generation: (raw maps, boxes, labels) -> named scalars."""
+    if detector.family == "v8":
+        return AnchorFreeLoss(detector.class_count)
+    return AnchorBasedLoss(detector.class_count, detector.anchors, size=size)
+
+
+def decode(detector: Detector, raw: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Raw maps -> boxes (B, A, 4) xyxy in pixels of the input, scores (B, A, classes)."""
+    if detector.family == "v8":
+        return decode_anchor_free(raw)
+    return decode_anchor_based(raw, detector.anchors)
+
+
+@torch.inference_mode()
+def predict(
+    detector: Detector, split: DetectionSplit, images: Tensor | None = None, batch: int = 32, **options: Any
+) -> Predictions:
+    """Detections of every picture of a split, boxes in pixels of the original pictures, in float32.
+
+    Args:
+        images: uint8 (N, C, S, S) to look at in place of the split's own (blurred or noisy ones, of the same geometry).
+        options: `confidence`, `iou`, `most` of `decode.select`.
+    """
+    images = split.images if images is None else images
+    model = folded(detector).to(memory_format=torch.channels_last)
+    found: Predictions = []
+    for chunk in torch.arange(len(images), device=images.device).split(batch):
+        pictures = plain(images, chunk).contiguous(memory_format=torch.channels_last)
+        boxes, scores = decode(detector, model(pictures))
+        own = chunk.cpu()
+        places = {"scale": split.scale[own], "offset": split.offset[own], "sizes": split.sizes[own]}
+        found += select(boxes, scores, images.shape[-1], **places, **options)
+    return found
+
+
+def probe_on(split: DetectionSplit, class_names: tuple[str, ...]) -> Callable[[Detector], dict[str, float]]:
+    """For a training's curve: mAP on dev."""
+    truths = split.truths()
+
+    def probe(detector: Detector) -> dict[str, float]:
+        metrics, _ = evaluate(predict(detector, split), truths, class_names)
+        return {"dev_map50": metrics["map50"], "dev_map50_95": metrics["map50_95"]}
+
+    return probe
+
+
+def train_and_evaluate(
+    settings: DetectorSettings,
+    seed: int,
+    data: DetectionData,
+    device: str | torch.device,
+    session: Session,
+    build: Callable[[DetectorSettings, DetectionData], Detector] = build_detector,
+    make_loss: Callable[..., tuple[Callable, nn.Module | None]] | None = None,
+) -> Result:
+    """Train a detector and evaluate the moving average of its last epoch, once.
+
+    Args:
+        build: (settings, data) -> detector.
+        make_loss: (settings, data, detector, device) -> (loss of `train_detector`, its further weights or None);
+            None: the detector's own loss.
+    """
+    torch.manual_seed(seed)
+    detector = build(settings, data).to(device, memory_format=torch.channels_last)
+    if make_loss is None:
+        criterion = detection_loss(detector, settings.size)
+        loss, extra = (lambda pictures, boxes, labels: criterion(detector(pictures), boxes, labels)), None
+    else:
+        loss, extra = make_loss(settings, data, detector, device)
+    probe = probe_on(data.dev, data.class_names)
+    average, trained = train_detector(detector, loss, data.train, settings, seed, session, extra, probe)
+    result = evaluate_detector(average, data)
+    result.curve = trained.curve
+    result.precision = precision_of(settings, device)
+    result.costs |= deployed_costs(average, settings.size, device)
+    result.costs |= {
+        "train_seconds": round(trained.seconds, 1),
+        "train_images_per_second": round(trained.images_per_second, 1),
+    }
+    return result
+
+
+def deployed_costs(detector: Detector, size: int, device: str | torch.device) -> dict[str, float]:
+    """Costs as deployed, folded: parameters and GFLOPs at 640 px, latency at `size` in fp32."""
+    model = folded(detector).to(device, memory_format=torch.channels_last)
+    costs = model_costs(model, size, device)
+    picture = torch.zeros(1, 3, COST_SIZE, COST_SIZE, device=device)
+    return costs | {"gflops": round(flops(model, picture) / 1e9, 3)}
+
+
+def evaluate_detector(detector: Detector, data: DetectionData) -> Result:
+    """Metrics of the test set; the score threshold of precision and recall comes from dev."""
+    found = {part: predict(detector, getattr(data, part)) for part in ("dev", "test")}
+    truths = {part: getattr(data, part).truths() for part in ("dev", "test")}
+    threshold = best_f1_threshold(found["dev"], truths["dev"])
+    dev, _ = evaluate(found["dev"], truths["dev"], data.class_names, threshold)
+    metrics, per_class = evaluate(found["test"], truths["test"], data.class_names, threshold)
+    arrays = pack(found["test"], truths["test"], data.test.names, data.class_names)
+    arrays |= cases(data.test, found["test"], truths["test"])
+    return Result(
+        rounded(metrics),
+        {name: rounded(values) for name, values in per_class.items()},
+        rounded(dev) | {"threshold": threshold},
+        {},
+        arrays,
+        detector.state_dict(),
+        {},
+        "fp32",
+    )
+
+
+def frozen(record: Record, detector: Detector, device: str | torch.device) -> Detector:
+    """`detector` with the weights of a run, for inference only."""
+    path = record.path.with_suffix(".safetensors")
+    if not path.exists():
+        raise ValueError(f"{path} is missing beside its record: delete {record.path} and run that row again")
+    detector.load_state_dict(load_file(path))
+    return detector.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    """Without NaN, which JSON does not know: a class without truth has no value."""
+    return {key: round(value, 4) for key, value in values.items() if value == value}
+
+
+def cases(split: DetectionSplit, predictions: Predictions, truths: Predictions) -> dict[str, np.ndarray]:
+    """A dozen small pictures that tell most, as the network saw them: case_images (K, side, side) or
+    (K, side, side, 3) uint8, case_index, case_why; case_scale and case_offset map boxes of the original onto them."""
+    chosen = telling_cases(predictions, truths)
+    index = torch.tensor([i for i, _ in chosen])
+    shrink = CASE_SIDE / split.images.shape[-1]
+    pictures = interpolate(split.images[index.to(split.images.device)].float(), (CASE_SIDE, CASE_SIDE), mode="area")
+    pictures = pictures.round().byte().cpu().movedim(1, -1).numpy()  # (K, side, side, C)
+    return {
+        "case_index": index.numpy(),
+        "case_why": np.array([why for _, why in chosen]),
+        "case_images": pictures[..., 0] if pictures.shape[-1] == 1 else pictures,
+        "case_scale": (split.scale[index] * shrink).numpy(),
+        "case_offset": (split.offset[index] * shrink).numpy(),
+    }

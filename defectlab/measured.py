@@ -1,0 +1,131 @@
+"""What records say: the names and units of metrics and costs, a record's value, its interval over test images.
+
+Metrics are in per cent. Costs (`COSTS`) have units of their own and stand in a record's `costs`, not in its `metrics`.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from defectlab import stats
+from defectlab.metrics import metrics_from_histograms
+from defectlab.runs import Record
+
+METRIC_NAMES = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "aupro": "AUPRO",
+    "image_f1_dev": "image F1, dev threshold",
+    "image_f1_oracle": "image F1 (oracle threshold)",
+    "pixel_f1_oracle": "pixel F1 (oracle threshold)",
+    "map50": "mAP50",
+    "map50_95": "mAP50:95",
+    "map33": "mAP33 (IoU 0.33)",
+    "precision_dev": "precision, dev threshold",
+    "recall_dev": "recall, dev threshold",
+    "f1_dev": "F1, dev threshold",
+    "f1_oracle": "F1 (oracle threshold)",
+    "map50_blur": "mAP50 under blur",
+    "map50_noise": "mAP50 under noise",
+    "kept_blur": "mAP50 kept under blur",
+    "kept_noise": "mAP50 kept under noise",
+    "parameters_m": "parameters (M)",
+    "gflops": "GFLOPs",
+    "size_mb": "size (MB, fp16)",
+    "latency_ms": "latency (ms, batch 1)",
+    "images_per_second_32": "images/s (batch 32)",
+}
+
+
+class Cost(NamedTuple):
+    """How a cost is written. Costs that are not `timed` follow from the model alone: every seed gives the same."""
+
+    unit: str
+    digits: int  # after the point
+    higher_is_better: bool = False
+    timed: bool = False  # then it depends on the device
+
+
+COSTS = {
+    "parameters_m": Cost("M", 2),
+    "gflops": Cost("GFLOPs", 1),
+    "size_mb": Cost("MB", 1),
+    "latency_ms": Cost("ms", 2, timed=True),
+    "images_per_second_32": Cost("images/s", 0, higher_is_better=True, timed=True),
+}
+METRIC_GROUPS = (  # of studies that name none of their own: the tables of the page
+    ("image_auroc", "pixel_auroc", "aupro"),
+    ("image_ap", "pixel_ap", "image_f1_dev", "image_f1_oracle", "pixel_f1_oracle"),
+)
+BOOTSTRAP_REPEATS = 300
+DETECTION = ("map50", "map50_95", "map33")
+ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
+ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
+BOOTSTRAPPED = (*ANOMALY, *DETECTION, *ROBUSTNESS)  # a record's arrays give these again
+
+
+def metric_groups(module: ModuleType | Any) -> tuple[tuple[str, ...], ...]:
+    """The groups of metrics that a study's tables show, the headline first: its `METRICS`, else `METRIC_GROUPS`."""
+    return getattr(module, "METRICS", METRIC_GROUPS)
+
+
+def value_of(record: Record, metric: str) -> float:
+    """A metric in per cent, or a cost in its unit; NaN where the record has none."""
+    return (record.costs if metric in COSTS else record.metrics).get(metric, math.nan)
+
+
+def written(value: float, metric: str) -> str:
+    """A value with the digits that its metric or cost is shown with, without unit."""
+    return f"{value:.{COSTS[metric].digits if metric in COSTS else 1}f}"
+
+
+# --- Bootstrap over test images --------------------------------------------------------------------------------------
+
+
+def image_statistic(record: Record, metric: str, types: list[str] | None = None) -> Callable[[np.ndarray], float]:
+    """(weight of each test image, shape (N,)) -> one of `BOOTSTRAPPED` in per cent, from the record's arrays.
+
+    With `types`: the mean over these defect types, each against all normals (anomaly) or its AP (detection).
+    """
+    arrays = record.arrays
+    if metric in DETECTION:
+        from defectlab.detector.evaluation import statistic  # anomaly studies need no detector
+
+        return statistic(arrays, metric, types)
+    if metric in ROBUSTNESS:
+        from defectlab.detector.robustness import robustness_statistic
+
+        return robustness_statistic(arrays, metric)
+    if metric in ("image_auroc", "image_ap"):
+        measure = stats.auroc if metric == "image_auroc" else stats.average_precision
+        whole = partial(measure, arrays["scores"], arrays["labels"])
+    else:
+        histogram = {k.removeprefix("histogram_"): v for k, v in arrays.items() if k.startswith("histogram_")}
+
+        def whole(weights: np.ndarray) -> float:
+            return metrics_from_histograms(histogram, weights)[metric]
+
+    if types is None:
+        return whole
+    names = arrays["type_names"].tolist()
+    members = [np.isin(arrays["types"], [0, names.index(t)]) for t in types]
+    return lambda weights: float(np.mean([whole(weights * chosen) for chosen in members]))
+
+
+def over_images(statistic: Callable[[np.ndarray], float], arrays: dict[str, np.ndarray]) -> stats.Interval:
+    """Bootstrap over the test images of a record's arrays; where they have types (anomaly), in their proportions."""
+    return stats.paired_bootstrap(statistic, len(arrays["names"]), arrays.get("types"), BOOTSTRAP_REPEATS)
+
+
+def bootstrap_level(records: list[Record], metric: str) -> stats.Interval:
+    """Bootstrap over test images of the mean over seeds of one metric."""
+    of_seed = [image_statistic(r, metric) for r in records]
+    found = over_images(lambda weights: float(np.mean([f(weights) for f in of_seed])), records[0].arrays)
+    mean = float(np.mean([value_of(r, metric) for r in records]))  # the exact one: arrays round
+    return stats.Interval(mean, min(found.low, mean), max(found.high, mean), found.n)

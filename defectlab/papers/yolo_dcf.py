@@ -1,0 +1,347 @@
+"""YOLO-DCF: dual distillation and context-aware fusion for defect detection. A RECONSTRUCTION.
+
+Xing, Yang, "YOLO-DCF: dual distillation and context-aware fusion for defect detection", Scientific Reports 16, 15897
+(2026), doi 10.1038/s41598-026-46602-x. Only a summary for laymen could be read: no formula, no setting and no number of
+the paper is known here. What it fixes: "a popular real-time detector family"; a *context-guided fusion module* that
+"first looks along horizontal and vertical directions" and "then blends fine local details with this wider view"; a
+*multiscale residual block* whose "parallel paths ... focus on dense local textures, medium-sized shapes, and larger
+structures, while a reconfiguration step later folds these paths into a simpler form"; a *dual distillation* in which "a
+stronger version of the same network guides a lighter one" by "the spatial relationships between blocks and the
+emphasis within each channel". All else is ours and marked so, with the published neighbour that it follows.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.data.detection import DetectionData
+from defectlab.detector import baselines
+from defectlab.detector.blocks import Bottleneck, Concatenation, ConvBlock, norm
+from defectlab.detector.detect import build_detector, detection_loss, frozen, train_and_evaluate
+from defectlab.detector.model import Detector
+from defectlab.detector.robustness import RobustnessSettings, run_robustness
+from defectlab.detector.training import DetectorSettings
+from defectlab.runs import Result
+from defectlab.train import Session
+
+TITLE = "YOLO-DCF (Sci Rep 2026): context-guided fusion, foldable block, dual distillation"
+
+
+@dataclass(frozen=True)
+class Settings(DetectorSettings):
+    """The baseline's settings and what YOLO-DCF adds. Sources as comments."""
+
+    model: ClassVar[str] = "yolo_dcf"
+    version: ClassVar[int] = 1
+
+    fusion: str = "context_guided"  # summary; "concat", and "se" or "cbam" at the same four places
+    block: str = "multi_scale"  # summary; "plain": the baseline's bottleneck
+    teacher_scale: str = ""  # summary: "a stronger version of the same network"; "": no distillation
+    teacher_seed: int = 0  # ours: one teacher for all seeds of a student
+    relation: float = 0.0  # weight of the block-relation loss
+    channel: float = 0.0  # weight of the channel loss
+    temperature: float = 1.0  # ours: of the distribution over channels
+    grid: int = 8  # ours: blocks a side (fewer on maps that are smaller)
+
+
+# --- Context-guided fusion: "looks along horizontal and vertical directions", then "blends fine local details" -------
+
+
+class ContextGuidedFusion(nn.Module):
+    """Joins two maps of the neck in place of their concatenation.
+
+    Context: means along rows and columns, added over the plane, pass a strip convolution in each direction and become
+    an attention map (ours, after the rectangular self-calibration of CGRSeg, ECCV 2024). Detail: a depthwise 3x3
+    convolution. A gate decides for each channel and place how much of either the result takes.
+    """
+
+    def __init__(self, channels: tuple[int, int], strip: int = 11):
+        super().__init__()
+        both = sum(channels)
+        hidden = max(both // 8, 16)
+        self.horizontal = ConvBlock(both, both, (1, strip), groups=both, activation=nn.ReLU)
+        self.vertical = nn.Conv2d(both, both, (strip, 1), padding=(strip // 2, 0), groups=both)
+        self.detail = ConvBlock(both, both, 3, groups=both, activation=nn.Identity)
+        self.gate = nn.Sequential(ConvBlock(both, hidden), nn.Conv2d(hidden, both, 1))
+
+    def context(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> attention of the same shape, 0..2 with 1 as neutral."""
+        rows, columns = x.mean(3, keepdim=True), x.mean(2, keepdim=True)  # (B, C, H, 1), (B, C, 1, W)
+        return 2 * self.vertical(self.horizontal(rows + columns)).sigmoid()
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        x = torch.cat([first, second], 1)  # (B, C1 + C2, H, W)
+        detail = self.detail(x)
+        gate = self.gate(x + detail).sigmoid()
+        return gate * (self.context(x) * x) + (1 - gate) * (x + detail)
+
+
+class SqueezeExcitationFusion(nn.Module):
+    """Concatenation and squeeze-and-excitation (Hu et al. 2018), the plain alternative at the same place."""
+
+    def __init__(self, channels: tuple[int, int]):
+        super().__init__()
+        both = sum(channels)
+        self.gate = channel_perceptron(both)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        x = torch.cat([first, second], 1)
+        return x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class CBAMFusion(nn.Module):
+    """Concatenation and the convolutional block attention module (Woo et al. 2018): channels first, then places."""
+
+    def __init__(self, channels: tuple[int, int]):
+        super().__init__()
+        both = sum(channels)
+        self.gate = channel_perceptron(both)
+        self.place = nn.Conv2d(2, 1, 7, padding=3)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        x = torch.cat([first, second], 1)
+        x = x * (self.gate(x.mean((2, 3), keepdim=True)) + self.gate(x.amax((2, 3), keepdim=True))).sigmoid()
+        seen = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
+        return x * self.place(seen).sigmoid()
+
+
+def channel_perceptron(channels: int) -> nn.Sequential:
+    hidden = max(channels // 16, 8)
+    return nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, channels, 1))
+
+
+FUSIONS = {
+    "concat": Concatenation,
+    "context_guided": ContextGuidedFusion,
+    "se": SqueezeExcitationFusion,
+    "cbam": CBAMFusion,
+}
+
+
+# --- Multi-scale residual block: parallel paths in training, "folded into a simpler form for fast use" ---------------
+
+
+class MultiScaleResidualBlock(nn.Module):
+    """The baseline's bottleneck with three parallel paths in place of its second convolution.
+
+    Dense local texture: a 3x3 convolution. Medium and large structure: depthwise 3x3 convolutions with dilation 2 and
+    3, which reach 5 and 7 pixels (ours, after the dilated reparameterised block of UniRepLKNet, CVPR 2024). All paths
+    are linear with a norm of their own, so that their sum folds: see `fold`.
+    """
+
+    def __init__(self, channels: int, shortcut: bool = True, kernels: tuple[int, int] = (3, 3), expansion: float = 1.0):
+        super().__init__()
+        hidden = int(channels * expansion)
+        self.first = ConvBlock(channels, hidden, kernels[0])
+        self.dense = ConvBlock(hidden, channels, 3, activation=nn.Identity)
+        self.medium = ConvBlock(channels, channels, 3, groups=channels, dilation=2, activation=nn.Identity)
+        self.large = ConvBlock(channels, channels, 3, groups=channels, dilation=3, activation=nn.Identity)
+        self.act = nn.SiLU()
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = self.act(self.dense(h) + self.medium(h) + self.large(h))
+        return x + y if self.shortcut else y
+
+    def fold(self) -> nn.Module:
+        """The same function with one 3x3 and one depthwise 7x7 convolution, no norms."""
+        return FoldedMultiScaleBlock(self)
+
+
+class FoldedMultiScaleBlock(nn.Module):
+    """What `MultiScaleResidualBlock` becomes for inference: the two dilated paths are one depthwise 7x7 kernel."""
+
+    def __init__(self, block: MultiScaleResidualBlock):
+        super().__init__()
+        self.first = block.first.fold()
+        self.dense = block.dense.fold()[0]
+        medium, large = block.medium.fold()[0], block.large.fold()[0]
+        channels = medium.out_channels
+        self.wide = nn.Conv2d(channels, channels, 7, padding=3, groups=channels).to(medium.weight)
+        with torch.no_grad():
+            self.wide.weight.zero_()
+            for path, step in ((medium, 2), (large, 3)):
+                taps = slice(3 - step, 4 + step, step)
+                self.wide.weight[..., taps, taps] += path.weight
+            self.wide.bias.copy_(medium.bias + large.bias)
+        self.shortcut = block.shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = functional.silu(self.dense(h) + self.wide(h))
+        return x + y if self.shortcut else y
+
+
+BLOCKS = {"plain": Bottleneck, "multi_scale": MultiScaleResidualBlock}
+
+
+# --- Dual distillation: "spatial relationships between blocks" and "emphasis within each channel" --------------------
+
+
+def block_relations(features: Tensor, grid: int) -> Tensor:
+    """(B, C, H, W) -> cosine similarities (B, n, n), -1..1, between the mean features of n = min(grid, H) x min(grid,
+    W) blocks."""
+    height, width = (min(grid, side) for side in features.shape[-2:])
+    blocks = functional.adaptive_avg_pool2d(features, (height, width))
+    blocks = functional.normalize(rearrange(blocks, "b c h w -> b (h w) c"), dim=-1)
+    return blocks @ blocks.transpose(1, 2)
+
+
+def block_relation_loss(student: Tensor, teacher: Tensor, grid: int = 8) -> Tensor:
+    """Mean squared difference of the relations of two maps of equal height and width; their channels may differ."""
+    return functional.mse_loss(block_relations(student, grid), block_relations(teacher, grid))
+
+
+def channel_emphasis(features: Tensor, temperature: float) -> Tensor:
+    """(B, C, H, W) -> log of a distribution over the channels (B, C): mean absolute activation, standardised within
+    the picture (so that the temperature means the same in every network), softmax at `temperature`."""
+    strength = features.abs().mean((2, 3))
+    centred = strength - strength.mean(1, keepdim=True)
+    return functional.log_softmax(centred / (strength.std(1, keepdim=True) + 1e-6) / temperature, 1)
+
+
+def channel_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Kullback-Leibler divergence of the student's channel emphasis from the teacher's, times temperature squared
+    (Hinton et al. 2015). Both maps have the same channels."""
+    found, wanted = channel_emphasis(student, temperature), channel_emphasis(teacher, temperature)
+    return functional.kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
+
+
+class DualDistillation(nn.Module):
+    """Both losses, averaged over the three levels of the neck; 1x1 adapters bring the student's channels to the
+    teacher's. Used in training alone."""
+
+    def __init__(self, student_widths: list[int], teacher_widths: list[int], settings: Settings):
+        super().__init__()
+        self.settings = settings
+        self.adapters = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(s, t, 1, bias=False), norm(t))
+            for s, t in zip(student_widths, teacher_widths, strict=True)
+        )
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor]) -> dict[str, Tensor]:
+        """Neck maps of both -> the scalars whose weight is not zero, weighted: "relation", "channel"."""
+        s, terms = self.settings, {}
+        student, teacher = [f.float() for f in student], [f.float() for f in teacher]
+        if s.relation:
+            pairs = zip(student, teacher, strict=True)
+            terms["relation"] = s.relation * sum(block_relation_loss(a, b, s.grid) for a, b in pairs) / 3
+        if s.channel:
+            adapted = [adapter(a) for adapter, a in zip(self.adapters, student, strict=True)]
+            pairs = zip(adapted, teacher, strict=True)
+            terms["channel"] = s.channel * sum(channel_loss(a, b, s.temperature) for a, b in pairs) / 3
+        return terms
+
+
+# --- Network, teacher, losses of a row -------------------------------------------------------------------------------
+
+
+def build(settings: Settings, data: DetectionData) -> Detector:
+    """The baseline with YOLO-DCF's fusion and block."""
+    return build_detector(settings, data, fuse=FUSIONS[settings.fusion], bottleneck=BLOCKS[settings.block])
+
+
+def teacher_settings(settings: Settings) -> Settings:
+    """The row that teaches: the same network and recipe at the stronger scale, without distillation."""
+    return replace(settings, scale=settings.teacher_scale, teacher_scale="", relation=0.0, channel=0.0)
+
+
+def make_loss(settings: Settings, data: DetectionData, detector: Detector, device: str, teacher: Detector):
+    """The detector's own loss and the distillation's terms -> (loss of `train_detector`, the adapters)."""
+    criterion = detection_loss(detector, settings.size)
+    dual = DualDistillation(detector.widths, teacher.widths, settings).to(device, memory_format=torch.channels_last)
+
+    def loss(pictures: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        maps = detector.features(pictures)
+        with torch.no_grad():
+            taught = teacher.features(pictures)
+        scalars = criterion(detector.head(maps), boxes, labels)
+        terms = dual(maps, taught)
+        return scalars | terms | {"loss": scalars["loss"] + sum(terms.values())}
+
+    return loss, dual
+
+
+def run_row(settings, seed: int, data: DetectionData, device: str, session: Session) -> Result:
+    """One row and seed. Plain detectors are computed under the same key as in notebook 02; a distilled student has
+    its teacher trained first, if that has not been run here."""
+    if isinstance(settings, RobustnessSettings):
+        make = build if isinstance(settings.of, Settings) else build_detector
+        return run_robustness(settings, seed, data, device, session, make)
+    if not isinstance(settings, Settings):
+        return baselines.run_row(settings, seed, data, device, session)
+    if not settings.teacher_scale:
+        return train_and_evaluate(settings, seed, data, device, session, build)
+    own = teacher_settings(settings)
+    record = session.need(own, settings.teacher_seed)
+    teacher = frozen(record, build(own, data), device)
+    result = train_and_evaluate(settings, seed, data, device, session, build, partial(make_loss, teacher=teacher))
+    result.notes = {"teacher": record.key, "teacher_sha256": record.model_sha256}
+    return result
+
+
+# --- Settings of the three profiles, rows of the tables --------------------------------------------------------------
+
+DISTILLED = {"relation": 20.0, "channel": 1.0}  # ours, chosen on dev
+PCB = {"smoke": {}, "quick": {"size": 256, "epochs": 20}, "paper": {}}
+SETTINGS = {
+    "smoke": Settings(dataset="synthetic_steel", **baselines.SMOKE),
+    "quick": Settings(**baselines.QUICK),
+    "paper": Settings(),
+}
+
+
+def rows(profile: str) -> dict[str, DetectorSettings | RobustnessSettings]:
+    """Every row of notebooks 10 to 13 at one profile; "yolo_dcf" is the whole method."""
+    plain, base = baselines.SETTINGS[profile], SETTINGS[profile]
+    stronger = {"smoke": "t", "quick": "s", "paper": "s"}[profile]
+    whole = replace(base, teacher_scale=stronger, **DISTILLED)
+    board = {"dataset": baselines.on("deep_pcb", profile), **PCB[profile]}
+    steel = {
+        "baseline": plain,
+        "fusion": replace(base, block="plain"),
+        "block": replace(base, fusion="concat"),
+        "modules": base,
+        "relation": replace(whole, channel=0.0),
+        "channel": replace(whole, relation=0.0),
+        "yolo_dcf": whole,
+        "teacher": teacher_settings(whole),
+        # the field survey's advice, at the same four places
+        "se": replace(base, fusion="se", block="plain"),
+        "cbam": replace(base, fusion="cbam", block="plain"),
+    }
+    pcb = {
+        "pcb_baseline": replace(plain, **board),
+        "pcb_modules": replace(base, **board),
+        "pcb_yolo_dcf": replace(whole, **board),
+        "pcb_teacher": teacher_settings(replace(whole, **board)),
+    }
+    robustness = {f"{name}_robustness": RobustnessSettings(of=steel[name]) for name in ("baseline", "yolo_dcf")}
+    return steel | pcb | robustness
+
+
+ROWS = {profile: rows(profile) for profile in SETTINGS}
+PRIMARY = ("baseline", "yolo_dcf", "pcb_baseline", "pcb_yolo_dcf")
+METRICS = (*baselines.METRICS, ("map50_blur", "kept_blur", "map50_noise", "kept_noise"))
+TABLES = {
+    "neu_det": "YOLO-DCF, its parts and its teacher on NEU-DET",
+    "ablation": "the same places filled with other attention",
+    "deep_pcb": "YOLO-DCF on DeepPCB",
+    "robustness": "under motion blur and noise",
+}
+load, fingerprints = baselines.load, baselines.fingerprints
+
+
+def planned_seeds(row: str, profile: str) -> int:
+    """How many seeds a row gets: the primary claims compare "yolo_dcf" with "baseline"."""
+    if row in ("baseline", "yolo_dcf", "baseline_robustness", "yolo_dcf_robustness"):
+        return {"smoke": 1, "quick": 3, "paper": 5}[profile]
+    if row in ("teacher", "pcb_teacher"):
+        return 1
+    return {"smoke": 1, "quick": 1, "paper": 3}[profile]

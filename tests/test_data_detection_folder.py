@@ -1,0 +1,119 @@
+"""A reader's own folder of pictures and boxes: its layouts, its splits, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from defectlab.data.detection import NEU_CLASSES, DetectionData, load_folder
+from defectlab.data.store import DataError
+from defectlab.data.synthetic_detection import write_steel
+
+SIZE = 64
+
+
+def own_picture(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 40), dtype=np.uint8)).save(path)
+
+
+def own_yolo(folder: Path, parts: dict[str, int]) -> Path:
+    for part, count in parts.items():
+        for i in range(count):
+            own_picture(folder / "images" / part / f"{i}.png", 100 * len(part) + i)
+            label = folder / "labels" / part / f"{i}.txt"
+            label.parent.mkdir(parents=True, exist_ok=True)
+            label.write_text(f"{i % 2} 0.5 0.5 0.5 0.5\n" * (1 + (i == 0)))
+    (folder / "classes.txt").write_text("dent\nscratch\n")
+    return folder
+
+
+def lengths(data: DetectionData) -> list[int]:
+    return [len(split) for split in (data.train, data.dev, data.test)]
+
+
+def test_own_folder_without_split(tmp_path: Path) -> None:
+    data = load_folder(own_yolo(tmp_path / "mine", {"": 40}), "yolo", SIZE, test_share=0.25)
+    assert lengths(data) == [27, 3, 10] and data.class_names == ("dent", "scratch")
+    assert data.test.labels.flatten().bincount().tolist() == [5, 5]
+    assert data.name == "mine" and "duplicate boxes dropped: 1" in data.report
+    assert "dent: " in data.report and "pictures: 27 / 3 / 10 (train / dev / test)" in data.report
+    assert data.test.boxes[0].tolist() == [[16, 24, 48, 40]]  # 40 x 20 pixels scaled by 1.6, 16 above
+    assert data.test.truths()[0]["boxes"].tolist() == [[10, 5, 30, 15]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({"train": 20, "val": 6}, [18, 2, 6]),
+        ({"train": 20, "test": 6}, [18, 2, 6]),
+        ({"train": 20, "valid": 4, "test": 6}, [20, 4, 6]),
+        ({"train": 20}, [14, 2, 4]),
+    ],
+)
+def test_own_split_is_honoured(tmp_path: Path, parts: dict[str, int], expected: list[int]) -> None:
+    data = load_folder(own_yolo(tmp_path, parts), "yolo", SIZE)
+    assert lengths(data) == expected
+    if len(parts) > 1:
+        assert {name.split("/")[1] for name in data.test.names} == {list(parts)[-1]}
+        assert {name.split("/")[1] for name in data.train.names} == {"train"}
+
+
+def test_own_voc_and_fingerprint(tmp_path: Path) -> None:
+    folder = tmp_path / "steel"
+    write_steel(folder, count=10, size=100)
+    data = load_folder(folder, "voc", SIZE)
+    assert lengths(data) == [43, 5, 12] and data.class_names == NEU_CLASSES
+    assert load_folder(folder, "voc", SIZE).fingerprint == data.fingerprint
+    changed = folder / "ANNOTATIONS" / "patches_1.xml"
+    changed.write_text(changed.read_text().replace("<name>patches</name>", "<name>inclusion</name>", 1))
+    assert load_folder(folder, "voc", SIZE).fingerprint != data.fingerprint
+
+
+def own_coco(folder: Path, path: Path, pictures: list[str], first: int) -> None:
+    images = [{"id": i, "file_name": name, "width": 40, "height": 20} for i, name in enumerate(pictures)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [1, 2, 3, 4]} for i in range(len(pictures))]
+    categories = [{"id": 1, "name": "dent"}, {"id": 2, "name": "scratch"}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    for i, name in enumerate(pictures):
+        own_picture(folder / name, first + i)
+
+
+def test_own_coco(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(12)]
+    one = tmp_path / "one"
+    own_coco(one / "images", one / "boxes.json", names, 0)
+    assert lengths(load_folder(one, "coco", SIZE)) == [9, 1, 2]
+    two = tmp_path / "two"  # one json a split, the same names in both
+    own_coco(two / "images" / "train", two / "annotations" / "instances_train.json", names, 0)
+    own_coco(two / "images" / "val", two / "annotations" / "instances_val.json", names[:4], 50)
+    data = load_folder(two, "coco", SIZE)
+    assert lengths(data) == [11, 1, 4] and data.test.names == [f"images/val/{name}" for name in names[:4]]
+    three = tmp_path / "three"  # the json beside its pictures
+    for first, part in enumerate(("train", "valid", "test")):
+        own_coco(three / part, three / part / "_annotations.coco.json", names, 100 * first)
+    assert lengths(load_folder(three, "coco", SIZE)) == [12, 12, 12]
+    shutil.copy(three / "train" / "_annotations.coco.json", three / "train" / "more.json")
+    with pytest.raises(DataError, match="holds 4 json files: keep one"):
+        load_folder(three, "coco", SIZE)
+
+
+def test_own_folder_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="format must be"):
+        load_folder(tmp_path, "txt", SIZE)
+    with pytest.raises(ValueError, match="test_share must lie between 0 and 1"):
+        load_folder(tmp_path, "voc", SIZE, test_share=1)
+    with pytest.raises(DataError, match="holds no json"):
+        load_folder(tmp_path, "coco", SIZE)
+    with pytest.raises(DataError, match="gives 9 pictures: three splits need at least 10"):
+        load_folder(own_yolo(tmp_path / "few", {"": 9}), "yolo", SIZE)
+    with pytest.raises(DataError, match="lies in none of the folders train, val and test"):
+        load_folder(own_yolo(tmp_path / "mixed", {"train": 8, "val": 4, "odd": 1}), "yolo", SIZE)
+    bare = own_yolo(tmp_path / "bare", {"train": 8, "test": 4})
+    shutil.rmtree(bare / "labels" / "test")
+    with pytest.raises(DataError, match="the 4 test pictures have no box"):
+        load_folder(bare, "yolo", SIZE)
