@@ -1,4 +1,4 @@
-"""What a network costs: parameters, FLOPs, size, latency; one function for all models, so that all are counted alike."""
+"""What a network costs: parameters, FLOPs, size, latency; one function for all models, all counted alike."""
 
 import statistics
 import time

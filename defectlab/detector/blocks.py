@@ -52,9 +52,7 @@ def norm(channels: int) -> nn.BatchNorm2d:
 class Bottleneck(nn.Module):
     """Two convolutions with a residual connection: `hidden` = expansion x channels in between."""
 
-    def __init__(
-        self, channels: int, shortcut: bool = True, kernels: tuple[int, int] = (3, 3), expansion: float = 1.0
-    ):
+    def __init__(self, channels: int, shortcut: bool = True, kernels: tuple[int, int] = (3, 3), expansion: float = 1.0):
         super().__init__()
         hidden = int(channels * expansion)
         self.first = ConvBlock(channels, hidden, kernels[0])
