@@ -42,7 +42,7 @@ def rows(profile: str) -> dict[str, DetectorSettings]:
 ROWS = {profile: rows(profile) for profile in SETTINGS}
 PRIMARY = ("v8n", "v8n_index_split", "v5n")
 METRICS = (
-    ("map50", "map50_95"),
+    ("map50", "map50_95", "map33"),
     ("precision_dev", "recall_dev", "f1_dev", "f1_oracle"),
     ("parameters_m", "gflops", "size_mb", "latency_ms", "images_per_second_32"),
 )
