@@ -55,30 +55,33 @@ class Settings(DetectorSettings):
 class ContextGuidedFusion(nn.Module):
     """Joins two maps of the neck in place of their concatenation.
 
-    Context: means along rows and columns, added over the plane, pass a strip convolution in each direction and become
-    an attention map (ours, after the rectangular self-calibration of CGRSeg, ECCV 2024). Detail: a depthwise 3x3
-    convolution. A gate decides for each channel and place how much of either the result takes.
+    Context: the means of rows pass a strip convolution that looks along the vertical, those of columns one that looks
+    along the horizontal; their sum, spread over the plane, becomes an attention map (ours, after the rectangular
+    self-calibration of CGRSeg, ECCV 2024; the strips work on vectors, as in coordinate attention, CVPR 2021, which
+    costs next to nothing). Detail: a depthwise 3x3 convolution. A gate decides for each channel and place how much of
+    either the result takes.
     """
 
     def __init__(self, channels: tuple[int, int], strip: int = 11):
         super().__init__()
         both = sum(channels)
         hidden = max(both // 8, 16)
-        self.horizontal = ConvBlock(both, both, (1, strip), groups=both, activation=nn.ReLU)
-        self.vertical = nn.Conv2d(both, both, (strip, 1), padding=(strip // 2, 0), groups=both)
+        self.horizontal = ConvBlock(both, both, (1, strip), groups=both, activation=nn.Identity)
+        self.vertical = ConvBlock(both, both, (strip, 1), groups=both, activation=nn.Identity)
         self.detail = ConvBlock(both, both, 3, groups=both, activation=nn.Identity)
         self.gate = nn.Sequential(ConvBlock(both, hidden), nn.Conv2d(hidden, both, 1))
 
     def context(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> attention of the same shape, 0..2 with 1 as neutral."""
-        rows, columns = x.mean(3, keepdim=True), x.mean(2, keepdim=True)  # (B, C, H, 1), (B, C, 1, W)
-        return 2 * self.vertical(self.horizontal(rows + columns)).sigmoid()
+        down = self.vertical(x.mean(3, keepdim=True))  # (B, C, H, 1)
+        along = self.horizontal(x.mean(2, keepdim=True))  # (B, C, 1, W)
+        return 2 * (down + along).sigmoid()
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         x = torch.cat([first, second], 1)  # (B, C1 + C2, H, W)
-        detail = self.detail(x)
-        gate = self.gate(x + detail).sigmoid()
-        return gate * (self.context(x) * x) + (1 - gate) * (x + detail)
+        near = x + self.detail(x)
+        gate = self.gate(near).sigmoid()
+        return near + gate * (self.context(x) * x - near)
 
 
 class SqueezeExcitationFusion(nn.Module):
