@@ -22,7 +22,7 @@ from defectlab.detector.training import DetectorSettings, train_detector
 from defectlab.runs import Record, Result
 from defectlab.train import Session, precision_of
 
-CASE_SIDE = 128  # pixels a side of the pictures that a record keeps
+CASE_SIDE = 112  # pixels a side of the pictures that a record keeps
 COST_SIZE = 640  # px: GFLOPs are stated for this input, whatever the training used
 
 Predictions = list[dict[str, Tensor]]
