@@ -149,8 +149,19 @@ class MultiScaleResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
-        y = self.act(self.dense(h) + self.medium(h) + self.large(h))
+        y = self.act(self.dense(h) + self.wide(h))
         return x + y if self.shortcut else y
+
+    def wide(self, h: Tensor) -> Tensor:
+        """Medium and large structure, (B, C, H, W) -> the same shape.
+
+        In float32 on CPUs: there the bf16 gradient of a dilated depthwise convolution's weight can hold memory that
+        nobody wrote (seen with torch 2.11 on maps of 56 px: NaN, or 1e36).
+        """
+        if h.device.type != "cpu" or h.dtype != torch.bfloat16:
+            return self.medium(h) + self.large(h)
+        with torch.autocast("cpu", enabled=False):
+            return self.medium(h.float()) + self.large(h.float())
 
     def fold(self) -> nn.Module:
         """The same function with one 3x3 and one depthwise 7x7 convolution, no norms."""
