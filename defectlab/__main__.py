@@ -1,4 +1,4 @@
-"""The command line: `python -m defectlab run|status|record|report|score|reproduce|bench`; runs without Jupyter."""
+"""The command line, without Jupyter: `python -m defectlab run|status|record|report|score|detect|reproduce|bench`."""
 
 import argparse
 import sys
@@ -59,9 +59,32 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--size", type=int, default=256, help="with --train-good: pixels a side")
     score.add_argument("--device", default="auto")
 
+    detect = add("detect", "train a detector on pictures with boxes, or find defects in others with it", rows=False)
+    source = detect.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="folder of pictures with boxes: train on it and evaluate")
+    source.add_argument("--model", type=Path, help="a .safetensors of runs/ or of an earlier --data: find defects")
+    detect.add_argument("--format", choices=("voc", "yolo", "coco"), help="with --data: how its boxes are written")
+    detect.add_argument("--size", type=int, default=320, help="with --data: pixels a side, a multiple of 32")
+    detect.add_argument("--epochs", type=int, default=50, help="with --data")
+    detect.add_argument("--family", choices=("v8", "v5"), default="v8", help="with --data: anchor-free or anchor-based")
+    detect.add_argument("--scale", default="n", help="with --data: t, n, s, m, l or (v8) x")
+    detect.add_argument("--batch", type=int, default=16, help="with --data: pictures a step")
+    detect.add_argument("--seed", type=int, default=0, help="with --data")
+    detect.add_argument(
+        "--minutes", type=float, help="with --data: stop cleanly after so many; the same command goes on"
+    )
+    detect.add_argument("--images", type=Path, help="with --model: folder of pictures to look at")
+    detect.add_argument("--confidence", type=float, help="with --model: lowest score; default: the threshold from dev")
+    detect.add_argument("--draw", action="store_true", help="with --model: the pictures with their boxes, too")
+    detect.add_argument("--out", type=Path, help="folder of the results; default: detections, with --model found")
+    detect.add_argument("--onnx", action="store_true", help="write detector.onnx, too, and compare it with torch")
+    detect.add_argument("--device", default="auto")
+
     bench = add("bench", "speed of training, inference, metrics on this machine", rows=False)
     bench.add_argument("--device", default="auto")
-    bench.add_argument("--teacher", default="resnet18_random")
+    bench.add_argument("--part", choices=("all", "detector", "anomaly"), default="all")
+    bench.add_argument("--sizes", type=numbers, default=[224], metavar="224,320,640", help="of detectors; default: 224")
+    bench.add_argument("--teacher", default="resnet18_random", help="of anomaly detection")
     commands.add_parser("reproduce", help="run the notebooks headlessly and write the page", add_help=False)
     return top
 
@@ -126,6 +149,10 @@ def main(argv: list[str] | None = None) -> int:
             from defectlab.score import score
 
             return score(options)
+        if options.command == "detect":
+            from defectlab.detect_command import detect
+
+            return detect(options)
         from defectlab.bench import bench
 
         return bench(options)

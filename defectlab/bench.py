@@ -13,12 +13,20 @@ from defectlab.anomaly import teacher as teachers
 from defectlab.anomaly.baselines import SETTINGS, build, make_loss, to_maps
 from defectlab.anomaly.distil import score_features
 from defectlab.batch import pick_device
+from defectlab.detector import baselines as detectors
+from defectlab.detector import bench as detector_bench
+from defectlab.detector.detect import build_detector
 from defectlab.metrics import anomaly_metrics
-from defectlab.papers import bsdrd
+from defectlab.papers import bsdrd, yolo_dcf
 from defectlab.runs import device_name, peak_memory_mb
 from defectlab.train import autocast, precision_of
 
 BATCH = 16
+DETECTORS = {  # of the quick profile, at the scale n
+    "v8n": (detectors.SETTINGS["quick"], build_detector),
+    "v5n": (detectors.ROWS["quick"]["v5n"], build_detector),
+    "yolo_dcf n": (yolo_dcf.SETTINGS["quick"], yolo_dcf.build),
+}
 
 
 def seconds(action: Callable[[], object], device: str, repeats: int = 3) -> float:
@@ -36,14 +44,27 @@ def seconds(action: Callable[[], object], device: str, repeats: int = 3) -> floa
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Print images/s of training steps, of inference and of the teacher, the share of a step spent on fetching its
-    batch, and the time of the metrics. Images are random: speed does not depend on what they show."""
+    """The command `bench`: what `--part` names. Images are random: speed does not depend on what they show."""
     device = pick_device(options.device)
+    print(device_name(device))
+    if options.part in ("detector", "all"):
+        for line in detector_bench.table(DETECTORS, options.sizes, device):
+            print(line, flush=True)
+    if options.part in ("anomaly", "all"):
+        bench_anomaly(device, options.teacher)
+        bench_metrics()
+        print(f"peak memory                        {peak_memory_mb(device):8.0f} MB")
+    return 0
+
+
+def bench_anomaly(device: str, teacher_name: str) -> None:
+    """Print images/s of training steps, of inference and of the teacher, and the share of a step spent on fetching its
+    batch."""
     settings = SETTINGS["quick"]
     precision = precision_of(settings, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    print(f"{device_name(device)}; {settings.size} px, batch {BATCH}, {precision}, teacher {options.teacher}")
-    teacher = teachers.load_teacher(options.teacher, device).to(memory_format=torch.channels_last)
+    print(f"anomaly detection: {settings.size} px, batch {BATCH}, {precision}, teacher {teacher_name}")
+    teacher = teachers.load_teacher(teacher_name, device).to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4 * BATCH, 3, settings.size, settings.size), generator=generator, dtype=torch.uint8)
     images = images.to(device)
@@ -86,9 +107,6 @@ def bench(options: argparse.Namespace) -> int:
         print(f"{name}: maps from cached features   {BATCH / infer:8.1f} images/s")
         parameters = sum(p.numel() for p in network.parameters())
         print(f"{name}: parameters                  {parameters / 1e6:8.2f} M")
-    bench_metrics()
-    print(f"peak memory                        {peak_memory_mb(device):8.0f} MB")
-    return 0
 
 
 def aupro_by_definition(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:

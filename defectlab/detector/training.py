@@ -21,6 +21,7 @@ from defectlab.train import (
     check_finite,
     epoch_order,
     load_checkpoint,
+    precision_of,
     save_checkpoint,
 )
 
@@ -199,7 +200,7 @@ def train_epoch(
     for index, indices in enumerate(batches):
         step = epoch * len(batches) + index
         batch = augment(split.images, split.boxes, split.labels, indices, recipe, generator)
-        with autocast(device, settings.precision):
+        with autocast(device, precision_of(settings, device)):
             pictures = batch.images.contiguous(memory_format=torch.channels_last)
             scalars = loss(pictures, batch.boxes, batch.labels)
         for group in optimizer.param_groups:

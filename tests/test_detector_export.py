@@ -1,0 +1,97 @@
+"""The ONNX file of a detector: the same boxes and scores as torch, whatever the family and the modules."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from defectlab.detector import export
+from defectlab.detector.blocks import folded
+from defectlab.detector.detect import build_detector, decode
+from defectlab.detector.export import to_onnx
+from defectlab.detector.model import Detector
+from defectlab.detector.training import DetectorSettings
+from defectlab.papers import yolo_dcf
+
+SIZE, DATA = 96, SimpleNamespace(class_names=("dent", "scratch"))
+PLAIN = DetectorSettings(size=SIZE, scale="t")
+DETECTORS = {
+    "v8": lambda: build_detector(PLAIN, DATA),
+    "v5": lambda: build_detector(DetectorSettings(size=SIZE, scale="t", family="v5"), DATA),
+    "yolo_dcf": lambda: yolo_dcf.build(yolo_dcf.Settings(size=SIZE, scale="t"), DATA),
+}
+
+
+def stirred(name: str) -> Detector:
+    """A detector with norms that are not at their start, so that folding them is more than nothing."""
+    torch.manual_seed(0)
+    detector = DETECTORS[name]()
+    for module in detector.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return detector.eval()
+
+
+@pytest.mark.parametrize("name", list(DETECTORS))
+def test_exported_detector_equals_torch(name: str, tmp_path: Path) -> None:
+    detector, path = stirred(name), tmp_path / "new" / "detector.onnx"
+    before = {key: value.clone() for key, value in detector.state_dict().items()}
+    difference = to_onnx(detector, path, SIZE)
+    assert 0 <= difference.boxes < 1e-3
+    assert 0 <= difference.scores < 1e-5
+    assert [file.name for file in path.parent.iterdir()] == ["detector.onnx"]  # weights inside, nothing left aside
+    assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
+
+    onnx.checker.check_model(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (images,) = session.get_inputs()
+    assert (images.name, images.shape, images.type) == ("images", ["batch", 3, SIZE, SIZE], "tensor(float)")
+    pictures = torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))  # another batch than checked
+    boxes, scores = session.run(["boxes", "scores"], {"images": pictures.numpy()})
+    anchors = sum((SIZE // stride) ** 2 for stride in (8, 16, 32)) * (3 if name == "v5" else 1)
+    assert boxes.shape == (5, anchors, 4) and scores.shape == (5, anchors, 2)
+    with torch.no_grad():
+        wanted = decode(detector, detector(pictures))  # not folded
+    np.testing.assert_allclose(boxes, wanted[0], atol=1e-3)
+    np.testing.assert_allclose(scores, wanted[1], atol=1e-5)
+
+
+def test_the_difference_is_that_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime whose boxes are off by half a pixel and whose scores by 0.25 is found out."""
+
+    class Off:
+        def __init__(self, path: Path, providers: list[str]) -> None:
+            assert path.is_file()
+
+        def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            with torch.no_grad():
+                boxes, scores = decode(model, model(torch.from_numpy(feeds["images"])))
+            return [(boxes + 0.5).numpy(), (scores - 0.25).numpy()]
+
+    detector = stirred("v8")
+    model = folded(detector)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Off)
+    monkeypatch.setattr(torch.onnx, "export", lambda model, inputs, path, **options: Path(path).write_bytes(b"onnx"))
+    difference = to_onnx(detector, tmp_path / "detector.onnx", SIZE)
+    assert difference.boxes == pytest.approx(0.5, abs=1e-3)
+    assert difference.scores == pytest.approx(0.25, abs=1e-5)
+
+
+def test_size_that_no_detector_takes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="100x100 px: a detector needs sides divisible by 32"):
+        to_onnx(stirred("v8"), tmp_path / "detector.onnx", 100)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else there(name))
+    with pytest.raises(ValueError, match="needs onnxruntime: python -m pip install onnxruntime"):
+        to_onnx(stirred("v8"), tmp_path / "detector.onnx", SIZE)
+    assert list(tmp_path.iterdir()) == []
