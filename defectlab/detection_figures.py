@@ -66,8 +66,8 @@ def boxed(
         axis.axis("off")
     shown: set[int] = set()
     for index, (picture, axis) in enumerate(zip(pictures, axes.flat, strict=False)):
-        height, width_px = picture.shape[:2]
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, width_px, height, 0))  # pixels' edges, as boxes
+        edges = (0, picture.shape[1], picture.shape[0], 0)  # pixel 0 covers 0 to 1, as boxes count
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=edges)
         if titles is not None:
             axis.set_title(titles[index], fontsize=8)
         if truths is not None and predictions is not None:
