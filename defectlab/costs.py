@@ -50,13 +50,13 @@ def inference_seconds(model: nn.Module, images: Tensor, precision: str = "fp32",
 
 def model_costs(model: nn.Module, size: int, device: torch.device | str, precision: str = "fp32") -> dict[str, float]:
     """Costs of a detector or another network of square RGB pictures, `size` px a side; the model as it is (fold it
-    before, if it is deployed folded). Its mode is left as it was.
+    before, if it is deployed folded). The modes of its parts are left as they were.
 
     -> parameters_m (millions), gflops (1e9, 2 x MACs, one picture), size_mb (MB of fp16 weights), latency_ms (one
     picture), images_per_second_32 (a batch of 32).
     """
     device = torch.device(device)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     one, many = (torch.rand(n, 3, size, size, device=device) for n in (1, 32))
     one, many = (x.contiguous(memory_format=torch.channels_last) for x in (one, many))
@@ -67,5 +67,6 @@ def model_costs(model: nn.Module, size: int, device: torch.device | str, precisi
         "latency_ms": round(1000 * inference_seconds(model, one, precision), 2),
         "images_per_second_32": round(32 / inference_seconds(model, many, precision, 3), 1),
     }
-    model.train(training)
+    for module, mode in modes:
+        module.training = mode
     return result

@@ -119,7 +119,9 @@ def train(
         try:
             done, earlier, curve = load_checkpoint(session.checkpoint, parts, optimizer)
         except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{session.checkpoint} does not continue this training ({error}): delete it") from error
+            raise ValueError(
+                f"{session.checkpoint} does not continue this training ({first_line(error)}): delete it"
+            ) from error
         session.say(f"  continues after epoch {done} of {epochs}")
     parts.train()
     started, seen = time.monotonic(), 0
@@ -149,6 +151,11 @@ def train(
     seconds = time.monotonic() - started
     parts.eval()
     return Trained(curve, earlier + seconds, seen / seconds if seen else 0.0)
+
+
+def first_line(error: Exception) -> str:
+    """What torch says of a checkpoint that does not fit runs over pages: the first line will do."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_finite(losses: Tensor, epoch: int, batches: int) -> None:

@@ -20,6 +20,7 @@ from defectlab.train import (
     autocast,
     check_finite,
     epoch_order,
+    first_line,
     load_checkpoint,
     precision_of,
     save_checkpoint,
@@ -133,8 +134,8 @@ def train_detector(
 
     Args:
         extra: further weights that the loss trains and nobody keeps (adapters of a distillation).
-        probe: asked ten times during the training for scalars of the moving average; they enter the curve, beside
-            "probe_epoch".
+        probe: asked about ten times during the training, and at its end, for scalars of the moving average; they enter
+            the curve, beside "probe_epoch".
 
     Raises:
         OutOfTime, NonFiniteLoss (names epoch and batch), ValueError (fewer than two pictures, a foreign checkpoint).
@@ -152,7 +153,9 @@ def train_detector(
         try:
             done, earlier, curve = load_checkpoint(session.checkpoint, everything, optimizer)
         except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{session.checkpoint} does not continue this training ({error}): delete it") from error
+            raise ValueError(
+                f"{session.checkpoint} does not continue this training ({first_line(error)}): delete it"
+            ) from error
         session.say(f"  continues after epoch {done} of {settings.epochs}")
     started, seen, every = time.monotonic(), 0, max(1, settings.epochs // 10)
     for epoch in range(done, settings.epochs):

@@ -1,0 +1,88 @@
+"""Costs: FLOPs and parameters counted by hand, latency on a clock that the test winds."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from defectlab.costs import flops, inference_seconds, model_costs, parameters, seconds_per_call
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "expected"),
+    [
+        (nn.Conv2d(3, 8, 3, stride=2, padding=1), (1, 3, 8, 10), 2 * (3 * 9) * 8 * (4 * 5)),
+        (nn.Conv2d(8, 8, (1, 5), padding=(0, 2), groups=8), (2, 8, 6, 7), 2 * 5 * 8 * (6 * 7) * 2),
+        (nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2, bias=False), (1, 4, 5, 5), 2 * (2 * 9) * 6 * 25),
+        (nn.Linear(6, 4), (5, 6), 2 * 6 * 4 * 5),
+    ],
+    ids=["strided", "depthwise", "dilated groups", "linear"],
+)
+def test_flops_by_hand(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None:
+    assert flops(layer, torch.zeros(shape)) == expected
+    assert flops(nn.Sequential(layer, nn.SiLU()), torch.zeros(shape)) == expected  # elementwise work is not counted
+
+
+def test_flops_of_several_inputs_are_those_of_one_pass() -> None:
+    class Product(nn.Module):
+        def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            return first @ second
+
+    assert flops(Product(), torch.zeros(3, 4), torch.zeros(4, 5)) == 2 * 3 * 4 * 5
+
+
+def test_parameters_count_frozen_ones_and_no_running_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    assert parameters(model) == 8 * 3 * 9 + 8 + 2 * 8
+    model[0].requires_grad_(False)
+    assert parameters(model) == 8 * 3 * 9 + 8 + 2 * 8
+
+
+class Watched(nn.Module):
+    """A convolution that notes its mode and the shape and memory format of what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 500, 3, padding=1, bias=False)
+        self.seen: set[tuple] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add((self.training, tuple(x.shape), x.is_contiguous(memory_format=torch.channels_last)))
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_costs(training: bool) -> None:
+    model = Watched().train(training)
+    costs = model_costs(model, 8, "cpu")
+    assert set(costs) == {"parameters_m", "gflops", "size_mb", "latency_ms", "images_per_second_32"}
+    assert costs["parameters_m"] == 0.0135  # 3 x 500 x 9 = 13,500
+    assert costs["gflops"] == 0.002  # 2 x 13,500 x 64 = 1.73 million
+    assert costs["size_mb"] == 0.03  # two bytes each
+    assert costs["latency_ms"] > 0 and costs["images_per_second_32"] > 0
+    assert model.training is training and model.conv.training is training
+    assert model.seen == {(False, (1, 3, 8, 8), True), (False, (32, 3, 8, 8), True)}
+
+
+def test_seconds_are_the_median_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations = [50.0, 40.0, 1.0, 7.0, 2.0]  # two calls to warm up; of the others the median is 2
+    clock, calls = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def call() -> None:
+        clock[0] += durations[len(calls)]
+        calls.append(clock[0])
+
+    assert seconds_per_call(call, torch.device("cpu"), repeats=3, warm_up=2) == 2.0
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_inference_seconds_run_at_the_asked_precision_without_gradients(precision: str, dtype: torch.dtype) -> None:
+    outputs = []
+    conv = nn.Conv2d(3, 4, 1)
+    conv.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    assert inference_seconds(conv, torch.zeros(1, 3, 4, 4), precision, repeats=2) > 0
+    assert {output.dtype for output in outputs} == {dtype}
+    assert not any(output.requires_grad for output in outputs)

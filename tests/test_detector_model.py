@@ -1,0 +1,265 @@
+"""The detectors: sizes against the published ones, shapes, gradients, biases by hand, folding."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from defectlab.costs import flops, parameters
+from defectlab.detector.blocks import C3, SPPF, Bottleneck, C2f, Concatenation, ConvBlock, folded
+from defectlab.detector.losses import AnchorBasedLoss, AnchorFreeLoss
+from defectlab.detector.model import ANCHORS, SCALES, STRIDES, Detector
+
+CLASSES = 6
+FAMILIES = tuple(SCALES)
+PUBLISHED = {  # millions of parameters and GFLOPs of one 640 px picture, 80 classes
+    ("v8", "n"): (3.2, 8.7),
+    ("v8", "s"): (11.2, 28.6),
+    ("v8", "m"): (25.9, 78.9),
+    ("v8", "l"): (43.7, 165.2),
+    ("v8", "x"): (68.2, 257.8),
+    ("v5", "n"): (1.9, 4.5),
+    ("v5", "s"): (7.2, 16.5),
+    ("v5", "m"): (21.2, 49.0),
+    ("v5", "l"): (46.5, 109.1),
+}
+
+
+@cache
+def tiny(family: str) -> Detector:
+    torch.manual_seed(0)
+    return Detector(family, "t", CLASSES)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """`model` in eval mode with norms as after a training: other statistics, weights and biases in every channel."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values, low, high in (
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.2, 2.0),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.5, 0.5),
+            ):
+                values.copy_(low + (high - low) * torch.rand(len(values), generator=generator))
+    return model.eval()
+
+
+def pictures(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+# --- Sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "scale"), PUBLISHED, ids="".join)
+def test_size_as_published(family: str, scale: str) -> None:
+    with torch.device("meta"):  # shapes without numbers: nothing is computed
+        detector = Detector(family, scale, 80)
+        images = torch.empty(1, 3, 640, 640)
+    millions, gflops = PUBLISHED[family, scale]
+    assert parameters(detector) / 1e6 == pytest.approx(millions, rel=0.02)
+    assert flops(detector, images) / 1e9 == pytest.approx(gflops, rel=0.02)
+
+
+@pytest.mark.parametrize(("scale", "count"), [("n", 3_157_184), ("s", 11_166_544), ("m", 25_902_624)])
+def test_exact_number_of_parameters(scale: str, count: int) -> None:
+    with torch.device("meta"):
+        assert parameters(Detector("v8", scale, 80)) == count
+
+
+def test_the_class_count_changes_the_head_alone() -> None:
+    with torch.device("meta"):
+        few, many = (Detector("v5", "n", classes) for classes in (3, 80))
+    assert parameters(few.backbone) == parameters(many.backbone) and parameters(few.neck) == parameters(many.neck)
+    assert parameters(many) - parameters(few) == 3 * (80 - 3) * sum(width + 1 for width in few.widths)
+
+
+# --- Shapes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 96)])
+def test_shapes(family: str, height: int, width: int) -> None:
+    detector = tiny(family).eval()
+    images = pictures(2, 3, height, width)
+    channels = 4 * 16 + CLASSES if family == "v8" else 3 * (5 + CLASSES)
+    with torch.no_grad():
+        raw, features = detector(images), detector.features(images)
+    assert detector.strides == STRIDES == (8, 16, 32)
+    assert [tuple(m.shape) for m in raw] == [(2, channels, height // s, width // s) for s in STRIDES]
+    expected = [(2, w, height // s, width // s) for w, s in zip(detector.widths, STRIDES, strict=True)]
+    assert [tuple(m.shape) for m in features] == expected
+    for found, wanted in zip(detector.head(features), raw, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("height", "width"), [(64, 80), (100, 96), (48, 48)])
+def test_sides_that_32_does_not_divide(family: str, height: int, width: int) -> None:
+    with pytest.raises(ValueError, match=f"pictures of {height}x{width} px: a detector needs sides divisible by 32"):
+        tiny(family)(torch.zeros(1, 3, height, width))
+
+
+@pytest.mark.parametrize(("family", "scale"), [("v7", "n"), ("v8", "q"), ("v5", "x"), ("", "")])
+def test_unknown_family_or_scale(family: str, scale: str) -> None:
+    with pytest.raises(ValueError, match=r"unknown detector .*use one of v8: t, n, s, m, l, x; v5: t, n, s, m, l$"):
+        Detector(family, scale, CLASSES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_map_sees_every_other_stride(family: str) -> None:
+    """The neck leads context down and detail up: each map depends on each of the backbone's three."""
+    detector = lively(Detector(family, "t", CLASSES))
+    maps = [m.detach().requires_grad_() for m in detector.backbone(pictures(1, 3, 64, 64))]
+    for level in detector.neck(tuple(maps)):
+        gradients = torch.autograd.grad(level.square().sum(), maps, retain_graph=True)
+        assert all(float(gradient.abs().sum()) > 0 for gradient in gradients)
+
+
+def test_fusion_and_block_are_used_at_every_place() -> None:
+    joined, blocks = [], []
+
+    class Fuse(Concatenation):
+        def __init__(self, channels: tuple[int, int]) -> None:
+            super().__init__(channels)
+            joined.append(channels)
+
+    class Block(Bottleneck):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            blocks.append(arguments)
+
+    for family, kernels in (("v8", (3, 3)), ("v5", (1, 3))):
+        joined.clear(), blocks.clear()
+        detector = Detector(family, "n", CLASSES, fuse=Fuse, bottleneck=Block)
+        third, fourth, fifth = detector.widths
+        if family == "v8":
+            assert joined == [(fifth, fourth), (fourth, third), (third, fourth), (fourth, fifth)]
+        else:
+            assert joined == [(fourth, fourth), (third, third), (third, third), (fourth, fourth)]
+        depths = (1, 2, 2, 1) if family == "v8" else (1, 2, 3, 1)  # a third of 3, 6, 6 (9), 3
+        assert [shortcut for _, shortcut, _, _ in blocks] == [True] * sum(depths) + [False] * 4
+        assert {used for _, _, used, _ in blocks} == {kernels}
+
+
+# --- Blocks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [C2f, C3])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_cross_stage_blocks_keep_height_and_width(block: type[nn.Module], depth: int) -> None:
+    made = block(12, 16, depth, True)
+    assert made(pictures(2, 12, 6, 10)).shape == (2, 16, 6, 10)
+    assert len(made.bottlenecks) == depth
+
+
+def test_shortcut_adds_the_input() -> None:
+    torch.manual_seed(0)
+    with_shortcut, without = Bottleneck(8, True), Bottleneck(8, False)
+    without.load_state_dict(with_shortcut.state_dict())
+    x = pictures(1, 8, 5, 5)
+    torch.testing.assert_close(with_shortcut.eval()(x) - without.eval()(x), x)
+
+
+def test_pyramid_pooling_sees_5_9_and_13_pixels() -> None:
+    block = SPPF(4, 6).eval()
+    seen = []
+    block.leave.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = pictures(1, 4, 20, 20)
+    block(x)
+    entered, *pooled = seen[0].chunk(4, 1)
+    for maps, side in zip(pooled, (5, 9, 13), strict=True):
+        assert torch.equal(maps, nn.functional.max_pool2d(entered, side, 1, side // 2))
+
+
+def test_conv_block_pads_to_the_same_size() -> None:
+    for kernel, dilation in ((1, 1), (3, 1), ((1, 11), 1), (3, 3)):
+        assert ConvBlock(4, 5, kernel, dilation=dilation)(pictures(2, 4, 12, 14)).shape == (2, 5, 12, 14)
+    assert ConvBlock(4, 5, 3, 2)(pictures(2, 4, 12, 14)).shape == (2, 5, 6, 7)
+
+
+# --- Gradients, biases -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_gets_a_gradient_from_the_loss(family: str) -> None:
+    torch.manual_seed(0)
+    detector = Detector(family, "t", CLASSES)
+    loss = AnchorFreeLoss(CLASSES) if family == "v8" else AnchorBasedLoss(CLASSES, detector.anchors)
+    # The untrained anchor-free box has half sides of 7.5 strides: one truth of such a size for each level.
+    boxes = torch.tensor([[[16.0, 16, 496, 496], [136, 136, 376, 376], [196, 196, 316, 316]]])
+    loss(detector(pictures(1, 3, 512, 512)), boxes, torch.tensor([[0, 1, 2]]))["loss"].backward()
+    without = [n for n, p in detector.named_parameters() if p.grad is None or not float(p.grad.abs().sum()) > 0]
+    assert without == []
+    assert all(bool(p.grad.isfinite().all()) for p in detector.parameters())
+
+
+@pytest.mark.parametrize("classes", [1, 6])
+def test_anchor_free_biases_by_hand(classes: int) -> None:
+    head = Detector("v8", "t", classes).head
+    for level, cells in enumerate((80 * 80, 40 * 40, 20 * 20)):  # of a 640 px picture
+        assert torch.equal(head.boxes[level][-1].bias, torch.ones(64))
+        torch.testing.assert_close(head.classes[level][-1].bias.exp() * classes * cells, torch.full((classes,), 5.0))
+
+
+@pytest.mark.parametrize(("classes", "odds"), [(1, 60.0), (2, 0.6 / 1.01), (6, 0.6 / 5.01)])
+def test_anchor_based_biases_by_hand(classes: int, odds: float) -> None:
+    """They are added to the random ones of a convolution, which lie within one over the root of its inputs."""
+    detector = Detector("v5", "t", classes)
+    for level, width, cells in zip(detector.head.levels, detector.widths, (6400, 1600, 400), strict=True):
+        expected = torch.zeros(3, 5 + classes)
+        expected[:, 4] = math.log(8 / cells)
+        expected[:, 5:] = math.log(odds)
+        rest = level.bias.detach().view(3, -1) - expected
+        assert rest.abs().max() <= 1 / math.sqrt(width) + 1e-5
+        assert rest.std() > 0
+
+
+def test_anchors_are_those_given_or_of_coco_and_are_saved() -> None:
+    assert torch.equal(Detector("v5", "t", 2).anchors, torch.tensor(ANCHORS).float())
+    own = torch.arange(18.0).view(3, 3, 2) + 1
+    detector = Detector("v5", "t", 2, anchors=own.double())
+    assert torch.equal(detector.anchors, own) and detector.anchors.dtype == torch.float32
+    assert torch.equal(detector.state_dict()["anchors"], own)
+    assert not any("anchors" in name for name in tiny("v8").state_dict())
+
+
+# --- Folding ---------------------------------------------------------------------------------------------------------
+
+
+def relative(found: list[Tensor], wanted: list[Tensor]) -> float:
+    return max(float((f - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["64", "32"])
+def test_folded_is_the_same_function(family: str, dtype: torch.dtype, limit: float) -> None:
+    torch.manual_seed(0)
+    detector = lively(Detector(family, "t", CLASSES)).to(dtype)
+    small = folded(detector)
+    images = pictures(2, 3, 64, 64, dtype=dtype)
+    with torch.no_grad():
+        wanted = detector(images)
+        assert relative(small(images), wanted) < limit
+    assert float(wanted[0].std()) > 1e-3
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in small.modules())
+    assert parameters(small) < parameters(detector)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folding_leaves_the_original_untouched(family: str) -> None:
+    detector = lively(Detector(family, "t", CLASSES)).train()
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    modules = [type(module) for module in detector.modules()]
+    small = folded(detector)
+    with torch.no_grad():
+        for values in small.parameters():
+            values.zero_()
+    assert detector.training and not small.training
+    assert [type(module) for module in detector.modules()] == modules
+    after = detector.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -1,0 +1,256 @@
+"""YOLO-DCF's rows as they are run: which there are, teacher before student, robustness of what a row has trained."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from toy_detection import toy_data
+
+from defectlab import runs
+from defectlab.data.detection_tensors import DetectionData
+from defectlab.detector import robustness
+from defectlab.detector.detect import build_detector
+from defectlab.detector.robustness import KEPT, RobustnessSettings, robustness_statistic, run_robustness, summary
+from defectlab.detector.training import DetectorSettings
+from defectlab.papers import yolo_dcf
+from defectlab.runs import Record
+from defectlab.train import Session
+
+TINY = {
+    "dataset": "toy", "scale": "t", "size": 64, "epochs": 1, "batch": 4, "warm_up": 0.0, "close_mosaic": 0,
+    "average_ramp": 1.0, "learning_rate": 0.001, "precision": "fp32",
+}  # fmt: skip
+STUDENT = yolo_dcf.Settings(**TINY, teacher_scale="n", relation=20.0, channel=1.0)
+MODULES = yolo_dcf.Settings(**TINY)
+
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+STEEL = ["baseline", "fusion", "block", "modules", "relation", "channel", "yolo_dcf", "teacher", "se", "cbam"]
+BOARD = ["pcb_baseline", "pcb_modules", "pcb_yolo_dcf", "pcb_teacher"]
+
+
+def differing(first: DetectorSettings, second: DetectorSettings) -> set[str]:
+    one, other = asdict(first), asdict(second)
+    return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+
+
+@pytest.mark.parametrize("profile", runs.PROFILES)
+def test_rows(profile: str) -> None:
+    rows = yolo_dcf.ROWS[profile]
+    assert list(rows) == [*STEEL, *BOARD, "baseline_robustness", "yolo_dcf_robustness"]
+    assert set(yolo_dcf.PRIMARY) < set(rows)
+    assert all(yolo_dcf.planned_seeds(row, profile) >= 1 for row in rows)
+    for prefix in ("", "pcb_"):
+        whole, modules, teacher = (rows[prefix + name] for name in ("yolo_dcf", "modules", "teacher"))
+        assert differing(whole, modules) == {"teacher_scale", "relation", "channel"}
+        assert yolo_dcf.teacher_settings(whole) == teacher
+        assert differing(teacher, modules) == (set() if profile == "smoke" else {"scale"})
+    assert differing(rows["relation"], rows["yolo_dcf"]) == {"channel"} and rows["relation"].channel == 0
+    assert differing(rows["channel"], rows["yolo_dcf"]) == {"relation"} and rows["channel"].relation == 0
+    assert differing(rows["fusion"], rows["modules"]) == {"block"} and rows["fusion"].block == "plain"
+    assert differing(rows["block"], rows["modules"]) == {"fusion"} and rows["block"].fusion == "concat"
+    for attention in ("se", "cbam"):
+        assert differing(rows[attention], rows["fusion"]) == {"fusion"} and rows[attention].fusion == attention
+    own = {"fusion", "block", "teacher_scale", "teacher_seed", "relation", "channel", "temperature", "grid"}
+    assert differing(rows["baseline"], rows["modules"]) <= own
+    assert rows["baseline_robustness"].of == rows["baseline"] and rows["yolo_dcf_robustness"].of == rows["yolo_dcf"]
+
+
+def test_a_student_learns_from_its_own_kind() -> None:
+    teacher = yolo_dcf.teacher_settings(STUDENT)
+    assert (teacher.scale, teacher.teacher_scale, teacher.relation, teacher.channel) == ("n", "", 0.0, 0.0)
+    assert differing(teacher, STUDENT) == {"scale", "teacher_scale", "relation", "channel"}
+
+
+# --- Running ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("project")
+
+
+@pytest.fixture
+def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]:
+    """run(settings, seed) -> record, in a project of this file's own, on the toy set."""
+    monkeypatch.setattr(runs, "project_root", lambda: project)
+    monkeypatch.setattr(robustness, "load_detection", lambda dataset, size, device: toy_data(size))
+    monkeypatch.setattr("defectlab.detector.detect.COST_SIZE", 64)
+    study = SimpleNamespace(
+        load=lambda settings, device: toy_data(settings.size),
+        fingerprints=lambda settings: {"data": "toy", "weights": "random"},
+        run_row=yolo_dcf.run_row,
+    )
+    return lambda settings, seed=0: runs.run(
+        study, settings, seed, "smoke", "cpu", Session(say=lambda line: None)
+    )  # fmt: skip
+
+
+def recorded(project: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in (project / "runs" / "smoke").glob("*.json")}
+
+
+def test_the_teacher_is_trained_first_and_once(run: Callable[..., Record], project: Path) -> None:
+    student = run(STUDENT, 1)
+    found = recorded(project)
+    (teacher,) = set(found) - {student.key}
+    assert (found[teacher]["seed"], found[teacher]["settings"]["scale"]) == (0, "n")
+    assert found[teacher]["settings"] | {"scale": "t"} == asdict(MODULES)
+    assert student.notes == {"teacher": teacher, "teacher_sha256": found[teacher]["model_sha256"]}
+    assert {"relation", "channel"} < set(student.curve) and not {"relation", "channel"} & set(found[teacher]["curve"])
+    before = (project / "runs" / "smoke" / f"{teacher}.json").stat().st_mtime_ns
+    assert run(STUDENT, 2).notes == student.notes
+    assert (project / "runs" / "smoke" / f"{teacher}.json").stat().st_mtime_ns == before
+
+
+def test_nothing_of_the_distillation_is_deployed(run: Callable[..., Record]) -> None:
+    student, modules = run(STUDENT, 1), run(MODULES, 1)
+    shapes = [
+        {name: value.shape for name, value in load_file(record.path.with_suffix(".safetensors")).items()}
+        for record in (student, modules)
+    ]
+    assert shapes[0] == shapes[1]
+    for cost in ("parameters_m", "gflops", "size_mb"):
+        assert student.costs[cost] == modules.costs[cost] > 0
+    assert "notes" not in modules.content
+    assert student.curve["loss"] != modules.curve["loss"]
+    assert set(student.metrics) <= {
+        "map50", "map50_95", "map33", "precision_dev", "recall_dev", "f1_dev", "f1_oracle",
+    }  # fmt: skip
+    assert {"map50", "map50_95", "map33", "f1_oracle"} <= set(student.metrics)
+
+
+def test_a_plain_row_is_the_detectors_own(run: Callable[..., Record]) -> None:
+    record = run(DetectorSettings(**TINY))
+    assert record.model == "detector"
+    assert set(record.curve) == {"loss", "box", "cls", "dfl", "probe_epoch", "dev_map50", "dev_map50_95"}
+
+
+def test_robustness_looks_at_the_network_of_another_row(run: Callable[..., Record], project: Path) -> None:
+    modules = run(MODULES, 1)
+    before = set(recorded(project))
+    record = run(RobustnessSettings(of=MODULES, blur=(3,), noise=(10, 30)), 1)
+    assert set(recorded(project)) == before | {record.key}  # nothing was trained
+    assert record.notes == {"of": modules.key, "of_sha256": modules.model_sha256}
+    assert {"map50_blur_0", "map50_blur_1", "map50_noise_0", "map50_noise_2", "map50_blur"} <= set(record.metrics)
+    assert record.metrics["map50_blur_0"] == record.metrics["map50_noise_0"] == modules.metrics["map50"]
+    assert not record.path.with_suffix(".safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["teacher", "robustness"])
+def test_weights_missing_beside_their_record_are_named(run: Callable[..., Record], kind: str) -> None:
+    """As after copying records without weights from another machine."""
+    seed = 5 if kind == "teacher" else 6
+    first = replace(STUDENT, teacher_seed=seed)
+    record = run(yolo_dcf.teacher_settings(first), seed)
+    weights = record.path.with_suffix(".safetensors")
+    weights.unlink()
+    later = first if kind == "teacher" else RobustnessSettings(of=yolo_dcf.teacher_settings(first))
+    with pytest.raises(ValueError, match=r"is missing beside its record: delete .* and run that row again") as caught:
+        run(later, seed)
+    assert str(weights) in str(caught.value) and str(record.path) in str(caught.value)
+
+
+# --- Robustness ------------------------------------------------------------------------------------------------------
+
+
+def test_summary_by_hand() -> None:
+    found = summary("blur", [80.0, 60, 40, 20])
+    assert found == {"map50_blur": 40.0, "kept_blur": 50.0}
+    assert summary("noise", [0.0, 10])["map50_noise"] == 10
+    assert np.isnan(summary("noise", [0.0, 10])["kept_noise"])
+
+
+def guesses(seen: list[Tensor], false_boxes: int) -> Callable[..., list[dict[str, Tensor]]]:
+    """In place of `predict`: the truths moved the farther, the later the call, among false boxes."""
+
+    def predict(detector, split, images):
+        generator = torch.Generator().manual_seed(len(seen))
+        seen.append(images)
+        found = []
+        for truth in split.truths():
+            count = len(truth["labels"])
+            moved = truth["boxes"] + len(seen) / 2 * torch.randn(count, 2, generator=generator).repeat(1, 2)
+            corners = torch.rand(false_boxes, 2, generator=generator) * 60
+            boxes = torch.cat([moved, torch.cat([corners, corners + 20], 1)])
+            scores = torch.rand(count + false_boxes, generator=generator)
+            scores[:count] = 0.5 + scores[:count] / 2
+            labels = torch.cat([truth["labels"], torch.randint(0, 2, (false_boxes,), generator=generator)])
+            order = scores.argsort(descending=True)
+            found.append({"boxes": boxes[order], "scores": scores[order], "labels": labels[order]})
+        return found
+
+    return predict
+
+
+@pytest.fixture
+def looked_at(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> tuple[runs.Result, list[Tensor], DetectionData]:
+    """What a row of 40 pictures of 96 px gives, looked at with 64 px; the parameter: false boxes a picture."""
+    data, seen = toy_data(96, (2, 2, 40)), []
+    small = replace(data, test=replace(data.test, images=data.test.images[..., :64, :64]))
+    monkeypatch.setattr(robustness, "load_detection", lambda dataset, size, device: toy_data(size, (2, 2, 40)))
+    monkeypatch.setattr(robustness, "frozen", lambda record, detector, device: detector)
+    monkeypatch.setattr(robustness, "predict", guesses(seen, request.param))
+    session = Session(say=lambda line: None)
+    session.need = lambda settings, seed: SimpleNamespace(key="k", model_sha256="h")
+    settings = RobustnessSettings(of=DetectorSettings(**TINY))
+    return run_robustness(settings, 0, small, "cpu", session, build_detector), seen, data
+
+
+@pytest.mark.parametrize("looked_at", [30], indirect=True)
+def test_robustness_spoils_the_pictures_at_their_own_size(looked_at: tuple) -> None:
+    result, seen, _ = looked_at
+    assert len(seen) == 12  # clean and five strengths of either kind
+    assert all(images.shape == (40, 1, 64, 64) and images.dtype == torch.uint8 for images in seen)
+    assert torch.equal(seen[0], seen[6])
+    contrast = [float(images.float().std()) for images in seen[:6]]
+    assert contrast == sorted(contrast, reverse=True)
+    for images, strength in zip(seen[7:], (5, 10, 20, 30, 40), strict=True):  # shrinking by 1.5 averages some of it
+        deviation = float((images.float() - seen[6].float()).std())
+        assert 0.4 * strength < deviation < 0.5 * strength
+    expected = {f"map50_{kind}_{step}" for kind in ("blur", "noise") for step in range(6)}
+    assert set(result.metrics) == expected | {"map50_blur", "kept_blur", "map50_noise", "kept_noise"}
+    for kind in ("blur", "noise"):
+        values = [result.metrics[f"map50_{kind}_{step}"] for step in range(6)]
+        assert result.metrics[f"map50_{kind}"] == pytest.approx(sum(values[1:]) / 5, abs=1e-3)
+        assert result.metrics[f"kept_{kind}"] == pytest.approx(20 * sum(values[1:]) / values[0], rel=1e-3)
+    assert 90 > result.metrics["map50_blur_0"] > result.metrics["map50_blur_5"] > 1
+
+
+@pytest.mark.parametrize("looked_at", [30], indirect=True)
+@pytest.mark.parametrize("metric", ["map50_blur", "kept_blur", "map50_noise", "kept_noise"])
+def test_the_statistic_from_a_record_equals_the_metric(looked_at: tuple, metric: str) -> None:
+    result, _, _ = looked_at
+    assert len(result.predictions["blur_1_scores"]) < KEPT
+    value = robustness_statistic(result.predictions, metric)
+    assert value(np.ones(40)) == pytest.approx(result.metrics[metric], abs=0.05)  # scores are kept in half precision
+    first, second = np.repeat([1, 0], 20), np.repeat([0, 1], 20)
+    assert value(first) != value(second)
+    assert value(3 * first) == pytest.approx(value(first))
+
+
+@pytest.mark.parametrize("looked_at", [100], indirect=True)
+@pytest.mark.parametrize("metric", ["map50_blur", "map50_noise"])
+def test_the_best_3000_predictions_are_enough(looked_at: tuple, metric: str) -> None:
+    """Half a point, where a record leaves out a quarter of the predictions: those with the lowest scores."""
+    result, _, _ = looked_at
+    assert all(len(result.predictions[f"blur_{step}_scores"]) == KEPT for step in range(6))
+    found = robustness_statistic(result.predictions, metric)(np.ones(40))
+    assert found == pytest.approx(result.metrics[metric], abs=0.5)
+
+
+def test_unknown_robustness_metric() -> None:
+    with pytest.raises(
+        ValueError, match="no robustness metric is called 'map50_rain': use map50_ or kept_ with blur or"
+    ):
+        robustness_statistic({}, "map50_rain")
