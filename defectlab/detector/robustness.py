@@ -17,7 +17,7 @@ from defectlab.runs import Result
 from defectlab.train import Session
 
 KINDS = ("blur", "noise")
-KEPT = 3000  # predictions of one condition that a record keeps, the best-scored
+KEPT = 2000  # predictions of a class in one condition that a record keeps at most
 PLAIN = DetectorSettings()
 
 
@@ -60,14 +60,16 @@ def run_robustness(
     split, truths = data.test, data.test.truths()
     native = load_detection(settings.dataset, int(split.sizes.max()), device).test.images
     metrics: dict[str, float] = {}
-    arrays = {"names": np.array(split.names), "class_names": np.array(data.class_names)}
+    classes = len(data.class_names)
+    counts = np.stack([np.bincount(t["labels"].numpy(), minlength=classes) for t in truths]).astype(np.uint8)
+    arrays = {"names": np.array(split.names), "class_names": np.array(data.class_names), "truths": counts}
     for kind in KINDS:
         for step, strength in enumerate((0, *getattr(settings, kind))):
             generator = torch.Generator().manual_seed(step)
             found = predict(detector, split, resized(spoil(native, kind, strength, generator), settings.size))
             values, _ = evaluate(found, truths, data.class_names)
             metrics[f"map50_{kind}_{step}"] = values["map50"]
-            arrays |= pack_matches(f"{kind}_{step}", found, truths, len(data.class_names))
+            arrays |= pack_matches(f"{kind}_{step}" if step else "clean", found, truths, classes)
             session.say(f"  {kind} {strength}: mAP50 {values['map50']:.1f}")
         metrics |= summary(kind, [metrics[f"map50_{kind}_{step}"] for step in range(len(getattr(settings, kind)) + 1)])
     notes = {"of": record.key, "of_sha256": record.model_sha256}
@@ -81,16 +83,33 @@ def summary(kind: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def pack_matches(condition: str, predictions: Predictions, truths: Predictions, classes: int) -> dict[str, np.ndarray]:
-    """What a bootstrap over pictures needs of one condition: its best predictions, right or wrong at IoU 0.5."""
+    """What a bootstrap over pictures needs of one condition: class by class its predictions from the highest score
+    down, which picture, right or wrong at IoU 0.5. False alarms below a class's last hit are left out: they change
+    nothing."""
     found = match(predictions, truths, (0.5,), classes)
+    pictures, right, counts = [], [], []
+    for label in range(classes):
+        chosen = np.flatnonzero(found.labels == label)
+        hits = np.flatnonzero(found.right[chosen, 0])
+        chosen = chosen[: min(hits[-1] + 1 if len(hits) else 0, KEPT)]
+        pictures.append(found.pictures[chosen].astype(np.uint16))
+        right.append(found.right[chosen, 0])
+        counts.append(len(chosen))
     parts = {
-        "pictures": found.pictures[:KEPT].astype(np.uint16),
-        "labels": found.labels[:KEPT].astype(np.uint8),
-        "scores": found.scores[:KEPT].astype(np.float16),
-        "right": found.right[:KEPT],
-        "truths": found.truths.astype(np.uint8),
+        "pictures": np.concatenate(pictures),
+        "right": np.packbits(np.concatenate(right)),
+        "counts": np.array(counts),
     }
     return {f"{condition}_{name}": values for name, values in parts.items()}
+
+
+def unpack_matches(arrays: dict[str, np.ndarray], condition: str) -> Matches:
+    """The other half: scores are ranks, since only their order within a class counts."""
+    pictures, bits, counts = (arrays[f"{condition}_{name}"] for name in ("pictures", "right", "counts"))
+    right = np.unpackbits(bits, count=len(pictures)).astype(bool)[:, None]
+    labels = np.repeat(np.arange(len(counts)), counts)
+    scores = np.concatenate([np.arange(n, 0, -1.0) for n in counts])
+    return Matches(pictures.astype(np.int64), labels, scores, right, arrays["truths"].astype(np.int64), (0.5,))
 
 
 def robustness_statistic(arrays: dict[str, np.ndarray], metric: str) -> Callable[[np.ndarray], float]:
@@ -99,10 +118,7 @@ def robustness_statistic(arrays: dict[str, np.ndarray], metric: str) -> Callable
     if kind not in KINDS:
         raise ValueError(f"no robustness metric is called {metric!r}: use map50_ or kept_ with {' or '.join(KINDS)}")
     steps = sorted(int(name.split("_")[1]) for name in arrays if name.startswith(kind) and name.endswith("_right"))
-    found = []
-    for step in steps:
-        part = {name: arrays[f"{kind}_{step}_{name}"] for name in ("pictures", "labels", "scores", "right", "truths")}
-        found.append(Matches(**part, ious=(0.5,)))
+    found = [unpack_matches(arrays, "clean"), *(unpack_matches(arrays, f"{kind}_{step}") for step in steps)]
 
     def value(weights: np.ndarray) -> float:
         return summary(kind, [float(np.nanmean(average_precision(m, weights))) for m in found])[metric]

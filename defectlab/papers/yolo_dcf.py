@@ -37,7 +37,7 @@ class Settings(DetectorSettings):
     """The baseline's settings and what YOLO-DCF adds. Sources as comments."""
 
     model: ClassVar[str] = "yolo_dcf"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = DetectorSettings.version  # plus one for each change of ours to results
 
     fusion: str = "context_guided"  # summary; "concat", and "se" or "cbam" at the same four places
     block: str = "multi_scale"  # summary; "plain": the baseline's bottleneck
@@ -241,8 +241,11 @@ class DualDistillation(nn.Module):
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> dict[str, Tensor]:
         """Neck maps of both -> the scalars whose weight is not zero, weighted: "relation", "channel"."""
+        with torch.autocast(student[0].device.type, enabled=False):  # small differences of similarities need float32
+            return self.terms([f.float() for f in student], [f.float() for f in teacher])
+
+    def terms(self, student: list[Tensor], teacher: list[Tensor]) -> dict[str, Tensor]:
         s, terms = self.settings, {}
-        student, teacher = [f.float() for f in student], [f.float() for f in teacher]
         if s.relation:
             pairs = zip(student, teacher, strict=True)
             terms["relation"] = s.relation * sum(block_relation_loss(a, b, s.grid) for a, b in pairs) / 3
