@@ -15,7 +15,7 @@ help:
 	@echo "make test        style, tests, and the notebooks once more with nbval"
 	@echo "make data        fetch the data sets, or unpack them: ARCHIVES=folder with magnetic-tile.zip, mvtec_metal_nut_512.zip,"
 	@echo "                   DeepPCB.tar.xz, NEU-DET.zip (NEU-DET cannot be downloaded by a script)"
-	@echo "make bench       speed of training, inference and metrics on this machine"
+	@echo "make bench       speed of training, inference and metrics on this machine: SIZES=224,320,640"
 	@echo "make report      write runs/PROFILE/index.html, results/tables and the verdicts in README.md from the records"
 	@echo "make clean       remove runs/smoke and caches; data, weights, quick and paper runs stay"
 
@@ -47,7 +47,7 @@ data: $(INSTALLED)
 	$(PY) data_scripts/neu_det.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/NEU-DET.zip')
 
 bench: $(INSTALLED)
-	$(PY) -m defectlab bench $(if $(DEVICE),--device $(DEVICE))
+	$(PY) -m defectlab bench $(if $(DEVICE),--device $(DEVICE)) $(if $(SIZES),--sizes $(SIZES))
 
 report: $(INSTALLED)
 	$(PY) -m defectlab report --profile $(PROFILE)

@@ -1,7 +1,6 @@
 """Speed on this machine: what `make bench` prints."""
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +12,7 @@ from defectlab.anomaly import teacher as teachers
 from defectlab.anomaly.baselines import SETTINGS, build, make_loss, to_maps
 from defectlab.anomaly.distil import score_features
 from defectlab.batch import pick_device
+from defectlab.costs import seconds_per_call
 from defectlab.detector import baselines as detectors
 from defectlab.detector import bench as detector_bench
 from defectlab.detector.detect import build_detector
@@ -30,17 +30,8 @@ DETECTORS = {  # of the quick profile, at the scale n
 
 
 def seconds(action: Callable[[], object], device: str, repeats: int = 3) -> float:
-    """Median wall time of `action` after one warm-up call, the device's queue emptied before and after."""
-    times = []
-    for _ in range(repeats + 1):
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        action()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return float(np.median(times[1:]))
+    """Median wall time of `action` after one warm-up call."""
+    return seconds_per_call(action, torch.device(device), repeats, warm_up=1)
 
 
 def bench(options: argparse.Namespace) -> int:

@@ -24,6 +24,11 @@ def flops(model: nn.Module, *inputs: Tensor) -> int:
     return counter.get_total_flops()
 
 
+def full_float32():
+    """Convolutions in it are really float32: on a GPU cuDNN would round their inputs to TF32."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -44,7 +49,7 @@ def seconds_per_call(call: Callable[[], object], device: torch.device, repeats: 
 @torch.inference_mode()
 def inference_seconds(model: nn.Module, images: Tensor, precision: str = "fp32", repeats: int = 10) -> float:
     """Median seconds of one forward pass of `images` (B, 3, S, S) at "fp32" or "bf16" (autocast)."""
-    with autocast(images.device, precision):
+    with full_float32(), autocast(images.device, precision):
         return seconds_per_call(lambda: model(images), images.device, repeats)
 
 

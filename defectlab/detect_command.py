@@ -33,7 +33,7 @@ from defectlab.detector.model import SCALES, Detector
 from defectlab.detector.training import DetectorSettings
 from defectlab.papers import yolo_dcf
 from defectlab.runs import Result
-from defectlab.train import OutOfTime, Session, precision_of
+from defectlab.train import OutOfTime, Session
 
 CHUNK = 64  # pictures that are read and held at once
 LISTED = 0.01  # lowest score in predictions.json
@@ -93,7 +93,6 @@ def train(options: argparse.Namespace) -> int:
         )
     chosen = {name: getattr(options, name) for name in ("size", "epochs", "family", "scale", "batch")}
     settings = DetectorSettings(dataset=data.name, **(baselines.QUICK | chosen))
-    settings = replace(settings, precision=precision_of(settings, device))
     key = runs.make_key(
         settings.model, data.name, "own", options.seed, runs.row_identity(settings, "own"), {"data": data.fingerprint}
     )

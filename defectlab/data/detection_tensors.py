@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from defectlab.data.annotations import Annotations, Picture, decode
-
-GROUND = 114  # grey value around a picture that is not square
+from defectlab.data.augment import GROUND
 
 
 @dataclass(frozen=True)

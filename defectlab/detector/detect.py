@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from defectlab.costs import flops, model_costs
+from defectlab.costs import flops, full_float32, model_costs
 from defectlab.data.augment import plain
 from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.detector.assignment import kmeans_anchors
@@ -69,7 +69,8 @@ def predict(
     found: Predictions = []
     for chunk in torch.arange(len(images), device=images.device).split(batch):
         pictures = plain(images, chunk).contiguous(memory_format=torch.channels_last)
-        boxes, scores = decode(detector, model(pictures))
+        with full_float32():
+            boxes, scores = decode(detector, model(pictures))
         own = chunk.cpu()
         places = {"scale": split.scale[own], "offset": split.offset[own], "sizes": split.sizes[own]}
         found += select(boxes, scores, images.shape[-1], **places, **options)
@@ -170,7 +171,7 @@ def cases(split: DetectionSplit, predictions: Predictions, truths: Predictions) 
     """A dozen small pictures that tell most, as the network saw them: case_images (K, side, side) or
     (K, side, side, 3) uint8, case_index, case_why; case_scale and case_offset map boxes of the original onto them."""
     chosen = telling_cases(predictions, truths)
-    index = torch.tensor([i for i, _ in chosen])
+    index = torch.tensor([i for i, _ in chosen], dtype=torch.long)
     shrink = CASE_SIDE / split.images.shape[-1]
     pictures = interpolate(split.images[index.to(split.images.device)].float(), (CASE_SIDE, CASE_SIDE), mode="area")
     pictures = pictures.round().byte().cpu().movedim(1, -1).numpy()  # (K, side, side, C)

@@ -310,7 +310,7 @@ PCB = {"smoke": {}, "quick": {"size": 256, "epochs": 20}, "paper": {}}
 SETTINGS = {
     "smoke": Settings(dataset="synthetic_steel", **baselines.SMOKE),
     "quick": Settings(**baselines.QUICK),
-    "paper": Settings(),
+    "paper": Settings(**baselines.PAPER),
 }
 
 
