@@ -63,15 +63,21 @@ def run_robustness(
     classes = len(data.class_names)
     counts = np.stack([np.bincount(t["labels"].numpy(), minlength=classes) for t in truths]).astype(np.uint8)
     arrays = {"names": np.array(split.names), "class_names": np.array(data.class_names), "truths": counts}
+
+    def look(condition: str, images: torch.Tensor) -> float:
+        found = predict(detector, split, resized(images, settings.size))
+        value = evaluate(found, truths, data.class_names)[0]["map50"]
+        arrays.update(pack_matches(condition, found, truths, classes))
+        session.say(f"  {condition}: mAP50 {value:.1f}")
+        return value
+
+    clean = look("clean", native)
     for kind in KINDS:
-        for step, strength in enumerate((0, *getattr(settings, kind))):
+        values = [clean]
+        for step, strength in enumerate(getattr(settings, kind), 1):
             generator = torch.Generator().manual_seed(step)
-            found = predict(detector, split, resized(spoil(native, kind, strength, generator), settings.size))
-            values, _ = evaluate(found, truths, data.class_names)
-            metrics[f"map50_{kind}_{step}"] = values["map50"]
-            arrays |= pack_matches(f"{kind}_{step}" if step else "clean", found, truths, classes)
-            session.say(f"  {kind} {strength}: mAP50 {values['map50']:.1f}")
-        metrics |= summary(kind, [metrics[f"map50_{kind}_{step}"] for step in range(len(getattr(settings, kind)) + 1)])
+            values.append(look(f"{kind}_{step}", spoil(native, kind, strength, generator)))
+        metrics |= {f"map50_{kind}_{step}": value for step, value in enumerate(values)} | summary(kind, values)
     notes = {"of": record.key, "of_sha256": record.model_sha256}
     return Result(rounded(metrics), {}, {}, {}, arrays, {}, {}, "fp32", notes=notes)
 
