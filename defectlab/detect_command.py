@@ -26,7 +26,7 @@ from defectlab.data.detection_tensors import DetectionSplit, letterbox
 from defectlab.data.store import DataError
 from defectlab.detection_figures import CLASS_COLOURS, boxed
 from defectlab.detector import baselines
-from defectlab.detector.detect import Predictions, build_detector, predict, train_and_evaluate
+from defectlab.detector.detect import Boxes, build_detector, predict, train_and_evaluate
 from defectlab.detector.evaluation import telling_cases
 from defectlab.detector.export import check_installed, to_onnx
 from defectlab.detector.model import SCALES, Detector
@@ -149,7 +149,7 @@ def write_findings(
     threshold, truths, test = result.dev["threshold"], data.test.truths(), data.test
     cases = telling_cases(predictions, truths, threshold=threshold)
 
-    def as_drawn(boxes: Predictions) -> Predictions:
+    def as_drawn(boxes: Boxes) -> Boxes:
         places = [(i, float(test.scale[i]), test.offset[i].repeat(2)) for i, _ in cases]
         return [{**boxes[i], "boxes": boxes[i]["boxes"] * scale + offset} for i, scale, offset in places]
 
@@ -166,7 +166,7 @@ def write_findings(
         plt.close(figure)
 
 
-def listed(predictions: Predictions, split: DetectionSplit, class_names: tuple[str, ...]) -> dict[str, Any]:
+def listed(predictions: Boxes, split: DetectionSplit, class_names: tuple[str, ...]) -> dict[str, Any]:
     """For predictions.json: a picture's file, width, height, and its detections with score >= 0.01, best first:
     boxes (x1, y1, x2, y2 in pixels of the picture), scores (0..1), classes (names)."""
     pictures = []

@@ -69,6 +69,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def full_float32():
+    """A context in which float32 convolutions are just that: on a GPU cuDNN would round their inputs to TF32."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 def precision_of(settings: Any, device: str | torch.device) -> str:
     """The precision a run really uses: bf16 where settings ask for it and the device is fast at it, else fp32."""
     return "bf16" if settings.precision == "bf16" and fast_bf16(torch.device(device)) else "fp32"
@@ -113,16 +118,7 @@ def train(
     parts = nn.ModuleList([network, *([loss] if isinstance(loss, nn.Module) else [])])
     weights = [p for p in parts.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, learning_rate, betas, fused=True)
-    curve: dict[str, list[float]] = {}
-    done, earlier = 0, 0.0
-    if session.checkpoint and session.checkpoint.exists():
-        try:
-            done, earlier, curve = load_checkpoint(session.checkpoint, parts, optimizer)
-        except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{session.checkpoint} does not continue this training ({first_line(error)}): delete it"
-            ) from error
-        session.say(f"  continues after epoch {done} of {epochs}")
+    done, earlier, curve = resume(session, parts, optimizer, epochs)
     parts.train()
     started, seen = time.monotonic(), 0
     for epoch in range(done, epochs):
@@ -151,6 +147,22 @@ def train(
     seconds = time.monotonic() - started
     parts.eval()
     return Trained(curve, earlier + seconds, seen / seconds if seen else 0.0)
+
+
+def resume(
+    session: Session, parts: nn.Module, optimizer: torch.optim.Optimizer, epochs: int
+) -> tuple[int, float, dict[str, list[float]]]:
+    """Go on from the session's checkpoint, where there is one: -> (epochs done, seconds spent, curve)."""
+    if not (session.checkpoint and session.checkpoint.exists()):
+        return 0, 0.0, {}
+    try:
+        done, earlier, curve = load_checkpoint(session.checkpoint, parts, optimizer)
+    except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{session.checkpoint} does not continue this training ({first_line(error)}): delete it"
+        ) from error
+    session.say(f"  continues after epoch {done} of {epochs}")
+    return done, earlier, curve
 
 
 def first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from defectlab.anomaly.reverse_distillation import per_position_discrepancy
+from defectlab.train import full_float32
 
 MAP_SIZE = 256  # pixel metrics are taken at 256x256 in every profile
 SIGMA = 4.0  # of the Gaussian, in pixels at 256x256: the official code's value
@@ -19,7 +20,7 @@ def gaussian_smooth(maps: Tensor, sigma: float = SIGMA) -> Tensor:
     kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
     padded = _mirror(_mirror(maps, radius, -1), radius, -2)[:, None]
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with full_float32():
         return functional.conv2d(functional.conv2d(padded, kernel), kernel.transpose(-1, -2))[:, 0]
 
 

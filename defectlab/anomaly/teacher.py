@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from defectlab.data.store import weights_dir
+from defectlab.train import full_float32
 
 ARCHITECTURES = {
     "resnet18": (models.resnet18, models.ResNet18_Weights.IMAGENET1K_V1),
@@ -157,6 +158,6 @@ def extract(teacher: Teacher, images: Tensor, dtype: torch.dtype, batch: int = 3
     Returns:
         Three tensors (N, C, h, w), in channels-last memory order.
     """
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with full_float32():
         parts = [[f.to(dtype) for f in teacher(chunk)] for chunk in images.split(batch)]
     return [torch.cat(layer).contiguous(memory_format=torch.channels_last) for layer in zip(*parts, strict=True)]

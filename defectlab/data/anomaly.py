@@ -228,21 +228,9 @@ def ensure_synthetic(root: Path, name: str = SYNTHETIC_TILE) -> store.Manifest:
 
     nut = partial(synthetic.write_mvtec, category=".")  # the set's folder is the category's
     draw = {SYNTHETIC_TILE: synthetic.write_magnetic_tile, SYNTHETIC_NUT: nut}[name]
-    target = root / name
     code = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()
     source = f"defectlab.data.synthetic, seed 0, code {code[:12]}"
-
-    def current() -> store.Manifest | None:
-        if not (target / store.MANIFEST).is_file():
-            return None
-        manifest = store.quick_check(target, "load it again, and it is drawn again")
-        return manifest if manifest.source == source else None
-
-    def fill(folder: Path) -> store.Manifest:
-        draw(folder)
-        return store.write_manifest(folder, SYNTHETIC[name], source)
-
-    return current() or store.create_folder(target, fill, current)
+    return store.ensure_drawn(root / name, SYNTHETIC[name], source, draw)
 
 
 @dataclass(frozen=True)

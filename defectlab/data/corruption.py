@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from defectlab.train import full_float32
+
 
 def line_kernel(length: float, angle: float, side: int) -> Tensor:
     """(side, side) weights of a straight stroke through the middle, `length` px long at `angle` radians, sum 1."""
@@ -31,7 +33,7 @@ def motion_blur(images: Tensor, length: int, generator: torch.Generator) -> Tens
     kernels = torch.stack([line_kernel(length, angle, side) for angle in angles]).to(images.device)
     padded = functional.pad(images.float(), (side // 2,) * 4, mode="reflect")
     strokes = kernels.repeat_interleave(channels, 0)[:, None]  # (N C, 1, side, side)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the same pictures on every device
+    with full_float32():  # the same pictures on every device
         flat = padded.view(1, count * channels, *padded.shape[-2:])
         blurred = functional.conv2d(flat, strokes, groups=count * channels)
     return blurred.view(count, channels, height, width).round().clamp(0, 255).byte()

@@ -136,23 +136,11 @@ def ensure_synthetic(root: Path, name: str) -> store.Manifest:
         "synthetic_steel": synthetic_detection.write_steel,
         "synthetic_board": synthetic_detection.write_board,
     }[name]
-    target = root / name
     files = sorted(Path(synthetic_detection.__file__).parent.glob("synthetic*.py"))  # they share pieces
     drawing = b"".join(path.read_bytes() for path in files)
     code = hashlib.sha256(drawing).hexdigest()
     source = f"defectlab.data.synthetic_detection, seed 0, code {code[:12]}"
-
-    def current() -> store.Manifest | None:
-        if not (target / store.MANIFEST).is_file():
-            return None
-        manifest = store.quick_check(target, "load it again, and it is drawn again")
-        return manifest if manifest.source == source else None
-
-    def fill(folder: Path) -> store.Manifest:
-        draw(folder)
-        return store.write_manifest(folder, SYNTHETIC[name], source)
-
-    return current() or store.create_folder(target, fill, current)
+    return store.ensure_drawn(root / name, SYNTHETIC[name], source, draw)
 
 
 @dataclass(frozen=True)

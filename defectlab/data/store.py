@@ -225,6 +225,22 @@ def _create_folder(target: Path, fill: Callable[[Path], Manifest]) -> Manifest:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def ensure_drawn(target: Path, name: str, source: str, draw: Callable[[Path], None]) -> Manifest:
+    """The stand-in at `target`, drawn unless the one there names the same `source` (which tells versions apart)."""
+
+    def current() -> Manifest | None:
+        if not (target / MANIFEST).is_file():
+            return None
+        manifest = quick_check(target, "load it again, and it is drawn again")
+        return manifest if manifest.source == source else None
+
+    def fill(folder: Path) -> Manifest:
+        draw(folder)
+        return write_manifest(folder, name, source)
+
+    return current() or create_folder(target, fill, current)
+
+
 # ---------------------------------------------------------------------------------------- fetch, command line
 
 
@@ -299,11 +315,15 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--archive", type=Path, metavar="FILE", help="a local copy of the archive: nothing is downloaded"
     )
+    _add_common(parser)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="read every file of the set again and compare its sha256")
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="where data lie (default: DEFECTLAB_DATA, or ./data)"
     )
-    return parser
 
 
 def report(manifest: Manifest, target: Path) -> None:
@@ -311,6 +331,22 @@ def report(manifest: Manifest, target: Path) -> None:
     note = f" ({manifest.note})" if manifest.note else ""
     print(f"{manifest.name}{note}: {len(manifest.files)} files in {target}")
     print(f"source:      {manifest.source}\nfingerprint: {manifest.fingerprint}")
+
+
+def draw_main(argv: Sequence[str] | None, doc: str, ensure: dict[str, Callable[[Path], Manifest]], command: str) -> int:
+    """The body of a script that draws stand-ins: `ensure` maps the folder of each to what draws it below a root."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_common(parser)
+    options = parser.parse_args(argv)
+
+    def action() -> None:
+        root = options.data_dir or data_dir()
+        for name, draw in ensure.items():
+            manifest = verify(root / name, f"run `{command}`") if options.verify else draw(root)
+            report(manifest, root / name)
+        print("every file verified" if options.verify else "ready")
+
+    return guarded(action)
 
 
 def guarded(action: Callable[[], None]) -> int:

@@ -5,27 +5,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from defectlab.costs import flops, full_float32, model_costs
+from defectlab.costs import model_costs
 from defectlab.data.augment import plain
 from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.detector.assignment import kmeans_anchors
 from defectlab.detector.blocks import folded
 from defectlab.detector.decode import decode_anchor_based, decode_anchor_free, select
-from defectlab.detector.evaluation import best_f1_threshold, evaluate, pack, telling_cases
+from defectlab.detector.evaluation import Boxes, best_f1_threshold, evaluate, pack, telling_cases
 from defectlab.detector.losses import AnchorBasedLoss, AnchorFreeLoss
 from defectlab.detector.model import ANCHORS, Detector
 from defectlab.detector.training import DetectorSettings, train_detector
 from defectlab.runs import Record, Result
-from defectlab.train import Session, precision_of
+from defectlab.train import Session, first_line, full_float32, precision_of
 
 CASE_SIDE = 112  # pixels a side of the pictures that a record keeps
 COST_SIZE = 640  # px: GFLOPs are stated for this input, whatever the training used
-
-Predictions = list[dict[str, Tensor]]
 
 
 def build_detector(settings: DetectorSettings, data: DetectionData, **parts: Any) -> Detector:
@@ -57,7 +56,7 @@ def decode(detector: Detector, raw: list[Tensor]) -> tuple[Tensor, Tensor]:
 @torch.inference_mode()
 def predict(
     detector: Detector, split: DetectionSplit, images: Tensor | None = None, batch: int = 32, **options: Any
-) -> Predictions:
+) -> Boxes:
     """Detections of every picture of a split, boxes in pixels of the original pictures, in float32.
 
     Args:
@@ -66,7 +65,7 @@ def predict(
     """
     images = split.images if images is None else images
     model = folded(detector).to(memory_format=torch.channels_last)
-    found: Predictions = []
+    found: Boxes = []
     for chunk in torch.arange(len(images), device=images.device).split(batch):
         pictures = plain(images, chunk).contiguous(memory_format=torch.channels_last)
         with full_float32():
@@ -127,9 +126,7 @@ def train_and_evaluate(
 def deployed_costs(detector: Detector, size: int, device: str | torch.device) -> dict[str, float]:
     """Costs as deployed, folded: parameters and GFLOPs at 640 px, latency at `size` in fp32."""
     model = folded(detector).to(device, memory_format=torch.channels_last)
-    costs = model_costs(model, size, device)
-    picture = torch.zeros(1, 3, COST_SIZE, COST_SIZE, device=device)
-    return costs | {"gflops": round(flops(model, picture) / 1e9, 3)}
+    return model_costs(model, size, device, flops_size=COST_SIZE)
 
 
 def evaluate_detector(detector: Detector, data: DetectionData) -> Result:
@@ -158,7 +155,12 @@ def frozen(record: Record, detector: Detector, device: str | torch.device) -> De
     path = record.path.with_suffix(".safetensors")
     if not path.exists():
         raise ValueError(f"{path} is missing beside its record: delete {record.path} and run that row again")
-    detector.load_state_dict(load_file(path))
+    try:
+        detector.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} does not fit this network ({first_line(error)}): delete {record.path} and it"
+        ) from error
     return detector.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -167,7 +169,7 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
     return {key: round(value, 4) for key, value in values.items() if value == value}
 
 
-def cases(split: DetectionSplit, predictions: Predictions, truths: Predictions) -> dict[str, np.ndarray]:
+def cases(split: DetectionSplit, predictions: Boxes, truths: Boxes) -> dict[str, np.ndarray]:
     """A dozen small pictures that tell most, as the network saw them: case_images (K, side, side) or
     (K, side, side, 3) uint8, case_index, case_why; case_scale and case_offset map boxes of the original onto them."""
     chosen = telling_cases(predictions, truths)

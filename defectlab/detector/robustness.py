@@ -9,8 +9,8 @@ import torch
 
 from defectlab.data.corruption import resized, spoil
 from defectlab.data.detection import DetectionData, load_detection
-from defectlab.detector.detect import Predictions, frozen, predict, rounded
-from defectlab.detector.evaluation import Matches, average_precision, evaluate, match
+from defectlab.detector.detect import frozen, predict, rounded
+from defectlab.detector.evaluation import Boxes, Matches, average_precision, evaluate, match
 from defectlab.detector.model import Detector
 from defectlab.detector.training import DetectorSettings
 from defectlab.runs import Result
@@ -88,7 +88,7 @@ def summary(kind: str, values: Sequence[float]) -> dict[str, float]:
     return {f"map50_{kind}": spoilt, f"kept_{kind}": 100 * spoilt / values[0] if values[0] else float("nan")}
 
 
-def pack_matches(condition: str, predictions: Predictions, truths: Predictions, classes: int) -> dict[str, np.ndarray]:
+def pack_matches(condition: str, predictions: Boxes, truths: Boxes, classes: int) -> dict[str, np.ndarray]:
     """What a bootstrap over pictures needs of one condition: class by class its predictions from the highest score
     down, which picture, right or wrong at IoU 0.5. False alarms below a class's last hit are left out: they change
     nothing."""

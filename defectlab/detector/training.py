@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from defectlab.data.augment import Augmentation, augment
@@ -20,9 +19,8 @@ from defectlab.train import (
     autocast,
     check_finite,
     epoch_order,
-    first_line,
-    load_checkpoint,
     precision_of,
+    resume,
     save_checkpoint,
 )
 
@@ -32,7 +30,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class DetectorSettings:
-    """A detector and its recipe. Defaults are the paper profile's; frozen, since records are keyed by what differs."""
+    """A detector and its recipe. Defaults are frozen, since records are keyed by what differs from them."""
 
     model: ClassVar[str] = "detector"
     version: ClassVar[int] = 1
@@ -147,16 +145,7 @@ def train_detector(
     trained = nn.ModuleList([detector, *([extra] if extra is not None else [])])
     optimizer = make_optimizer(trained, settings)
     everything = nn.ModuleList([trained, average.model])  # what a checkpoint holds
-    curve: dict[str, list[float]] = {}
-    done, earlier = 0, 0.0
-    if session.checkpoint and session.checkpoint.exists():
-        try:
-            done, earlier, curve = load_checkpoint(session.checkpoint, everything, optimizer)
-        except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{session.checkpoint} does not continue this training ({first_line(error)}): delete it"
-            ) from error
-        session.say(f"  continues after epoch {done} of {settings.epochs}")
+    done, earlier, curve = resume(session, everything, optimizer, settings.epochs)
     started, seen, probing, every = time.monotonic(), 0, 0.0, max(1, settings.epochs // 10)
     for epoch in range(done, settings.epochs):
         scalars = train_epoch(trained, detector, average, loss, split, settings, seed, epoch, optimizer)
