@@ -1,6 +1,7 @@
-"""One training loop for networks that learn from features computed once; checkpoints, a time budget, seeds."""
+"""The training loop of all but the detectors: on data that lie on the device; checkpoints, a time budget, seeds."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,32 +91,35 @@ def epoch_order(count: int, batch: int, seed: int, epoch: int, device: torch.dev
 
 
 def train(
-    network: nn.Module,
-    loss: Callable[[list[Tensor], list[list[Tensor]]], dict[str, Tensor]],
-    features: list[Tensor],
+    parts: nn.Module,
+    step: Callable[[list[Tensor]], dict[str, Tensor]],
+    data: list[Tensor],
     *,
     epochs: int,
     batch: int,
     learning_rate: float,
     betas: tuple[float, float],
-    precision: str,
     seed: int,
     session: Session,
+    schedule: str = "constant",
+    draw: Callable[[Tensor, torch.Generator], list[Tensor]] | None = None,
 ) -> Trained:
-    """Train `network` (and `loss`, where it is a module with parameters) to map cached features to themselves.
+    """Train whatever has parameters in `parts` on a set that lies on its device whole.
 
     Args:
-        features: teacher features, each (N, C, h, w), on the training device.
-        loss: (teacher features of a batch, outputs) -> named scalars, of which "loss" is minimised.
+        step: a batch -> named scalars, of which "loss" is minimised.
+        data: tensors (N, ...) of the N examples, on the training device.
+        schedule: of the learning rate over the epochs, "constant" or "cosine" (from the full rate towards 0).
+        draw: (indices on the device, generator) -> the batch of these examples, augmented; None: `data` at the indices.
+            The generator is a CPU one that depends on seed and epoch alone.
 
     Raises:
-        OutOfTime, NonFiniteLoss, ValueError (fewer than two images).
+        OutOfTime, NonFiniteLoss, ValueError (fewer than two examples, unknown schedule).
     """
-    device = features[0].device
-    count = len(features[0])
+    device = data[0].device
+    count = len(data[0])
     if count < 2:
         raise ValueError(f"training needs at least 2 images, got {count}")
-    parts = nn.ModuleList([network, *([loss] if isinstance(loss, nn.Module) else [])])
     weights = [p for p in parts.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, learning_rate, betas, fused=True)
     done, earlier, curve = resume(session, parts, optimizer, epochs)
@@ -123,11 +127,11 @@ def train(
     started, seen = time.monotonic(), 0
     for epoch in range(done, epochs):
         logged = []
+        generator = torch.Generator().manual_seed(seed * 100_003 + epoch + 50_000)  # not the order's
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * schedule_factor(schedule, epoch, epochs)
         for indices in epoch_order(count, batch, seed, epoch, device):
-            teacher = [f[indices] for f in features]
-            with autocast(device, precision):
-                outputs = network(teacher)
-            scalars = loss(teacher, outputs)
+            scalars = step(draw(indices, generator) if draw else [x[indices] for x in data])
             optimizer.zero_grad(set_to_none=True)
             scalars["loss"].backward()
             optimizer.step()
@@ -147,6 +151,15 @@ def train(
     seconds = time.monotonic() - started
     parts.eval()
     return Trained(curve, earlier + seconds, seen / seconds if seen else 0.0)
+
+
+def schedule_factor(schedule: str, epoch: int, epochs: int) -> float:
+    """What the learning rate is multiplied with in an epoch (0-based): 1, or half a cosine from 1 towards 0."""
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    if schedule != "constant":
+        raise ValueError(f"unknown schedule {schedule!r}: use constant or cosine")
+    return 1.0
 
 
 def resume(

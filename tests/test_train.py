@@ -11,7 +11,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from defectlab.train import NonFiniteLoss, OutOfTime, Session, Trained, autocast, epoch_order, fast_bf16, train
+from defectlab.train import (
+    NonFiniteLoss,
+    OutOfTime,
+    Session,
+    Trained,
+    autocast,
+    epoch_order,
+    fast_bf16,
+    schedule_factor,
+    train,
+)
 
 EPOCHS, BATCH, IMAGES = 4, 3, 8
 
@@ -44,6 +54,12 @@ def features() -> list[Tensor]:
     return [torch.rand(IMAGES, c, s, s, generator=generator) for c, s in ((4, 8), (8, 4))]
 
 
+def train_pair(network: nn.Module, loss, data: list[Tensor], **options) -> Trained:
+    """`train` for a student and its loss, which may have weights of its own."""
+    parts = nn.ModuleList([network, loss] if isinstance(loss, nn.Module) else [network])
+    return train(parts, lambda batch: loss(batch, network(batch)), data, **options)
+
+
 def fit(
     seed: int = 0, session: Session | None = None, loss=None, layout=torch.contiguous_format, **changes
 ) -> tuple[dict[str, Tensor], Trained]:
@@ -55,11 +71,10 @@ def fit(
         "batch": BATCH,
         "learning_rate": 0.01,
         "betas": (0.5, 0.999),
-        "precision": "fp32",
         "seed": seed,
         "session": session or quiet(),
     }
-    trained = train(network, loss, features(), **(options | changes))
+    trained = train_pair(network, loss, features(), **(options | changes))
     parts = nn.ModuleList([network, loss] if isinstance(loss, nn.Module) else [network])
     return {k: v.clone() for k, v in parts.state_dict().items()}, trained
 
@@ -98,9 +113,9 @@ def test_the_seed_also_orders_the_images() -> None:
     def from_the_same_start(seed: int) -> dict[str, Tensor]:
         network = TinyStudent()
         network.load_state_dict(start)
-        train(
+        train_pair(
             network, WeightedLoss(), features(), epochs=1, batch=BATCH, learning_rate=0.01, betas=(0.5, 0.999),
-            precision="fp32", seed=seed, session=quiet(),
+            seed=seed, session=quiet(),
         )  # fmt: skip
         return network.state_dict()
 
@@ -120,9 +135,9 @@ def test_training_trains_the_student_and_the_loss() -> None:
 
 def test_student_is_left_in_eval_mode() -> None:
     network, loss = TinyStudent(), WeightedLoss()
-    train(
+    train_pair(
         network, loss, features(), epochs=1, batch=BATCH, learning_rate=0.01, betas=(0.5, 0.999),
-        precision="fp32", seed=0, session=quiet(),
+        seed=0, session=quiet(),
     )  # fmt: skip
     assert not network.training
     assert not any(m.training for m in network.modules())
@@ -137,10 +152,39 @@ def test_one_line_an_epoch() -> None:
 
 def test_one_image_is_too_few() -> None:
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
-        train(
+        train_pair(
             TinyStudent(), WeightedLoss(), [f[:1] for f in features()], epochs=1, batch=2, learning_rate=0.1,
-            betas=(0.5, 0.9), precision="fp32", seed=0, session=quiet(),
+            betas=(0.5, 0.9), seed=0, session=quiet(),
         )  # fmt: skip
+
+
+# --- Schedule and augmentation ---------------------------------------------------------------------------------------
+
+
+def test_the_cosine_starts_full_and_falls_towards_nothing() -> None:
+    factors = [schedule_factor("cosine", epoch, 4) for epoch in range(4)]
+    assert factors == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+    assert schedule_factor("constant", 3, 4) == 1.0
+    with pytest.raises(ValueError, match="unknown schedule 'step'"):
+        schedule_factor("step", 0, 4)
+
+
+def test_the_schedule_reaches_the_optimizer() -> None:
+    assert not same(fit()[0], fit(schedule="cosine")[0])
+
+
+def shifted(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """An augmentation that tells draws apart."""
+    return [f[indices] + torch.rand(1, generator=generator) for f in features()]
+
+
+def test_what_is_drawn_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
+    whole, _ = fit(draw=shifted, schedule="cosine")
+    assert not same(whole, fit(schedule="cosine")[0])
+    checkpoint = tmp_path / "row.safetensors"
+    with pytest.raises(OutOfTime):
+        fit(draw=shifted, schedule="cosine", session=quiet(checkpoint=checkpoint, deadline=past()))
+    assert same(fit(draw=shifted, schedule="cosine", session=quiet(checkpoint=checkpoint))[0], whole)
 
 
 # --- Order -----------------------------------------------------------------------------------------------------------
@@ -199,9 +243,9 @@ def test_resuming_does_not_depend_on_the_state_of_the_generator(tmp_path: Path) 
     with pytest.raises(OutOfTime):
         fit(session=quiet(checkpoint=checkpoint, deadline=past()))
     network, loss = TinyStudent(), WeightedLoss()  # other initial weights: the checkpoint's take their place
-    train(
+    train_pair(
         network, loss, features(), epochs=EPOCHS, batch=BATCH, learning_rate=0.01, betas=(0.5, 0.999),
-        precision="fp32", seed=0, session=quiet(checkpoint=checkpoint),
+        seed=0, session=quiet(checkpoint=checkpoint),
     )  # fmt: skip
     assert same(nn.ModuleList([network, loss]).state_dict(), whole)
 

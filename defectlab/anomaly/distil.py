@@ -81,18 +81,22 @@ def distil(
     network = build(settings, teacher.channels, teacher.bottleneck)
     initialise(network)
     network.to(device, memory_format=torch.channels_last)
-    loss_function = make_loss(settings)
-    if isinstance(loss_function, nn.Module):
-        loss_function.to(device)
+    loss = make_loss(settings)
+    parts = nn.ModuleList([network, loss.to(device)]) if isinstance(loss, nn.Module) else network
+
+    def step(teacher: list[Tensor]) -> dict[str, Tensor]:
+        with autocast(teacher[0].device, precision):
+            outputs = network(teacher)
+        return loss(teacher, outputs)
+
     trained = train(
-        network,
-        loss_function,
+        parts,
+        step,
         cached_features(data, "train", settings, device),
         epochs=settings.epochs,
         batch=settings.batch,
         learning_rate=settings.learning_rate,
         betas=settings.betas,
-        precision=precision,
         seed=seed,
         session=session,
     )
