@@ -52,7 +52,8 @@ def fingerprints_here(module: Any, settings: Any) -> dict[str, str] | None:
 
 def tasks(name: str, profile: str, rows: list[str] | None = None, seeds: list[int] | None = None) -> list[Task]:
     """Rows x seeds in the order in which to run them: the first seed of every row, then the second, and so on, so
-    that a batch that is cut short has touched the headline rows first. `seeds` None: as the study plans them."""
+    that a batch that is cut short has touched the headline rows first. `seeds` None: as the study plans them.
+    Its `OPTIONAL` rows (further data sets and weights) that cannot be run here are listed only where named."""
     if seeds is not None and (len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0):
         raise ValueError(f"seeds must be different and not negative, got {seeds}")
     module = study(name)
@@ -63,6 +64,8 @@ def tasks(name: str, profile: str, rows: list[str] | None = None, seeds: list[in
         wanted = range(module.planned_seeds(row, profile)) if seeds is None else seeds
         mark = runs.row_identity(settings, profile)
         prints = fingerprints_here(module, settings)
+        if prints is None and not rows and row in getattr(module, "OPTIONAL", ()):
+            continue
         mine = {r.seed for r in here if r.row == mark and prints in (None, r.fingerprints)}
         kept = {r.seed for r in recorded if r.row == mark}
         for turn, seed in enumerate(wanted):

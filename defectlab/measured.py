@@ -35,6 +35,23 @@ METRIC_NAMES = {
     "map50_noise": "mAP50 under noise",
     "kept_blur": "mAP50 kept under blur",
     "kept_noise": "mAP50 kept under noise",
+    "miou": "mIoU",
+    "iou": "IoU of the foreground",
+    "dice": "Dice",
+    "accuracy": "pixel accuracy",
+    "mae": "MAE",
+    "weighted_f": "weighted F",
+    "s_measure": "S-measure",
+    "e_measure": "mean E-measure",
+    "dice_nonempty": "mean Dice of non-empty images",
+    "mae_nonempty": "MAE of non-empty images",
+    "weighted_f_nonempty": "weighted F of non-empty images",
+    "s_measure_nonempty": "S-measure of non-empty images",
+    "e_measure_nonempty": "mean E-measure of non-empty images",
+    "image_auroc_crop": "image AUROC, crop only",
+    "pixel_auroc_crop": "pixel AUROC, crop only",
+    "aupro_crop": "AUPRO, crop only",
+    "crop_share": "crop's share of the image",
     "parameters_m": "parameters (M)",
     "gflops": "GFLOPs",
     "size_mb": "size (MB, fp16)",
@@ -67,7 +84,10 @@ BOOTSTRAP_REPEATS = 300
 DETECTION = ("map50", "map50_95", "map33")
 ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
 ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
-BOOTSTRAPPED = (*ANOMALY, *DETECTION, *ROBUSTNESS)  # a record's arrays give these again
+OF_IMAGES = ("mae", "weighted_f", "s_measure", "e_measure")  # means over images
+SEGMENTATION = ("miou", "iou", "dice", "accuracy", *OF_IMAGES, "dice_nonempty", *(f"{m}_nonempty" for m in OF_IMAGES))
+LOWER_IS_BETTER = ("mae", "mae_nonempty", "crop_share")  # of the metrics; costs say so themselves
+BOOTSTRAPPED = (*ANOMALY, *DETECTION, *ROBUSTNESS, *SEGMENTATION)  # a record's arrays give these again
 
 
 def metric_groups(module: ModuleType | Any) -> tuple[tuple[str, ...], ...]:
@@ -102,6 +122,10 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
         from defectlab.detector.robustness import robustness_statistic
 
         return robustness_statistic(arrays, metric)
+    if metric in SEGMENTATION:
+        from defectlab.segmentation.metrics import statistic as of_masks
+
+        return _over_types(of_masks(arrays, metric), arrays, types)
     if metric in ("image_auroc", "image_ap"):
         measure = stats.auroc if metric == "image_auroc" else stats.average_precision
         whole = partial(measure, arrays["scores"], arrays["labels"])
@@ -111,6 +135,13 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
         def whole(weights: np.ndarray) -> float:
             return metrics_from_histograms(histogram, weights)[metric]
 
+    return _over_types(whole, arrays, types)
+
+
+def _over_types(
+    whole: Callable[[np.ndarray], float], arrays: dict[str, np.ndarray], types: list[str] | None
+) -> Callable[[np.ndarray], float]:
+    """`whole` as it is, or its mean over these types, each with all normals (type 0)."""
     if types is None:
         return whole
     names = arrays["type_names"].tolist()

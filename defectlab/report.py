@@ -129,11 +129,14 @@ def results_table(
     The verdict column is there for metrics of which a number was printed for a row that is run here. Rows without any
     number say why in the last column; rows with a speed say there on what it was measured. In smoke this machine's
     column is headed "synthetic". Where the table has none of `metrics` (default: all of its own), the frame is empty.
+    A printed table with columns of its own (data sets) keeps them, and has these four as lines: see `_by_column`.
     """
     lines = printed_table(study_name, table)
     module = study(study_name)
     books = books or shelf(profile, module.ROWS)
     metrics = metrics or list(dict.fromkeys(line["metric"] for line in lines))
+    if {line["column"] for line in lines} != {"all"}:
+        return _by_column([line for line in lines if line["metric"] in metrics], module, books)
     printed = {line["metric"] for line in lines if line["value"] and line["key"]}
     here_name = "synthetic" if profile == "smoke" else "this run"
     content: dict[str, dict[tuple[str, str], str]] = {}
@@ -157,6 +160,41 @@ def results_table(
     titles = [*(METRIC_NAMES[m] for m in metrics), ""]
     frame = frame[sorted(frame.columns, key=lambda column: titles.index(column[0]))]
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    return frame
+
+
+def _by_column(lines: list[dict[str, str]], module: Any, books: Shelf) -> pd.DataFrame:
+    """A table of one metric with a column a data set: for each method a line of what was printed, one of what is
+    recorded, one of this machine's runs where there are any; the last column says what follows for recorded ones."""
+    columns = list(dict.fromkeys(line["column"] for line in lines))
+    content: dict[str, dict[str, str]] = {}
+    for method in dict.fromkeys(line["row"] for line in lines):
+        of_method = {line["column"]: line for line in lines if line["row"] == method}
+        found = {c: books.of(module, x["key"]) if x["key"] else ([], []) for c, x in of_method.items()}
+        metric = next(iter(of_method.values()))["metric"]
+        content[f"{method}: paper"] = {c: x["value"] or "–" for c, x in of_method.items()}
+        sides = (f"recorded ({books.recorded_profile})", "synthetic" if books.profile == "smoke" else "this run")
+        for side, name in enumerate(sides):
+            if any(records[side] for records in found.values()):
+                content[f"{method}: {name}"] = {c: show_records(r[side], metric) for c, r in found.items()}
+        verdicts = {
+            c: judge_printed(of_method[c], recorded, books.recorded_profile)
+            for c, (recorded, _) in found.items()
+            if recorded
+        }
+        if verdicts:
+            said = "; ".join(f"{c}: {v}" for c, v in verdicts.items() if v)
+            runnable = sum(1 for x in of_method.values() if x["key"])
+            content[f"{method}: {sides[0]}"]["verdict"] = (
+                f"{said}; means: cannot be judged ({len(verdicts)} of {runnable} data sets)"
+                if len(verdicts) < runnable
+                else said
+            )
+        elif not any(x["key"] for x in of_method.values()):
+            content[f"{method}: paper"]["verdict"] = next(iter(of_method.values()))["status"]
+    frame = pd.DataFrame.from_dict(content, orient="index", columns=None)
+    frame = frame.reindex(columns=[*columns, "verdict"]).fillna("–")
+    frame.index.name = METRIC_NAMES[lines[0]["metric"]] if lines else "row"
     return frame
 
 

@@ -11,6 +11,7 @@ STUDIES = {
     "bsdrd": "defectlab.papers.bsdrd",
     "detector": "defectlab.detector.baselines",
     "yolo_dcf": "defectlab.papers.yolo_dcf",
+    "amam_kd": "defectlab.papers.amam_kd",
 }
 
 
@@ -18,6 +19,7 @@ def study(name: str) -> ModuleType:
     """The module of a study.
 
     It has `TITLE`, `TABLES`, `SETTINGS`, `ROWS`, `PRIMARY` rows, `planned_seeds`, `load`, `fingerprints`, `run_row`.
+    It may have `METRICS` (groups, the headline first) and `OPTIONAL` rows: left out where their data or weights lack.
     """
     if name not in STUDIES:
         raise ValueError(f"unknown study {name!r}: use one of {', '.join(STUDIES)}")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from defectlab import batch, runs
 from defectlab.__main__ import main
-from defectlab.data import synthetic
+from defectlab.data import DataError, synthetic
 from defectlab.papers import bsdrd
 from defectlab.runs import Result
 from defectlab.score import read_model
@@ -105,6 +105,23 @@ def test_missing_data_name_the_script(root: Path, monkeypatch: pytest.MonkeyPatc
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert "python data_scripts/magnetic_tile.py" in shown
+
+
+def test_optional_rows_are_left_out_where_their_data_lack(study: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = bsdrd.ROWS["quick"]["struct_only"]
+
+    def fingerprints(settings) -> dict[str, str]:
+        if settings == lacking:
+            raise DataError("no such set")
+        return {"data": "d", "weights": "w"}
+
+    monkeypatch.setattr(bsdrd, "fingerprints", fingerprints)
+    assert "struct_only" in {t.row for t in batch.tasks("bsdrd", "quick")}  # not optional: an error when it is run
+    monkeypatch.setattr(bsdrd, "OPTIONAL", ("struct_only", "patchcore"), raising=False)
+    left = {t.row for t in batch.tasks("bsdrd", "quick")}
+    assert "struct_only" not in left
+    assert "patchcore" in left  # optional, and there
+    assert [t.row for t in batch.tasks("bsdrd", "quick", ["struct_only"])] == ["struct_only"]  # named: listed
 
 
 def test_corrupt_record_is_an_error_and_no_traceback(study: list, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from defectlab import runs, stats
 from defectlab.data.anomaly import TILE_TYPES
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, PKU_CLASSES
 from defectlab.data.store import project_root
-from defectlab.measured import COSTS, METRIC_NAMES, metric_groups
+from defectlab.measured import COSTS, LOWER_IS_BETTER, METRIC_NAMES, metric_groups
 from defectlab.papers import bsdrd
 from defectlab.studies import STUDIES, study
 
@@ -22,6 +22,7 @@ FIELDS = {
     "order": ({"b", "types"}, {"printed"}),
     "bound": (set(), {"b", "at_most", "at_least"}),
 }
+NUT_TYPES = ("bent", "color", "flip", "scratch")
 PAPERS = project_root() / "results" / "papers"
 TABLES = [(name, path) for name in STUDIES for path in sorted((PAPERS / name).glob("*.csv"))]
 
@@ -42,11 +43,13 @@ def test_every_printed_line_is_a_row_or_says_why_not(name: str, path: Path) -> N
         assert line["metric"] in METRIC_NAMES, where
         cost = COSTS.get(line["metric"])
         assert line["unit"] == (cost.unit if cost else "%"), where
-        assert line["higher_is_better"] == str(cost is None or cost.higher_is_better).lower(), where
+        higher = cost.higher_is_better if cost else line["metric"] not in LOWER_IS_BETTER
+        assert line["higher_is_better"] == str(higher).lower(), where
         assert line["source"], where
         assert not line["value"] or 0 <= float(line["value"]) <= (math.inf if cost else 100), where
     assert len({(line["row"], line["column"], line["metric"]) for line in lines}) == len(lines)
-    assert all(len({line["key"] for line in lines if line["row"] == row}) == 1 for row in {x["row"] for x in lines})
+    cells = {(line["row"], line["column"]) for line in lines}
+    assert all(len({x["key"] for x in lines if (x["row"], x["column"]) == cell}) == 1 for cell in cells)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -61,7 +64,7 @@ CLAIMS = sorted(PAPERS.glob("*/claims.toml"))
 def test_claims_are_complete(path: Path) -> None:
     claims = tomllib.loads(path.read_text())["claim"]
     module = study(path.parent.name)
-    types = {name for names in (TILE_TYPES, NEU_CLASSES, DEEP_PCB_CLASSES, PKU_CLASSES) for name in names}
+    types = {name for names in (TILE_TYPES, NUT_TYPES, NEU_CLASSES, DEEP_PCB_CLASSES, PKU_CLASSES) for name in names}
     for one in claims:
         assert one["kind"] in FIELDS, one["id"]
         needed, optional = FIELDS[one["kind"]]

@@ -1,4 +1,4 @@
-"""The two baselines that every anomaly paper here is measured against, as rows: RD4AD and PatchCore."""
+"""The baselines that anomaly papers here are measured against: RD4AD and PatchCore, as rows; PaDiM and SPADE."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -9,8 +9,10 @@ import torch
 from defectlab.anomaly import teacher as teachers
 from defectlab.anomaly.distil import cached_features, distil, evaluate
 from defectlab.anomaly.maps import anomaly_map, gaussian_smooth, upsample
+from defectlab.anomaly.padim import PaDiMSettings, run_padim
 from defectlab.anomaly.patchcore import greedy_coreset, nearest_distances, patch_features, reweighted_score
 from defectlab.anomaly.reverse_distillation import LOSSES, ReverseDistillation
+from defectlab.anomaly.spade import SPADESettings, run_spade
 from defectlab.data.anomaly import AnomalyData, data_fingerprint, load_anomaly
 from defectlab.runs import Result
 from defectlab.train import Session, precision_of
@@ -33,6 +35,8 @@ class RD4ADSettings:
     learning_rate: float = 0.005  # RD4AD section 4.1, no schedule
     betas: tuple[float, float] = (0.5, 0.999)  # RD4AD section 4.1
     loss: str = "whole_map"  # official RD4AD code; the paper's formula is "per_pixel"
+    schedule: str = "constant"  # RD4AD section 4.1
+    flips: bool = False  # RD4AD section 4.1: no augmentation
     precision: str = "bf16"  # ours: where the device is fast at it, else fp32
 
 
@@ -103,18 +107,19 @@ def _load(dataset: str, size: int, device: str) -> AnomalyData:
 
 
 @lru_cache(maxsize=4)
-def _weights(teacher: str) -> str:
+def weights_fingerprint(teacher: str) -> str:
     return teachers.fingerprint(teachers.load_teacher(teacher))
 
 
 def fingerprints(settings: Any) -> dict[str, str]:
-    return {"data": data_fingerprint(settings.dataset), "weights": _weights(settings.teacher)}
+    return {"data": data_fingerprint(settings.dataset), "weights": weights_fingerprint(settings.teacher)}
 
 
 def run_row(settings: Any, seed: int, data: AnomalyData, device: str, session: Session) -> Result:
-    """One row and seed: RD4AD or PatchCore, by the kind of its settings."""
-    if isinstance(settings, PatchCoreSettings):
-        return run_patchcore(settings, seed, data, device, session)
+    """One row and seed: RD4AD, PatchCore, PaDiM or SPADE, by the kind of its settings."""
+    for kind, run in ((PatchCoreSettings, run_patchcore), (PaDiMSettings, run_padim), (SPADESettings, run_spade)):
+        if isinstance(settings, kind):
+            return run(settings, seed, data, device, session)
     return distil(settings, seed, data, device, session, build, make_loss, to_maps)
 
 

@@ -1,6 +1,7 @@
 """From settings to a result: teacher features computed once, a student trained on them, maps, scores, metrics."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,22 +16,46 @@ from defectlab.anomaly.reverse_distillation import initialise
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.metrics import anomaly_metrics, pixel_histograms
 from defectlab.runs import Result
-from defectlab.train import Session, autocast, precision_of, train
+from defectlab.train import Session, Trained, autocast, precision_of, train
 
-THUMBNAIL = 96  # pixels a side of the cases kept in a record
+THUMBNAIL, COLOUR_THUMBNAIL = 96, 72  # pixels a side of the cases kept in a record, whose size is limited
 CASES = 12
+FLIPS = ((-1,), (-2,), (-2, -1))  # axes of (N, 3, H, W): horizontal, vertical, both
 
 _features: dict[tuple, list[Tensor]] = {}
 
 
 def cached_features(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> list[Tensor]:
-    """Teacher features of one split, computed once a process; another data set or teacher takes their place."""
+    """Teacher features of one split, computed once a process; another data set or teacher takes their place.
+
+    What tells data sets apart is `data.fingerprint`: images made from a set (crops) need one of their own.
+    """
+    key = _cache_key(data, part, settings, device)
+    if key not in _features:
+        _features[key] = compute_features(settings, getattr(data, part).images)
+    return [f[: len(getattr(data, part))] for f in _features[key]]
+
+
+def flipped_features(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> list[Tensor]:
+    """The same of the images and of their flips, (4 N, C, h, w): as they are, then in the order of `FLIPS`.
+
+    Features of a flipped image are not flipped features: stride-2 layers sample other pixels, kernels have sides.
+    """
+    key = _cache_key(data, part, settings, device)
+    plain = cached_features(data, part, settings, device)
+    images = getattr(data, part).images
+    if len(_features[key][0]) == len(images):
+        layers = zip(plain, *(compute_features(settings, images.flip(axes)) for axes in FLIPS), strict=True)
+        _features[key] = [torch.cat(layer).contiguous(memory_format=torch.channels_last) for layer in layers]
+    return _features[key]
+
+
+def _cache_key(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> tuple:
+    """The cache's key of a split, after anything of another family is gone from the cache."""
     family = (data.fingerprint, settings.teacher, settings.size, precision_of(settings, device), str(device))
     for key in [k for k in _features if k[0] != family]:
         del _features[key]
-    if (family, part) not in _features:
-        _features[family, part] = compute_features(settings, getattr(data, part).images)
-    return _features[family, part]
+    return family, part
 
 
 def compute_features(settings: Any, images: Tensor) -> list[Tensor]:
@@ -41,24 +66,42 @@ def compute_features(settings: Any, images: Tensor) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def score_features(
-    network: nn.Module,
-    features: list[Tensor],
-    to_maps: Callable[[list[Tensor], list[list[Tensor]]], Tensor],
-    precision: str,
-    batch: int = 32,
-) -> Tensor:
-    """Cached features -> smoothed anomaly maps (N, 256, 256) float32."""
-    maps = []
+def compare(
+    network: nn.Module, features: list[Tensor], of: Callable[[list[Tensor], Any], Any], precision: str, batch: int = 32
+) -> list[Any]:
+    """`of`(teacher features, the network's outputs), a batch after the other."""
+    found = []
     for start in range(0, len(features[0]), batch):
         chunk = [f[start : start + batch] for f in features]
         with autocast(chunk[0].device, precision):
             outputs = network(chunk)
-        maps.append(gaussian_smooth(to_maps(chunk, outputs)))
-    return torch.cat(maps)
+        found.append(of(chunk, outputs))
+    return found
 
 
-def distil(
+def score_features(
+    network: nn.Module,
+    features: list[Tensor],
+    to_maps: Callable[[list[Tensor], Any], Tensor],
+    precision: str,
+    batch: int = 32,
+) -> Tensor:
+    """Cached features -> smoothed anomaly maps (N, 256, 256) float32."""
+    smoothed = compare(network, features, lambda t, outputs: gaussian_smooth(to_maps(t, outputs)), precision, batch)
+    return torch.cat(smoothed)
+
+
+@dataclass
+class Student:
+    """A trained network in eval mode, with its loss, what `train` returned, and the precision it computes in."""
+
+    network: nn.Module
+    loss: Callable[..., dict[str, Tensor]]
+    trained: Trained
+    precision: str
+
+
+def train_student(
     settings: Any,
     seed: int,
     data: AnomalyData,
@@ -66,14 +109,13 @@ def distil(
     session: Session,
     build: Callable[..., nn.Module],
     make_loss: Callable[..., Callable],
-    to_maps: Callable[..., Tensor],
-) -> Result:
-    """Train a student and evaluate its last epoch, once.
+) -> Student:
+    """Train a student on the teacher's features of `data.train`; with `settings.flips`, of each image as it is or
+    flipped, drawn anew every epoch, both flips with probability 1/2.
 
     Args:
         build: (settings, teacher's channels, its bottleneck) -> network.
         make_loss: settings -> (teacher features, outputs) -> named scalars.
-        to_maps: (settings, teacher features, outputs) -> anomaly maps (B, 256, 256).
     """
     precision = precision_of(settings, device)
     teacher = teachers.load_teacher(settings.teacher, "cpu")
@@ -89,6 +131,15 @@ def distil(
             outputs = network(teacher)
         return loss(teacher, outputs)
 
+    draw = None
+    if settings.flips:
+        flipped, count = flipped_features(data, "train", settings, device), len(data.train)
+
+        def draw(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
+            which = torch.randint(1 + len(FLIPS), (len(indices),), generator=generator).to(indices.device)
+            chosen = which * count + indices
+            return [f[chosen] for f in flipped]
+
     trained = train(
         parts,
         step,
@@ -99,23 +150,53 @@ def distil(
         betas=settings.betas,
         seed=seed,
         session=session,
+        schedule=settings.schedule,
+        draw=draw,
     )
-    maps = {
-        part: score_features(
-            network, cached_features(data, part, settings, device), partial(to_maps, settings), precision
-        )
-        for part in ("dev", "test")
-    }
-    result = evaluate(data, maps["dev"], maps["test"])
-    result.curve = trained.curve
-    result.precision = precision
-    result.model = network.state_dict()
+    return Student(network, loss, trained, precision)
+
+
+def result_of(student: Student, data: AnomalyData, dev_maps: Tensor, test_maps: Tensor) -> Result:
+    """`evaluate`, and what the student's training has to tell."""
+    result = evaluate(data, dev_maps, test_maps)
+    result.curve = student.trained.curve
+    result.precision = student.precision
+    result.model = student.network.state_dict()
     result.costs = {
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "train_seconds": round(trained.seconds, 1),
-        "train_images_per_second": round(trained.images_per_second, 1),
+        "parameters": sum(p.numel() for p in student.network.parameters()),
+        "train_seconds": round(student.trained.seconds, 1),
+        "train_images_per_second": round(student.trained.images_per_second, 1),
     }
     return result
+
+
+def distil(
+    settings: Any,
+    seed: int,
+    data: AnomalyData,
+    device: str | torch.device,
+    session: Session,
+    build: Callable[..., nn.Module],
+    make_loss: Callable[..., Callable],
+    to_maps: Callable[..., Tensor],
+) -> Result:
+    """Train a student and evaluate its last epoch, once.
+
+    Args:
+        build, make_loss: as in `train_student`.
+        to_maps: (settings, teacher features, outputs) -> anomaly maps (B, 256, 256).
+    """
+    student = train_student(settings, seed, data, device, session, build, make_loss)
+    maps = [
+        score_features(
+            student.network,
+            cached_features(data, part, settings, device),
+            partial(to_maps, settings),
+            student.precision,
+        )
+        for part in ("dev", "test")
+    ]
+    return result_of(student, data, *maps)
 
 
 def evaluate(
@@ -162,6 +243,8 @@ def _metrics(
 def telling_cases(split: AnomalySplit, maps: Tensor, scores: Tensor) -> dict[str, np.ndarray]:
     """A dozen small cases for the pictures: the defects that scored lowest, the good parts that scored highest, and
     the defects that scored highest, four of each: images, maps (scaled to the whole test set's range) and masks.
+
+    All are uint8 and (K, 96, 96); where the pictures have colour, (K, 72, 72) and case_images (K, 72, 72, 3).
     """
     order = scores.argsort().cpu()
     bad = order[split.labels.cpu()[order] == 1]
@@ -170,13 +253,19 @@ def telling_cases(split: AnomalySplit, maps: Tensor, scores: Tensor) -> dict[str
     chosen = torch.cat([bad[:each], good.flip(0)[:each], bad.flip(0)[:each]])
     low, high = maps.amin(), maps.amax()
 
-    def small(x: Tensor) -> np.ndarray:
-        return functional.interpolate(x[:, None].float(), (THUMBNAIL, THUMBNAIL), mode="area")[:, 0].cpu().numpy()
-
     picked = chosen.to(maps.device)
+    images = split.images[picked]
+    grey = bool((images[:, :1] == images).all())
+    side = THUMBNAIL if grey else COLOUR_THUMBNAIL
+
+    def small(x: Tensor) -> np.ndarray:
+        """(K, C, H, W) -> (K, side, side) for one channel, (K, side, side, 3) for three."""
+        thumbnails = functional.interpolate(x.float(), (side, side), mode="area").movedim(1, -1)
+        return (thumbnails[..., 0] if x.shape[1] == 1 else thumbnails).cpu().numpy()
+
     return {
         "case_index": chosen.numpy(),
-        "case_images": small(split.images[picked][:, 0]).round().astype(np.uint8),
-        "case_maps": small((maps[picked] - low) / (high - low).clamp(min=1e-12) * 255).round().astype(np.uint8),
-        "case_masks": (small(split.masks[picked]) > 0).astype(np.uint8),
+        "case_images": small(images[:, :1] if grey else images).round().astype(np.uint8),
+        "case_maps": small((maps[picked, None] - low) / (high - low).clamp(min=1e-12) * 255).round().astype(np.uint8),
+        "case_masks": (small(split.masks[picked, None]) > 0).astype(np.uint8),
     }

@@ -77,7 +77,9 @@ class AnomalyData:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
+    """A picture that has not been read yet."""
+
     path: str  # relative to the set's folder
     type: str = "good"
     mask: str | None = None  # None for a normal image
@@ -91,7 +93,7 @@ class _Sample:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _decode(path: Path, remedy: str) -> Image.Image:
+def decode(path: Path, remedy: str) -> Image.Image:
     """The picture as mode "L" if it is grey, else "RGB"."""
     try:
         with Image.open(path) as image:
@@ -104,7 +106,7 @@ def _decode(path: Path, remedy: str) -> Image.Image:
         raise DataError(f"{path} cannot be decoded ({error}): {remedy}") from error
 
 
-def _to_square(image: Image.Image, size: int) -> np.ndarray:
+def to_square(image: Image.Image, size: int) -> np.ndarray:
     """(3, size, size) uint8. PIL's bilinear filter widens when it shrinks, so it is antialiased."""
     small = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     return np.broadcast_to(small, (3, size, size)) if small.ndim == 2 else small.transpose(2, 0, 1)
@@ -129,10 +131,10 @@ def _paste_defect(image: Image.Image, kind: str, seed: int) -> tuple[Image.Image
 
 
 def _read_sample(
-    folder: Path, sample: _Sample, size: int, remedy: str
+    folder: Path, sample: Sample, size: int, remedy: str
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """(3, size, size) uint8, (256, 256) uint8, and the native (H, W)."""
-    image = _decode(folder / sample.path, remedy)
+    image = decode(folder / sample.path, remedy)
     original = (image.height, image.width)
     mask = np.zeros((1, 1), bool)
     if sample.pasted is not None:
@@ -141,18 +143,18 @@ def _read_sample(
         except ValueError as error:
             raise DataError(f"{folder / sample.path} is too small for a pasted defect ({error}): {remedy}") from error
     elif sample.mask is not None:
-        grey = np.asarray(_decode(folder / sample.mask, remedy).convert("L"))
+        grey = np.asarray(decode(folder / sample.mask, remedy).convert("L"))
         if grey.shape != original:
             raise DataError(
                 f"{folder / sample.mask} is {grey.shape[1]} x {grey.shape[0]} pixels, its image {sample.path} "
                 f"{original[1]} x {original[0]}: {remedy}"
             )
         mask = grey > 127
-    return _to_square(image, size), _resize_mask(mask), original
+    return to_square(image, size), _resize_mask(mask), original
 
 
 def _read_split(
-    folder: Path, samples: list[_Sample], type_names: tuple[str, ...], size: int, device, remedy: str
+    folder: Path, samples: list[Sample], type_names: tuple[str, ...], size: int, device, remedy: str
 ) -> AnomalySplit:
     images = np.empty((len(samples), 3, size, size), np.uint8)
     masks = np.empty((len(samples), MASK_SIZE, MASK_SIZE), np.uint8)
@@ -178,7 +180,7 @@ def _shuffled(names: list[str], purpose: str) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{purpose} {name}".encode()).digest())
 
 
-def _tile_samples(files: list[str], folder: Path, train_list: Path | None) -> tuple[list[_Sample], list[_Sample]]:
+def _tile_samples(files: list[str], folder: Path, train_list: Path | None) -> tuple[list[Sample], list[Sample]]:
     """Train and test samples of the tile layout, MT_<Type>/Imgs/<name>.jpg with a mask <name>.png beside it."""
     normal = [path for path in files if path.startswith("MT_Free/") and path.endswith(".jpg")]
     if train_list is None:
@@ -189,31 +191,31 @@ def _tile_samples(files: list[str], folder: Path, train_list: Path | None) -> tu
         unknown = sorted(train - set(normal))
         if unknown:
             raise DataError(f"{train_list.name} lists {unknown[0]}, which {folder} does not hold: fetch the set again")
-    test = [_Sample(path) for path in normal if path not in train]
+    test = [Sample(path) for path in normal if path not in train]
     for kind in TILE_TYPES:
         images = [path for path in files if path.startswith(f"MT_{kind.capitalize()}/") and path.endswith(".jpg")]
-        test += [_Sample(path, kind, path.removesuffix(".jpg") + ".png") for path in images]
-    return [_Sample(path) for path in sorted(train)], test
+        test += [Sample(path, kind, path.removesuffix(".jpg") + ".png") for path in images]
+    return [Sample(path) for path in sorted(train)], test
 
 
-def _mvtec_samples(files: list[str]) -> tuple[list[_Sample], list[_Sample]]:
+def _mvtec_samples(files: list[str]) -> tuple[list[Sample], list[Sample]]:
     """Train and test samples of the MVTec AD layout: train/good, test/<type>, ground_truth/<type>/NNN_mask.png."""
     pictures = [path for path in files if Path(path).suffix.lower() in _PICTURES]
-    train = [_Sample(path) for path in pictures if path.startswith("train/good/")]
-    test = [_Sample(path) for path in pictures if path.startswith("test/good/")]
+    train = [Sample(path) for path in pictures if path.startswith("train/good/")]
+    test = [Sample(path) for path in pictures if path.startswith("test/good/")]
     for path in pictures:
         part, kind = path.split("/")[:2]
         if part == "test" and kind != "good":
-            test.append(_Sample(path, kind, f"ground_truth/{kind}/{Path(path).stem}_mask.png"))
+            test.append(Sample(path, kind, f"ground_truth/{kind}/{Path(path).stem}_mask.png"))
     return train, test
 
 
-def _hold_out(train: list[_Sample], pasted_types: tuple[str, ...]) -> tuple[list[_Sample], list[_Sample]]:
+def _hold_out(train: list[Sample], pasted_types: tuple[str, ...]) -> tuple[list[Sample], list[Sample]]:
     """(train without them, dev): a tenth of the normal images, then a copy of each with a defect, types in turn."""
     chosen = set(_shuffled([sample.path for sample in train], "dev")[: round(len(train) / 10)])
     normal = [sample for sample in train if sample.path in chosen]
     pasted = [
-        _Sample(sample.path, pasted_types[index % len(pasted_types)], pasted=index)
+        Sample(sample.path, pasted_types[index % len(pasted_types)], pasted=index)
         for index, sample in enumerate(normal)
     ]
     return [sample for sample in train if sample.path not in chosen], normal + pasted
@@ -234,20 +236,20 @@ def ensure_synthetic(root: Path, name: str = SYNTHETIC_TILE) -> store.Manifest:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A set before any picture is read: where it lies, its samples, and the fingerprint of both."""
 
     folder: Path
     label: str
     remedy: str
     type_names: tuple[str, ...]
-    train: list[_Sample]
-    dev: list[_Sample]
-    test: list[_Sample]
+    train: list[Sample]
+    dev: list[Sample]
+    test: list[Sample]
     fingerprint: str
 
 
-def _plan(name: str, root: Path | None) -> _Plan:
+def plan_of(name: str, root: Path | None) -> Plan:
     root = store.data_dir() if root is None else Path(root)
     folder = root / name
     if name in SYNTHETIC:
@@ -278,12 +280,12 @@ def _plan(name: str, root: Path | None) -> _Plan:
     if not train or not any(sample.mask for sample in test):
         raise DataError(f"{folder} has no training or no anomalous test images: delete it, then {remedy}")
     train, dev = _hold_out(train, pasted_types)
-    return _Plan(
+    return Plan(
         folder, label, remedy, type_names, train, dev, test, _identity(manifest.fingerprint, (train, dev, test))
     )
 
 
-def _identity(content: str, lists: tuple[list[_Sample], ...]) -> str:
+def _identity(content: str, lists: tuple[list[Sample], ...]) -> str:
     identity = hashlib.sha256(f"{content} dev {DEV_VERSION}\n".encode())
     for samples in lists:
         identity.update("".join(f"{sample.name}\n" for sample in samples).encode() + b"\n")
@@ -292,7 +294,7 @@ def _identity(content: str, lists: tuple[list[_Sample], ...]) -> str:
 
 def data_fingerprint(name: str, root: Path | None = None) -> str:
     """`AnomalyData.fingerprint` of a set, from its manifest alone: no picture is read. Errors as `load_anomaly`."""
-    return _plan(name, root).fingerprint
+    return plan_of(name, root).fingerprint
 
 
 def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -> AnomalyData:
@@ -305,7 +307,7 @@ def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -
     """
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    plan = _plan(name, root)
+    plan = plan_of(name, root)
     splits = [
         _read_split(plan.folder, samples, plan.type_names, size, device, plan.remedy)
         for samples in (plan.train, plan.dev, plan.test)
@@ -324,7 +326,7 @@ def from_good_folder(folder: Path, size: int, device="cpu") -> AnomalyData:
         raise DataError(
             f"{folder} holds {len(names)} pictures: training needs at least 20 good ones (jpg, png, bmp, tif)"
         )
-    train, dev = _hold_out([_Sample(name) for name in names], TILE_TYPES)
+    train, dev = _hold_out([Sample(name) for name in names], TILE_TYPES)
     type_names, remedy = ("good", *TILE_TYPES), "replace this picture"
     splits = [_read_split(folder, samples, type_names, size, device, remedy) for samples in (train, dev)]
     content = hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
@@ -341,5 +343,5 @@ def load_folder(folder: Path, size: int, device="cpu") -> tuple[Tensor, tuple[st
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _PICTURES)
     if not paths:
         raise DataError(f"{folder} holds no jpg, png, bmp or tif picture: give the folder that holds them")
-    images = [_to_square(_decode(path, "replace or remove it"), size) for path in paths]
+    images = [to_square(decode(path, "replace or remove it"), size) for path in paths]
     return torch.from_numpy(np.stack(images)).to(device), tuple(path.name for path in paths)

@@ -314,7 +314,8 @@ def write_mvtec(
     folder: Path, category: str = "metal_nut", seed: int = 0, size: int = 128, train: int = 24, test: int = 6
 ) -> None:
     """Write a stand-in in the layout of MVTec AD: `folder`/`category`/train/good/NNN.png, test/good/NNN.png,
-    test/<type>/NNN.png and ground_truth/<type>/NNN_mask.png (0 or 255), types bent, color, flip, scratch.
+    test/<type>/NNN.png and ground_truth/<type>/NNN_mask.png (0 or 255), types bent, color, flip, scratch. Beside it,
+    which the real set does not have, the drawn nut itself: nut/<train or test>/<type>/NNN_mask.png.
 
     `train` normal images, `test` images of good and of each type; RGB, `size` x `size` pixels. `category`
     only names the folder: the picture is always the nut. The same seed writes the same bytes (with the same
@@ -325,15 +326,21 @@ def write_mvtec(
     jobs = [("train", "good", train)] + [("test", t, test) for t in ("good", "bent", "color", "flip", "scratch")]
     for part, kind, count in jobs:
         (root / part / kind).mkdir(parents=True, exist_ok=True)
-        if kind != "good":
-            (root / "ground_truth" / kind).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            rgb, mask = _draw_nut(rng, size)
+            rgb, nut = _draw_nut(rng, size)
             if kind != "good":
-                rgb, mask = _nut_defect(rng, rgb, mask, kind)
+                rgb, defect = _nut_defect(rng, rgb, nut, kind)
             degrees = rng.uniform(0, 360)
             rgb = rotate(rgb, degrees, reshape=False, order=1, mode="constant", cval=25)
             Image.fromarray(np.clip(rgb, 0, 255).astype(np.uint8)).save(root / part / kind / f"{i:03d}.png")
             if kind != "good":
-                mask = rotate(mask.astype(np.uint8), degrees, reshape=False, order=0) * np.uint8(255)
-                Image.fromarray(mask).save(root / "ground_truth" / kind / f"{i:03d}_mask.png")
+                _save_mask(root / "ground_truth" / kind / f"{i:03d}_mask.png", defect, degrees)
+            if kind == "flip":
+                nut = defect  # the nut was mirrored, and all of it is the defect
+            _save_mask(root / "nut" / part / kind / f"{i:03d}_mask.png", nut, degrees)
+
+
+def _save_mask(path: Path, mask: np.ndarray, degrees: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    turned = rotate(mask.astype(np.uint8), degrees, reshape=False, order=0) * np.uint8(255)
+    Image.fromarray(turned).save(path)

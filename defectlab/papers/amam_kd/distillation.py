@@ -1,0 +1,350 @@
+"""Stage two: anomaly detection by knowledge distillation.
+
+Guo, Lv, "A Two-Stage Deep-Learning Framework for Industrial Anomaly Detection: Integrating Small-Sample Semantic
+Segmentation and Knowledge Distillation", Machines 13(8), 712 (2025), doi 10.3390/machines13080712: section 3.2 (method
+and loss; the scores are in `weighting.py`) and what the ablations in section 4.2.2 switch. The frame is reverse
+distillation (RD4AD, CVPR 2022), which the paper does not cite: a frozen teacher, an embedding of its three feature
+maps, a student that gives them back.
+
+Deviations and choices are marked "ours". The largest: Table 3 gives the teacher 16 x 16 x 2048 at 256 px, which no
+layer of a WideResNet-50-2 has without dilation, while the loss uses three unnamed scales (here: layers 1 to 3); 14 x 14
+tokens fit 224 px, the size used here; and the printed loss does not contain the convolutions of the anomaly score, so
+that these are fitted apart from it, to pasted defects.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.anomaly import distil
+from defectlab.anomaly.baselines import RD4ADSettings
+from defectlab.anomaly.reverse_distillation import (
+    MultiScaleFusion,
+    ResidualBlock,
+    at_least_float32,
+    per_position_discrepancy,
+    stage,
+)
+from defectlab.data.anomaly import AnomalyData
+from defectlab.papers.amam_kd.weighting import KERNELS, MapWeighting, fit_weighting, inverse_softplus
+from defectlab.runs import Result
+from defectlab.train import Session
+
+WIDTH, TOKENS = 512, 14  # Table 3: the embedding is 14 x 14 x 512
+
+
+@dataclass(frozen=True)
+class DistillationSettings(RD4ADSettings):
+    """RD4AD's settings and what this paper adds to them. Sources as comments."""
+
+    model: ClassVar[str] = "amam_kd"
+    version: ClassVar[int] = 1
+
+    dataset: str = "mvtec_ad/metal_nut"
+    teacher: str = "resnet18"  # ours: the weights at hand; section 4.2: wide_resnet50_2, Table 8 has resnet18, too
+    size: int = 224  # ours: section 3.2.1 has 14 x 14 tokens; at 256 px they are pooled
+    epochs: int = 200  # ours: the paper is silent
+    batch: int = 16  # ours: the paper is silent
+    learning_rate: float = 0.005  # section 4.2
+    betas: tuple[float, float] = (0.5, 0.999)  # section 4.2
+    schedule: str = "cosine"  # section 4.2
+    flips: bool = True  # section 4.2: horizontal and vertical
+    loss: str = "cosine"  # section 3.2.2; Table 10: "l1", "l2", "mse"
+    fusion: bool = True  # section 3.2.1, MFF; the switches of Table 9
+    vit: bool = True  # section 3.2.1
+    residual: bool = True  # section 3.2.1
+    student: str = "heterogeneous"  # section 3.2; 4.2.2: "homogeneous"
+    weighting: str = "1x1"  # section 3.2.2; Table 11: "none", "3x3", "5x5"; "printed": trained with the loss as printed
+    vit_depth: int = 2  # ours: the paper is silent
+    vit_heads: int = 8  # ours: the paper is silent
+
+
+# --- Section 3.2.1: feature aggregation and filtering ----------------------------------------------------------------
+
+
+def compress(inputs: int) -> nn.Sequential:
+    """The 1x1 convolution with norm and ReLU that ends the fusion: (B, inputs, h, w) -> (B, 512, h, w)."""
+    return nn.Sequential(nn.Conv2d(inputs, WIDTH, 1, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True))
+
+
+class ViTBlock(nn.Module):
+    """ "Context-based analysis of multi-layer feature information": transformer layers on the positions of the map.
+
+    Ours: norms before attention and MLP, a hidden width of twice the tokens', learned position embeddings, no dropout.
+    """
+
+    def __init__(self, tokens: int, depth: int, heads: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.empty(1, tokens, WIDTH))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.layers = nn.Sequential(
+            *[
+                nn.TransformerEncoderLayer(
+                    WIDTH, heads, 2 * WIDTH, 0.0, functional.gelu, batch_first=True, norm_first=True
+                )
+                for _ in range(depth)
+            ],
+            nn.LayerNorm(WIDTH),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 512, g, g) -> the same shape; g x g is the number of tokens."""
+        tokens = self.layers(rearrange(x, "b c h w -> b (h w) c") + self.position)
+        return rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[-2]).contiguous(memory_format=torch.channels_last)
+
+
+class FeatureAggregation(nn.Module):
+    """Multi-scale fusion, ViT block and two residual modules; each can be left out (Table 9).
+
+    Without the fusion the teacher's last map alone is read, through the 1x1 convolution (ours: "Pre" in Table 9).
+    """
+
+    def __init__(self, channels: tuple[int, int, int], settings: DistillationSettings):
+        super().__init__()
+        self.grid = min(TOKENS, settings.size // 16)
+        self.fusion = MultiScaleFusion(channels) if settings.fusion else None
+        self.compress = compress((3 if settings.fusion else 1) * channels[2])
+        filters: list[nn.Module] = []
+        if settings.vit:
+            filters.append(ViTBlock(self.grid**2, settings.vit_depth, settings.vit_heads))
+        if settings.residual:
+            filters += [ResidualBlock(WIDTH, WIDTH, bottleneck=4) for _ in range(2)]  # ours: the kind of block
+        self.filters = nn.Sequential(*filters)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """The teacher's three maps -> (B, 512, 14, 14), or less than 14 for images below 224 px."""
+        x = self.compress(self.fusion(features) if self.fusion else features[2])
+        if x.shape[-1] != self.grid:
+            x = functional.adaptive_avg_pool2d(x, self.grid)  # ours: 16 x 16 at 256 px
+        return self.filters(x)
+
+
+# --- Section 3.2: the student ----------------------------------------------------------------------------------------
+
+
+def resize(x: Tensor, like: Tensor) -> Tensor:
+    """Bilinear, to the height and width of `like`; nothing where they agree."""
+    size = like.shape[-2:]
+    return x if x.shape[-2:] == size else functional.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+class PreActivationBlock(nn.Module):
+    """A residual block with norm and ReLU before its convolutions and none after the sum (He et al., ECCV 2016)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.BatchNorm2d(inputs),
+            nn.ReLU(),
+            nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+        )
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, h, w) -> (B, outputs, h, w)."""
+        return self.shortcut(x) + self.residual(x)
+
+
+class HeterogeneousStudent(nn.Module):
+    """ "Custom multi-level residual network" (section 3.2), of which nothing more is said.
+
+    Ours, unlike any of the teachers: one pre-activation block a level, bilinear upsampling between the levels, at most
+    256 channels wide, and a linear 1x1 convolution to the teacher's channels at each level.
+    """
+
+    def __init__(self, channels: tuple[int, int, int]):
+        super().__init__()
+        widths = [WIDTH, *(min(c, 256) for c in reversed(channels))]
+        self.levels = nn.ModuleList(PreActivationBlock(a, b) for a, b in pairwise(widths))
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, outputs, 1))
+            for width, outputs in zip(widths[1:], reversed(channels), strict=True)
+        )
+
+    def forward(self, x: Tensor, features: list[Tensor]) -> list[Tensor]:
+        """The embedding (B, 512, g, g) -> three maps of the shapes of `features`, whose values are not read."""
+        outputs = []
+        for level, head, wanted in zip(self.levels, self.heads, reversed(features), strict=True):
+            x = level(resize(x, wanted))
+            outputs.append(head(x))
+        return outputs[::-1]
+
+
+class HomogeneousStudent(nn.Module):
+    """Section 4.2.2: the teacher's own blocks and depths in opposite order; up by transposed convolutions, as RD4AD."""
+
+    def __init__(self, channels: tuple[int, int, int], bottleneck: int):
+        super().__init__()
+        first, second, third = channels
+        depths = (6, 4, 3) if bottleneck else (2, 2, 2)
+        self.stages = nn.ModuleList(
+            [
+                stage(WIDTH, third, "same", depths[0], bottleneck),
+                stage(third, second, "up", depths[1], bottleneck),
+                stage(second, first, "up", depths[2], bottleneck),
+            ]
+        )
+
+    def forward(self, x: Tensor, features: list[Tensor]) -> list[Tensor]:
+        """As `HeterogeneousStudent.forward`."""
+        x = resize(x, features[2])
+        outputs = []
+        for layer in self.stages:
+            x = layer(x)
+            outputs.append(x)
+        return outputs[::-1]
+
+
+# --- Section 3.2.2: loss ---------------------------------------------------------------------------------------------
+
+
+def discrepancies(teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:
+    """M^k: 1 - cosine over the channels at each position: three maps (B, h, w), in 0..2."""
+    return [per_position_discrepancy(t, s) for t, s in zip(teacher, student, strict=True)]
+
+
+def l1(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean absolute difference over all elements of 2 x (B, C, H, W): scalar."""
+    return functional.l1_loss(at_least_float32(student), at_least_float32(teacher))
+
+
+def l2(teacher: Tensor, student: Tensor) -> Tensor:
+    """Squared Euclidean distance over the channels, averaged over the positions: C times `mse`."""
+    return teacher.shape[1] * mse(teacher, student)
+
+
+def mse(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean squared difference over all elements of 2 x (B, C, H, W): scalar."""
+    return functional.mse_loss(at_least_float32(student), at_least_float32(teacher))
+
+
+def cosine(teacher: Tensor, student: Tensor) -> Tensor:
+    """M^k averaged over positions (and images): one scale's term of the paper's loss."""
+    return per_position_discrepancy(teacher, student).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "l1": l1, "l2": l2, "mse": mse}  # Table 10
+
+
+class DistillationLoss(nn.Module):
+    """Sum over the three scales. With `weighting="printed"` the score's three 1x1 weights stand in it and learn.
+
+    That is the only reading in which "an adaptive weight for training purposes" is trained by the printed loss: on
+    normal images the smallest weighted sum is the one with weights of zero. They are kept from going below (ours).
+    """
+
+    def __init__(self, settings: DistillationSettings):
+        super().__init__()
+        self.term = pick(LOSSES, settings.loss, "loss")
+        self.printed = settings.weighting == "printed"
+        if self.printed:
+            self.raw = nn.Parameter(inverse_softplus(torch.ones(3)))
+
+    def weights(self) -> Tensor:
+        """(3,), positive: of layers 1, 2 and 3."""
+        return functional.softplus(self.raw)
+
+    def forward(self, teacher: list[Tensor], student: list[Tensor]) -> dict[str, Tensor]:
+        """-> "loss", then the term of each layer and, where they learn, its weight: scalars."""
+        terms = torch.stack([self.term(t, s) for t, s in zip(teacher, student, strict=True)])
+        scalars = {f"layer{k}": term for k, term in enumerate(terms.detach(), 1)}
+        if not self.printed:
+            return {"loss": terms.sum()} | scalars
+        weights = self.weights()
+        scalars |= {f"weight{k}": weight for k, weight in enumerate(weights.detach(), 1)}
+        return {"loss": (weights * terms).sum()} | scalars
+
+
+def pick(choices: dict, name: str, what: str):
+    """choices[name], or a ValueError that says what there is."""
+    if name not in choices:
+        raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(choices)}")
+    return choices[name]
+
+
+# --- The network, and one run ----------------------------------------------------------------------------------------
+
+
+class KnowledgeDistillation(nn.Module):
+    """Figure 4 without the teacher: feature aggregation, student, and the weighting of the maps it leads to."""
+
+    def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: DistillationSettings):
+        super().__init__()
+        if settings.size % 16:
+            raise ValueError(f"size must be a multiple of 16 pixels, got {settings.size}")
+        students = {
+            "heterogeneous": HeterogeneousStudent,
+            "homogeneous": partial(HomogeneousStudent, bottleneck=bottleneck),
+        }
+        self.aggregation = FeatureAggregation(channels, settings)
+        self.student = pick(students, settings.student, "student")(channels)
+        self.weighting = MapWeighting(pick(KERNELS, settings.weighting, "weighting"))
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Teacher features -> their reconstruction, the same three shapes."""
+        return self.student(self.aggregation(features), features)
+
+
+def build(settings: DistillationSettings, channels: tuple[int, int, int], bottleneck: int) -> KnowledgeDistillation:
+    return KnowledgeDistillation(channels, bottleneck, settings)
+
+
+def make_loss(settings: DistillationSettings) -> DistillationLoss:
+    return DistillationLoss(settings)
+
+
+def to_maps(network: KnowledgeDistillation, teacher: list[Tensor], student: list[Tensor]) -> Tensor:
+    """AL of a batch, (B, 256, 256), not smoothed. M^k is the cosine's for every loss (ours)."""
+    return network.weighting(discrepancies(teacher, student))
+
+
+def train_distillation(
+    settings: DistillationSettings, seed: int, data: AnomalyData, device: str | torch.device, session: Session
+) -> distil.Student:
+    """Train on `data.train`, then fit the weighting of the maps on `data.dev` (held-out normals and pasted defects).
+
+    `data` may hold crops: it needs a fingerprint of its own, and masks (of dev) that are the crops'.
+    """
+    student = distil.train_student(settings, seed, data, device, session, build, make_loss)
+    network = student.network
+    if settings.weighting == "printed":
+        network.weighting.kernels.copy_(student.loss.weights().detach().view(3, 1, 1))
+    elif settings.weighting != "none":
+        dev = distil.cached_features(data, "dev", settings, device)
+        maps = zip(*distil.compare(network, dev, discrepancies, student.precision), strict=True)
+        network.weighting = fit_weighting([torch.cat(m) for m in maps], data.dev.masks, KERNELS[settings.weighting])
+    return student
+
+
+def map_split(
+    student: distil.Student, settings: DistillationSettings, data: AnomalyData, part: str, device: str | torch.device
+) -> Tensor:
+    """Smoothed AL (ours: the Gaussian of RD4AD) of "dev" or "test": (N, 256, 256)."""
+    features = distil.cached_features(data, part, settings, device)
+    return distil.score_features(student.network, features, partial(to_maps, student.network), student.precision)
+
+
+def weights_in_words(network: KnowledgeDistillation) -> str:
+    """The sum of each layer's kernel: "layer 1: 0.41, layer 2: 1.2, layer 3: 1.39"."""
+    return ", ".join(f"layer {k}: {w:.3g}" for k, w in enumerate(network.weighting.kernels.sum((1, 2)).tolist(), 1))
+
+
+def run_distillation(
+    settings: DistillationSettings, seed: int, data: AnomalyData, device: str | torch.device, session: Session
+) -> Result:
+    """One row and seed; AD, the image score, is the maximum of AL (section 3.2.2)."""
+    student = train_distillation(settings, seed, data, device, session)
+    maps = [map_split(student, settings, data, part, device) for part in ("dev", "test")]
+    result = distil.result_of(student, data, *maps)
+    result.notes = {"weighting": weights_in_words(student.network)}
+    return result

@@ -1,0 +1,168 @@
+"""Section 4.3: segment the nut, cut it out, distil and detect on the cut-out.
+
+The paper gives no procedure beyond "cascaded knowledge distillation training on the segmented normal data" and
+figure 7. Ours, marked so: a square box around the largest segmented component, with a margin, cut from the picture as
+stored and resized to the detector's input. Scored twice: pasted back onto the whole picture, so that one stage and two
+are judged on the same pixels; and on the cut-out alone, the paper's way, where the easy background is gone and the two
+cannot be compared.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional
+from torchvision.transforms import v2
+
+from defectlab.anomaly.distil import evaluate, result_of
+from defectlab.anomaly.maps import MAP_SIZE
+from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.papers.amam_kd import distillation, segmentation
+from defectlab.papers.amam_kd.distillation import DistillationSettings
+from defectlab.runs import Record, Result
+from defectlab.segmentation.training import load_segmenter, segment
+from defectlab.train import Session, precision_of
+
+PARTS = ("train", "dev", "test")
+SEGMENTER = segmentation.Settings(split="good")
+DETECTOR = DistillationSettings()
+
+
+@dataclass(frozen=True)
+class TwoStageSettings:
+    """The segmenter's settings (its row is trained first, with the same seed) and the detector's."""
+
+    model: ClassVar[str] = "amam_two_stage"
+    version: ClassVar[int] = 1
+
+    segmenter: segmentation.Settings = SEGMENTER  # ours: split "good"; the paper's own split has most test images in it
+    detector: DistillationSettings = DETECTOR  # paper section 4.3: the model of section 3.2
+    margin: float = 0.05  # ours: of the nut's larger side, on each side
+    source: int = 512  # ours: side in px of the pictures that are cut (the reduced copy's own)
+
+    @property
+    def dataset(self) -> str:
+        return self.detector.dataset
+
+    @property
+    def size(self) -> int:
+        return self.source
+
+    @property
+    def teacher(self) -> str:
+        return self.detector.teacher
+
+
+# --- Boxes, cutting and pasting --------------------------------------------------------------------------------------
+
+
+def square_boxes(foreground: Tensor, margin: float) -> Tensor:
+    """Masks (N, H, W) bool, H = W -> (N, 4) float boxes (left, top, right, bottom) as shares of the side, 0..1.
+
+    Each is the square around the largest connected component, its side the component's larger one plus `margin` of it
+    on each side, moved inside the picture (and the whole picture where it does not fit, or where nothing was found).
+    """
+    side = foreground.shape[-1]
+    boxes = []
+    for mask in foreground.cpu().numpy():
+        labelled, count = ndimage.label(mask)
+        if not count:
+            boxes.append((0.0, 0.0, 1.0, 1.0))
+            continue
+        largest = 1 + int(np.argmax(np.bincount(labelled.ravel())[1:]))
+        rows, columns = ndimage.find_objects(labelled)[largest - 1]
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        wanted = min(side, max(height, width) * (1 + 2 * margin))
+        top, left = (
+            float(np.clip((part.start + part.stop - wanted) / 2, 0, side - wanted)) for part in (rows, columns)
+        )
+        boxes.append((left / side, top / side, (left + wanted) / side, (top + wanted) / side))
+    return torch.tensor(boxes, dtype=torch.float64)
+
+
+def cut(pictures: Tensor, boxes: Tensor, size: int, interpolation: v2.InterpolationMode) -> Tensor:
+    """(N, C, H, W) uint8 cut along `boxes` (rounded to whole pixels) and resized: (N, C, size, size) uint8."""
+    side = pictures.shape[-1]
+    corners = (boxes * side).round().long().tolist()
+    done = [
+        v2.functional.resized_crop(p, top, left, bottom - top, right - left, [size, size], interpolation, True)
+        for p, (left, top, right, bottom) in zip(pictures, corners, strict=True)
+    ]
+    return torch.stack(done)
+
+
+def paste_back(maps: Tensor, boxes: Tensor, fill: float) -> Tensor:
+    """Maps of cut-outs (N, h, w) -> (N, 256, 256) maps of whole pictures, bilinear; `fill` outside the boxes."""
+    boxes = boxes.to(maps.device, torch.float64)
+    left, top, right, bottom = boxes.unbind(1)
+    centres = (torch.arange(MAP_SIZE, device=maps.device, dtype=torch.float64) + 0.5) / MAP_SIZE  # of the pixels, 0..1
+    x = 2 * (centres[None] - left[:, None]) / (right - left)[:, None] - 1  # (N, 256): -1..1 inside the box
+    y = 2 * (centres[None] - top[:, None]) / (bottom - top)[:, None] - 1
+    grid = torch.stack([x[:, None, :].expand(-1, MAP_SIZE, -1), y[:, :, None].expand(-1, -1, MAP_SIZE)], -1)
+    inside = (grid.abs() <= 1).all(-1)  # (N, 256, 256)
+    values = functional.grid_sample(
+        maps[:, None], grid.to(maps.dtype), "bilinear", padding_mode="border", align_corners=False
+    )
+    return values[:, 0].where(inside, fill)
+
+
+def cut_split(split: AnomalySplit, boxes: Tensor, size: int) -> AnomalySplit:
+    """Images and masks of a split, cut along `boxes`; an image whose defect lies outside its box has no mask."""
+    masks = cut(split.masks[:, None], boxes, MAP_SIZE, v2.InterpolationMode.NEAREST_EXACT)[:, 0]
+    return replace(
+        split,
+        images=cut(split.images, boxes, size, v2.InterpolationMode.BILINEAR),
+        masks=masks,
+        has_mask=masks.flatten(1).any(1) | (split.labels == 0),
+    )
+
+
+# --- One run ---------------------------------------------------------------------------------------------------------
+
+
+def find_boxes(settings: TwoStageSettings, record: Record, split: AnomalySplit, device: str | torch.device) -> Tensor:
+    """Boxes of a split's images by the segmenter whose run is `record`, at the threshold from its dev images."""
+    segmenter = load_segmenter(record, settings.segmenter, segmentation.build, device)
+    size = settings.segmenter.size
+    small = v2.functional.resize(split.images, [size, size], antialias=True)
+    found = segment(segmenter, small, precision_of(settings.segmenter, device)) > record.dev["threshold"]
+    return square_boxes(found, settings.margin)
+
+
+def run_two_stage(
+    settings: TwoStageSettings, seed: int, data: AnomalyData, device: str | torch.device, session: Session
+) -> Result:
+    """One row and seed: the usual metrics on whole pictures, those of the cut-outs as "..._crop", "crop_share"."""
+    record = session.need(settings.segmenter, seed)
+    boxes = {part: find_boxes(settings, record, getattr(data, part), device) for part in PARTS}
+    crops = replace(
+        data,
+        fingerprint=f"{data.fingerprint}, cut by {record.model_sha256} with margin {settings.margin}",
+        **{part: cut_split(getattr(data, part), boxes[part], settings.detector.size) for part in PARTS},
+    )
+    student = distillation.train_distillation(settings.detector, seed, crops, device, session)
+    maps = {part: distillation.map_split(student, settings.detector, crops, part, device) for part in ("dev", "test")}
+    fill = float(maps["dev"].min())  # what lies outside the box is called normal
+    result = result_of(student, data, *(paste_back(maps[part], boxes[part], fill) for part in maps))
+    alone = evaluate(crops, maps["dev"], maps["test"]).metrics
+    result.metrics |= {f"{metric}_crop": alone[metric] for metric in ("image_auroc", "pixel_auroc", "aupro")}
+    sides = boxes["test"][:, 2] - boxes["test"][:, 0]
+    result.metrics["crop_share"] = round(100 * float(sides.square().mean()), 4)
+    whole = sum(int((b[:, 2] - b[:, 0] == 1).sum()) for b in boxes.values())
+    result.notes = {
+        "segmenter": record.key,
+        "segmenter_sha256": record.model_sha256,
+        "weighting": distillation.weights_in_words(student.network),
+        "boxes": f"{whole} of {sum(map(len, boxes.values()))} pictures were not cut (no nut found, or it fills them)",
+        "outside": f"{100 * outside(data.test.masks, boxes['test']):.3f} % of the test set's defect pixels are cut off",
+    }
+    return result
+
+
+def outside(masks: Tensor, boxes: Tensor) -> float:
+    """The share of the defect pixels (N, 256, 256) that lie outside their picture's box."""
+    kept = paste_back(torch.ones_like(masks, dtype=torch.float32), boxes, 0.0) > 0
+    return float((masks.bool() & ~kept).sum() / masks.sum())
