@@ -104,6 +104,8 @@ def test_impossible_settings_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             UShapedNetwork(replace(SMALL, **wrong))
+    with pytest.raises(ValueError, match="images of 40 x 40 px do not halve four times: use a multiple of 16"):
+        shapes(SMALL, 40)
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,8 @@ class UShapedNetwork(nn.Module):
         """Float images (B, 3, S, S) -> the output of every layer by name, in the order of Table 1: "encoder 1" ...,
         "amam", "decoder 1" ..., "output", the logits (B, 1, S, S)."""
         size = x.shape[-2:]
+        if any(side % 16 for side in size):
+            raise ValueError(f"images of {size[0]} x {size[1]} px do not halve four times: use a multiple of 16")
         encoded = self.encoder(x)[self.first :]
         found = {f"encoder {i}": m for i, m in enumerate(encoded, 1)}
         x = found["amam"] = self.amam(self.reduce(encoded[-1]))
