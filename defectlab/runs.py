@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from defectlab.data.store import data_dir, project_root
-from defectlab.train import Session
+from defectlab.train import Session, first_line
 
 PROFILES = ("smoke", "quick", "paper")
 PACKAGES = (
@@ -330,6 +330,19 @@ def run(study: Any, settings: Any, seed: int, profile: str, device: str, session
         write_json(path, content)
         session.checkpoint.unlink(missing_ok=True)
     return read_record(path)
+
+
+def load_weights(record: Record, network: nn.Module) -> None:
+    """The weights that a run left beside its record, into `network`. ValueError where they are missing or foreign."""
+    path = record.path.with_suffix(".safetensors")
+    if not path.exists():
+        raise ValueError(f"{path} is missing beside its record: delete {record.path} and run that row again")
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} does not fit this network ({first_line(error)}): delete {record.path} and it"
+        ) from error
 
 
 def promote(records: list[Record]) -> list[str]:

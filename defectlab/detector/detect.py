@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -20,8 +18,8 @@ from defectlab.detector.evaluation import Boxes, best_f1_threshold, evaluate, pa
 from defectlab.detector.losses import AnchorBasedLoss, AnchorFreeLoss
 from defectlab.detector.model import ANCHORS, Detector
 from defectlab.detector.training import DetectorSettings, train_detector
-from defectlab.runs import Record, Result
-from defectlab.train import Session, first_line, full_float32, precision_of
+from defectlab.runs import Record, Result, load_weights
+from defectlab.train import Session, full_float32, precision_of
 
 CASE_SIDE = 112  # pixels a side of the pictures that a record keeps
 COST_SIZE = 640  # px: GFLOPs are stated for this input, whatever the training used
@@ -152,15 +150,7 @@ def evaluate_detector(detector: Detector, data: DetectionData) -> Result:
 
 def frozen(record: Record, detector: Detector, device: str | torch.device) -> Detector:
     """`detector` with the weights of a run, for inference only."""
-    path = record.path.with_suffix(".safetensors")
-    if not path.exists():
-        raise ValueError(f"{path} is missing beside its record: delete {record.path} and run that row again")
-    try:
-        detector.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} does not fit this network ({first_line(error)}): delete {record.path} and it"
-        ) from error
+    load_weights(record, detector)
     return detector.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

@@ -6,17 +6,15 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
 from defectlab.costs import model_costs
 from defectlab.data.segmentation import SegmentationData, SegmentationSplit, subset
-from defectlab.runs import Record, Result
+from defectlab.runs import Record, Result, load_weights
 from defectlab.segmentation.encoder import Segmenter
 from defectlab.segmentation.metrics import best_threshold, segmentation_metrics
-from defectlab.train import Session, autocast, first_line, full_float32, precision_of, train
+from defectlab.train import Session, autocast, full_float32, precision_of, train
 
 THUMBNAIL = 80  # pixels a side of the cases kept in a record: three colours and a map of twelve fit into it
 CASES = 12
@@ -225,15 +223,7 @@ def load_segmenter(
     build: Callable[[SegmentationSettings], Segmenter],
     device: str | torch.device,
 ) -> Segmenter:
-    """The network of a finished run, for inference only. Raises ValueError where its weights are missing or foreign."""
-    path = record.path.with_suffix(".safetensors")
-    if not path.exists():
-        raise ValueError(f"{path} is missing beside its record: delete {record.path} and run that row again")
+    """The network of a finished run, for inference only. Errors of `runs.load_weights`."""
     network = build(settings)
-    try:
-        network.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} does not fit this network ({first_line(error)}): delete {record.path} and it"
-        ) from error
+    load_weights(record, network)
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -91,7 +91,7 @@ def detection_rows(profile: str) -> dict[str, Any]:
         found[f"patchcore_{category}"] = PatchCoreSettings(**on, **plain)
     full = found["kd_metal_nut"]
     return found | {
-        "rd4ad_metal_nut": RD4ADSettings(dataset=full.dataset, epochs=full.epochs, batch=full.batch, **plain),
+        "rd4ad_metal_nut": RD4ADSettings(dataset=full.dataset, epochs=full.epochs, **plain),
         # Table 8
         "kd_resnet50": replace(full, teacher="resnet50"),
         "kd_wide_resnet50_2": replace(full, teacher="wide_resnet50_2"),
