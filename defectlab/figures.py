@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from PIL import Image
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from defectlab.data.anomaly import AnomalyData
@@ -17,9 +18,9 @@ from defectlab.runs import Record
 INK, GOOD, BAD = "#333333", "#4477aa", "#cc6677"
 
 
-def small_figures() -> None:
+def small_figures(quality: int = 85) -> None:
     """Figure settings of the notebooks: small files (JPEG: noisy pictures are large as PNG), quiet axes."""
-    set_matplotlib_formats("jpeg", pil_kwargs={"quality": 85})
+    set_matplotlib_formats("jpeg", pil_kwargs={"quality": quality})
     plt.rcParams.update(
         {
             "figure.dpi": 84,
@@ -46,7 +47,7 @@ def picture_grid(
     masks: Sequence[np.ndarray | None] | None = None,
     width: float = 9.0,
 ) -> Figure:
-    """Grey pictures (H, W) uint8 in a grid; a mask (H, W) is drawn as its red outline."""
+    """Pictures uint8, grey (H, W) or coloured (H, W, 3), in a grid; a mask (H, W) is drawn as its red outline."""
     rows = -(-len(pictures) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width, width / columns * rows * 1.15), squeeze=False)
     for axis in axes.flat:
@@ -64,10 +65,15 @@ def samples(data: AnomalyData, part: str, indices: Sequence[int], columns: int =
     """Pictures of one split ("train", "dev", "test") as the network sees them, named by type, the mask outlined."""
     split = getattr(data, part)
     chosen = torch.as_tensor(list(indices), dtype=torch.long)
-    images = interpolate(split.images[chosen].float().mean(1, keepdim=True).cpu(), (128, 128), mode="area")[:, 0]
     masks = interpolate(split.masks[chosen, None].cpu(), (128, 128), mode="nearest-exact")[:, 0]
     titles = [data.type_names[t] for t in split.types[chosen].tolist()]
-    return picture_grid(list(images.numpy()), titles, columns, list(masks.numpy()), width)
+    return picture_grid(list(thumbnails(split.images[chosen])), titles, columns, list(masks.numpy()), width)
+
+
+def thumbnails(images: Tensor, side: int = 128) -> np.ndarray:
+    """uint8 images (N, 3, H, W) -> (N, side, side) uint8 where all three channels agree, else (N, side, side, 3)."""
+    small = interpolate(images.float().cpu(), (side, side), mode="area").round().byte().movedim(1, -1).numpy()
+    return small[..., 0] if bool((images[:, :1] == images).all()) else small
 
 
 def one_of_each(data: AnomalyData, part: str = "test") -> list[int]:
@@ -88,20 +94,23 @@ def loss_curves(records: dict[str, list[Record]]) -> Figure:
             axis.plot(range(1, len(loss) + 1), loss / loss[0], color=f"C{colour}", alpha=0.7)
         axis.plot([], [], color=f"C{colour}", label=name)
     axis.set(xlabel="epoch", ylabel="loss / loss of epoch 1", ylim=(0, None))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False)
     return figure
 
 
-def dimension_curves(records: dict[str, Record], dimensions: Sequence[str]) -> Figure:
+def dimension_curves(records: dict[str, Record], dimensions: Sequence[str], ylabel: str = "1 − cosine") -> Figure:
     """Named scalars of the loss an epoch, a panel a row, a line a dimension."""
     if not records:
         return nothing_yet()
     figure, axes = plt.subplots(1, len(records), figsize=(3 * len(records), 2.4), sharey=True, squeeze=False)
     for axis, (name, record) in zip(axes[0], records.items(), strict=True):
         for dimension in dimensions:
-            axis.plot(record.curve[dimension], label=dimension)
+            values = record.curve[dimension]
+            axis.plot(range(1, len(values) + 1), values, label=dimension)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(title=name, xlabel="epoch")
-    axes[0, 0].set_ylabel("1 − cosine")
+    axes[0, 0].set_ylabel(ylabel)
     axes[0, 0].legend(frameon=False)
     return figure
 
@@ -131,7 +140,8 @@ def score_histograms(records: dict[str, Record]) -> Figure:
 
 
 def cases(record: Record, width: float = 9.0) -> Figure:
-    """The telling cases of a record: image with the mask's outline above, anomaly map below (one scale for all).
+    """The telling cases of a record: image, grey or coloured as it is, with the mask's outline above, anomaly map
+    below (one scale for all).
 
     Four defects that scored lowest, four good parts that scored highest, four defects that scored highest.
     """
@@ -150,4 +160,38 @@ def cases(record: Record, width: float = 9.0) -> Figure:
     figure.suptitle(
         "defects with the lowest scores  ·  good parts with the highest  ·  defects with the highest", size=9
     )
+    return figure
+
+
+def map_rows(
+    pictures: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    maps: dict[str, np.ndarray],
+    titles: Sequence[str],
+    height: float = 1.0,
+) -> Figure:
+    """A line a picture: the picture uint8 (H, W) or (H, W, 3) with its mask's outline, then one map after the other.
+
+    `maps`: title of the column -> (N, h, w), drawn bilinearly. A column has one scale for all pictures, from 0 to its
+    largest value.
+    `height`: inches a line.
+    """
+    columns = 1 + len(maps)
+    figure, axes = plt.subplots(
+        len(pictures), columns, figsize=(columns * height * 1.15, len(pictures) * height + 0.3), squeeze=False
+    )
+    for line, (picture, mask, title) in enumerate(zip(pictures, masks, titles, strict=True)):
+        axes[line, 0].imshow(picture, cmap="gray", vmin=0, vmax=255)
+        axes[line, 0].set_ylabel(title, fontsize=8)
+        if mask.any():
+            axes[line, 0].contour(mask, [0.5], colors=BAD, linewidths=0.8)
+        for column, (name, values) in enumerate(maps.items(), 1):
+            axes[line, column].imshow(
+                values[line], "inferno", interpolation="bilinear", vmin=0, vmax=float(values.max())
+            )
+            if line == 0:
+                axes[line, column].set_title(f"{name}, 0 to {values.max():.2g}", fontsize=8)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
     return figure

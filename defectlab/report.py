@@ -177,25 +177,28 @@ def _by_column(lines: list[dict[str, str]], module: Any, books: Shelf) -> pd.Dat
         for side, name in enumerate(sides):
             if any(records[side] for records in found.values()):
                 content[f"{method}: {name}"] = {c: show_records(r[side], metric) for c, r in found.items()}
-        verdicts = {
-            c: judge_printed(of_method[c], recorded, books.recorded_profile)
-            for c, (recorded, _) in found.items()
-            if recorded
-        }
-        if verdicts:
-            said = "; ".join(f"{c}: {v}" for c, v in verdicts.items() if v)
-            runnable = sum(1 for x in of_method.values() if x["key"])
-            content[f"{method}: {sides[0]}"]["verdict"] = (
-                f"{said}; means: cannot be judged ({len(verdicts)} of {runnable} data sets)"
-                if len(verdicts) < runnable
-                else said
-            )
-        elif not any(x["key"] for x in of_method.values()):
-            content[f"{method}: paper"]["verdict"] = next(iter(of_method.values()))["status"]
+        content[next(reversed(content))]["verdict"] = _column_verdict(of_method, found, books.recorded_profile)
     frame = pd.DataFrame.from_dict(content, orient="index", columns=None)
     frame = frame.reindex(columns=[*columns, "verdict"]).fillna("–")
     frame.index.name = METRIC_NAMES[lines[0]["metric"]] if lines else "row"
     return frame
+
+
+def _column_verdict(
+    lines: dict[str, dict[str, str]], found: dict[str, tuple[list[Record], list[Record]]], profile: str
+) -> str:
+    """What follows for one method of `_by_column`: column -> its printed line, column -> its records."""
+    runnable = [c for c, line in lines.items() if line["key"]]
+    if not runnable:
+        return next(iter(lines.values()))["status"]
+    verdicts = {c: judge_printed(lines[c], recorded, profile) for c, (recorded, _) in found.items() if recorded}
+    if not verdicts:
+        return "not run yet"
+    said = [f"{c}: {verdict}" for c, verdict in verdicts.items() if verdict]
+    if any(line["value"] and not line["key"] for line in lines.values()):  # printed means over data sets
+        where = f"{len(verdicts)} of {len(runnable)} data sets" if len(runnable) > 1 else f"{runnable[0]} alone"
+        said.append(f"means: cannot be judged ({where})")
+    return "; ".join(said)
 
 
 def _note(line: dict[str, str], recorded: list[Record]) -> str:
@@ -306,4 +309,7 @@ def styled(frame: pd.DataFrame) -> Any:
     style = frame.style.set_table_styles(look).set_uuid(name)
     if grey:
         style = style.set_properties(subset=grey, **{"color": "#999"})
+    lines = [label for label in frame.index if str(label).endswith(": synthetic")]  # of tables with a column a data set
+    if lines:
+        style = style.set_properties(subset=pd.IndexSlice[lines, :], **{"color": "#999"})
     return style.hide(axis="index") if isinstance(frame.index, pd.RangeIndex) else style

@@ -184,6 +184,26 @@ def f1_max(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = 
     return float(100 * np.max(2 * true / (true + false + positive.sum())))
 
 
+def overlap(a: Sequence[float], b: Sequence[float], bins: int = 10) -> float:
+    """The share, 0..1, that the score distributions of two samples have in common: Σ min(p_k, q_k).
+
+    p and q are the histograms of a and b, each divided by its sum, on `bins` common bins of equal width from
+    the smallest to the largest value of both. 0: no bin holds values of both. 1: equal histograms. The scale of
+    the scores does not matter. Unlike AUROC it depends on the bins, and small samples of one distribution share
+    less than 1 (22 and 93 values in 10 bins about 0.73, in 30 bins 0.54): compare equal sizes and bins only.
+
+    An empty sample, a value that is not finite, or bins < 1 is a ValueError.
+    """
+    a, b = _values(a, "a"), _values(b, "b")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("scores must be finite: the model that gave them has diverged")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    edges = np.histogram_bin_edges(np.concatenate([a, b]), bins)
+    p, q = (np.histogram(sample, edges)[0] / sample.size for sample in (a, b))
+    return float(np.minimum(p, q).sum())
+
+
 # --------------------------------------------------------------------------------------------------- verdicts
 
 

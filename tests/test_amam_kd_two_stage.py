@@ -1,13 +1,21 @@
-"""Boxes around the nut, cutting them out, and pasting maps back."""
+"""Boxes around the nut, cutting them out, pasting maps back; a run of both stages; who may learn from what."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 
-from defectlab.data.anomaly import AnomalySplit
-from defectlab.papers.amam_kd.two_stage import cut, cut_split, outside, paste_back, square_boxes
+from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.data.segmentation import PAPER_LIST
+from defectlab.papers.amam_kd import ROWS, distillation, segmentation, two_stage
+from defectlab.papers.amam_kd.distillation import DistillationSettings, run_distillation
+from defectlab.papers.amam_kd.two_stage import TwoStageSettings, cut, cut_split, outside, paste_back, square_boxes
+from defectlab.runs import Result
+from defectlab.train import Session
 
 
 def rectangle(top: int, left: int, bottom: int, right: int, side: int = 100) -> torch.Tensor:
@@ -98,3 +106,121 @@ def test_a_cut_split_keeps_masks_with_their_pictures() -> None:
 
 def test_the_share_of_defect_pixels_cut_off() -> None:
     assert outside(split_of_two().masks, BOXES) == pytest.approx(100 / 500)
+
+
+# --- A run of both stages --------------------------------------------------------------------------------------------
+
+DETECTOR = DistillationSettings(teacher="resnet18_random", size=64, epochs=1, batch=4, vit_depth=1, precision="fp32")
+SETTINGS = TwoStageSettings(segmentation.Settings(size=32, precision="fp32"), DETECTOR, source=64)
+
+
+def nuts(good: int, bad: int, seed: int) -> AnomalySplit:
+    """Pictures of 64 px: a grey square of 32 px on black. A bad one has a white spot of 4 px in the square's middle,
+    the last bad one in the picture's upper left corner, where no square reaches."""
+    generator = torch.Generator().manual_seed(seed)
+    count = good + bad
+    images = torch.zeros(count, 3, 64, 64, dtype=torch.uint8)
+    masks = torch.zeros(count, 256, 256, dtype=torch.uint8)
+    for i in range(count):
+        top, left = (8 + 2 * torch.randint(0, 8, (2,), generator=generator)).tolist()
+        images[i, :, top : top + 32, left : left + 32] = torch.randint(
+            90, 130, (32, 32), dtype=torch.uint8, generator=generator
+        )
+        if i >= good:
+            y, x = (0, 0) if bad and i == count - 1 else (top + 14, left + 14)
+            images[i, :, y : y + 4, x : x + 4] = 255
+            masks[i, 4 * y : 4 * y + 16, 4 * x : 4 * x + 16] = 1
+    labels = (torch.arange(count) >= good).to(torch.uint8)
+    has_mask = torch.ones(count, dtype=torch.bool)
+    return AnomalySplit(images, masks, labels, labels, has_mask, tuple(map(str, range(count))), ((64, 64),) * count)
+
+
+def data() -> AnomalyData:
+    return AnomalyData("nuts", "nuts", ("good", "spot"), nuts(8, 0, 0), nuts(3, 3, 1), nuts(4, 3, 2), "two stages")
+
+
+class Brightness(nn.Module):
+    """In place of a segmenter: what is brighter than `level` is nut."""
+
+    def __init__(self, level: float):
+        super().__init__()
+        self.level = level
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean(1) - self.level
+
+
+def run_with(level: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Result, list[tuple[Any, int]]]:
+    """The result with this segmenter, and the rows that were asked for before."""
+    needed = []
+
+    def need(settings: Any, seed: int) -> SimpleNamespace:
+        needed.append((settings, seed))
+        return SimpleNamespace(key="stage one", model_sha256="0123", dev={"threshold": 0.5})
+
+    monkeypatch.setattr(two_stage, "load_segmenter", lambda *_: Brightness(level))
+    session = Session(say=lambda line: None, need=need)
+    return two_stage.run_two_stage(SETTINGS, 3, data(), "cpu", session), needed
+
+
+def test_without_a_nut_two_stages_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = run_with(300, monkeypatch)
+    alone = run_distillation(DETECTOR, 3, data(), "cpu", Session(say=lambda line: None))
+    assert result.notes["boxes"].startswith("21 of 21 pictures were not cut")  # 8 + 6 + 7
+    assert result.metrics["crop_share"] == 100
+    for metric, value in alone.metrics.items():
+        assert result.metrics[metric] == pytest.approx(value, abs=0.05), metric
+    for metric in ("image_auroc", "pixel_auroc", "aupro"):
+        assert result.metrics[f"{metric}_crop"] == pytest.approx(result.metrics[metric], abs=0.05)
+    assert result.predictions["scores"] == pytest.approx(alone.predictions["scores"], abs=1e-4)
+
+
+def test_a_run_cuts_the_nut_and_says_what_it_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, needed = run_with(45, monkeypatch)
+    assert needed == [(SETTINGS.segmenter, 3)]  # stage one first, with the same seed
+    # The square has 16 of the segmenter's 32 px; with 5 % on each side 17.6, 0.55 of the side.
+    assert result.metrics["crop_share"] == pytest.approx(100 * 0.55**2)
+    assert result.notes["boxes"].startswith("0 of 21 pictures")
+    assert result.notes["outside"].startswith("33.333 %")  # one spot of three
+    assert (result.notes["segmenter"], result.notes["segmenter_sha256"]) == ("stage one", "0123")
+    assert {"image_auroc", "pixel_auroc", "aupro", "image_auroc_crop", "pixel_auroc_crop"} <= result.metrics.keys()
+    assert result.predictions["scores"].shape == (7,)
+    network = distillation.build(DETECTOR, (64, 128, 256), 0)
+    network.load_state_dict(result.model)  # what is kept is the detector; the segmenter has a record of its own
+
+
+def test_what_lies_outside_the_box_is_called_normal(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, original = {}, two_stage.result_of
+
+    def keep(student: Any, data: AnomalyData, dev_maps: Tensor, test_maps: Tensor) -> Result:
+        seen["maps"] = dev_maps, test_maps
+        return original(student, data, dev_maps, test_maps)
+
+    monkeypatch.setattr(two_stage, "result_of", keep)
+    result, _ = run_with(45, monkeypatch)
+    dev, test = seen["maps"]
+    assert test.shape == (7, 256, 256)
+    assert (test == dev.min()).float().mean(dim=(1, 2)).tolist() == pytest.approx([1 - 0.55**2] * 7, abs=0.01)
+    assert (test[-1, :16, :16] == dev.min()).all()  # a defect there cannot be found
+    assert result.metrics["pixel_auroc"] < 100
+
+
+# --- Leakage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", ROWS)
+def test_stage_one_learns_from_good_training_pictures_but_in_the_row_labelled_so(profile: str) -> None:
+    rows = ROWS[profile]
+    assert rows["two_stage"].segmenter == rows["nut_from_good"]
+    assert rows["two_stage"].segmenter.split == "good"
+    assert rows["two_stage_paper_split"].segmenter == rows["amam_nut"]
+    assert rows["two_stage_paper_split"].segmenter.split == "paper"
+    assert rows["two_stage"].detector == rows["two_stage_paper_split"].detector == rows["kd_metal_nut"]
+
+
+def test_a_list_of_the_papers_sizes_has_most_test_pictures_in_its_training_part() -> None:
+    lines = [line.split() for line in PAPER_LIST.read_text().splitlines() if not line.startswith("#")]
+    tested = [part for name, part in lines if name.startswith("test/")]
+    assert (len(lines), len(tested)) == (335, 115)
+    assert tested.count("train") >= len(tested) - 33 - 34  # whatever the list
+    assert tested.count("train") == 94

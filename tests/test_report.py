@@ -388,3 +388,29 @@ def test_agreement_with_nothing_to_compare(root: Path) -> None:
     write_records("rd4ad", {"image_auroc": (80.0,)})
     text = agreement("bsdrd", "rd4ad", "image_auroc", "paper")
     assert text == "rd4ad: nothing to compare (this run: 0, recorded: 1, profile paper)"
+
+
+def test_a_table_with_a_column_a_data_set(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(row: str, column: str, value: str, key: str) -> dict[str, str]:
+        status = "runnable" if key else "not run: code"
+        return {"row": row, "column": column, "metric": "image_auroc", "unit": "%", "value": value, "key": key,
+                "higher_is_better": "true", "status": status, "not_comparable": "", "source": "made up"}  # fmt: skip
+
+    lines = [
+        line("Ours", "tiles", "90.0", "bsdrd"),
+        line("Ours", "nuts", "91.0", "rd4ad"),
+        line("Ours", "average", "90.5", ""),
+        line("Theirs", "tiles", "80.0", ""),
+        line("Plain", "tiles", "", "patchcore"),
+    ]
+    monkeypatch.setattr(report, "printed_table", lambda study_name, table: lines)
+    write_records("bsdrd", {"image_auroc": (88.0, 90.0, 92.0)})
+    frame = results_table("bsdrd", "main", "paper")
+    assert list(frame.columns) == ["tiles", "nuts", "average", "verdict"]
+    assert list(frame.index) == ["Ours: paper", "Ours: recorded (paper)", "Theirs: paper", "Plain: paper"]
+    assert list(frame.loc["Ours: paper"])[:3] == ["90.0", "91.0", "90.5"]
+    assert frame.loc["Ours: recorded (paper)", "tiles"].startswith("90.0 [")
+    assert frame.loc["Ours: recorded (paper)", "nuts"] == "–"
+    assert frame.loc["Ours: recorded (paper)", "verdict"] == "tiles: agrees; means: cannot be judged (1 of 2 data sets)"
+    assert frame.loc["Theirs: paper", "verdict"] == "not run: code"
+    assert frame.loc["Plain: paper", "verdict"] == "not run yet"

@@ -20,6 +20,7 @@ from defectlab.stats import (
     judge_level,
     judge_reconstruction,
     mean_interval,
+    overlap,
     paired_bootstrap,
     pooled_difference,
     verdict_allowed,
@@ -136,6 +137,42 @@ def test_metrics_of_one_class_are_nan():
             metric([0.1, 0.2], [0, 1], [1])
         with pytest.raises(ValueError, match="vectors"):
             metric([0.1, 0.2], [0, 1, 1])
+
+
+def test_overlap_by_hand():
+    # Four bins of width 1 from 0 to 4: p = 2/4, 1/4, 1/4, 0 and q = 0, 1/5, 2/5, 2/5, so 0 + 1/5 + 1/4 + 0.
+    a, b = [0, 0.5, 1.5, 2.5], [1.2, 2.2, 2.4, 3.5, 4]
+    assert overlap(a, b, bins=4) == pytest.approx(0.45)
+    assert overlap(b, a, bins=4) == pytest.approx(0.45)
+    assert overlap(100 * np.array(a) - 7, 100 * np.array(b) - 7, bins=4) == pytest.approx(0.45)
+    assert overlap(a, b, bins=1) == 1.0
+    assert overlap([0.0, 0.1], [0.9, 1.0]) == 0.0
+    assert overlap([0.0, 1.0, 0.0, 1.0], [1.0, 0.0]) == 1.0
+    assert overlap([5.0, 5.0], [5.0]) == 1.0  # no range at all
+
+
+def test_overlap_of_two_normals_is_close_to_theory():
+    # Two normal densities of spread 1, a distance d apart, share 2 Phi(-d / 2).
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=100_000), 2 + generator.normal(size=100_000)
+    assert overlap(a, b) == pytest.approx(2 * distributions.norm.cdf(-1), abs=0.01)
+    # One distribution, but small samples: the docstring's 0.73.
+    few = [overlap(generator.normal(size=22), generator.normal(size=93)) for _ in range(200)]
+    assert np.mean(few) == pytest.approx(0.73, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "bins", "named"),
+    [
+        ([], [1.0], 3, "a is empty"),
+        ([1.0], [], 3, "b is empty"),
+        ([1.0], [math.nan], 3, "finite"),
+        ([1.0], [2.0], 0, "bins"),
+    ],
+)
+def test_overlap_names_what_is_wrong(a, b, bins, named):
+    with pytest.raises(ValueError, match=named):
+        overlap(a, b, bins)
 
 
 def test_bootstrap_of_a_mean_is_close_to_theory():
