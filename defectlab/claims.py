@@ -115,16 +115,22 @@ def _gain(claim: Claim, found: dict[str, list[Record]]) -> Judged:
     """
     a, b = found[claim["a"]], found[claim["b"]]
     n, prints = min(len(a), len(b)), a[0].fingerprints
-    if b[0].fingerprints != prints:
+    if not _alike(b[0].fingerprints, prints):
         return Judged(claim, n, "cannot be judged (records differ in data or weights)")
     value = partial(claim_value, claim)
     of_a, of_b = ([value(r) for r in side] for side in (a, b))
     if not np.isfinite([*of_a, *of_b]).all():
         return Judged(claim, n, "cannot be judged (the records lack the metric)")
-    trained = [rows for rows in found.values() if rows and rows[0].curve and rows[0].fingerprints == prints]
+    trained = [rows for rows in found.values() if rows and rows[0].curve and _alike(rows[0].fingerprints, prints)]
     groups = [[v for v in map(value, rows) if not math.isnan(v)] for rows in trained]
     difference = stats.pooled_difference(of_a, of_b, groups if any(groups) else [of_a, of_b])
     return Judged(claim, n, "", difference, bootstrap_difference(a, b, claim))
+
+
+def _alike(a: dict[str, str], b: dict[str, str]) -> bool:
+    """Whether fingerprints agree wherever both name a thing: a row may need more than another (the masks that its first
+    stage learnt from), and is compared with it all the same."""
+    return all(a[name] == b[name] for name in a.keys() & b.keys())
 
 
 def _bound(claim: Claim, sides: list[list[Record]], profile: str) -> Judged:

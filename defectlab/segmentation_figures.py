@@ -266,4 +266,5 @@ def _score(arrays: Mapping[str, np.ndarray], index: int) -> str:
     tp, fp, fn, tn = (int(arrays[f"image_{name}"][index]) for name in ("tp", "fp", "fn", "tn"))
     if arrays["image_nonempty"][index]:
         return f"IoU {100 * tp / (tp + fp + fn):.1f}"
-    return f"wrong {100 * fp / (fp + tn):.1f} %"
+    wrong = 100 * fp / (fp + tn)
+    return f"wrong {wrong:.{0 if wrong >= 10 else 1}f} %"

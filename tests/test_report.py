@@ -414,3 +414,10 @@ def test_a_table_with_a_column_a_data_set(root: Path, monkeypatch: pytest.Monkey
     assert frame.loc["Ours: recorded (paper)", "verdict"] == "tiles: agrees; means: cannot be judged (1 of 2 data sets)"
     assert frame.loc["Theirs: paper", "verdict"] == "not run: code"
     assert frame.loc["Plain: paper", "verdict"] == "not run yet"
+
+
+def test_a_row_that_needs_more_is_compared_where_data_and_weights_agree(root: Path) -> None:
+    write_claims(root, claim("image"))
+    write_records("rd4ad", all_metrics(80))
+    write_records("bsdrd", all_metrics(86), prints={"data": "d", "weights": "w", "masks": "m"})
+    assert not verdicts()["image (primary)"].startswith("cannot be judged")
