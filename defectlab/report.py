@@ -217,7 +217,7 @@ def per_class_table(study_name: str, keys: list[str], metric: str, profile: str)
     for key in keys:
         found, _ = books.of(module, key)
         if found:
-            content[key] = {t: show([r.per_class[t][metric] for r in found]) for t in found[0].per_class}
+            content[key] = {t: show([r.per_class[t].get(metric, math.nan) for r in found]) for t in found[0].per_class}
             content[key]["all"] = show([value_of(r, metric) for r in found])
     return pd.DataFrame.from_dict(content, orient="index")
 

@@ -141,3 +141,11 @@ def test_bad_input() -> None:
             segmentation_metrics(wrong, masks, types, TYPES, 0.5)
     with pytest.raises(ValueError, match="unknown segmentation metric 'map50': use one of miou"):
         statistic({}, "map50")
+
+
+def test_a_single_image_is_measured_like_many() -> None:
+    masks = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    masks[0, :4] = 1
+    found = segmentation_metrics(masks.float(), masks, torch.zeros(1, dtype=torch.uint8), ("good",), 0.5)
+    assert found.overall["iou"] == 100
+    assert found.images["tp"].tolist() == [32]
