@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torchvision import models
+from toy_anomaly import fake_split
 
 from defectlab.anomaly import distil
 from defectlab.anomaly.reverse_distillation import ResidualBlock
 from defectlab.anomaly.teacher import Teacher, WeightsError, load_teacher
-from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.data.anomaly import AnomalyData
 from defectlab.papers.amam_kd import distillation
 from defectlab.papers.amam_kd.distillation import (
     LOSSES,
@@ -237,21 +238,6 @@ def test_weights_trained_with_the_printed_loss_go_towards_zero() -> None:
 
 
 # --- Flips, and whole runs -------------------------------------------------------------------------------------------
-
-
-def fake_split(good: int, bad: int, seed: int, size: int = 64) -> AnomalySplit:
-    """Noise in colour; a bad image has a bright square, and its mask says where."""
-    generator = torch.Generator().manual_seed(seed)
-    count = good + bad
-    images = torch.randint(90, 130, (count, 3, size, size), generator=generator, dtype=torch.uint8)
-    masks = torch.zeros(count, 256, 256, dtype=torch.uint8)
-    labels = (torch.arange(count) >= good).to(torch.uint8)
-    images[good:, :, size // 4 : size // 2, size // 4 : size // 2] += 100
-    masks[good:, 64:128, 64:128] = 1
-    names = tuple(f"{seed}_{i}" for i in range(count))
-    return AnomalySplit(
-        images, masks, labels, labels, torch.ones(count, dtype=torch.bool), names, ((size, size),) * count
-    )
 
 
 @pytest.fixture

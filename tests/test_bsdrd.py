@@ -8,9 +8,10 @@ import pywt
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
+from toy_anomaly import fake_split
 
 from defectlab.anomaly import distil
-from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.data.anomaly import AnomalyData
 from defectlab.papers import bsdrd
 from defectlab.papers.bsdrd import (
     DetailStudent,
@@ -372,21 +373,6 @@ def test_rows_are_the_same_in_every_profile_and_each_builds() -> None:
                 network = bsdrd.build(settings, (64, 128, 256), 0)
             assert set(network.students) == set(settings.students)
             assert callable(bsdrd.make_loss(settings))
-
-
-def fake_split(good: int, bad: int, seed: int, size: int = 64) -> AnomalySplit:
-    """Noise; a bad image has a bright square, and its mask says where."""
-    generator = torch.Generator().manual_seed(seed)
-    count = good + bad
-    images = torch.randint(90, 130, (count, 3, size, size), generator=generator, dtype=torch.uint8)
-    masks = torch.zeros(count, 256, 256, dtype=torch.uint8)
-    labels = (torch.arange(count) >= good).to(torch.uint8)
-    images[good:, :, size // 4 : size // 2, size // 4 : size // 2] += 100
-    masks[good:, 64:128, 64:128] = 1
-    names = tuple(f"{seed}_{i}" for i in range(count))
-    return AnomalySplit(
-        images, masks, labels, labels, torch.ones(count, dtype=torch.bool), names, ((size, size),) * count
-    )
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from toy_anomaly import fake_split
 
 from defectlab.anomaly import baselines, distil, padim
 from defectlab.anomaly.padim import PaDiMSettings, draw_channels, embedding, fit_gaussians, mahalanobis
 from defectlab.anomaly.teacher import WeightsError
-from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.data.anomaly import AnomalyData
 from defectlab.train import Session
 
 
@@ -84,21 +85,6 @@ def test_fewer_images_than_channels_still_have_a_gaussian() -> None:
 
 
 # --- A whole run -----------------------------------------------------------------------------------------------------
-
-
-def fake_split(good: int, bad: int, seed: int, size: int = 64) -> AnomalySplit:
-    """Noise; a bad image has a bright square, and its mask says where."""
-    generator = torch.Generator().manual_seed(seed)
-    count = good + bad
-    images = torch.randint(90, 130, (count, 3, size, size), generator=generator, dtype=torch.uint8)
-    masks = torch.zeros(count, 256, 256, dtype=torch.uint8)
-    labels = (torch.arange(count) >= good).to(torch.uint8)
-    images[good:, :, size // 4 : size // 2, size // 4 : size // 2] += 100
-    masks[good:, 64:128, 64:128] = 1
-    names = tuple(f"{seed}_{i}" for i in range(count))
-    return AnomalySplit(
-        images, masks, labels, labels, torch.ones(count, dtype=torch.bool), names, ((size, size),) * count
-    )
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from toy_anomaly import fake_split
 
 from defectlab.anomaly import baselines, distil
 from defectlab.anomaly.spade import SPADESettings, descriptors, nearest_images, pixel_distances, pyramid
-from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.data.anomaly import AnomalyData
 from defectlab.train import Session
 
 
@@ -56,21 +57,6 @@ def test_pixel_distances_equal_the_slow_ones_and_look_only_into_the_nearest_imag
         torch.testing.assert_close(found[image].double(), expected, rtol=1e-3, atol=1e-4)
     moved = pixel_distances(good[[4]].roll(2, 2), good, nearest[:1])  # a pixel may lie anywhere in them
     assert float(moved.max()) < 1e-2
-
-
-def fake_split(good: int, bad: int, seed: int, size: int = 64) -> AnomalySplit:
-    """Noise; a bad image has a bright square, and its mask says where."""
-    generator = torch.Generator().manual_seed(seed)
-    count = good + bad
-    images = torch.randint(90, 130, (count, 3, size, size), generator=generator, dtype=torch.uint8)
-    masks = torch.zeros(count, 256, 256, dtype=torch.uint8)
-    labels = (torch.arange(count) >= good).to(torch.uint8)
-    images[good:, :, size // 4 : size // 2, size // 4 : size // 2] += 100
-    masks[good:, 64:128, 64:128] = 1
-    names = tuple(f"{seed}_{i}" for i in range(count))
-    return AnomalySplit(
-        images, masks, labels, labels, torch.ones(count, dtype=torch.bool), names, ((size, size),) * count
-    )
 
 
 def test_run_finds_the_square_and_needs_no_seed() -> None:
