@@ -1,0 +1,55 @@
+"""The rows of the two-stage paper's study: what each profile runs, and how often."""
+
+import pytest
+
+from defectlab.data import DataError
+from defectlab.papers import amam_kd
+from defectlab.papers.amam_kd.two_stage import TwoStageSettings
+
+
+def test_rows_are_the_same_in_every_profile() -> None:
+    smoke, quick, paper = (list(amam_kd.ROWS[profile]) for profile in ("smoke", "quick", "paper"))
+    assert smoke == quick == paper
+    assert set(amam_kd.PRIMARY) | set(amam_kd.OPTIONAL) <= set(paper)
+
+
+@pytest.mark.parametrize(
+    ("row", "quick", "paper"),
+    [
+        ("two_stage", 3, 5),
+        ("kd_metal_nut", 3, 5),
+        ("amam_10_nut", 3, 5),
+        ("gates_10_defect", 3, 5),
+        ("amam_10_steps_nut", 1, 3),
+        ("amam_nut", 1, 3),
+    ],
+)
+def test_the_primary_claims_get_most_seeds(row: str, quick: int, paper: int) -> None:
+    assert [amam_kd.planned_seeds(row, p) for p in ("smoke", "quick", "paper")] == [1, quick, paper]
+
+
+def test_two_stages_use_the_rows_of_their_stages() -> None:
+    for rows in amam_kd.ROWS.values():
+        two, leaky = rows["two_stage"], rows["two_stage_paper_split"]
+        assert isinstance(two, TwoStageSettings)
+        assert (two.segmenter, two.detector) == (rows["nut_from_good"], rows["kd_metal_nut"])
+        assert (two.segmenter.split, leaky.segmenter) == ("good", rows["amam_nut"])
+
+
+def test_rows_without_amam_differ_in_nothing_else() -> None:
+    for rows in amam_kd.ROWS.values():
+        for share in ("", "_10", "_20_steps"):
+            with_it, without = rows[f"amam{share}_nut"], rows[f"gates{share}_nut"]
+            assert (with_it.amam, without.amam) == (True, False)
+            assert (with_it.share, with_it.skips) == (without.share, without.skips)
+
+
+def test_categories_that_are_not_here_are_not_present(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fingerprints(settings) -> dict[str, str]:
+        if settings.dataset not in ("mvtec_ad/metal_nut", "mvtec_ad/screw"):
+            raise DataError("not here")
+        return {"data": "d", "weights": "w"}
+
+    monkeypatch.setattr(amam_kd.baselines, "fingerprints", fingerprints)
+    assert amam_kd.present("quick") == ["metal_nut", "screw"]
+    assert amam_kd.present("smoke") == ["metal_nut"]  # the drawn one
