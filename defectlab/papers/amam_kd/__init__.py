@@ -150,8 +150,11 @@ TABLES = {
 }
 METRICS = (
     ("miou", "image_auroc", "pixel_auroc"),
-    ("iou", "dice", "accuracy", "mae", "weighted_f", "s_measure", "e_measure"),
-    ("dice_nonempty", "weighted_f_nonempty", "s_measure_nonempty", "e_measure_nonempty"),
+    ("iou", "dice", "accuracy"),
+    ("mae", "weighted_f"),
+    ("s_measure", "e_measure"),
+    ("dice_nonempty", "weighted_f_nonempty"),
+    ("s_measure_nonempty", "e_measure_nonempty"),
     ("image_ap", "pixel_ap", "aupro"),
     ("image_auroc_crop", "pixel_auroc_crop", "aupro_crop", "crop_share"),
     ("parameters_m", "gflops", "latency_ms"),
