@@ -111,7 +111,8 @@ def written(value: float, metric: str) -> str:
 def image_statistic(record: Record, metric: str, types: list[str] | None = None) -> Callable[[np.ndarray], float]:
     """(weight of each test image, shape (N,)) -> one of `BOOTSTRAPPED` in per cent, from the record's arrays.
 
-    With `types`: the mean over these defect types, each against all normals (anomaly) or its AP (detection).
+    With `types`: the mean over these defect types, each against all normals (anomaly), its AP (detection), or its
+    images alone (segmentation).
     """
     arrays = record.arrays
     if metric in DETECTION:
@@ -125,7 +126,7 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
     if metric in SEGMENTATION:
         from defectlab.segmentation.metrics import statistic as of_masks
 
-        return _over_types(of_masks(arrays, metric), arrays, types)
+        return _over_types(of_masks(arrays, metric), arrays, types, with_normals=False)
     if metric in ("image_auroc", "image_ap"):
         measure = stats.auroc if metric == "image_auroc" else stats.average_precision
         whole = partial(measure, arrays["scores"], arrays["labels"])
@@ -139,13 +140,16 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
 
 
 def _over_types(
-    whole: Callable[[np.ndarray], float], arrays: dict[str, np.ndarray], types: list[str] | None
+    whole: Callable[[np.ndarray], float],
+    arrays: dict[str, np.ndarray],
+    types: list[str] | None,
+    with_normals: bool = True,
 ) -> Callable[[np.ndarray], float]:
-    """`whole` as it is, or its mean over these types, each with all normals (type 0)."""
+    """`whole` as it is, or its mean over these types, each with all normals (type 0) or, for masks, alone."""
     if types is None:
         return whole
     names = arrays["type_names"].tolist()
-    members = [np.isin(arrays["types"], [0, names.index(t)]) for t in types]
+    members = [np.isin(arrays["types"], [names.index(t), *([0] if with_normals else [])]) for t in types]
     return lambda weights: float(np.mean([whole(weights * chosen) for chosen in members]))
 
 

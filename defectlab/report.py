@@ -178,7 +178,7 @@ def _by_column(lines: list[dict[str, str]], module: Any, books: Shelf) -> pd.Dat
             if any(records[side] for records in found.values()):
                 content[f"{method}: {name}"] = {c: show_records(r[side], metric) for c, r in found.items()}
         content[next(reversed(content))]["verdict"] = _column_verdict(of_method, found, books.recorded_profile)
-    frame = pd.DataFrame.from_dict(content, orient="index", columns=None)
+    frame = pd.DataFrame.from_dict(content, orient="index")
     frame = frame.reindex(columns=[*columns, "verdict"]).fillna("–")
     frame.index.name = METRIC_NAMES[lines[0]["metric"]] if lines else "row"
     return frame

@@ -112,7 +112,7 @@ def test_masks_shrink_to_pixel_centres() -> None:
     """nearest-exact samples at pixel centres: of 512 columns every second, from 1 on; plain nearest starts at 0."""
     mask = np.zeros((512, 512), bool)
     mask[:, 511] = True
-    resized = anomaly._resize_mask(mask)
+    resized = anomaly.resize_mask(mask)
     assert resized.shape == (256, 256) and resized[:, 255].all() and not resized[:, :255].any()
 
 

@@ -1,12 +1,14 @@
 """Metrics of segmentation: by hand, against numpy and torchmetrics, and again from a record's arrays."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torchmetrics.classification import BinaryAccuracy, BinaryF1Score, BinaryJaccardIndex
 
+from defectlab.measured import image_statistic
 from defectlab.segmentation.metrics import METRICS, OF_IMAGES, best_threshold, segmentation_metrics, statistic
 
 TYPES = ("good", "bent", "flip")
@@ -141,6 +143,21 @@ def test_bad_input() -> None:
             segmentation_metrics(wrong, masks, types, TYPES, 0.5)
     with pytest.raises(ValueError, match="unknown segmentation metric 'map50': use one of miou"):
         statistic({}, "map50")
+
+
+def test_a_record_s_types_are_measured_alone() -> None:
+    masks = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    masks[:, :4] = 1
+    found = masks.float()
+    found[0] = 1  # the normal image is segmented badly, the two defective ones are right
+    measured_here = segmentation_metrics(
+        found, masks, torch.tensor([0, 1, 1], dtype=torch.uint8), ("good", "bent"), 0.5
+    )
+    arrays = {f"image_{name}": values for name, values in measured_here.images.items()}
+    arrays |= {"types": np.array([0, 1, 1]), "type_names": np.array(["good", "bent"])}
+    record = SimpleNamespace(arrays=arrays)
+    assert image_statistic(record, "iou", ["bent"])(np.ones(3)) == measured_here.per_class["bent"]["iou"] == 100
+    assert image_statistic(record, "iou")(np.ones(3)) == measured_here.overall["iou"] < 100
 
 
 def test_a_single_image_is_measured_like_many() -> None:

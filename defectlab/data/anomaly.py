@@ -112,9 +112,9 @@ def to_square(image: Image.Image, size: int) -> np.ndarray:
     return np.broadcast_to(small, (3, size, size)) if small.ndim == 2 else small.transpose(2, 0, 1)
 
 
-def _resize_mask(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool to (256, 256) uint8."""
-    resized = interpolate(torch.from_numpy(mask.astype(np.uint8))[None, None], (MASK_SIZE,) * 2, mode="nearest-exact")
+def resize_mask(mask: np.ndarray, size: int = MASK_SIZE) -> np.ndarray:
+    """(H, W) bool to (size, size) uint8."""
+    resized = interpolate(torch.from_numpy(mask.astype(np.uint8))[None, None], (size, size), mode="nearest-exact")
     return resized[0, 0].numpy()
 
 
@@ -150,7 +150,7 @@ def _read_sample(
                 f"{original[1]} x {original[0]}: {remedy}"
             )
         mask = grey > 127
-    return to_square(image, size), _resize_mask(mask), original
+    return to_square(image, size), resize_mask(mask), original
 
 
 def _read_split(

@@ -14,10 +14,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from defectlab.data import store
-from defectlab.data.anomaly import SYNTHETIC_NUT, Plan, Sample, decode, plan_of, to_square
+from defectlab.data.anomaly import SYNTHETIC_NUT, Plan, Sample, decode, plan_of, resize_mask, to_square
 from defectlab.data.detection import draw_split
 from defectlab.data.foreground import RECIPE_VERSION, nut_mask
 from defectlab.data.store import DataError
@@ -205,5 +204,4 @@ def _read_sample(plan: Plan, sample: Sample, target: str, size: int) -> tuple[np
         if grey.size != image.size:
             raise DataError(f"{plan.folder / sample.mask} is not as large as its image {sample.path}: {plan.remedy}")
         mask = np.asarray(grey) > 127
-    small = interpolate(torch.from_numpy(mask.astype(np.uint8))[None, None], (size, size), mode="nearest-exact")
-    return to_square(image, size), small[0, 0].numpy()
+    return to_square(image, size), resize_mask(mask, size)

@@ -238,7 +238,7 @@ def module_steps() -> pd.DataFrame:
 
 
 def l2_and_mse() -> pd.DataFrame:
-    """Table 10: L2 and MSE are one loss up to its scale, so their `difference` is a handle on the spread of runs."""
+    """Table 10: at each layer L2 and MSE are one loss up to a scale: their `difference` tells of the spread of runs."""
     lines = []
     for column in ("textures_average", "objects_average"):
         squared, mean = (printed("pixel_auroc", "table10", row, column) for row in ("L2", "MSE"))
