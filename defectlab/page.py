@@ -2,7 +2,7 @@
 
 import html
 import json
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,13 +140,17 @@ def _study(name: str, profile: str, problems: list[str]) -> list[str]:
         return [f"<h3>{html.escape(caption)}</h3>", f'<div class="scroll">{shown}</div>'] if shown else []
 
     module = study(name)
+    books = cache(lambda: report.shelf(profile, module.ROWS))  # read once; inside a table's `build`, where it may fail
     parts = [f"<h2>{html.escape(module.TITLE)}</h2>"]
     for key, caption in module.TABLES.items():
         for index, metrics in enumerate(metric_groups(module)):
             title = caption if index == 0 else f"{caption}: more metrics"
-            build = partial(report.results_table, name, key, profile, list(metrics))
+
+            def build(key: str = key, metrics: tuple[str, ...] = metrics) -> pd.DataFrame:
+                return report.results_table(name, key, profile, list(metrics), books())
+
             parts += table(title, build, f"{name}_{key}_{index}")
-    return parts + table("Claims", lambda: report.claims_table(name, profile), f"{name}_claims")
+    return parts + table("Claims", lambda: report.claims_table(name, profile, books()), f"{name}_claims")
 
 
 # --- Markdown from the committed records -----------------------------------------------------------------------------

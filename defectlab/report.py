@@ -7,7 +7,7 @@ Printed numbers and claims are data (`results/papers/<study>/*.csv`, `claims.tom
 import csv
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,16 @@ class Shelf:
     recorded_profile: str  # of the committed records: the same, or in smoke the best there is
     recorded: list[Record]
     here: list[Record]
+    prints: dict[Any, dict[str, str] | None] = field(default_factory=dict)  # settings -> fingerprints, read once
 
     def of(self, module: Any, key: str) -> tuple[list[Record], list[Record]]:
         """(recorded, this machine's) records of the row `key` of a study's module; this machine's are those made from
         the data and weights that lie here now."""
         recorded = runs.find(self.recorded, module.ROWS[self.recorded_profile][key], self.recorded_profile)
         settings = module.ROWS[self.profile][key]
-        prints = fingerprints_here(module, settings) if self.here else None
+        if self.here and settings not in self.prints:
+            self.prints[settings] = fingerprints_here(module, settings)
+        prints = self.prints.get(settings)
         here = [r for r in self.here if prints in (None, r.fingerprints)]
         return recorded, runs.find(here, settings, self.profile)
 
@@ -152,7 +155,7 @@ def results_table(
         cells[title, here_name] = show_records(here, metric)
         if metric in printed:
             cells[title, "verdict"] = judge_printed(line, recorded, books.recorded_profile)
-        cells["", "note"] = cells.get(("", "note")) or _note(line, recorded)
+        cells["", "note"] = cells.get(("", "note")) or _note(line, recorded, module, books.recorded_profile)
     if not content:
         return pd.DataFrame()
     frame = pd.DataFrame.from_dict(content, orient="index").fillna("–")  # rows need not have a line for every metric
@@ -201,9 +204,11 @@ def _column_verdict(
     return "; ".join(said)
 
 
-def _note(line: dict[str, str], recorded: list[Record]) -> str:
+def _note(line: dict[str, str], recorded: list[Record], module: Any, profile: str) -> str:
+    if not recorded and line["key"]:
+        return "not run yet" if module.planned_seeds(line["key"], profile) else f"not run: time (not part of {profile})"
     if not recorded:
-        return "not run yet" if line["key"] else line["status"]
+        return line["status"]
     timed = line["metric"] in COSTS and COSTS[line["metric"]].timed
     devices = sorted({r.device for r in recorded if not math.isnan(value_of(r, line["metric"]))}) if timed else []
     return f"timed on {'; '.join(devices)}" if devices else ""

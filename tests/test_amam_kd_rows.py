@@ -20,8 +20,11 @@ def test_rows_are_the_same_in_every_profile() -> None:
         ("kd_metal_nut", 3, 5),
         ("amam_10_nut", 3, 5),
         ("gates_10_defect", 3, 5),
-        ("amam_10_steps_nut", 1, 3),
+        ("amam_10_steps_nut", 0, 3),
         ("amam_nut", 1, 3),
+        ("gates_nut", 0, 3),
+        ("nut_from_good", 1, 3),
+        ("kd_l1", 1, 3),
     ],
 )
 def test_the_primary_claims_get_most_seeds(row: str, quick: int, paper: int) -> None:

@@ -275,13 +275,14 @@ def test_clock():
 class Study:
     TITLE = "A <study>"
     TABLES: dict[str, str] = {"main": "its table", "broken": "its other table"}  # noqa: RUF012
+    ROWS: dict[str, dict[str, object]] = {"smoke": {}}  # noqa: RUF012
 
 
 @pytest.fixture
 def toy_study(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One study with a table that works and one whose record is broken."""
 
-    def results_table(name: str, table: str, profile: str, metrics: list[str]) -> pd.DataFrame:
+    def results_table(name: str, table: str, profile: str, metrics: list[str], books: object) -> pd.DataFrame:
         if table == "broken":
             raise RuntimeError("x.json is not a readable record")
         return pd.DataFrame({("image AUROC", "paper"): ["97.7"]}, index=pd.Index(["row one"], name="row"))
@@ -289,7 +290,7 @@ def toy_study(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(page, "STUDIES", {"toy": "unused"})
     monkeypatch.setattr(page, "study", lambda name: Study)
     monkeypatch.setattr(page.report, "results_table", results_table)
-    monkeypatch.setattr(page.report, "claims_table", lambda name, profile: pd.DataFrame())
+    monkeypatch.setattr(page.report, "claims_table", lambda name, profile, books: pd.DataFrame())
     return root
 
 
