@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from toy_detection import SHORT, equal, fit, toy_data, toy_split
 
+from defectlab.data.augment import Batch
 from defectlab.detector import training
 from defectlab.detector.model import Detector
 from defectlab.detector.training import DetectorSettings, MovingAverage, learning_rate, make_optimizer, train_detector
@@ -188,7 +189,7 @@ def test_probe_is_asked_every_tenth_part_and_at_the_end(epochs: int, asked: list
     model = nn.Linear(3, 1)
     settings = replace(SHORT, epochs=epochs)
     _, trained = train_detector(
-        model, lambda x, boxes, labels: scale_loss(model, x), toy_split(2, 0, 32), settings, 0,
+        model, lambda batch: scale_loss(model, batch.images), toy_split(2, 0, 32), settings, 0,
         Session(say=lambda line: None), probe=lambda average: {"one": 1.0},
     )  # fmt: skip
     assert trained.curve["probe_epoch"] == list(asked)
@@ -198,9 +199,9 @@ def test_probe_is_asked_every_tenth_part_and_at_the_end(epochs: int, asked: list
 def test_a_loss_that_is_not_finite_is_named() -> None:
     model, calls = nn.Linear(3, 1), []
 
-    def loss(pictures: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        calls.append(len(pictures))
-        value = scale_loss(model, pictures)["loss"]
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        calls.append(len(batch.images))
+        value = scale_loss(model, batch.images)["loss"]
         return {"loss": value * (float("nan") if len(calls) >= 4 else 1.0)}
 
     with pytest.raises(NonFiniteLoss, match="epoch 2, batch 2 of 2; lower the learning rate"):
@@ -280,7 +281,7 @@ def test_further_weights_of_the_loss_are_trained_and_resumed(tmp_path: Path) -> 
         model, adapter = nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
         start = [p.detach().clone() for p in adapter.parameters()]
         average, _ = train_detector(
-            model, lambda x, boxes, labels: {"loss": (adapter(model(x.mean((2, 3)))) - 1).square().mean()},
+            model, lambda batch: {"loss": (adapter(model(batch.images.mean((2, 3)))) - 1).square().mean()},
             split, settings, 0, session, adapter,
         )  # fmt: skip
         assert not any(torch.equal(p, old) for p, old in zip(adapter.parameters(), start, strict=True))

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from toy_detection import toy_data
 
 from defectlab.costs import parameters
+from defectlab.data.augment import Augmentation, augment
 from defectlab.detector.blocks import folded
 from defectlab.detector.detect import build_detector
 from defectlab.detector.model import Detector
@@ -316,7 +317,9 @@ def test_the_student_learns_and_the_teacher_does_not(weights: dict[str, float]) 
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     loss, dual = make_loss(settings, data, student, "cpu", teacher)
     split = data.train
-    scalars = loss(split.images.expand(-1, 3, -1, -1) / 255, split.boxes, split.labels)
+    recipe, generator = Augmentation(mosaic=0.0), torch.Generator().manual_seed(0)
+    batch = augment(split.images, split.boxes, split.labels, torch.arange(len(split)), recipe, generator)
+    scalars = loss(batch)
     assert set(scalars) == {"loss", "box", "cls", "dfl", *weights}
     own = 7.5 * scalars["box"] + 0.5 * scalars["cls"] + 1.5 * scalars["dfl"]
     torch.testing.assert_close(scalars["loss"], own + sum(scalars[name] for name in weights))

@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from defectlab.data.augment import Batch
 from defectlab.data.detection_tensors import DetectionData, DetectionSplit
 from defectlab.detector.detect import build_detector, detection_loss
 from defectlab.detector.model import Detector
@@ -67,10 +68,11 @@ def fit(
     detector = build_detector(settings, data).to(memory_format=torch.channels_last)
     criterion = detection_loss(detector, settings.size)
     session = session or Session(say=lambda line: None)
-    average, trained = train_detector(
-        detector, lambda x, boxes, labels: criterion(detector(x), boxes, labels), data.train, settings, seed, session,
-        **options,
-    )  # fmt: skip
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        return criterion(detector(batch.images), batch.boxes, batch.labels)
+
+    average, trained = train_detector(detector, loss, data.train, settings, seed, session, **options)
     return detector, average, trained
 
 

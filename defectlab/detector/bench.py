@@ -73,8 +73,8 @@ def measure(
     criterion = detection_loss(detector, size)
     generator, indices = torch.Generator().manual_seed(0), torch.arange(batch, device=where)
 
-    def loss(pictures, boxes, labels):
-        return criterion(detector(pictures), boxes, labels)
+    def loss(drawn):
+        return criterion(detector(drawn.images), drawn.boxes, drawn.labels)
 
     def steps():
         train_epoch(detector, detector, average, loss, split, settings, 0, 0, optimizer)

@@ -1,6 +1,6 @@
 """From a trained detector to a result: prediction, evaluation, the telling cases; and the way from settings to both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,11 +53,17 @@ def decode(detector: Detector, raw: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def predict(
-    detector: Detector, split: DetectionSplit, images: Tensor | None = None, batch: int = 32, **options: Any
+    detector: Detector,
+    split: DetectionSplit,
+    images: Tensor | None = None,
+    batch: int = 32,
+    features: Sequence[Tensor] = (),
+    **options: Any,
 ) -> Boxes:
     """Detections of every picture of a split, boxes in pixels of the original pictures, in float32.
 
     Args:
+        features: of each picture, (N, ...), which the detector is given after the pictures.
         images: uint8 (N, C, S, S) to look at in place of the split's own (blurred or noisy ones, of the same geometry).
         options: `confidence`, `iou`, `most` of `decode.select`.
     """
@@ -67,19 +73,21 @@ def predict(
     for chunk in torch.arange(len(images), device=images.device).split(batch):
         pictures = plain(images, chunk).contiguous(memory_format=torch.channels_last)
         with full_float32():
-            boxes, scores = decode(detector, model(pictures))
+            boxes, scores = decode(detector, model(pictures, *(x[chunk] for x in features)))
         own = chunk.cpu()
         places = {"scale": split.scale[own], "offset": split.offset[own], "sizes": split.sizes[own]}
         found += select(boxes, scores, images.shape[-1], **places, **options)
     return found
 
 
-def probe_on(split: DetectionSplit, class_names: tuple[str, ...]) -> Callable[[Detector], dict[str, float]]:
-    """For a training's curve: mAP on dev."""
+def probe_on(
+    split: DetectionSplit, class_names: tuple[str, ...], features: Sequence[Tensor] = ()
+) -> Callable[[Detector], dict[str, float]]:
+    """For a training's curve: mAP on dev. `features`: as in `predict`."""
     truths = split.truths()
 
     def probe(detector: Detector) -> dict[str, float]:
-        metrics, _ = evaluate(predict(detector, split), truths, class_names)
+        metrics, _ = evaluate(predict(detector, split, features=features), truths, class_names)
         return {"dev_map50": metrics["map50"], "dev_map50_95": metrics["map50_95"]}
 
     return probe
@@ -105,7 +113,7 @@ def train_and_evaluate(
     detector = build(settings, data).to(device, memory_format=torch.channels_last)
     if make_loss is None:
         criterion = detection_loss(detector, settings.size)
-        loss, extra = (lambda pictures, boxes, labels: criterion(detector(pictures), boxes, labels)), None
+        loss, extra = (lambda batch: criterion(detector(batch.images), batch.boxes, batch.labels)), None
     else:
         loss, extra = make_loss(settings, data, detector, device)
     probe = probe_on(data.dev, data.class_names)
@@ -127,9 +135,13 @@ def deployed_costs(detector: Detector, size: int, device: str | torch.device) ->
     return model_costs(model, size, device, flops_size=COST_SIZE)
 
 
-def evaluate_detector(detector: Detector, data: DetectionData) -> Result:
-    """Metrics of the test set; the score threshold of precision and recall comes from dev."""
-    found = {part: predict(detector, getattr(data, part)) for part in ("dev", "test")}
+def evaluate_detector(
+    detector: Detector, data: DetectionData, features: Mapping[str, Sequence[Tensor]] | None = None
+) -> Result:
+    """Metrics of the test set; the score threshold of precision and recall comes from dev. `features` of "dev" and
+    "test": as in `predict`."""
+    given = features or {}
+    found = {part: predict(detector, getattr(data, part), features=given.get(part, ())) for part in ("dev", "test")}
     truths = {part: getattr(data, part).truths() for part in ("dev", "test")}
     threshold = best_f1_threshold(found["dev"], truths["dev"])
     dev, _ = evaluate(found["dev"], truths["dev"], data.class_names, threshold)

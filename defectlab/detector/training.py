@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from defectlab.data.augment import Augmentation, augment
+from defectlab.data.augment import Augmentation, Batch, augment
 from defectlab.data.detection import DetectionSplit
 from defectlab.train import (
     OutOfTime,
@@ -24,8 +24,8 @@ from defectlab.train import (
     save_checkpoint,
 )
 
-# (pictures (B, 3, S, S), boxes (B, M, 4), labels (B, M)) -> named scalars, of which "loss" is minimised
-Loss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+# an augmented batch, its images channels-last -> named scalars, of which "loss" is minimised
+Loss = Callable[[Batch], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def train_epoch(
         batch = augment(split.images, split.boxes, split.labels, indices, recipe, generator)
         with autocast(device, precision_of(settings, device)):
             pictures = batch.images.contiguous(memory_format=torch.channels_last)
-            scalars = loss(pictures, batch.boxes, batch.labels)
+            scalars = loss(replace(batch, images=pictures))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(batches), settings)
         optimizer.zero_grad(set_to_none=True)

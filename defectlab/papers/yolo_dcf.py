@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from defectlab.data.augment import Batch
 from defectlab.data.detection import DetectionData
 from defectlab.detector import baselines
 from defectlab.detector.blocks import Bottleneck, Concatenation, ConvBlock, norm
@@ -274,11 +275,11 @@ def make_loss(settings: Settings, data: DetectionData, detector: Detector, devic
     criterion = detection_loss(detector, settings.size)
     dual = DualDistillation(detector.widths, teacher.widths, settings).to(device, memory_format=torch.channels_last)
 
-    def loss(pictures: Tensor, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        maps = detector.features(pictures)
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        maps = detector.features(batch.images)
         with torch.no_grad():
-            taught = teacher.features(pictures)
-        scalars = criterion(detector.head(maps), boxes, labels)
+            taught = teacher.features(batch.images)
+        scalars = criterion(detector.head(maps), batch.boxes, batch.labels)
         terms = dual(maps, taught)
         return scalars | terms | {"loss": scalars["loss"] + sum(terms.values())}
 
