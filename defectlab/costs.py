@@ -49,27 +49,34 @@ def inference_seconds(model: nn.Module, images: Tensor, precision: str = "fp32",
 
 
 def model_costs(
-    model: nn.Module, size: int, device: torch.device | str, precision: str = "fp32", flops_size: int | None = None
+    model: nn.Module,
+    size: int,
+    device: torch.device | str,
+    precision: str = "fp32",
+    flops_size: int | None = None,
+    batches: bool = True,
 ) -> dict[str, float]:
     """Costs of a detector or another network of square RGB pictures, `size` px a side; the model as it is (fold it
     before, if it is deployed folded). The modes of its parts are left as they were.
 
     -> parameters_m (millions), gflops (1e9, 2 x MACs, one picture, of `flops_size` px where that is given), size_mb (MB
-    of fp16 weights), latency_ms (one picture), images_per_second_32 (a batch of 32).
+    of fp16 weights), latency_ms (one picture), and with `batches` images_per_second_32 (a batch of 32).
     """
     device = torch.device(device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    one, many = (torch.rand(n, 3, size, size, device=device) for n in (1, 32))
-    one, many = (x.contiguous(memory_format=torch.channels_last) for x in (one, many))
+    one, many = (
+        torch.rand(n, 3, size, size, device=device).contiguous(memory_format=torch.channels_last) for n in (1, 32)
+    )
     counted = one if flops_size is None else torch.zeros(1, 3, flops_size, flops_size, device=device)
     result = {
         "parameters_m": round(parameters(model) / 1e6, 4),
         "gflops": round(flops(model, counted) / 1e9, 3),
         "size_mb": round(parameters(model) * 2 / 1e6, 2),
         "latency_ms": round(1000 * inference_seconds(model, one, precision), 2),
-        "images_per_second_32": round(32 / inference_seconds(model, many, precision, 3), 1),
     }
+    if batches:
+        result["images_per_second_32"] = round(32 / inference_seconds(model, many, precision, 3), 1)
     for module, mode in modes:
         module.training = mode
     return result

@@ -1,6 +1,7 @@
 """What records say: the names and units of metrics and costs, a record's value, its interval over test images.
 
-Metrics are in per cent. Costs (`COSTS`) have units of their own and stand in a record's `costs`, not in its `metrics`.
+Metrics are in per cent, but for those of `UNITS`. Costs (`COSTS`) have units of their own and stand in a record's
+`costs`, not in its `metrics`.
 """
 
 import math
@@ -52,10 +53,19 @@ METRIC_NAMES = {
     "pixel_auroc_crop": "pixel AUROC, crop only",
     "aupro_crop": "AUPRO, crop only",
     "crop_share": "crop's share of the image",
+    "noise_error": "noise error (% of its power)",
+    "unexplained": "unexplained variance",
+    "kl": "KL (nats a latent value)",
+    "compression_ratio": "compression ratio",
+    "mask_map50": "mask mAP50",
+    "mask_map50_95": "mask mAP50:95",
+    "mask_precision_dev": "mask precision, dev threshold",
+    "mask_recall_dev": "mask recall, dev threshold",
     "parameters_m": "parameters (M)",
     "gflops": "GFLOPs",
     "size_mb": "size (MB, fp16)",
     "latency_ms": "latency (ms, batch 1)",
+    "fps": "FPS (batch 1)",
     "images_per_second_32": "images/s (batch 32)",
 }
 
@@ -74,6 +84,7 @@ COSTS = {
     "gflops": Cost("GFLOPs", 1),
     "size_mb": Cost("MB", 1),
     "latency_ms": Cost("ms", 2, timed=True),
+    "fps": Cost("1/s", 0, higher_is_better=True, timed=True),
     "images_per_second_32": Cost("images/s", 0, higher_is_better=True, timed=True),
 }
 METRIC_GROUPS = (  # of studies that name none of their own: the tables of the page
@@ -86,8 +97,11 @@ ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
 ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
 OF_IMAGES = ("mae", "weighted_f", "s_measure", "e_measure")  # means over images
 SEGMENTATION = ("miou", "iou", "dice", "accuracy", *OF_IMAGES, "dice_nonempty", *(f"{m}_nonempty" for m in OF_IMAGES))
-LOWER_IS_BETTER = ("mae", "mae_nonempty", "crop_share")  # of the metrics; costs say so themselves
+LOWER_IS_BETTER = ("mae", "mae_nonempty", "crop_share", "noise_error", "unexplained")  # costs say so themselves
 BOOTSTRAPPED = (*ANOMALY, *DETECTION, *ROBUSTNESS, *SEGMENTATION)  # a record's arrays give these again
+
+
+UNITS = {"kl": "nats", "compression_ratio": "ratio"}  # of the metrics that are not in per cent
 
 
 def metric_groups(module: ModuleType | Any) -> tuple[tuple[str, ...], ...]:

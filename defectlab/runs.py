@@ -37,7 +37,7 @@ from defectlab.train import Session, first_line
 PROFILES = ("smoke", "quick", "paper")
 PACKAGES = (
     *("torch", "torchvision", "numpy", "scipy", "scikit-learn", "PyWavelets", "safetensors"),
-    *("torchmetrics", "faster-coco-eval"),
+    *("torchmetrics", "faster-coco-eval", "diffusers"),
 )
 NPZ_LIMIT = 300_000  # bytes: what a committed record may weigh
 

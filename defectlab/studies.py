@@ -11,6 +11,7 @@ STUDIES = {
     "bsdrd": "defectlab.papers.bsdrd",
     "detector": "defectlab.detector.baselines",
     "yolo_dcf": "defectlab.papers.yolo_dcf",
+    "d3n": "defectlab.papers.d3n",
     "amam_kd": "defectlab.papers.amam_kd",
 }
 

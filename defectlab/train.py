@@ -103,13 +103,15 @@ def train(
     session: Session,
     schedule: str = "constant",
     draw: Callable[[Tensor, torch.Generator], list[Tensor]] | None = None,
+    final: float = 0.0,
 ) -> Trained:
     """Train whatever has parameters in `parts` on a set that lies on its device whole.
 
     Args:
         step: a batch -> named scalars, of which "loss" is minimised.
         data: tensors (N, ...) of the N examples, on the training device.
-        schedule: of the learning rate over the epochs, "constant" or "cosine" (from the full rate towards 0).
+        schedule: of the learning rate over the epochs, "constant" or "cosine" (from the full rate towards `final`
+            times it).
         draw: (indices on the device, generator) -> the batch of these examples, augmented; None: `data` at the indices.
             The generator is a CPU one that depends on seed and epoch alone.
 
@@ -129,7 +131,7 @@ def train(
         logged = []
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch + 50_000)  # not the order's
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule_factor(schedule, epoch, epochs)
+            group["lr"] = learning_rate * schedule_factor(schedule, epoch, epochs, final)
         for indices in epoch_order(count, batch, seed, epoch, device):
             scalars = step(draw(indices, generator) if draw else [x[indices] for x in data])
             optimizer.zero_grad(set_to_none=True)
@@ -153,10 +155,10 @@ def train(
     return Trained(curve, earlier + seconds, seen / seconds if seen else 0.0)
 
 
-def schedule_factor(schedule: str, epoch: int, epochs: int) -> float:
-    """What the learning rate is multiplied with in an epoch (0-based): 1, or half a cosine from 1 towards 0."""
+def schedule_factor(schedule: str, epoch: int, epochs: int, final: float = 0.0) -> float:
+    """What the learning rate is multiplied with in an epoch (0-based): 1, or half a cosine from 1 towards `final`."""
     if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     if schedule != "constant":
         raise ValueError(f"unknown schedule {schedule!r}: use constant or cosine")
     return 1.0

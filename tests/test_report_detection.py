@@ -43,6 +43,7 @@ STUDY = SimpleNamespace(
     TABLES={"main": "Detectors"},
     METRICS=(("map50",), ("parameters_m", "latency_ms"), ("map50_blur",)),
     PRIMARY=("large",),
+    planned_seeds=lambda row, profile: 1,
 )
 
 

@@ -1,0 +1,338 @@
+"""Instance masks on the anchor-based detector: prototypes and coefficients, their loss, prediction and evaluation.
+
+Bolya, Zhou, Xiao, Lee, "YOLACT: Real-time Instance Segmentation", ICCV 2019, arXiv 1904.02689. A picture gets M
+prototype maps (section 3.1), each anchor M coefficients (section 3.2); a mask is sigmoid(prototypes x coefficients),
+cropped to its box (section 3.3). What differs is marked "ours".
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import batched_nms
+
+from defectlab.data.augment import plain
+from defectlab.data.detection import DetectionData
+from defectlab.data.instances import InstanceData, InstanceSplit, to_square
+from defectlab.detector.assignment import Matched
+from defectlab.detector.blocks import ConvBlock, folded
+from defectlab.detector.decode import CANDIDATES, decode_anchor_based, full_precision
+from defectlab.detector.detect import CASE_SIDE, build_detector, cases, rounded
+from defectlab.detector.evaluation import COCO_IOUS, RECALLS, Boxes, best_f1_threshold, evaluate, pack
+from defectlab.detector.losses import AnchorBasedLoss
+from defectlab.detector.model import Detector
+from defectlab.detector.training import DetectorSettings
+from defectlab.runs import Result
+from defectlab.train import full_float32
+
+PROTOTYPES = 32  # YOLACT section 6
+MASK_GAIN = 0.05 * 6.125 / 1.5  # ours: YOLACT's weights of mask and box in their ratio, on this family's gain of boxes
+POSITIVES = 100  # ours: anchors of a picture that learn a mask in a step, at most
+MOST = 100  # detections of a picture that get a mask, at most: as many as COCO counts
+Instances = dict[str, Tensor]  # of a picture: boxes (n, 4), labels (n,), masks (n, H, W) bool; scores (n,) if predicted
+
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+
+
+class InstanceMaps(NamedTuple):
+    """What the head gives; K anchors a cell, M prototypes."""
+
+    raw: list[Tensor]  # (B, K * (5 + C), h, w) a level, as without masks
+    coefficients: list[Tensor]  # (B, K * M, h, w) a level, before their tanh
+    prototypes: Tensor  # (B, M, S / 4, S / 4), not negative
+
+
+class InstanceHead(nn.Module):
+    """An anchor-based head, with a 1x1 convolution a level for coefficients and prototypes from the finest map."""
+
+    def __init__(self, boxes: nn.Module, widths: Sequence[int], anchors: int, prototypes: int = PROTOTYPES):
+        super().__init__()
+        fine = widths[0]  # ours: YOLACT's prototype branch has 256 channels and three convolutions before it enlarges
+        self.boxes = boxes
+        self.coefficients = nn.ModuleList(nn.Conv2d(width, anchors * prototypes, 1) for width in widths)
+        self.before, self.after = ConvBlock(fine, fine, 3), ConvBlock(fine, fine, 3)
+        self.prototypes = nn.Conv2d(fine, prototypes, 1)
+
+    def forward(self, maps: list[Tensor]) -> InstanceMaps:
+        detail = self.after(interpolate(self.before(maps[0]), scale_factor=2.0, mode="nearest"))
+        coefficients = [level(x) for level, x in zip(self.coefficients, maps, strict=True)]
+        return InstanceMaps(self.boxes(maps), coefficients, self.prototypes(detail).relu())
+
+
+def with_masks(detector: Detector, prototypes: int = PROTOTYPES) -> Detector:
+    """The same detector with an `InstanceHead` in place of its head: it gives `InstanceMaps`. ValueError for v8."""
+    if detector.family != "v5":
+        raise ValueError(f"masks are made on anchors, the detector is of family {detector.family!r}: use v5")
+    detector.head = InstanceHead(detector.head, detector.widths, detector.anchors.shape[1], prototypes)
+    return detector
+
+
+def build_instance_detector(settings: DetectorSettings, data: DetectionData, **parts: Any) -> Detector:
+    """A fresh detector with masks for `data`; arguments as `build_detector`."""
+    return with_masks(build_detector(settings, data, **parts))
+
+
+# --- Loss ------------------------------------------------------------------------------------------------------------
+
+
+def mask_terms(
+    coefficients: Sequence[Tensor],
+    prototypes: Tensor,
+    matched: Sequence[Matched],
+    maps: Tensor,
+    boxes: Tensor,
+    most: int = POSITIVES,
+) -> dict[str, Tensor]:
+    """The term "mask": binary cross-entropy within the truth's box, its mean there, and the mean over positive anchors.
+
+    coefficients (B, K * M, h, w) a level; prototypes (B, M, S / s, S / s), s whole; `matched` by `match_anchors` of
+    boxes (B, T, 4) px; maps (B, S, S) of numbers, k + 1 where box k has its instance. The target of a cell is the part
+    of it, 0..1, that the instance covers (ours: a thin scratch would be lost to a threshold). A picture's positives
+    beyond `most` are left out; every truth has its first before any has its second (ours: no numbers are drawn). 0
+    where no anchor is positive. In float32 whatever autocast does (float64 stays).
+    """
+    count, channels, height, width = prototypes.shape
+    truths, stride = boxes.shape[1], maps.shape[-1] // height
+    vectors, valid = [], []
+    for level, match in zip(coefficients, matched, strict=True):  # candidates go picture by picture, truth by truth
+        values = full_precision(level).unflatten(1, (-1, channels))  # (B, K, M, h, w)
+        found = values[match.image, match.anchor, :, match.row, match.column]  # (n, M)
+        vectors.append(found.view(count, truths, -1, channels))
+        valid.append(match.valid.view(count, truths, -1))
+    vectors, valid = torch.cat(vectors, 2), torch.cat(valid, 2)  # (B, T, n, M), (B, T, n)
+    each = valid.shape[2]
+    turn = valid.cumsum(2) * truths + torch.arange(truths, device=valid.device)[:, None]
+    turn = turn.masked_fill(~valid, (each + 1) * truths).flatten(1)
+    chosen = turn.topk(min(most, truths * each), largest=False).indices  # (B, P)
+    image, truth = torch.arange(count, device=chosen.device)[:, None], chosen // each
+    used = valid.flatten(1)[image, chosen]
+
+    cells = rearrange(maps, "b (h a) (w c) -> b 1 (a c) h w", a=stride, c=stride)
+    numbers = torch.arange(1, truths + 1, device=maps.device).view(-1, 1, 1, 1)
+    with torch.autocast(prototypes.device.type, enabled=False):
+        weights = vectors.flatten(1, 2)[image, chosen].tanh()  # (B, P, M)
+        logits = einsum(weights, full_precision(prototypes), "b p m, b m h w -> b p h w")
+        target = (cells == numbers).sum(2, dtype=logits.dtype)[image, truth] / stride**2  # (B, P, h, w)
+        low, high = (boxes[..., :2] / stride).floor(), (boxes[..., 2:] / stride).ceil()  # (B, T, 2), whole cells
+        column = torch.arange(width, device=boxes.device)
+        row = torch.arange(height, device=boxes.device)
+        across = (column >= low[..., :1]) & (column < high[..., :1])  # (B, T, w)
+        down = (row >= low[..., 1:]) & (row < high[..., 1:])  # (B, T, h)
+        crop = (down[..., None] & across[..., None, :])[image, truth]  # (B, P, h, w)
+        surprise = binary_cross_entropy_with_logits(logits, target, reduction="none") * crop
+        mean = surprise.sum((2, 3)) / crop.sum((2, 3)).clamp(min=1)  # (B, P)
+        return {"mask": (mean * used).sum() / used.sum().clamp(min=1)}
+
+
+def instance_loss(
+    criterion: AnchorBasedLoss, output: InstanceMaps, boxes: Tensor, labels: Tensor, maps: Tensor
+) -> dict[str, Tensor]:
+    """The detector's loss plus MASK_GAIN x mask: {"loss", "box", "obj", "cls", "mask"}, see `mask_terms`.
+
+    boxes (B, T, 4) px, labels (B, T) with -1 where padded, maps (B, S, S) from `move_instances`.
+    """
+    matched = criterion.matched(output.raw, boxes, labels)
+    own = criterion(output.raw, boxes, labels)
+    mask = mask_terms(output.coefficients, output.prototypes, matched, maps, boxes)
+    return {**own, **mask, "loss": own["loss"] + MASK_GAIN * mask["mask"]}
+
+
+# --- Prediction ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict_instances(
+    detector: nn.Module,
+    split: InstanceSplit,
+    latents: Sequence[Tensor] = (),
+    indices: Sequence[int] | None = None,
+    batch: int = 32,
+    confidence: float = 0.001,
+    iou: float = 0.7,
+    most: int = MOST,
+) -> Iterator[Instances]:
+    """Picture after picture of a split: boxes by descending score and masks, in pixels of the originals, on the CPU.
+
+    Args:
+        latents: further inputs of the detector, one entry a picture in each.
+        indices: the pictures, by default all.
+        confidence, iou, most: as `decode.select`, whose boxes these are.
+
+    Raises:
+        ValueError: outputs that are not finite.
+    """
+    model = folded(detector).to(memory_format=torch.channels_last)
+    indices = torch.tensor(range(len(split)) if indices is None else indices, device=split.images.device)
+    for chunk in indices.split(batch):
+        pictures = plain(split.images, chunk).contiguous(memory_format=torch.channels_last)
+        with full_float32():
+            output = model(pictures, *(level[chunk] for level in latents))
+        boxes, scores = decode_anchor_based(output.raw, detector.anchors)  # (B, A, 4), (B, A, C)
+        channels = output.prototypes.shape[1]
+        vectors = [rearrange(x, "b (k m) h w -> b (k h w) m", m=channels) for x in output.coefficients]
+        vectors = torch.cat(vectors, 1).tanh()  # (B, A, M), in the order of the boxes
+        if not all(values.isfinite().all() for values in (boxes, scores, vectors, output.prototypes)):
+            raise ValueError("predictions are not finite: the training diverged; lower its learning rate")
+        best, pairs = scores.flatten(1).topk(min(CANDIDATES, scores[0].numel()), dim=1)
+        for i, index in enumerate(chunk.tolist()):
+            enough = best[i] > confidence
+            values, labels = best[i][enough], pairs[i][enough] % scores.shape[2]
+            anchors = pairs[i][enough] // scores.shape[2]
+            kept = batched_nms(boxes[i, anchors], values, labels, iou)[:most]
+            chosen = anchors[kept]
+            probability = einsum(vectors[i, chosen], output.prototypes[i], "n m, m h w -> n h w").sigmoid()
+            own, masks = _to_original(split, index, boxes[i, chosen], probability)
+            yield {"boxes": own, "scores": values[kept].cpu(), "labels": labels[kept].cpu(), "masks": masks}
+
+
+def _to_original(split: InstanceSplit, index: int, boxes: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes (n, 4) px of the input and probabilities (n, h, w) -> boxes px of the original, masks (n, H, W), CPU."""
+    (height, width), scale = split.sizes[index].tolist(), split.scale[index]
+    offset = split.offset[index]
+    boxes = ((boxes.cpu() - offset.repeat(2)) / scale).clamp(min=0)
+    boxes = boxes.minimum(torch.tensor([width, height, width, height]).to(boxes))
+    side, (left, top) = max(height, width), (offset / scale).round().int().tolist()
+    masks = probability.new_zeros((0, side, side))
+    if len(probability):
+        masks = interpolate(probability[:, None], (side, side), mode="bilinear")[:, 0]
+    masks = (masks[:, top : top + height, left : left + width] > 0.5).cpu()
+    x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)  # (n, 1) each
+    return boxes, masks & ((y > y1) & (y < y2))[:, :, None] & ((x > x1) & (x < x2))[:, None]
+
+
+# --- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def instance_truths(split: InstanceSplit, indices: Sequence[int] | None = None) -> Iterator[Instances]:
+    """Picture after picture of a split, or those of `indices`: boxes, labels and masks in pixels of the originals."""
+    truths = split.truths()
+    for index in range(len(split)) if indices is None else indices:
+        yield truths[index] | {"masks": split.masks(index)}
+
+
+def right_masks(predicted: Instances, truth: Instances, iou: float = 0.5) -> Tensor:
+    """(n,) bool: by descending score each prediction takes the free truth of its class that its mask overlaps most, if
+    by at least `iou`; the rule of `evaluation.match`."""
+    masks, true = predicted["masks"].flatten(1).float(), truth["masks"].flatten(1).float()
+    both = masks @ true.T  # (n, m) pixels
+    overlap = both / (masks.sum(1)[:, None] + true.sum(1) - both).clamp(min=1)
+    overlap = overlap.masked_fill(predicted["labels"][:, None] != truth["labels"], -1.0)
+    right = torch.zeros(len(masks), dtype=torch.bool)
+    if len(true):
+        for index in predicted["scores"].argsort(descending=True, stable=True).tolist():
+            best, own = overlap[index].max(0)
+            if best >= iou:
+                right[index], overlap[:, own] = True, -1.0
+    return right
+
+
+class Scored(NamedTuple):
+    """What evaluation needs of the pictures of a split, without their masks."""
+
+    found: Boxes
+    truths: Boxes
+    right: list[Tensor]  # (n,) bool a picture, by `right_masks`
+    per_class: dict[str, dict[str, float]]  # mask_map50 and mask_map50_95 in per cent of classes that have truths
+
+
+def score(predictions: Iterable[Instances], truths: Iterable[Instances], class_names: Sequence[str]) -> Scored:
+    """Both streams are read once, so that the masks of one picture at a time are in memory. Average precision is
+    torchmetrics' (faster-coco-eval), as `evaluate` has it for boxes."""
+    metric = MeanAveragePrecision(
+        iou_type="segm",
+        iou_thresholds=list(COCO_IOUS),
+        rec_thresholds=RECALLS.tolist(),
+        extended_summary=True,
+        backend="faster_coco_eval",
+    )
+    metric.warn_on_many_detections = False
+    scored = Scored([], [], [], {})
+    for predicted, truth in zip(predictions, truths, strict=True):
+        metric.update([_without(predicted, "boxes")], [_without(truth, "boxes")])
+        scored.right.append(right_masks(predicted, truth))
+        scored.found.append(_without(predicted, "masks"))
+        scored.truths.append(_without(truth, "masks"))
+    result = metric.compute()
+    classes = result["classes"].reshape(-1).tolist()
+    for label in torch.cat([truth["labels"] for truth in scored.truths]).unique().tolist():
+        curves = result["precision"][:, :, classes.index(label), 0, -1].double()  # (T, 101): all areas, 100 predictions
+        means = {"mask_map50": 100 * float(curves[0].mean()), "mask_map50_95": 100 * float(curves.mean())}
+        scored.per_class[class_names[label]] = means
+    return scored
+
+
+def instance_metrics(
+    scored: Scored, class_names: Sequence[str], threshold: float
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """(metrics of the set, metrics of each class), in per cent: `evaluate`'s for the boxes, and for the masks
+    mask_map50, mask_map50_95, mask_precision_dev and mask_recall_dev (of "score >= threshold", all classes together).
+
+    ValueError where there is no truth.
+    """
+    if not scored.per_class:
+        raise ValueError("no truth to evaluate masks by: give pictures that have defects")
+    metrics, per_class = evaluate(scored.found, scored.truths, class_names, threshold)
+    for name in ("mask_map50", "mask_map50_95"):
+        metrics[name] = float(np.mean([values[name] for values in scored.per_class.values()]))
+    kept = torch.cat([found["scores"] for found in scored.found]) >= threshold
+    right = int((torch.cat(scored.right) & kept).sum())
+    metrics["mask_precision_dev"] = 100 * right / int(kept.sum()) if kept.any() else np.nan
+    metrics["mask_recall_dev"] = 100 * right / sum(len(truth["labels"]) for truth in scored.truths)
+    return metrics, {name: values | scored.per_class.get(name, {}) for name, values in per_class.items()}
+
+
+def evaluate_instances(
+    detector: nn.Module, data: InstanceData, latents: Mapping[str, Sequence[Tensor]] | None = None
+) -> Result:
+    """Metrics of the test set, boxes and masks; the score threshold is the one of the best F1 of boxes on dev.
+
+    `latents`: further inputs for "dev" and "test". The arrays are those of a detector, and of its telling cases
+    case_found and case_true (K, side, side) uint8: 1 + class of a pixel, 0 for background.
+    """
+    latents = latents or {"dev": (), "test": ()}
+    dev, test = (
+        score(predict_instances(detector, split, latents[part]), instance_truths(split), data.class_names)
+        for part, split in (("dev", data.dev), ("test", data.test))
+    )
+    threshold = best_f1_threshold(dev.found, dev.truths)
+    on_dev, _ = instance_metrics(dev, data.class_names, threshold)
+    metrics, per_class = instance_metrics(test, data.class_names, threshold)
+    arrays = pack(test.found, test.truths, data.test.names, data.class_names)
+    arrays |= cases(data.test, test.found, test.truths)
+    chosen = arrays["case_index"].tolist()
+    found = predict_instances(detector, data.test, latents["test"], chosen)
+    arrays["case_found"] = _painted(found, threshold)
+    arrays["case_true"] = _painted(instance_truths(data.test, chosen))
+    return Result(
+        rounded(metrics),
+        {name: rounded(values) for name, values in per_class.items()},
+        rounded(on_dev) | {"threshold": threshold},
+        {},
+        arrays,
+        detector.state_dict(),
+        {},
+        "fp32",
+    )
+
+
+def _painted(pictures: Iterable[Instances], threshold: float = 0.0) -> np.ndarray:
+    """(K, side, side) uint8: 1 + class of the best instance at each pixel, 0 where none scores `threshold` or more."""
+    painted = []
+    for instances in pictures:
+        picture = torch.zeros(instances["masks"].shape[1:], dtype=torch.uint8)
+        for index in reversed(range(len(instances["labels"]))):  # the best one is painted last
+            if "scores" not in instances or instances["scores"][index] >= threshold:
+                picture[instances["masks"][index]] = int(instances["labels"][index]) + 1
+        painted.append(to_square(picture[None], CASE_SIDE)[0])
+    return torch.stack(painted).numpy()
+
+
+def _without(values: Instances, name: str) -> Instances:
+    return {key: value for key, value in values.items() if key != name}

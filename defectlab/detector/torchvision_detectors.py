@@ -1,0 +1,248 @@
+"""The field's older detectors as rows beside our own: Faster R-CNN, RetinaNet, SSD and FCOS, all torchvision's.
+
+Ren et al., "Faster R-CNN", NeurIPS 2015; Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; Liu et al.,
+"SSD", ECCV 2016; Tian et al., "FCOS", ICCV 2019. Networks, assignment, losses, decoding and suppression are the
+library's; pictures, augmentation, schedule, moving average, evaluation and costs are those of our own detectors. Meant
+for a GPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights
+from torchvision.models.detection import (
+    fasterrcnn_resnet50_fpn_v2,
+    fcos_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+    ssd300_vgg16,
+)
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from defectlab.anomaly.teacher import IMAGENET_MEAN, IMAGENET_STD, WeightsError
+from defectlab.costs import model_costs
+from defectlab.data.augment import Batch, plain
+from defectlab.data.detection import DetectionData, DetectionSplit
+from defectlab.detector.detect import cases, rounded
+from defectlab.detector.evaluation import Boxes, best_f1_threshold, evaluate, pack
+from defectlab.detector.training import DetectorSettings, Loss, train_detector
+from defectlab.runs import Result
+from defectlab.train import Session, full_float32, precision_of
+
+# Ours: the rates of the papers, all but SSD's stated for 16 pictures a step (SSD: 32); none was tried here.
+RATES = {
+    "faster_rcnn": 0.02,  # Lin et al., "Feature Pyramid Networks", CVPR 2017, section 5
+    "retinanet": 0.01,  # Lin et al. 2017, section 4.1
+    "ssd": 0.001,  # Liu et al. 2016, section 3.1
+    "fcos": 0.01,  # Tian et al. 2019, section 4
+}
+LEAST_SCORE, MOST_BOXES = 0.001, 300  # as for our own detectors: average precision counts the tail, too
+LEAST_SSD_SIZE = 268  # px: below that the last of SSD's six maps would be empty
+
+
+@dataclass(frozen=True)
+class TorchvisionSettings:
+    """One of torchvision's detectors and its recipe. Defaults are frozen, since records are keyed by differences."""
+
+    model: ClassVar[str] = "torchvision_detector"
+    version: ClassVar[int] = 1
+
+    dataset: str = "neu_det"
+    architecture: str = "faster_rcnn"  # "retinanet", "ssd", "fcos"
+    initialisation: str = "scratch"  # ours: as our own detectors; "imagenet": a pretrained ResNet-50, not for "ssd"
+    size: int = 512  # px a side
+    epochs: int = 100
+    batch: int = 16
+    learning_rate: float | None = None  # None: the one of `RATES`
+    momentum: float = 0.9  # all four papers
+    weight_decay: float = 0.0001  # as published for all but SSD, which has 0.0005
+    warm_up: float = 3.0  # epochs; ours: as our own detectors
+    flip_up_down: float = 0.5  # probability; ours: rolled steel has no up
+
+    @property
+    def recipe(self) -> DetectorSettings:
+        """What the shared training loop reads: flips and scale, no mosaic (ours: our baselines' other recipe).
+
+        In fp32, since torchvision gives anchors the dtype of the maps, and bf16 resolves 512 px in steps of 2 px.
+        """
+        return DetectorSettings(
+            dataset=self.dataset,
+            size=self.size,
+            epochs=self.epochs,
+            batch=self.batch,
+            optimizer="sgd",
+            learning_rate=RATES[self.architecture] if self.learning_rate is None else self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            warm_up=self.warm_up,
+            mosaic=0.0,
+            flip_up_down=self.flip_up_down,
+            precision="fp32",
+        )
+
+
+# --- Network ---------------------------------------------------------------------------------------------------------
+
+
+def build_torchvision(settings: TorchvisionSettings, classes: int) -> nn.Module:
+    """A fresh detector of `classes` defect types, its class 0 being the background; nothing in it resizes a picture.
+
+    All layers are trained and batch norms are ordinary ones, also around pretrained weights (torchvision would freeze
+    them; ours: then both initialisations are the same network).
+
+    Raises:
+        ValueError: an unknown architecture or initialisation, "imagenet" for SSD, or a size too small for SSD.
+        WeightsError: ImageNet weights that are neither here nor to be fetched.
+    """
+    architecture = settings.architecture
+    if architecture not in RATES:
+        raise ValueError(f"unknown architecture {architecture!r}: use one of {', '.join(RATES)}")
+    allowed = ("scratch",) if architecture == "ssd" else ("scratch", "imagenet")
+    if settings.initialisation not in allowed:
+        raise ValueError(f"{architecture} cannot start from {settings.initialisation!r}: use {' or '.join(allowed)}")
+    network = {"weights": None, "weights_backbone": None, "num_classes": classes + 1}  # None: downloads nothing
+    if architecture == "ssd":
+        return _ssd(settings.size, network)
+    sizes = {"min_size": settings.size, "max_size": settings.size}
+    limits = {"score_thresh": LEAST_SCORE, "detections_per_img": MOST_BOXES}
+    if architecture == "faster_rcnn":
+        limits = {f"box_{name}": value for name, value in limits.items()}
+        model = fasterrcnn_resnet50_fpn_v2(**network, **sizes, **limits)
+    elif architecture == "retinanet":
+        model = retinanet_resnet50_fpn_v2(**network, **sizes, **limits)
+    else:
+        model = fcos_resnet50_fpn(**network, **sizes, **limits)
+    if settings.initialisation == "imagenet":
+        model.backbone.body.load_state_dict(_imagenet_resnet50())
+    return model
+
+
+def _ssd(size: int, network: dict) -> nn.Module:
+    """SSD300's network on pictures of `size` px: default boxes follow the maps' own grids, since SSD300's steps fit
+    300 px only, and pictures are normalised as for the others (its own scaling to ±128 is that of one file of
+    pretrained weights)."""
+    if size < LEAST_SSD_SIZE:
+        raise ValueError(f"pictures of {size} px are too small for SSD: use {LEAST_SSD_SIZE} px or more")
+    model = ssd300_vgg16(**network, score_thresh=LEAST_SCORE, detections_per_img=MOST_BOXES)
+    model.anchor_generator.steps = None
+    model.transform = GeneralizedRCNNTransform(
+        size, size, list(IMAGENET_MEAN), list(IMAGENET_STD), size_divisible=1, fixed_size=(size, size)
+    )
+    return model
+
+
+def _imagenet_resnet50() -> dict[str, Tensor]:
+    """torchvision's ResNet-50 without its classifier, from its cache or fetched once; no pickled code is run."""
+    weights = ResNet50_Weights.IMAGENET1K_V1
+    try:
+        state = weights.get_state_dict(check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(
+            f"no ImageNet weights ({error}): let torchvision fetch {weights.url} once, or use initialisation scratch"
+        ) from error
+    return {name: value for name, value in state.items() if not name.startswith("fc.")}
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def to_targets(boxes: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
+    """Padded boxes (B, M, 4) and labels (B, M), -1 where padded, real ones first -> torchvision's targets: per picture
+    {"boxes": (n, 4), "labels": (n,)}, labels from 1 on, since 0 is the background."""
+    counts = (labels >= 0).sum(1).tolist()  # one synchronisation a batch
+    return [{"boxes": b[:n], "labels": k[:n] + 1} for b, k, n in zip(boxes, labels, counts, strict=True)]
+
+
+def torchvision_loss(model: nn.Module) -> Loss:
+    """The library's own losses, named as there, and "loss", their sum.
+
+    Faster R-CNN draws its proposals by torch's global generator, so a training of it that was interrupted does not end
+    as one that was not, to the last digit.
+    """
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        parts = model(list(batch.images), to_targets(batch.boxes, batch.labels))
+        return {"loss": sum(parts.values()), **parts}
+
+    return loss
+
+
+# --- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict_torchvision(model: nn.Module, split: DetectionSplit, batch: int = 16) -> Boxes:
+    """Detections of every picture of a split by a model in eval mode, boxes in pixels of the original pictures, fp32.
+
+    Suppression is the library's, with each architecture's own IoU.
+    """
+    found: Boxes = []
+    for chunk in torch.arange(len(split.images), device=split.images.device).split(batch):
+        with full_float32():
+            raw = model(list(plain(split.images, chunk)))
+        for index, picture in zip(chunk.tolist(), raw, strict=True):
+            picture = {name: values.cpu() for name, values in picture.items()}
+            real = picture["labels"] > 0  # RetinaNet and FCOS have an output for the background, too
+            boxes = (picture["boxes"][real] - split.offset[index].repeat(2)) / split.scale[index]  # (n, 4)
+            limits = split.sizes[index].flip(0).repeat(2).to(boxes)  # width, height, width, height
+            boxes = boxes.clamp(min=0).minimum(limits)
+            found.append({"boxes": boxes, "scores": picture["scores"][real], "labels": picture["labels"][real] - 1})
+    return found
+
+
+def evaluate_torchvision(model: nn.Module, data: DetectionData) -> Result:
+    """Metrics of the test set as for our own detectors; the score threshold of precision and recall comes from dev."""
+    found = {part: predict_torchvision(model, getattr(data, part)) for part in ("dev", "test")}
+    truths = {part: getattr(data, part).truths() for part in ("dev", "test")}
+    threshold = best_f1_threshold(found["dev"], truths["dev"])
+    dev, _ = evaluate(found["dev"], truths["dev"], data.class_names, threshold)
+    metrics, per_class = evaluate(found["test"], truths["test"], data.class_names, threshold)
+    arrays = pack(found["test"], truths["test"], data.test.names, data.class_names)
+    arrays |= cases(data.test, found["test"], truths["test"])
+    return Result(
+        rounded(metrics),
+        {name: rounded(values) for name, values in per_class.items()},
+        rounded(dev) | {"threshold": threshold},
+        {},
+        arrays,
+        model.state_dict(),
+        {},
+        "fp32",
+    )
+
+
+def probe_on(split: DetectionSplit, class_names: tuple[str, ...]) -> Callable[[nn.Module], dict[str, float]]:
+    """For a training's curve: mAP on dev."""
+    truths = split.truths()
+
+    def probe(model: nn.Module) -> dict[str, float]:
+        metrics, _ = evaluate(predict_torchvision(model, split), truths, class_names)
+        return {"dev_map50": metrics["map50"], "dev_map50_95": metrics["map50_95"]}
+
+    return probe
+
+
+def run_torchvision(
+    settings: TorchvisionSettings, seed: int, data: DetectionData, device: str | torch.device, session: Session
+) -> Result:
+    """Train one of torchvision's detectors and evaluate the moving average of its last epoch, once.
+
+    Costs are those at `settings.size`, not folded; unlike our own detectors' they hold decoding and suppression, and
+    Faster R-CNN's GFLOPs the proposals that one picture of noise gives.
+    """
+    torch.manual_seed(seed)
+    model = build_torchvision(settings, len(data.class_names)).to(device, memory_format=torch.channels_last)
+    recipe = settings.recipe
+    probe = probe_on(data.dev, data.class_names)
+    average, trained = train_detector(model, torchvision_loss(model), data.train, recipe, seed, session, probe=probe)
+    result = evaluate_torchvision(average, data)
+    result.curve = trained.curve
+    result.precision = precision_of(recipe, device)
+    result.costs = model_costs(average, settings.size, device) | {
+        "train_seconds": round(trained.seconds, 1),
+        "train_images_per_second": round(trained.images_per_second, 1),
+    }
+    result.notes = {"costs": f"at {settings.size} px, not folded, with decoding and suppression"}
+    return result

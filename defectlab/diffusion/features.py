@@ -1,0 +1,83 @@
+"""What the decoder of a diffusion model makes of a picture: feature maps at three scales.
+
+Baranchuk et al. 2022, "Label-Efficient Semantic Segmentation with Diffusion Models", arXiv 2112.03126 (DDPM-Seg): a
+picture gets the noise of a small timestep, and what the noise predictor's decoder computes on the way to its answer is
+kept. They found the middle blocks of the decoder at small timesteps the most telling, and resized all maps to one
+scale; here they stay at their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from defectlab.diffusion.ddpm import DiffusionSettings, as_inputs, check_size, noise_schedule, q_sample
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+TIMESTEPS = (100, 150, 250)  # D3N (arXiv 2408.13845) section III-B
+# ours: D3N is silent. The mean keeps the channels of a block (512 at the coarsest level, what D3N's compressor takes)
+# and a third of the size of a concatenation
+COMBINE = "mean"
+
+
+def decoder_channels(settings: DiffusionSettings) -> tuple[int, int, int]:
+    """Channels of the maps of one timestep, finest first."""
+    return settings.channels
+
+
+def level_outputs(unet: UNet2DModel) -> list[nn.Module]:
+    """The last module of each level of the decoder before the map is scaled up, finest level first.
+
+    Ours: D3N is silent on which blocks. The last block of a level has seen all of its skip connections; one a level
+    gives each scale of a detector its map.
+    """
+    return [(getattr(block, "attentions", None) or block.resnets)[-1] for block in reversed(unet.up_blocks)]
+
+
+@torch.no_grad()
+def decoder_features(
+    unet: UNet2DModel,
+    images: Tensor,
+    timesteps: tuple[int, ...] = TIMESTEPS,
+    noise_seed: int = 0,
+    combine: str = COMBINE,
+    alpha_hat: Tensor | None = None,
+) -> list[Tensor]:
+    """Decoder features of uint8 pictures (B, C, S, S): float32 maps (B, K, h, w), finest first, h = w = S, S/2, S/4.
+
+    Each timestep has one noise map, drawn from `noise_seed` and the same for every picture, so that a picture's
+    features depend on the picture alone. The computation is in the precision of the caller's autocast.
+
+    Args:
+        combine: of the timesteps' maps, "mean" (K = the level's channels) or "concat" (K = channels x timesteps).
+        alpha_hat: of `noise_schedule`, on the pictures' device; None: computed here.
+
+    Raises:
+        ValueError: another `combine`, a timestep that the model does not have, pictures of another size.
+    """
+    steps = unet.config.num_train_timesteps
+    check_size(images, unet.config.sample_size)
+    if combine not in ("mean", "concat"):
+        raise ValueError(f"unknown combine {combine!r}: use mean or concat")
+    if not timesteps or not all(0 <= t < steps for t in timesteps):
+        raise ValueError(f"timesteps {timesteps}: give some of 0 to {steps - 1}")
+    if alpha_hat is None:
+        alpha_hat = noise_schedule(steps).to(images.device)
+    noise = torch.randn((len(timesteps), *images.shape[1:]), generator=torch.Generator().manual_seed(noise_seed))
+    clean, levels = as_inputs(images), level_outputs(unet)
+    found: list[list[Tensor]] = [[] for _ in levels]  # a level: a map (B, K, h, w) a timestep
+    with contextlib.ExitStack() as hooks:
+        for level, maps in zip(levels, found, strict=True):
+            handle = level.register_forward_hook(lambda module, inputs, output, maps=maps: maps.append(output.float()))
+            hooks.callback(handle.remove)
+        for timestep, shared in zip(timesteps, noise.to(images.device), strict=True):
+            at = torch.full((len(images),), timestep, device=images.device)
+            unet(q_sample(clean, at, shared.expand_as(clean), alpha_hat), at)
+    if combine == "concat":
+        return [torch.cat(maps, dim=1) for maps in found]
+    return [torch.stack(maps).mean(0) for maps in found]

@@ -1,0 +1,350 @@
+"""Compression of the diffusion model's features: a residual VAE, and PCA of equal size.
+
+Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: section III-B (ResVAE, the smaller
+repository), the settings of section IV-A, the PCA of Table III; `decode` is the feature mapping of section III-C.
+
+Each of the decoder's three maps has a codec of its own that keeps its resolution and divides its channels by 8. Ours:
+every channel is standardised first (with the training features' mean and deviation), so that the squared error is in
+units of variance and no channel drowns the others.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from sklearn.decomposition import IncrementalPCA
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.train import Session, Trained, autocast, full_float32, precision_of, train
+
+METHODS = ("resvae", "pca", "none")
+CHUNK = 64  # images that are float32 at once outside of training
+PCA_VECTORS, PCA_CHUNK = 200_000, 4096  # channel vectors that a PCA sees: in all, and at once
+
+
+@dataclass(frozen=True)
+class CompressionSettings:
+    """What is compressed, and how. Sources as comments."""
+
+    model: ClassVar[str] = "d3n_compression"
+    version: ClassVar[int] = 1
+
+    dataset: str = "neu_det"
+    ddpm: Any = None  # settings of the diffusion model whose features these are
+    timesteps: tuple[int, ...] = (100, 150, 250)  # section III-B
+    combine: str = "mean"  # ours: of the timesteps
+    method: str = "resvae"  # section III-B; Table III: "pca"; "none": the features as they are
+    ratio: int = 8  # section IV-A: 512 channels to 64
+    kl: float = 1.0  # section IV-A: "KL penalty scale"
+    reduction: str = "sum"  # ours, the paper is silent: the evidence bound, and what loses least (`vae_loss`)
+    epochs: int = 2000  # section IV-A
+    batch: int = 64  # section IV-A
+    learning_rate: float = 1e-3  # ours, constant: the paper is silent
+    precision: str = "bf16"  # ours
+
+
+# --- ResVAE ----------------------------------------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """The residual block of ResNet, "employed as the basic module to speed up the training" (section III-B).
+
+    Ours: its pre-activation form (He et al., ECCV 2016), so that a linear way leads through the whole VAE: what PCA can
+    do is learnt quickly, and a ReLU does not cut the few latents. And batch norm, once trained the same affine map at
+    every pixel: the decoder stays local, and padding of the latents does not reach far (with a group norm it would, by
+    its statistics). Mirrored latents are not decoded to quite the mirrored maps: kernels have sides.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+
+        def half(width: int) -> tuple[nn.Module, ...]:
+            return nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, outputs, 3, padding=1, bias=False)
+
+        self.residual = nn.Sequential(*half(inputs), *half(outputs))
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) -> (B, outputs, H, W)."""
+        return self.shortcut(x) + self.residual(x)
+
+
+class ResVAE(nn.Module):
+    """Section III-B: a residual convolutional VAE of one map, at the map's own resolution.
+
+    Ours: two residual blocks on each side of the latents, half as wide as the map, and a 1x1 convolution next to the
+    latents: 512, 256, 256, 64 means and 64 log-variances | 64, 256, 256, 512.
+    """
+
+    def __init__(self, channels: int, latent: int):
+        super().__init__()
+        width = max(channels // 2, latent)
+        self.encoder = nn.Sequential(
+            ResidualBlock(channels, width), ResidualBlock(width, width), nn.Conv2d(width, 2 * latent, 1)
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent, width, 1), ResidualBlock(width, width), ResidualBlock(width, channels)
+        )
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> mean and log-variance of a Gaussian a latent value, each (B, latent, H, W)."""
+        mean, log_variance = self.encoder(x).chunk(2, 1)
+        return mean, log_variance.clamp(-30, 20)  # as in latent diffusion's autoencoder: exp stays finite
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the posterior's mean (B, latent, H, W): what the repository stores."""
+        return self.posterior(x)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, latent, H, W) -> (B, C, H, W)."""
+        return self.decoder(z)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, C, H, W) -> reconstruction (of a sample in training, of the mean in evaluation), mean, log-variance."""
+        mean, log_variance = self.posterior(x)
+        z = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
+        return self.decode(z), mean, log_variance
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """From N(mean, exp(log_variance)) to N(0, 1), in nats, value by value: the inputs' shape."""
+    return (mean.square() + log_variance.exp() - 1 - log_variance) / 2
+
+
+def vae_loss(
+    reconstruction: Tensor, target: Tensor, mean: Tensor, log_variance: Tensor, kl: float, reduction: str
+) -> dict[str, Tensor]:
+    """Section IV-A: MSE and KL divergence, the latter with weight `kl`; the paper does not say how they are reduced.
+
+    An image has D values and L latent values, D / L = 8. With mse = mean over all values of (reconstruction - target)^2
+    and kl_mean = mean over all latent values of (mean^2 + variance - 1 - log variance) / 2, "loss" is for
+
+        "sum":   D mse + kl L kl_mean   summed over an image, averaged over the batch: the negative evidence bound of
+                                        the likelihood N(reconstruction, 1/2), up to constants
+        "mean":  mse + kl kl_mean       both averaged over values: "sum" with an 8 times heavier KL
+        "mixed": mse + kl L kl_mean     an averaged MSE, as `nn.MSELoss` has it, beside an image's KL: "sum" with a D
+                                        times heavier KL, for which the posterior collapses
+
+    Args:
+        reconstruction, target: (B, C, H, W). mean, log_variance: (B, latent, H, W).
+
+    Returns:
+        "loss", "mse" and "kl" (nats a latent value: kl_mean), scalars. ValueError for an unknown reduction.
+    """
+    mse = functional.mse_loss(reconstruction, target)
+    kl_mean = kl_divergence(mean, log_variance).mean()
+    values, latents = target[0].numel(), mean[0].numel()
+    weights = {"sum": (values, latents), "mean": (1, 1), "mixed": (1, latents)}
+    if reduction not in weights:
+        raise ValueError(f"unknown reduction {reduction!r}: use one of {', '.join(weights)}")
+    of_mse, of_kl = weights[reduction]
+    return {"loss": of_mse * mse + kl * of_kl * kl_mean, "mse": mse, "kl": kl_mean}
+
+
+# --- PCA (Table III) -------------------------------------------------------------------------------------------------
+
+
+class PCALevel(nn.Module):
+    """Principal components "by channel" (section IV-B3): the same linear maps of channel vectors at every pixel."""
+
+    def __init__(self, channels: int, latent: int):
+        super().__init__()
+        self.register_buffer("components", torch.eye(latent, channels))  # orthonormal rows
+        self.register_buffer("mean", torch.zeros(channels))
+
+    def fit(self, chunks: Iterable[Tensor]) -> None:
+        """By scikit-learn's incremental PCA, on channel vectors that come as chunks (M, C), each with M >= latent."""
+        pca = IncrementalPCA(len(self.components))
+        for chunk in chunks:
+            pca.partial_fit(chunk.double().cpu().numpy())
+        self.components.copy_(torch.from_numpy(pca.components_))
+        self.mean.copy_(torch.from_numpy(pca.mean_))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, latent, H, W)."""
+        return torch.einsum("lc,bchw->blhw", self.components, x - self.mean.view(1, -1, 1, 1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, latent, H, W) -> (B, C, H, W)."""
+        return torch.einsum("lc,blhw->bchw", self.components, z) + self.mean.view(1, -1, 1, 1)
+
+
+def channel_vectors(level: "Level", x: Tensor, seed: int) -> Iterable[Tensor]:
+    """The standardised channel vectors of all pixels of (N, C, H, W), in chunks of about 4096: (M, C) float32.
+
+    Of more than 200,000 so many are drawn without repetition (ours: some 400 for each of 512 channels will do).
+    """
+    count, _, height, width = x.shape
+    pixels = torch.randperm(count * height * width, generator=torch.Generator().manual_seed(seed))[:PCA_VECTORS]
+    for part in pixels.to(x.device).tensor_split(math.ceil(len(pixels) / PCA_CHUNK)):
+        vectors = x[part // (height * width), :, part // width % height, part % width]  # (M, C)
+        yield level.standardise(vectors[..., None, None]).flatten(1)
+
+
+# --- All levels ------------------------------------------------------------------------------------------------------
+
+
+class Level(nn.Module):
+    """A codec (None: features stay as they are) between the standardisation of training features and its inverse."""
+
+    def __init__(self, codec: ResVAE | PCALevel | None, channels: int):
+        super().__init__()
+        self.codec = codec
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("deviation", torch.ones(1, channels, 1, 1))
+
+    def fit_standardisation(self, x: Tensor) -> None:
+        """From (N, C, H, W) of any float type; a channel that does not vary is only centred."""
+        count = x.numel() / x.shape[1]
+        mean = sum(part.double().sum((0, 2, 3), keepdim=True) for part in x.split(CHUNK)) / count
+        squares = sum((part.double() - mean).square().sum((0, 2, 3), keepdim=True) for part in x.split(CHUNK))
+        deviation = (squares / count).sqrt()
+        if not deviation.isfinite().all():
+            raise ValueError("the features hold NaN or infinite values (beyond fp16?): look at the diffusion model")
+        self.mean.copy_(mean)
+        self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1))
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in the features' units -> float32 of mean 0 and variance 1 a channel."""
+        return (x.float() - self.mean) / self.deviation
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.codec.encode(self.standardise(x)).float() if self.codec else x.float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.codec.decode(z.float()).float() * self.deviation + self.mean if self.codec else z.float()
+
+
+class Compressor(nn.Module):
+    """Features to latents (section III-B) and back ("feature mapping" by fixed parameters, section III-C).
+
+    It stays frozen and in evaluation mode, also inside a network that trains.
+    """
+
+    def __init__(self, levels: Iterable[Level]):
+        super().__init__()
+        self.levels = nn.ModuleList(levels)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Compressor":
+        return super().train(False)
+
+    def encode(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """A map (B, C_k, H_k, W_k) a level -> (B, C_k / ratio, H_k, W_k) float32 a level."""
+        return [level.encode(x) for level, x in zip(self.levels, maps, strict=True)]
+
+    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """The way back: (B, C_k, H_k, W_k) float32 a level, in the features' own units."""
+        return [level.decode(z) for level, z in zip(self.levels, latents, strict=True)]
+
+
+def build_compressor(settings: CompressionSettings, channels: Sequence[int]) -> Compressor:
+    """Not fitted, to be loaded; `channels`: a level. ValueError: unknown method, a ratio that does not divide them."""
+    if settings.method not in METHODS:
+        raise ValueError(f"unknown method {settings.method!r}: use one of {', '.join(METHODS)}")
+    if settings.method == "none":
+        return Compressor(Level(None, width) for width in channels)
+    if settings.ratio < 1 or any(width % settings.ratio for width in channels):
+        raise ValueError(f"ratio {settings.ratio} does not divide the channels {list(channels)}: use one that does")
+    codec = ResVAE if settings.method == "resvae" else PCALevel
+    return Compressor(Level(codec(width, width // settings.ratio), width) for width in channels)
+
+
+def fit_compressor(
+    settings: CompressionSettings, features: list[Tensor], seed: int, session: Session
+) -> tuple[Compressor, Trained | None]:
+    """Fit on training features: ResVAEs in one loop, on the sum of the levels' losses; PCA level by level.
+
+    Args:
+        features: (N, C_k, H_k, W_k) a level, finest first, fp16 or wider, whole on the device that trains.
+
+    Returns:
+        The compressor on the features' device; what `train` returned (curve: "loss", then "mse_level_k" in units of
+        variance and "kl_level_k" in nats a latent value), None where nothing is trained by gradients.
+
+    Raises:
+        ValueError: settings, features that are not finite or too few for a PCA; OutOfTime, NonFiniteLoss of `train`.
+    """
+    torch.manual_seed(seed)
+    device, precision = features[0].device, precision_of(settings, features[0].device)
+    compressor = build_compressor(settings, [x.shape[1] for x in features])
+    compressor.to(device, memory_format=torch.channels_last)
+    if settings.method == "none":
+        return compressor, None
+    for level, x in zip(compressor.levels, features, strict=True):
+        level.fit_standardisation(x)
+        if settings.method == "pca":
+            level.codec.fit(channel_vectors(level, x, seed))
+    if settings.method == "pca":
+        return compressor, None
+
+    codecs = nn.ModuleList(level.codec for level in compressor.levels).requires_grad_(True)
+
+    def draw(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))  # of the posterior's samples: resumable
+        return [x[indices] for x in features]
+
+    def step(batch: list[Tensor]) -> dict[str, Tensor]:
+        losses = []
+        for level, x in zip(compressor.levels, batch, strict=True):
+            target = level.standardise(x).contiguous(memory_format=torch.channels_last)
+            with autocast(device, precision):
+                outputs = level.codec(target)
+            reconstruction, mean, log_variance = (y.float() for y in outputs)
+            losses.append(vae_loss(reconstruction, target, mean, log_variance, settings.kl, settings.reduction))
+        scalars = {"loss": sum(loss["loss"] for loss in losses)}
+        return scalars | {f"{name}_level_{k}": loss[name] for name in ("mse", "kl") for k, loss in enumerate(losses)}
+
+    trained = train(
+        codecs,
+        step,
+        features,
+        epochs=settings.epochs,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        betas=(0.9, 0.999),
+        seed=seed,
+        session=session,
+        draw=draw,
+    )
+    codecs.requires_grad_(False)
+    return compressor, trained
+
+
+@torch.inference_mode()
+def reconstruction_error(compressor: Compressor, features: list[Tensor]) -> dict[str, float]:
+    """What features (N, C_k, H_k, W_k) a level lose on the way through latents in fp16, as the repository holds them.
+
+    Returns:
+        "unexplained_level_k": per cent of the variance: 100 times squared errors by squares, both summed over the
+        standardised features. "unexplained": mean over levels. "latent_std": of the latent values, mean over levels.
+        "kl" (ResVAE only): nats a latent value, mean over levels; near 0 the posterior has collapsed to the prior.
+        "compression_ratio": feature values per latent value.
+    """
+    levels = [level_error(level, x) for level, x in zip(compressor.levels, features, strict=True)]
+    found = {name: sum(level[name] for level in levels) / len(levels) for name in levels[0]}
+    found |= {f"unexplained_level_{k}": level["unexplained"] for k, level in enumerate(levels)}
+    found["compression_ratio"] = found.pop("values") / found.pop("latents")
+    return found
+
+
+def level_error(level: Level, x: Tensor) -> dict[str, float]:
+    """Of one level: "unexplained", "latent_std", "kl", and how many "values" became how many "latents"."""
+    variational, latents = isinstance(level.codec, ResVAE), 0
+    sums = torch.zeros(5, dtype=torch.float64, device=x.device)  # errors^2, features^2, latents, latents^2, KL
+    for part in x.split(CHUNK):
+        target = level.standardise(part)
+        with full_float32():
+            z = level.encode(part).half()
+            error = level.standardise(level.decode(z)) - target
+            kl = kl_divergence(*level.codec.posterior(target)) if variational else torch.zeros_like(z)
+        sums += torch.stack([y.double().sum() for y in (error.square(), target.square(), z, z.double().square(), kl)])
+        latents += z.numel()
+    lost, total, first, second, nats = sums.tolist()
+    std = math.sqrt(max(second / latents - (first / latents) ** 2, 0.0))
+    found = {"unexplained": 100 * lost / total, "latent_std": std, "values": x.numel(), "latents": latents}
+    return found | ({"kl": nats / latents} if variational else {})

@@ -1,0 +1,165 @@
+"""Power transfer: the hybrid teaches a plain detector of the same width and depth.
+
+Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: section III-D, equations 6 and 7,
+and what section IV-A says about distance and temperature. The object scaling is that of Mehta and Ozturk, "Object
+detection at 200 frames per second", ECCV Workshops 2018 (the paper's [32]).
+
+Equation 6 adds three parts, equation 7 gives each as the detector's own loss against the truth plus lambda times the
+same against the teacher; for classes and boxes the second is scaled by o_T, the objectness that the teacher predicts,
+so that nothing is learned from its boxes and classes where it sees background. Its objectness is learned everywhere.
+
+Equation 7 and section IV-A do not agree. The equation takes the losses of the detector (cross-entropies, an overlap of
+boxes) and has no temperature; the section says "logit distillation", "L2" and "the temperature coefficient is set to
+20", which an L2 of boxes has no use for. Both are here: `distance` is "l2" (section IV-A, our default) or "bce"
+(equation 7) for objectness and classes; `box` is "ciou" (equation 7, our default) or "l2".
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.detector.assignment import box_iou_aligned
+from defectlab.detector.decode import decode_anchor_based, full_precision
+from defectlab.detector.losses import AnchorBasedLoss
+
+BELIEF = 1e-6  # ours: least sum of the teacher's objectness to divide by, so that a batch without any gives 0, not NaN
+
+
+def logit_distance(student: Tensor, teacher: Tensor, distance: str = "l2", temperature: float = 20.0) -> Tensor:
+    """How far the student's logits are from the teacher's, element by element; 0 or more, the shape of both.
+
+    "l2": (sigmoid(z_T / T) - sigmoid(z_S / T))^2 T^2. Section IV-A names L2 and T = 20; that T softens sigmoids (YOLO's
+    probabilities), and that T^2 keeps the gradient's size (Hinton et al. 2015), is ours. The sigmoid's slope at 0 is
+    1/4, so for |z| well below 4 T this is (z_T - z_S)^2 / 16: at T = 20 nothing else than the squared difference of
+    the logits themselves, which counts between -6 and -9, 0.2 % and 0.01 %, as much as between 1.5 and -1.5.
+    "bce": equation 7 with the detector's own loss, the cross-entropy with the teacher's probability as a soft target;
+    no temperature. Its least value, where both agree, is the entropy of the teacher and not 0.
+    """
+    if distance == "bce":
+        return functional.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none")
+    if distance != "l2":
+        raise ValueError(f"distance must be 'l2' or 'bce', not {distance!r}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    return ((teacher / temperature).sigmoid() - (student / temperature).sigmoid()).square() * temperature**2
+
+
+def box_distance(student: Tensor, teacher: Tensor, width: int, height: int, box: str = "ciou") -> Tensor:
+    """How far the student's boxes are from the teacher's, pair by pair: (..., 4), (..., 4) xyxy in px -> (...).
+
+    "ciou": 1 - CIoU, equation 7 with the detector's own loss. "l2": the squared distance of the four coordinates
+    relative to an image of `width` x `height` px (section III-D: "normalized coordinates"); 0.01^2 is a side that is
+    off by a hundredth of the image.
+    """
+    if box == "ciou":
+        return 1 - box_iou_aligned(student, teacher, "ciou")
+    if box != "l2":
+        raise ValueError(f"box must be 'ciou' or 'l2', not {box!r}")
+    off = student - teacher
+    return (off[..., 0::2] / width).square().sum(-1) + (off[..., 1::2] / height).square().sum(-1)
+
+
+def object_scaled_terms(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    anchors: Tensor,
+    strides: Sequence[int] = (8, 16, 32),
+    balance: Sequence[float] = (4.0, 1.0, 0.4),
+    *,
+    distance: str = "l2",
+    temperature: float = 20.0,
+    box: str = "ciou",
+) -> dict[str, Tensor]:
+    """The parts of equation 7 against the teacher, without lambda: "distill_obj", "distill_cls", "distill_box".
+
+    Both give raw maps (B, K * (5 + C), h, w), finest level first; anchors (levels, K, 2) are widths and heights in px.
+    One architecture has the same cells and anchors, so place is compared with place; the teacher is a constant. As in
+    the detector's loss, objectness is a mean over the places of a level times the level's balance, summed over levels,
+    and a place's class distance is the mean over the classes. Ours: class and box distances are weighted by o_T,
+    summed over all levels and pictures and divided by the sum of o_T: a mean over what the teacher believes to be
+    objects. All is computed in float32 whatever autocast does (float64 stays float64).
+
+    ValueError where the maps of both differ in number or shape, and for an unknown distance.
+    """
+    shapes, taught = [tuple(m.shape) for m in student], [tuple(m.shape) for m in teacher]
+    if shapes != taught:
+        raise ValueError(f"maps of the student {shapes} and of the teacher {taught} differ; build both at one scale")
+    student = [full_precision(m) for m in student]
+    teacher = [full_precision(m).detach().to(student[0].dtype) for m in teacher]
+    found, wanted = per_place(student, anchors.shape[1]), per_place(teacher, anchors.shape[1])  # (B, A, 5 + C)
+    belief = wanted[..., 4].sigmoid()  # (B, A): o_T, 0..1
+
+    def believed(distances: Tensor) -> Tensor:  # (B, A) -> scalar
+        return (belief * distances).sum() / belief.sum().clamp(min=BELIEF)
+
+    cls = logit_distance(found[..., 5:], wanted[..., 5:], distance, temperature).mean(-1)
+    boxes, targets = (decode_anchor_based(maps, anchors, strides)[0] for maps in (student, teacher))  # (B, A, 4) px
+    height, width = (side * strides[0] for side in shapes[0][-2:])
+
+    obj = logit_distance(found[..., 4], wanted[..., 4], distance, temperature)
+    levels = obj.split([anchors.shape[1] * h * w for *_, h, w in shapes], dim=1)
+    return {
+        "distill_obj": sum(weight * level.mean() for weight, level in zip(balance, levels, strict=True)),
+        "distill_cls": believed(cls),
+        "distill_box": believed(box_distance(boxes, targets, width, height, box)),
+    }
+
+
+def per_place(raw: Sequence[Tensor], count: int) -> Tensor:
+    """Maps (B, K * (5 + C), h, w) with K = count -> (B, A, 5 + C), places in the order of `decode_anchor_based`."""
+    return torch.cat([rearrange(m, "b (k values) h w -> b (k h w) values", k=count) for m in raw], 1)
+
+
+class PowerTransfer(nn.Module):
+    """Equation 6: the student's whole loss, its own plus `weight` (lambda) times the parts against the teacher.
+
+    These take the gains of the detector's own terms, which scale with input size and classes, so that lambda weighs
+    the teacher against the truth. At weight 0 the loss is exactly the detector's own.
+    """
+
+    def __init__(
+        self,
+        detector_loss: AnchorBasedLoss,
+        weight: float = 1.0,  # ours: the paper names lambda and no value
+        distance: str = "l2",  # paper section IV-A
+        temperature: float = 20.0,  # paper section IV-A
+        box: str = "ciou",  # paper equation 7
+    ):
+        super().__init__()
+        self.detector_loss, self.weight = detector_loss, weight
+        self.reading = {"distance": distance, "temperature": temperature, "box": box}
+
+    def forward(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], boxes: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Raw maps of both for the same pictures, boxes (B, M, 4) px, labels (B, M), -1 where padded -> scalars.
+
+        "loss" is minimised; "box", "obj", "cls" are the detector's own terms and "distill_box", "distill_obj",
+        "distill_cls" those against the teacher, all before gains and weight.
+        """
+        own = self.detector_loss
+        truth = own(student, boxes, labels)
+        taught = object_scaled_terms(student, teacher, own.anchors, own.strides, own.balance, **self.reading)
+        distilled = sum(gain * taught[f"distill_{name}"] for name, gain in own.gains.items())
+        return truth | taught | {"loss": truth["loss"] + self.weight * distilled}
+
+
+def temperature_table(
+    teacher: float = 2.0,
+    students: Sequence[float] = (-6, -4, -2, 0, 1, 2, 3, 4, 6),
+    temperatures: Sequence[float] = (1, 5, 20),
+) -> list[dict[str, float]]:
+    """What "L2, temperature 20" can mean: one line for each student's logit, against one logit of the teacher.
+
+    The keys are "teacher", "student", "T = 1", ... (the "l2" of `logit_distance`) and "limit", (z_T - z_S)^2 / 16.
+    """
+    wanted, found = torch.tensor(teacher, dtype=torch.float64), torch.tensor(students, dtype=torch.float64)
+    columns = {f"T = {t:g}": logit_distance(found, wanted, "l2", t).tolist() for t in temperatures}
+    columns["limit"] = ((wanted - found).square() / 16).tolist()
+    return [
+        {"teacher": float(teacher), "student": float(z), **{name: column[i] for name, column in columns.items()}}
+        for i, z in enumerate(students)
+    ]

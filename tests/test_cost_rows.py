@@ -1,0 +1,137 @@
+"""Rows of costs alone: against published counts, the speed by hand, and a record without metrics."""
+
+import dataclasses
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from defectlab import batch, claims, costs, measured, report, runs
+from defectlab.batch import Task
+from defectlab.claims import judge
+from defectlab.costs import flops, parameters
+from defectlab.detector.blocks import folded
+from defectlab.detector.cost_rows import CostSettings, NoData, run_costs
+from defectlab.detector.model import Detector
+from defectlab.measured import value_of
+from defectlab.train import Session
+
+# (parameters in millions, GFLOPs at 640 px) for 80 classes, as the makers of YOLOv5 6.x and YOLOv8 state them
+PUBLISHED = {
+    ("v5", "n"): (1.9, 4.5),
+    ("v5", "s"): (7.2, 16.5),
+    ("v5", "m"): (21.2, 49.0),
+    ("v5", "l"): (46.5, 109.1),
+    ("v8", "n"): (3.2, 8.7),
+    ("v8", "s"): (11.2, 28.6),
+    ("v8", "m"): (25.9, 78.9),
+    ("v8", "l"): (43.7, 165.2),
+}
+SMALL = CostSettings(scale="t", size=64)
+
+
+@pytest.mark.parametrize(("family", "scale"), list(PUBLISHED))
+def test_published_counts(family: str, scale: str) -> None:
+    settings = CostSettings(family=family, scale=scale)
+    with torch.device("meta"):
+        detector = folded(Detector(family, scale, settings.classes))
+        counted = flops(detector, torch.zeros(1, 3, settings.size, settings.size))
+    weights, gflops = PUBLISHED[family, scale]
+    assert parameters(detector) / 1e6 == pytest.approx(weights, rel=0.02)
+    assert counted / 1e9 == pytest.approx(gflops, rel=0.02)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """A picture takes 8 ms, in a batch 4 ms; -> the shapes of what was timed."""
+    seen: list[tuple[int, ...]] = []
+
+    def seconds(model: torch.nn.Module, images: torch.Tensor, *options) -> float:
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())  # as deployed
+        seen.append(tuple(images.shape))
+        return 0.008 if len(images) == 1 else 0.004 * len(images)
+
+    monkeypatch.setattr(costs, "inference_seconds", seconds)
+    return seen
+
+
+def test_costs_by_hand(clock: list[tuple[int, ...]]) -> None:
+    result = run_costs(SMALL, "cpu")
+    weights = parameters(folded(Detector("v5", "t", 80)))
+    assert result.costs["parameters_m"] == pytest.approx(weights / 1e6, abs=1e-4)
+    assert result.costs["size_mb"] == pytest.approx(2 * weights / 1e6, abs=0.01)
+    timed = [result.costs[name] for name in ("latency_ms", "fps")]
+    assert "images_per_second_32" not in result.costs  # minutes on a CPU, and not what Table V asks
+    assert timed == [8.0, 125.0]
+    assert clock == [(1, 3, 64, 64)]
+    assert result.metrics == result.per_class == result.dev == result.curve == result.predictions == result.model == {}
+    larger = run_costs(dataclasses.replace(SMALL, size=128), "cpu")
+    assert larger.costs["gflops"] == pytest.approx(4 * result.costs["gflops"], rel=0.02)  # of this very size
+
+
+def test_a_real_clock() -> None:
+    result = run_costs(dataclasses.replace(SMALL, size=32, classes=1), "cpu")
+    assert result.costs["fps"] == pytest.approx(1000 / result.costs["latency_ms"], abs=0.1)
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"scale": "z"}, "unknown detector"), ({"size": 100}, "divisible")])
+def test_impossible_settings(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_costs(dataclasses.replace(SMALL, **changes), "cpu")
+
+
+# --- A record without metrics ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: list[tuple[int, ...]]) -> SimpleNamespace:
+    """A study of cost rows alone, with a printed table, in a folder of its own."""
+    module = SimpleNamespace(
+        TITLE="costs",
+        ROWS={profile: {"cost_t": SMALL} for profile in runs.PROFILES},
+        PRIMARY=("cost_t",),
+        METRICS=(("map50",), ("fps", "parameters_m")),
+        planned_seeds=lambda row, profile: 1,
+        load=lambda settings, device: NoData(),
+        fingerprints=lambda settings: {"data": "none", "weights": "random"},
+        run_row=lambda settings, seed, data, device, session: run_costs(settings, device),
+    )
+    for part in (runs, report, claims):
+        monkeypatch.setattr(part, "project_root", lambda: tmp_path)
+    for part in (report, batch):
+        monkeypatch.setattr(part, "study", lambda name: module)
+    folder = tmp_path / "results" / "papers" / "costs"
+    folder.mkdir(parents=True)
+    header = "row,column,metric,unit,value,higher_is_better,status,key,not_comparable,source"
+    lines = ["t,all,fps,1/s,144,true,runnable,cost_t,,Table V", "t,all,map50,%,76.4,true,runnable,cost_t,,Table V"]
+    (folder / "table5.csv").write_text("\n".join([header, *lines, ""]))
+    return module
+
+
+def test_it_is_run_recorded_and_shown(study: SimpleNamespace) -> None:
+    said: list[str] = []
+    (record,) = batch.run_tasks("costs", [Task("cost_t", 0, SMALL, False, False)], "quick", "cpu", None, said.append)
+    assert record.key.startswith("detector_costs-none-quick-s0-")
+    assert record.data_label == NoData().label == "none (no data needed)"
+    assert record.metrics == {} and record.arrays == {} and not record.path.with_suffix(".safetensors").exists()
+    assert value_of(record, "fps") == 125.0 and math.isnan(value_of(record, "map50"))
+    assert runs.run(study, SMALL, 0, "quick", "cpu", Session()).content == record.content  # it is there already
+    assert runs.promote([record])[0].startswith("recorded: ")
+
+    table = report.results_table("costs", "table5", "quick")
+    fps, precision = (table[measured.METRIC_NAMES[metric]] for metric in ("fps", "map50"))
+    assert fps.loc["t", "recorded (quick)"] == fps.loc["t", "this run"] == "125 n=1"
+    assert fps.loc["t", "verdict"] == "cannot be judged (timed on another device)"
+    assert precision.loc["t", "recorded (quick)"] == "–"
+    assert precision.loc["t", "verdict"] == "cannot be judged (the records lack it)"
+    assert report.per_class_table("costs", ["cost_t"], "map50", "quick").loc["cost_t", "all"] == "–"
+
+
+def test_a_claim_about_its_speed(study: SimpleNamespace) -> None:
+    record = runs.run(study, SMALL, 0, "quick", "cpu", Session())
+    claim = {"id": "fast", "kind": "bound", "a": "cost_t", "metric": "fps", "at_least": 100, "primary": False}
+    (judged,) = judge([claim], {"cost_t": [record]}, "quick")
+    assert judged.value == 125.0 and judged.verdict == "holds here" and judged.device == record.device
+    assert claims.outcome(judged) == "125 1/s (at least 100 1/s)"

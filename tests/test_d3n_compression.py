@@ -1,0 +1,377 @@
+"""D3N's compression: the VAE and its loss, PCA against scikit-learn, standardisation, fitting, what is lost."""
+
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.decomposition import IncrementalPCA
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.distributions import Normal, kl_divergence
+
+from defectlab.papers.d3n import compression
+from defectlab.papers.d3n.compression import (
+    CompressionSettings,
+    Compressor,
+    Level,
+    PCALevel,
+    ResVAE,
+    build_compressor,
+    channel_vectors,
+    fit_compressor,
+    reconstruction_error,
+    vae_loss,
+)
+from defectlab.train import OutOfTime, Session
+
+CHANNELS = (8, 16)
+SMALL = CompressionSettings(epochs=2, batch=8, precision="fp32")
+QUIET = Session(say=lambda line: None)
+REDUCTIONS = ("sum", "mean", "mixed")
+
+
+def toy(images: int, channels: int, side: int, rank: int, seed: int, noise: float = 0.05) -> Tensor:
+    """Correlated features fp16: `rank` blurred random maps, mixed into channels of unlike scale and offset."""
+    shared, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed)
+    sources = torch.randn(images, rank, side + 2, side + 2, generator=own)
+    sources = 3 * nn.functional.avg_pool2d(sources, 3, 1)
+    mixed = torch.einsum("cr,nrhw->nchw", torch.randn(channels, rank, generator=shared), sources)
+    mixed += noise * torch.randn(mixed.shape, generator=own)
+    scale = torch.logspace(-1, 1, channels).view(1, -1, 1, 1)
+    return (scale * mixed + 5).half()
+
+
+def features(images: int = 16, seed: int = 0, noise: float = 0.05) -> list[Tensor]:
+    """Two levels of rank 2 and 3: (N, 8, 8, 8) and (N, 16, 4, 4)."""
+    return [toy(images, 8, 8, 2, seed, noise), toy(images, 16, 4, 3, seed, noise)]
+
+
+# --- ResVAE ----------------------------------------------------------------------------------------------------------
+
+
+def test_section_iv_a_compresses_512_channels_to_64_at_the_same_resolution() -> None:
+    net, x = ResVAE(512, 64), torch.randn(2, 512, 3, 2)
+    reconstruction, mean, log_variance = net(x)
+    assert mean.shape == log_variance.shape == net.encode(x).shape == (2, 64, 3, 2)
+    assert reconstruction.shape == net.decode(mean).shape == x.shape
+
+
+@pytest.mark.parametrize(("channels", "latent"), [(8, 1), (24, 3), (8, 4), (8, 8)])
+def test_any_width_and_ratio(channels: int, latent: int) -> None:
+    reconstruction, mean, _ = ResVAE(channels, latent)(torch.randn(2, channels, 4, 4))
+    assert reconstruction.shape == (2, channels, 4, 4)
+    assert mean.shape == (2, latent, 4, 4)
+
+
+def test_it_decodes_a_sample_in_training_and_the_mean_in_evaluation() -> None:
+    torch.manual_seed(0)
+    net, x = ResVAE(8, 2), torch.randn(4, 8, 4, 4)
+    assert not torch.equal(net(x)[0], net(x)[0])
+    net.eval()
+    reconstruction, mean, log_variance = net(x)
+    assert torch.equal(reconstruction, net.decode(mean))
+    assert torch.equal(mean, net.encode(x))
+    assert torch.equal(log_variance, net.posterior(x)[1])
+
+
+def test_samples_have_the_posteriors_mean_and_variance(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = ResVAE(8, 1).train()
+    constant = torch.full((1, 1, 200, 200), 3.0), torch.full((1, 1, 200, 200), 4.0).log()
+    monkeypatch.setattr(net, "posterior", lambda x: constant)
+    monkeypatch.setattr(net, "decode", lambda z: z)
+    z = net(torch.empty(0))[0]
+    assert z.mean().item() == pytest.approx(3, abs=0.05)
+    assert z.std().item() == pytest.approx(2, abs=0.05)
+
+
+def test_the_log_variance_cannot_overflow() -> None:
+    net = ResVAE(8, 1).eval()
+    net.encoder[-1].bias.data[1] = 1e6
+    assert net.posterior(torch.zeros(1, 8, 2, 2))[1].exp().isfinite().all()
+
+
+def test_the_decoder_is_local_so_padding_far_away_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net = ResVAE(8, 2).eval()
+    z = torch.randn(1, 2, 16, 16)
+    padded = z.clone()
+    padded[..., 12:] = 0
+    changed = (net.decode(z) - net.decode(padded)).abs().amax((0, 1, 2)) > 0  # (W,)
+    assert changed.tolist() == [False] * 8 + [True] * 8  # four convolutions of 3 x 3 reach four pixels
+
+
+# --- Loss ------------------------------------------------------------------------------------------------------------
+
+
+def test_kl_is_that_of_torch_distributions() -> None:
+    mean, log_variance = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
+    wanted = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0))
+    assert torch.allclose(compression.kl_divergence(mean, log_variance), wanted)
+    x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
+    assert torch.allclose(vae_loss(x, x, mean, log_variance, 1.0, "mean")["loss"], wanted.mean())
+
+
+@pytest.mark.parametrize(("reduction", "wanted"), [("sum", 64 * 4 + 3 * 8 * 0.5), ("mean", 4 + 1.5), ("mixed", 4 + 12)])
+def test_reductions_by_hand(reduction: str, wanted: float) -> None:
+    """Errors of 2 at 64 values an image, 8 latents N(1, 1) whose KL is 1/2, weight 3; the batch does not matter."""
+    for images in (1, 5):
+        target, mean = torch.zeros(images, 16, 2, 2), torch.ones(images, 2, 2, 2)
+        found = vae_loss(target + 2, target, mean, torch.zeros_like(mean), 3.0, reduction)
+        assert {name: value.item() for name, value in found.items()} == pytest.approx(
+            {"loss": wanted, "mse": 4.0, "kl": 0.5}
+        )
+
+
+def test_sum_is_the_negative_evidence_bound_up_to_constants() -> None:
+    torch.manual_seed(0)
+    target, mean, log_variance = torch.randn(2, 8, 3, 3), torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
+
+    def bound(reconstruction: Tensor) -> Tensor:
+        likelihood = Normal(reconstruction, 0.5**0.5).log_prob(target).sum((1, 2, 3))
+        kl = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).sum((1, 2, 3))
+        return (likelihood - kl).mean()
+
+    a, b = torch.randn(2, 2, 8, 3, 3)
+    losses = [vae_loss(x, target, mean, log_variance, 1.0, "sum")["loss"] for x in (a, b)]
+    assert (losses[0] - losses[1]).item() == pytest.approx((bound(b) - bound(a)).item(), rel=1e-4)
+    constant = losses[0] + bound(a)  # of the likelihood alone: half log(pi) a value
+    assert constant.item() == pytest.approx(-0.5 * 72 * np.log(np.pi), rel=1e-4)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients(reduction: str) -> None:
+    torch.manual_seed(0)
+    reconstruction, target = torch.randn(2, 2, 4, 2, 2, dtype=torch.float64)
+    mean, log_variance = torch.randn(2, 2, 1, 2, 2, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (reconstruction, mean, log_variance)]
+    assert gradcheck(lambda r, m, v: vae_loss(r, target, m, v, 0.7, reduction)["loss"], inputs)
+
+
+def test_an_unknown_reduction_is_refused() -> None:
+    x = torch.zeros(1, 2, 1, 1)
+    with pytest.raises(ValueError, match="unknown reduction 'avg': use one of sum, mean, mixed"):
+        vae_loss(x, x, x, x, 1.0, "avg")
+
+
+# --- PCA -------------------------------------------------------------------------------------------------------------
+
+
+def test_pca_is_scikit_learns() -> None:
+    torch.manual_seed(0)
+    vectors = torch.randn(60, 4) @ torch.randn(4, 6) + torch.arange(6)
+    level = PCALevel(6, 3)
+    level.fit(vectors.split(20))
+    wanted = IncrementalPCA(3, batch_size=20).fit(vectors.double().numpy())
+    x = torch.randn(2, 6, 3, 5)
+    rows = x.movedim(1, -1).reshape(-1, 6).double().numpy()  # (B H W, C)
+    z = level.encode(x)
+    assert np.allclose(z.movedim(1, -1).reshape(-1, 3), wanted.transform(rows), atol=1e-5)
+    back = wanted.inverse_transform(wanted.transform(rows))
+    assert np.allclose(level.decode(z).movedim(1, -1).reshape(-1, 6), back, atol=1e-5)
+
+
+def test_pca_with_all_components_loses_nothing_and_with_the_rank_next_to_nothing() -> None:
+    whole, trained = fit_compressor(replace(SMALL, method="pca", ratio=1), features(), 0, QUIET)
+    assert trained is None
+    assert reconstruction_error(whole, features(seed=1))["unexplained"] < 1e-3  # latents are rounded to fp16
+    low, _ = fit_compressor(replace(SMALL, method="pca", ratio=4), features(noise=0.0), 0, QUIET)  # 2 and 4 latents
+    assert reconstruction_error(low, features(seed=1, noise=0.0))["unexplained"] < 0.01
+    less, _ = fit_compressor(replace(SMALL, method="pca"), features(noise=0.0), 0, QUIET)  # 1 and 2 latents
+    assert reconstruction_error(less, features(noise=0.0))["unexplained"] > 1
+
+
+def test_pca_of_many_pixels_sees_a_seeded_draw_without_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "PCA_VECTORS", 50)
+    monkeypatch.setattr(compression, "PCA_CHUNK", 20)
+    x = torch.arange(3 * 2 * 4 * 5).view(3, 2, 4, 5).half()  # 60 different vectors
+    level = Level(None, 2)
+    chunks = list(channel_vectors(level, x, seed=3))
+    assert [len(c) for c in chunks] == [17, 17, 16]
+    drawn, everything = torch.cat(chunks), x.movedim(1, -1).reshape(-1, 2).float()
+    assert {tuple(v) for v in drawn.tolist()} < {tuple(v) for v in everything.tolist()}
+    assert len(drawn.unique(dim=0)) == 50
+    assert torch.equal(drawn, torch.cat(list(channel_vectors(level, x, seed=3))))
+    assert not torch.equal(drawn, torch.cat(list(channel_vectors(level, x, seed=4))))
+
+
+# --- All levels ------------------------------------------------------------------------------------------------------
+
+
+def test_none_keeps_features_to_the_bit() -> None:
+    kept, trained = fit_compressor(replace(SMALL, method="none"), features(), 0, QUIET)
+    assert trained is None
+    latents = kept.encode(features())
+    assert all(torch.equal(z, x.float()) for z, x in zip(latents, features(), strict=True))
+    assert all(torch.equal(y, x.float()) for y, x in zip(kept.decode(latents), features(), strict=True))
+    found = reconstruction_error(kept, features())
+    assert (found["unexplained"], found["compression_ratio"]) == (0.0, 1.0)
+    assert "kl" not in found
+
+
+def test_standardised_features_have_mean_0_and_variance_1_a_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "CHUNK", 5)
+    x = features()[0]
+    x[:, 3] = 2.5  # does not vary: only centred
+    level = Level(None, 8)
+    level.fit_standardisation(x)
+    assert torch.allclose(level.mean, x.float().mean((0, 2, 3), keepdim=True), atol=1e-4)
+    y = level.standardise(x)
+    variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    assert torch.allclose(mean, torch.zeros(8), atol=1e-4)
+    assert torch.allclose(variance, torch.tensor([0.0 if c == 3 else 1.0 for c in range(8)]), atol=1e-3)
+
+
+def test_features_come_back_in_their_own_units() -> None:
+    compressor, _ = fit_compressor(replace(SMALL, method="pca", ratio=1), features(), 0, QUIET)
+    maps = compressor.decode(compressor.encode(features()))
+    assert [m.dtype for m in maps] == [torch.float32] * 2
+    for found, wanted in zip(maps, features(), strict=True):
+        assert torch.allclose(found, wanted.float(), rtol=1e-4, atol=1e-3)
+
+
+def test_shapes_of_latents_and_maps() -> None:
+    compressor = build_compressor(SMALL, CHANNELS)
+    latents = compressor.encode(features(2))
+    assert [tuple(z.shape) for z in latents] == [(2, 1, 8, 8), (2, 2, 4, 4)]
+    assert [m.shape for m in compressor.decode([z.half() for z in latents])] == [x.shape for x in features(2)]
+    with pytest.raises(ValueError, match="zip"):
+        compressor.encode(features(2)[:1])
+
+
+def test_it_stays_frozen_inside_a_network_that_trains() -> None:
+    compressor, _ = fit_compressor(SMALL, features(), 0, QUIET)
+    hybrid = nn.ModuleDict({"compressor": compressor, "detector": nn.Conv2d(8, 1, 1)}).train()
+    assert hybrid["detector"].training
+    assert not any(m.training for m in compressor.modules())
+    before = {k: v.clone() for k, v in compressor.state_dict().items()}
+    maps = compressor.decode(compressor.encode(features()))
+    assert not maps[0].requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in compressor.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["resvae", "pca", "none"])
+def test_weights_can_be_kept_in_safetensors(method: str, tmp_path: Path) -> None:
+    settings = replace(SMALL, method=method)
+    compressor, _ = fit_compressor(settings, features(), 0, QUIET)
+    save_file({k: v.contiguous() for k, v in compressor.state_dict().items()}, tmp_path / "c.safetensors")
+    loaded = build_compressor(settings, CHANNELS)
+    loaded.load_state_dict(load_file(tmp_path / "c.safetensors"))
+    for a, b in zip(loaded.encode(features()), compressor.encode(features()), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    found = reconstruction_error(loaded, features())
+    assert found == pytest.approx(reconstruction_error(compressor, features()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "svd"}, "unknown method 'svd': use one of resvae, pca, none"),
+        ({"ratio": 3}, r"ratio 3 does not divide the channels \[8, 16\]"),
+        ({"ratio": 0}, "ratio 0 does not divide"),
+        ({"reduction": "avg"}, "unknown reduction"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_compressor(replace(SMALL, **changes), features(), 0, QUIET)
+
+
+@pytest.mark.parametrize("method", ["resvae", "pca"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_beyond_fp16_are_refused(method: str, value: float) -> None:
+    broken = features()
+    broken[1][0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        fit_compressor(replace(SMALL, method=method), broken, 0, QUIET)
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted() -> dict[str, Compressor]:
+    """ResVAEs of one level of rank 4 with 8 channels to 2, an equal training for each reduction."""
+    settings = CompressionSettings(ratio=4, epochs=24, batch=32, learning_rate=1e-2, precision="fp32")
+    x = [toy(64, 8, 6, 2, seed=0)]
+    return {r: fit_compressor(replace(settings, reduction=r), x, 0, QUIET)[0] for r in REDUCTIONS}
+
+
+def test_training_explains_features_it_has_not_seen(fitted: dict[str, Compressor]) -> None:
+    assert reconstruction_error(fitted["sum"], [toy(32, 8, 6, 2, seed=1)])["unexplained"] < 20
+
+
+def test_the_posterior_collapses_with_a_mean_of_errors_beside_a_sum_of_kl(fitted: dict[str, Compressor]) -> None:
+    found = {r: reconstruction_error(c, [toy(32, 8, 6, 2, seed=1)]) for r, c in fitted.items()}
+    assert found["sum"]["kl"] > found["mean"]["kl"] > found["mixed"]["kl"]
+    assert found["mixed"]["kl"] < 0.01
+    assert found["mixed"]["unexplained"] > 90
+    assert found["mixed"]["latent_std"] < 0.2 < found["sum"]["latent_std"]
+
+
+def test_the_curve_has_both_terms_of_every_level_and_falls() -> None:
+    _, trained = fit_compressor(replace(SMALL, epochs=8), features(32), 0, QUIET)
+    assert set(trained.curve) == {"loss", "mse_level_0", "mse_level_1", "kl_level_0", "kl_level_1"}
+    assert trained.curve["loss"][-1] < trained.curve["loss"][0]
+    last = {name: values[-1] for name, values in trained.curve.items()}
+    bound = 512 * last["mse_level_0"] + 64 * last["kl_level_0"] + 256 * last["mse_level_1"] + 32 * last["kl_level_1"]
+    assert last["loss"] == pytest.approx(bound, rel=1e-4)
+
+
+def test_a_seed_fixes_the_weights_and_seeds_differ() -> None:
+    a, b, c = (fit_compressor(SMALL, features(), seed, QUIET)[0].encode(features())[0] for seed in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.allclose(a, c, atol=1e-3)
+
+
+def test_an_interrupted_training_takes_the_same_course(tmp_path: Path) -> None:
+    whole, _ = fit_compressor(replace(SMALL, epochs=3), features(), 0, QUIET)
+    session = Session(checkpoint=tmp_path / "c", deadline=0.0, say=lambda line: None)
+    for sittings in count(1):
+        torch.manual_seed(sittings)  # what was random before does not matter
+        try:
+            parts, _ = fit_compressor(replace(SMALL, epochs=3), features(), 0, session)
+            break
+        except OutOfTime:
+            continue
+    assert sittings == 3
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+
+
+# --- What is lost ----------------------------------------------------------------------------------------------------
+
+
+def test_reconstruction_error_is_what_one_pass_over_everything_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "CHUNK", 5)
+    compressor, _ = fit_compressor(SMALL, features(), 0, QUIET)
+    x = features(seed=1)
+    found = reconstruction_error(compressor, x)
+    lost, kl, std = [], [], []
+    for k, level in enumerate(compressor.levels):
+        target = (x[k].float() - level.mean) / level.deviation
+        mean, log_variance = level.codec.posterior(target)
+        error = level.codec.decode(mean.half().float()) - target
+        lost.append(100 * (error.square().sum() / target.square().sum()).item())
+        kl.append(compression.kl_divergence(mean, log_variance).mean().item())
+        std.append(mean.std(correction=0).item())
+    assert found["unexplained_level_0"] == pytest.approx(lost[0], rel=1e-3)
+    assert found["unexplained_level_1"] == pytest.approx(lost[1], rel=1e-3)
+    assert found["unexplained"] == pytest.approx(np.mean(lost), rel=1e-3)
+    assert found["kl"] == pytest.approx(np.mean(kl), rel=1e-3)
+    assert found["latent_std"] == pytest.approx(np.mean(std), rel=1e-2)
+    assert found["compression_ratio"] == 8.0
+    assert len(found) == 6
+
+
+def test_unexplained_does_not_depend_on_the_channels_units() -> None:
+    compressor, _ = fit_compressor(replace(SMALL, method="pca"), features(), 0, QUIET)
+    other = [4 * x for x in features()]
+    scaled, _ = fit_compressor(replace(SMALL, method="pca"), other, 0, QUIET)
+    found = reconstruction_error(scaled, other)["unexplained"]
+    assert found == pytest.approx(reconstruction_error(compressor, features())["unexplained"], rel=1e-2)
+    assert 0 < found < 100

@@ -1,0 +1,247 @@
+"""D3N as it is run: its rows, stages before detectors, latents that follow the augmentation, a student at no cost."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from toy_detection import toy_data
+
+from defectlab import runs
+from defectlab.data.augment import Augmentation, augment
+from defectlab.detector.detect import build_detector, deployed_costs
+from defectlab.detector.training import DetectorSettings
+from defectlab.diffusion.ddpm import DiffusionSettings
+from defectlab.papers import d3n
+from defectlab.papers.d3n import hybrid, preparation
+from defectlab.papers.d3n.compression import CompressionSettings, build_compressor
+from defectlab.papers.d3n.hybrid import HybridSettings, StudentSettings
+from defectlab.runs import Record
+from defectlab.train import Session
+
+RECIPE = {
+    "dataset": "toy", "family": "v5", "scale": "t", "size": 64, "epochs": 1, "batch": 4, "warm_up": 0.0,
+    "close_mosaic": 0, "mosaic": 0.0, "average_ramp": 1.0, "learning_rate": 0.001, "precision": "fp32",
+}  # fmt: skip
+DIFFUSION = DiffusionSettings(
+    dataset="toy", size=16, channels=(8, 8, 16), layers=1, epochs=1, batch=4, average=0.5, precision="fp32"
+)
+COMPRESSION = CompressionSettings(dataset="toy", ddpm=DIFFUSION, epochs=1, batch=4, precision="fp32")
+BASELINE = DetectorSettings(**RECIPE)
+HYBRID = d3n.hybrid_of(BASELINE, COMPRESSION)
+STUDENT = d3n.student_of(HYBRID)
+
+
+def differing(first: object, second: object) -> set[str]:
+    one, other = asdict(first), asdict(second)
+    return {name for name in one.keys() & other.keys() if one[name] != other[name]}
+
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", runs.PROFILES)
+def test_hybrid_student_and_baseline_share_one_recipe_without_mosaic(profile: str) -> None:
+    rows = d3n.ROWS[profile]
+    for prefix in ("", "pcb_"):
+        baseline, whole, student = (rows[prefix + name] for name in ("baseline", "hybrid", "student"))
+        assert not differing(baseline, whole) and not differing(baseline, student)
+        assert (baseline.mosaic, baseline.mixup, baseline.family) == (0.0, 0.0, "v5")
+        assert student.teacher == whole and whole.compression == rows[prefix + "resvae"]
+        assert whole.compression.ddpm == rows[prefix + "ddpm"]
+    assert differing(rows["baseline"], rows["baseline_mosaic"]) <= {"mosaic", "close_mosaic"}
+    assert rows["baseline_mosaic"].mosaic == 1.0
+    assert rows["student_300"].epochs == rows["baseline_300"].epochs == 3 * rows["student"].epochs
+    assert rows["student_300"].teacher == rows["student"].teacher  # the teacher stays the one of Table I
+
+
+def ticks(row: HybridSettings) -> tuple[bool, bool, bool, bool]:
+    return row.dual, row.weighted, row.residual, row.norm
+
+
+@pytest.mark.parametrize("profile", runs.PROFILES)
+def test_ablation_rows_change_what_their_name_says(profile: str) -> None:
+    rows = d3n.ROWS[profile]
+    assert [  # the ticks of Table I, from the top
+        ticks(rows[name])
+        for name in (
+            *("fusion_cross", "fusion_dual", "fusion_dual_weighted"),
+            *("fusion_weighted_residual", "fusion_dual_weighted_residual", "hybrid"),
+        )
+    ] == [
+        (False, False, False, False),
+        (True, False, False, False),
+        (True, True, False, False),
+        (False, True, True, False),
+        (True, True, True, False),
+        (True, True, True, True),
+    ]
+    for name in ("concat", "sum", "weighted_sum"):  # Table II
+        assert differing(rows[f"fusion_{name}"], rows["hybrid"]) == {"fuse"}
+    for name, method in (("plain_pca", "pca"), ("plain_resvae", "resvae")):  # Table III
+        row = rows[name]
+        assert (row.fuse, row.noise_filter, row.compression) == ("sum", False, rows[method])
+        assert row.compression.method == method
+    assert differing(rows["student_bce"], rows["student"]) == {"distance"}
+    assert differing(rows["fusion_printed_scale"], rows["hybrid"]) == {"printed_scale"}
+    assert differing(rows["fusion_positional"], rows["hybrid"]) == {"positional"}
+
+
+def test_planned_seeds() -> None:
+    planned = {p: {row: d3n.planned_seeds(row, p) for row in d3n.ROWS[p]} for p in runs.PROFILES}
+    assert all(planned["paper"][row] == 5 for row in ("baseline", "hybrid", "student"))
+    assert planned["paper"]["ddpm"] == planned["quick"]["ddpm"] == 1
+    quick = {row for row, seeds in planned["quick"].items() if seeds}
+    assert {"ddpm", "resvae", "pca", "baseline", "fusion_weighted_sum", "hybrid", "student"} <= quick
+    assert not quick & {"faster_rcnn", "retinanet", "ssd", "fcos", "fusion_cross", "pcb_student"}
+
+
+# --- Latents under augmentation --------------------------------------------------------------------------------------
+
+
+class Seen(torch.nn.Module):
+    """Stands for the fusion, and keeps the features that it is given."""
+
+    def forward(self, maps: list[Tensor], features: list[Tensor]) -> list[Tensor]:
+        self.features = features
+        return list(maps)
+
+
+def test_features_follow_the_picture() -> None:
+    """A picture, and features that are the picture itself, stay one picture under flips and scale."""
+    data = toy_data(64)
+    split = data.train
+    latents = [torch.nn.functional.avg_pool2d(split.images.float() / 255, 64 // side) for side in (64, 32, 16)]
+    compressor = build_compressor(replace(COMPRESSION, method="none"), (1, 1, 1))
+    network = hybrid.HybridDetector(build_detector(BASELINE, data), compressor, Seen()).eval()
+    recipe = Augmentation(mosaic=0.0, brightness=0.0, flip_left_right=0.5, flip_up_down=0.5)
+    generator = torch.Generator().manual_seed(3)
+    batch = augment(split.images, split.boxes, split.labels, torch.tensor([5, 2, 7, 0]), recipe, generator)
+    hybrid.with_latents(network, latents)(batch)
+    images, moved = batch.images, network.fusion.features
+    signs = batch.matrices[:, 0, [0, 1], [0, 1]].sign()
+    assert len(signs.unique(dim=0)) > 1  # some were flipped, some not
+    inside = hybrid.warp(torch.ones(4, 1, 64, 64), batch.matrices[:, 0], 64) > 0.999
+    torch.testing.assert_close(moved[0][inside], images[:, :1][inside], atol=0.01, rtol=0)
+    for level, side in zip(moved[1:], (32, 16), strict=True):
+        small = torch.nn.functional.avg_pool2d(moved[0], 64 // side)
+        whole = torch.nn.functional.avg_pool2d(inside.float(), 64 // side) == 1
+        assert (level - small)[whole].abs().mean() < 0.03 < (level.flip(3) - small)[whole].abs().mean()
+
+
+@pytest.mark.parametrize("part", ["mosaic", "mixup"])
+def test_a_recipe_that_mixes_pictures_is_refused(part: str) -> None:
+    with pytest.raises(ValueError, match=rf"{part} 0\.5.*needs both at 0"):
+        hybrid.check_recipe(replace(HYBRID, **{part: 0.5}))
+
+
+# --- The networks ----------------------------------------------------------------------------------------------------
+
+
+def made() -> tuple[hybrid.HybridDetector, Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    compressor = build_compressor(COMPRESSION, preparation.feature_channels(COMPRESSION))
+    images = torch.rand(2, 3, 64, 64)
+    latents = compressor.encode([torch.randn(2, c, 16 >> k, 16 >> k) for k, c in enumerate((8, 8, 16))])
+    return hybrid.build_hybrid(HYBRID, toy_data(64), compressor), images, [z.detach() for z in latents]
+
+
+def test_the_hybrid_reads_its_latents_and_its_compressor_is_fixed() -> None:
+    network, images, latents = made()
+    network.train()
+    assert network.training and network.detector.training and not network.compressor.training
+    raw = network(images, *latents)
+    assert [tuple(level.shape) for level in raw] == [(2, 21, 8, 8), (2, 21, 4, 4), (2, 21, 2, 2)]
+    sum(level.sum() for level in raw).backward()
+    assert all(p.grad is None and not p.requires_grad for p in network.compressor.parameters())
+    trained = [name for name, p in network.named_parameters() if p.requires_grad]
+    assert all(name.startswith(("detector.", "fusion.")) for name in trained)
+    network.eval()
+    assert not torch.equal(network(images, *latents)[0], network(images, *(z.flip(0) for z in latents))[0])
+
+
+def test_the_student_costs_what_the_baseline_costs() -> None:
+    data = toy_data(64)
+    baseline, student = (build_detector(settings, data) for settings in (BASELINE, STUDENT))
+    assert baseline.state_dict().keys() == student.state_dict().keys()
+    costs = [deployed_costs(network, 64, "cpu") for network in (baseline, student)]
+    for name in ("parameters_m", "gflops", "size_mb"):
+        assert costs[0][name] == costs[1][name] > 0
+
+
+# --- Running ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("project")
+
+
+@pytest.fixture
+def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]:
+    """run(settings, seed) -> record, in a project of this file's own, on the toy set."""
+    monkeypatch.setattr(runs, "project_root", lambda: project)
+    monkeypatch.setattr("defectlab.detector.detect.COST_SIZE", 64)
+
+    def load(settings: object, device: str) -> object:
+        return toy_data(settings.ddpm.size if isinstance(settings, CompressionSettings) else settings.size)
+
+    monkeypatch.setattr(d3n, "load", load)
+    study = SimpleNamespace(
+        load=load, fingerprints=lambda settings: {"data": "toy", "weights": "random"}, run_row=d3n.run_row
+    )
+    return lambda settings, seed=0: runs.run(study, settings, seed, "smoke", "cpu", Session(say=lambda line: None))
+
+
+def recorded(project: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in (project / "runs" / "smoke").glob("*.json")}
+
+
+def test_a_student_has_all_its_stages_run_first_and_once(run: Callable[..., Record], project: Path) -> None:
+    student = run(STUDENT, 1)
+    found = recorded(project)
+    by_model = {record["model"]: record for record in found.values()}
+    assert set(by_model) == {"ddpm", "d3n_compression", "d3n_hybrid", "d3n_student"} and len(found) == 4
+    assert by_model["d3n_hybrid"]["seed"] == by_model["ddpm"]["seed"] == 0
+    assert student.notes["teacher_sha256"] == by_model["d3n_hybrid"]["model_sha256"]
+    assert student.notes["compressor_sha256"] == by_model["d3n_compression"]["model_sha256"]
+    assert {"distill_obj", "distill_cls", "distill_box"} < set(student.curve)
+    shares = by_model["d3n_hybrid"]["curve"]
+    for point in zip(shares["weight_det"], shares["weight_ddpm"], shares["weight_cross"], strict=True):
+        assert sum(point) == pytest.approx(1, abs=0.001)
+    assert by_model["d3n_hybrid"]["costs"]["parameters_m"] > student.costs["parameters_m"]
+    assert by_model["d3n_compression"]["costs"]["latents_mb"] < by_model["d3n_compression"]["costs"]["features_mb"]
+    before = {path: path.stat().st_mtime_ns for path in (project / "runs" / "smoke").glob("*.json")}
+    run(STUDENT, 2)
+    assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
+
+
+def test_the_repositories_hold_training_pictures_alone(run: Callable[..., Record], project: Path) -> None:
+    run(HYBRID)
+    indices = sorted((project / "runs" / "smoke" / "features").glob("*/index.json"))
+    assert len(indices) == 2  # features, and latents
+    data = toy_data(16)
+    for path in indices:
+        text = path.read_text()
+        assert all(name in text for name in data.train.names)
+        assert not any(f'"{name}"' in text for name in (*data.dev.names, *data.test.names))
+
+
+def test_two_seeds_of_a_hybrid_differ_and_one_agrees_with_itself(
+    run: Callable[..., Record], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = run(HYBRID, 0), run(HYBRID, 1)
+    assert first.curve["loss"] != second.curve["loss"]
+    first.path.unlink()
+    assert run(HYBRID, 0).curve["loss"] == first.curve["loss"]
+
+
+def test_the_settings_name_their_stages() -> None:
+    assert runs.changed(STUDENT)["teacher"]["compression"]["ddpm"]["model"] == "ddpm"
+    assert isinstance(STUDENT, StudentSettings) and STUDENT.teacher.compression is COMPRESSION
+    longer = replace(STUDENT, teacher=replace(HYBRID, compression=replace(COMPRESSION, epochs=2)))
+    assert runs.row_identity(longer, "quick") != runs.row_identity(STUDENT, "quick")

@@ -1,0 +1,343 @@
+"""D3N's power transfer (equations 6 and 7) against cases worked by hand and finite differences."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torchvision.ops import box_iou, complete_box_iou_loss
+
+from defectlab.detector import assignment
+from defectlab.detector.decode import decode_anchor_based
+from defectlab.detector.losses import AnchorBasedLoss
+from defectlab.papers.d3n.transfer import (
+    PowerTransfer,
+    box_distance,
+    logit_distance,
+    object_scaled_terms,
+    per_place,
+    temperature_table,
+)
+
+STRIDES = (8, 16, 32)
+ANCHORS = torch.tensor([[[6.0, 8], [12, 10]], [[20.0, 22], [34, 18]], [[48.0, 40], [60, 70]]])
+CLASSES = 3
+TERMS = ("distill_obj", "distill_cls", "distill_box")
+readings = pytest.mark.parametrize("reading", [("l2", "ciou"), ("bce", "ciou"), ("l2", "l2"), ("bce", "l2")])
+
+
+def maps(seed, size=64, batch=2, scale=2.0, **options):
+    """Raw maps of two anchors and three classes: (B, 16, h, w) at strides 8, 16 and 32."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = ANCHORS.shape[1] * (5 + CLASSES)
+    return [
+        (scale * torch.randn(batch, channels, size // s, size // s, generator=generator)).to(**options) for s in STRIDES
+    ]
+
+
+def named(reading):
+    return dict(zip(("distance", "box"), reading, strict=True))
+
+
+def with_channel(raw, channel, value):
+    """The maps with one of the 5 + C values of every anchor set to `value`."""
+    changed = [m.clone() for m in raw]
+    for m in changed:
+        m.unflatten(1, (ANCHORS.shape[1], -1))[:, :, channel] = value
+    return changed
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+# Distances
+
+
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+def test_l2_of_logits_by_hand(temperature):
+    got = logit_distance(torch.tensor(-1.0), torch.tensor(3.0), "l2", temperature)
+    expected = (sigmoid(3 / temperature) - sigmoid(-1 / temperature)) ** 2 * temperature**2
+    assert got.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_high_temperature_is_the_squared_difference_of_logits():
+    torch.manual_seed(0)
+    student, teacher = 4 * torch.randn(2, 200, dtype=torch.float64)
+    limit = (teacher - student).square() / 16
+    torch.testing.assert_close(logit_distance(student, teacher, "l2", 1000.0), limit, atol=0, rtol=1e-3)
+    at_20, at_1 = (logit_distance(student, teacher, "l2", t) for t in (20.0, 1.0))
+    assert (at_20 <= limit).all() and (at_20 > 0.7 * limit).all()
+    assert at_1.max() < 1 < limit.max()  # a difference of probabilities
+
+
+def test_cross_entropy_is_least_where_both_agree():
+    teacher = torch.tensor([-3.0, -0.5, 0.0, 2.0], dtype=torch.float64)
+    student = teacher.clone().requires_grad_()
+    at_teacher = logit_distance(student, teacher, "bce")
+    p = teacher.sigmoid()
+    torch.testing.assert_close(at_teacher, -(p * p.log() + (1 - p) * (1 - p).log()))  # the teacher's entropy
+    at_teacher.sum().backward()
+    assert student.grad.abs().max() < 1e-12
+    for step in (-0.1, 0.1):
+        assert (logit_distance(teacher + step, teacher, "bce") > at_teacher).all()
+
+
+def test_box_distances_by_hand():
+    student, teacher = torch.tensor([10.0, 20, 50, 60]), torch.tensor([18.0, 20, 50, 52])
+    l2 = box_distance(student, teacher, 80, 160, "l2")
+    assert l2.item() == pytest.approx((8 / 80) ** 2 + (8 / 160) ** 2)
+    ciou = box_distance(student, teacher, 80, 160)
+    assert ciou.item() == pytest.approx(complete_box_iou_loss(student, teacher).item(), abs=1e-5)
+
+
+def test_temperature_table():
+    table = temperature_table(2.0, (-6, 2), (1, 20))
+    assert [list(line) for line in table] == [["teacher", "student", "T = 1", "T = 20", "limit"]] * 2
+    far, same = table
+    assert far["limit"] == 8**2 / 16
+    assert far["T = 1"] == pytest.approx((sigmoid(2) - sigmoid(-6)) ** 2)
+    assert far["T = 20"] == pytest.approx(400 * (sigmoid(0.1) - sigmoid(-0.3)) ** 2)
+    assert (same["T = 1"], same["T = 20"], same["limit"]) == (0, 0, 0)
+
+
+# Terms
+
+
+@readings
+def test_single_cell_by_hand(reading):
+    """One picture, one level of one cell, one anchor of 8 x 8 px, two classes: o_T is weight and its own divisor."""
+    teacher = torch.tensor([0.0, 0, 0, 0, 1.0, 2.0, -2.0])  # the box of zeros: (0, 0, 8, 8) px
+    student = torch.tensor([0.0, 0, math.log(3), 0, -1.0, 1.0, 0.0])  # width (2 * 0.75)^2 * 8 = 18 px
+    raw = [values.view(1, 7, 1, 1) for values in (student, teacher)]
+    got = object_scaled_terms(
+        [raw[0]], [raw[1]], torch.tensor([[[8.0, 8.0]]]), (8,), (4.0,), temperature=2.0, **named(reading)
+    )
+
+    def distance(z_t, z_s):
+        if reading[0] == "l2":
+            return 4 * (sigmoid(z_t / 2) - sigmoid(z_s / 2)) ** 2
+        return -sigmoid(z_t) * math.log(sigmoid(z_s)) - (1 - sigmoid(z_t)) * math.log(1 - sigmoid(z_s))
+
+    if reading[1] == "l2":  # both ends are off by 5 of 8 px
+        box = 2 * (5 / 8) ** 2
+    else:
+        box = complete_box_iou_loss(torch.tensor([-5.0, 0, 13, 8]), torch.tensor([0.0, 0, 8, 8])).item()
+    assert got["distill_obj"].item() == pytest.approx(4 * distance(1, -1), rel=1e-5)
+    assert got["distill_cls"].item() == pytest.approx((distance(2, 1) + distance(-2, 0)) / 2, rel=1e-5)
+    assert got["distill_box"].item() == pytest.approx(box, rel=1e-5)
+
+
+def test_places_weigh_as_the_teacher_believes():
+    """Loops over pictures, levels, anchors and cells."""
+    student, teacher = maps(1), maps(2)
+    got = object_scaled_terms(student, teacher, ANCHORS, STRIDES)
+    total = cls = box = obj = 0.0
+    for s, t, anchors, stride, weight in zip(student, teacher, ANCHORS, STRIDES, (4.0, 1.0, 0.4), strict=True):
+        batch, _, height, width = s.shape
+        places = [(b, k, r, c) for b in range(batch) for k in range(2) for r in range(height) for c in range(width)]
+        for b, k, row, column in places:
+            found, wanted = (m.view(batch, 2, 8, height, width)[b, k, :, row, column] for m in (s, t))
+            boxes = []
+            for values in (found, wanted):
+                x, y, w, h = (2 * values[:4].sigmoid()).tolist()
+                x, y = (x - 0.5 + column) * stride, (y - 0.5 + row) * stride
+                w, h = w * w * float(anchors[k, 0]), h * h * float(anchors[k, 1])
+                boxes.append(torch.tensor([x - w / 2, y - h / 2, x + w / 2, y + h / 2]))
+            belief = wanted[4].sigmoid()
+            total += belief
+            cls += belief * logit_distance(found[5:], wanted[5:]).mean()
+            box += belief * complete_box_iou_loss(*boxes)
+            obj += weight / len(places) * logit_distance(found[4], wanted[4])
+    expected = {"distill_obj": obj, "distill_cls": cls / total, "distill_box": box / total}
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, atol=1e-4, rtol=1e-4)
+
+
+@readings
+def test_teacher_and_student_alike(reading):
+    teacher = maps(3, scale=1.0)
+    terms = object_scaled_terms(teacher, teacher, ANCHORS, STRIDES, **named(reading))
+    assert terms["distill_box"].abs() < 1e-5
+    if reading[0] == "l2":
+        assert terms["distill_obj"] == terms["distill_cls"] == 0
+    other = object_scaled_terms(maps(4), teacher, ANCHORS, STRIDES, **named(reading))
+    assert all(other[name] > terms[name] + 1e-3 for name in TERMS)
+
+
+def test_levels_are_balanced_as_in_the_detector():
+    """Only one level's objectness differs: 4, 1 and 0.4 times one distance, whatever the number of its places."""
+    teacher = with_channel(maps(5), 4, 0.0)
+    for level, weight in enumerate((4.0, 1.0, 0.4)):
+        student = [with_channel(teacher, 4, 1.0)[i] if i == level else m for i, m in enumerate(teacher)]
+        got = object_scaled_terms(student, teacher, ANCHORS, STRIDES, temperature=1.0)
+        assert got["distill_obj"].item() == pytest.approx(weight * (sigmoid(1) - 0.5) ** 2, rel=1e-5)
+    own = AnchorBasedLoss(CLASSES, ANCHORS, balance=(1.0, 2.0, 3.0))
+    taught = PowerTransfer(own, temperature=1.0)(student, teacher, torch.zeros(2, 1, 4), torch.full((2, 1), -1))
+    assert taught["distill_obj"].item() == pytest.approx(3 * (sigmoid(1) - 0.5) ** 2, rel=1e-5)
+
+
+# Object scaling
+
+
+@readings
+@pytest.mark.parametrize("background", [-50.0, -math.inf])
+def test_nothing_is_learned_where_the_teacher_sees_background(reading, background):
+    """Left half background: boxes and classes of the student may be anything there; objectness is still learned."""
+    student, teacher = maps(6), maps(7)
+
+    def left(m):
+        return m.unflatten(1, (2, -1))[..., : m.shape[-1] // 2]  # (B, K, 5 + C, h, w / 2)
+
+    for m in teacher:
+        left(m)[:, :, 4] = background
+    before = object_scaled_terms(student, teacher, ANCHORS, STRIDES, **named(reading))
+    changed = [m.clone() for m in student]
+    for m in changed:
+        left(m)[:, :, :4] += 3.0
+        left(m)[:, :, 5:] -= 3.0
+        m.requires_grad_()
+    after = object_scaled_terms(changed, teacher, ANCHORS, STRIDES, **named(reading))
+    for name in TERMS:
+        torch.testing.assert_close(after[name], before[name])
+    sum(after.values()).backward()
+    for m in changed:
+        outside, objectness = left(m.grad)[:, :, [0, 1, 2, 3, 5, 6, 7]], left(m.grad)[:, :, 4]
+        assert outside.abs().max() == 0 if background == -math.inf else outside.abs().max() < 1e-15
+        inside = m.grad.unflatten(1, (2, -1))[..., m.shape[-1] // 2 :]
+        assert (objectness.abs() > 0).all() and (inside[:, :, 5:].abs() > 0).all()
+
+
+@readings
+def test_a_teacher_that_sees_no_object_at_all(reading):
+    student = [m.requires_grad_() for m in maps(8)]
+    terms = object_scaled_terms(student, with_channel(maps(9), 4, -math.inf), ANCHORS, STRIDES, **named(reading))
+    assert terms["distill_cls"] == 0 and terms["distill_box"] == 0
+    assert terms["distill_obj"] > 0 and terms["distill_obj"].isfinite()
+    sum(terms.values()).backward()
+    assert all(m.grad.isfinite().all() for m in student)
+
+
+# Gradients and precision
+
+
+@readings
+def test_gradients(reading, monkeypatch):
+    student, teacher = (
+        [m[:, :8].contiguous() for m in maps(seed, size=32, batch=1, scale=1.0, dtype=torch.float64)]
+        for seed in (10, 11)
+    )  # of one anchor
+    for m in student:
+        m.requires_grad_()
+    kept = []  # the weight of CIoU's shape term, a constant for the gradient
+
+    def constant(values):
+        if not kept:
+            kept.append(values.detach().clone())
+        return kept[0]
+
+    monkeypatch.setattr(assignment, "constant", constant)
+
+    def compute(*raw):
+        return tuple(object_scaled_terms(raw, teacher, ANCHORS[:, 1:], STRIDES, **named(reading)).values())
+
+    assert gradcheck(compute, student)
+    assert len(kept) == (reading[1] == "ciou")
+
+
+@readings
+def test_the_teacher_is_a_constant(reading):
+    student, teacher = maps(12), [m.requires_grad_() for m in maps(13)]
+    assert not any(v.requires_grad for v in object_scaled_terms(student, teacher, ANCHORS, STRIDES).values())
+    student = [m.requires_grad_() for m in student]
+    sum(object_scaled_terms(student, teacher, ANCHORS, STRIDES, **named(reading)).values()).backward()
+    assert all(m.grad is None for m in teacher) and all(m.grad.abs().max() > 0 for m in student)
+
+
+@readings
+def test_float32_under_autocast(reading):
+    student, teacher = ([m.bfloat16() for m in maps(seed)] for seed in (14, 15))
+    exact = object_scaled_terms(
+        [m.float() for m in student], [m.float() for m in teacher], ANCHORS, STRIDES, **named(reading)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = object_scaled_terms(student, teacher, ANCHORS, STRIDES, **named(reading))
+    for name in TERMS:
+        assert lowered[name].dtype == torch.float32 and torch.equal(lowered[name], exact[name])
+
+
+def test_nothing_waits_for_the_device():
+    """On the meta device there are no values: a number read back would raise."""
+    student, teacher = ([m.to("meta") for m in maps(seed)] for seed in (16, 17))
+    transfer = PowerTransfer(AnchorBasedLoss(CLASSES, ANCHORS)).to("meta")
+    boxes, labels = torch.zeros(2, 3, 4, device="meta"), torch.zeros(2, 3, dtype=torch.long, device="meta")
+    for m in student:
+        m.requires_grad_()
+    transfer(student, teacher, boxes, labels)["loss"].backward()
+
+
+# The whole loss
+
+
+BOXES = torch.tensor([[[4.0, 6, 20, 22], [30, 20, 60, 58]], [[10.0, 10, 40, 30], [0, 0, 0, 0]]])
+LABELS = torch.tensor([[0, 2], [1, -1]])
+
+
+@readings
+def test_weight_zero_is_the_detectors_own_loss(reading):
+    own = AnchorBasedLoss(CLASSES, ANCHORS, size=64)
+    student, teacher = [m.requires_grad_() for m in maps(18)], maps(19)
+    plain = own(student, BOXES, LABELS)
+    got = PowerTransfer(own, 0.0, **named(reading))(student, teacher, BOXES, LABELS)
+    assert {name: got[name].item() for name in plain} == {name: value.item() for name, value in plain.items()}
+    slopes = [torch.autograd.grad(terms["loss"], student) for terms in (plain, got)]
+    assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
+
+
+def test_the_teacher_takes_the_detectors_gains():
+    own = AnchorBasedLoss(CLASSES, ANCHORS, size=320)
+    student, teacher = maps(20), maps(21)
+    got = PowerTransfer(own, 0.5)(student, teacher, BOXES, LABELS)
+    terms = object_scaled_terms(student, teacher, ANCHORS, STRIDES)
+    assert all(torch.equal(got[name], terms[name]) for name in TERMS)
+    gains = {"box": 0.05, "obj": 0.25, "cls": 0.5 * CLASSES / 80}  # (320 / 640)^2
+    taught = sum(gain * terms[f"distill_{name}"] for name, gain in gains.items())
+    torch.testing.assert_close(got["loss"], own(student, BOXES, LABELS)["loss"] + 0.5 * taught)
+    assert set(got) == {"loss", "box", "obj", "cls", *TERMS}
+
+
+@pytest.mark.parametrize("reading", [("l2", "ciou"), ("bce", "l2")])
+def test_without_labels_the_student_becomes_the_teacher_where_it_sees_objects(reading):
+    teacher = with_channel(maps(22, scale=1.0), 4, -6.0)
+    teacher[1].unflatten(1, (2, -1))[0, 1, 4, 2, 3] = 4.0  # one object, in one picture
+    student = [torch.zeros_like(m, requires_grad=True) for m in teacher]
+    optimizer = torch.optim.Adam(student, lr=0.1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        sum(object_scaled_terms(student, teacher, ANCHORS, STRIDES, **named(reading)).values()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        (boxes, _), (targets, _) = (decode_anchor_based(raw, ANCHORS, STRIDES) for raw in (student, teacher))
+        found, wanted = per_place(student, 2), per_place(teacher, 2)
+    best = found[0, :, 4].argmax()
+    assert best == wanted[0, :, 4].argmax() and found[1, :, 4].max() < 0
+    assert box_iou(boxes[0, best][None], targets[0, best][None]).item() > 0.9
+    assert (found[0, best, 5:].sigmoid() - wanted[0, best, 5:].sigmoid()).abs().max() < 0.05
+
+
+# Refusals
+
+
+def test_refusals_are_one_sentence():
+    student = maps(23)
+    with pytest.raises(ValueError, match=r"\(2, 16, 8, 8\).*\(2, 16, 16, 16\).*one scale"):
+        object_scaled_terms(student, maps(23, size=128), ANCHORS, STRIDES)
+    with pytest.raises(ValueError, match=r"of the student .* of the teacher"):
+        object_scaled_terms(student, student[:2], ANCHORS, STRIDES)
+    for wrong, message in (
+        ({"distance": "l1"}, "'l2' or 'bce', not 'l1'"),
+        ({"box": "giou"}, "'ciou' or 'l2', not 'giou'"),
+        ({"temperature": 0.0}, "above 0, not 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            object_scaled_terms(student, student, ANCHORS, STRIDES, **wrong)

@@ -1,0 +1,338 @@
+"""Masks on the detector: head, loss, prediction and evaluation, against cases worked by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from defectlab.data.augment import Augmentation, augment, plain
+from defectlab.data.instances import load_instances, move_instances
+from defectlab.detector import instances
+from defectlab.detector.assignment import Matched, match_anchors
+from defectlab.detector.blocks import folded
+from defectlab.detector.decode import decode_anchor_based, select
+from defectlab.detector.detect import detection_loss
+from defectlab.detector.evaluation import match
+from defectlab.detector.instances import (
+    InstanceMaps,
+    evaluate_instances,
+    instance_loss,
+    instance_metrics,
+    instance_truths,
+    mask_terms,
+    predict_instances,
+    right_masks,
+    score,
+    with_masks,
+)
+from defectlab.detector.losses import AnchorBasedLoss
+from defectlab.detector.model import ANCHORS, Detector
+from defectlab.detector.training import DetectorSettings, train_detector
+from defectlab.train import Session
+
+SIZE = 64
+CLASSES = ("inclusion", "patches", "scratches")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return load_instances("synthetic_steel_masks", SIZE, root=tmp_path_factory.mktemp("data"))
+
+
+def fresh(seed: int = 0, prototypes: int = 8) -> Detector:
+    torch.manual_seed(seed)
+    return with_masks(Detector("v5", "t", 3, anchors=torch.tensor(ANCHORS) * (SIZE / 320)), prototypes)
+
+
+# Head
+
+
+def test_head_adds_masks_and_leaves_the_boxes():
+    torch.manual_seed(0)
+    detector = Detector("v5", "t", 3).eval()
+    images = torch.rand(2, 3, SIZE, SIZE)
+    before = detector(images)
+    output = with_masks(detector, 8).eval()(images)
+    assert all(torch.equal(a, b) for a, b in zip(before, output.raw, strict=True))
+    assert [tuple(x.shape) for x in output.coefficients] == [(2, 24, 8, 8), (2, 24, 4, 4), (2, 24, 2, 2)]
+    assert output.prototypes.shape == (2, 8, 16, 16) and (output.prototypes >= 0).all()
+    lean = folded(detector)(images)
+    torch.testing.assert_close(lean.prototypes, output.prototypes, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="use v5"):
+        with_masks(Detector("v8", "t", 3))
+
+
+# Loss
+
+
+def one_level(valid: list[bool], boxes: torch.Tensor) -> Matched:
+    """A candidate for each truth of (B, T) boxes: anchor 0 of cell (0, 0), all valid ones as given."""
+    count, truths = boxes.shape[:2]
+    zeros = torch.zeros(count * truths, dtype=torch.long)
+    image = torch.arange(count).repeat_interleave(truths)
+    return Matched(torch.tensor(valid), image, zeros, zeros, zeros, boxes.flatten(0, 1), zeros)
+
+
+def test_mask_term_by_hand():
+    """One prototype of 2 x 2 cells of 4 px; the box covers the left column, the instance all of its upper cell and a
+    quarter of its lower one. Coefficient atanh(0.5), prototype 2: logit 1 in all cells."""
+    maps = torch.zeros(1, 8, 8, dtype=torch.long)
+    maps[0, :4, :4] = 1
+    maps[0, 4:6, :2] = 1
+    boxes = torch.tensor([[[0.0, 0, 4, 6]]])
+    coefficients = [torch.full((1, 1, 1, 1), math.atanh(0.5))]
+    prototypes = torch.full((1, 1, 2, 2), 2.0)
+    prototypes[..., 1] = 50.0  # outside of the box: counts for nothing
+    mask = mask_terms(coefficients, prototypes, [one_level([True], boxes)], maps, boxes)["mask"]
+    softplus = math.log(1 + math.e)
+    assert mask.item() == pytest.approx(((softplus - 1) + (softplus - 0.25)) / 2, rel=1e-5)
+
+
+def test_mask_term_is_a_mean_over_positives_and_zero_without():
+    maps = torch.zeros(2, 8, 8, dtype=torch.long)
+    maps[0, :, :4], maps[0, :, 4:], maps[1] = 1, 2, 1
+    boxes = torch.tensor([[[0.0, 0, 4, 8], [4, 0, 8, 8]], [[0.0, 0, 8, 8], [0, 0, 0, 0]]])
+    coefficients, prototypes = [torch.tensor([1.0, 1.0]).view(2, 1, 1, 1)], torch.rand(2, 1, 2, 2)
+    prototypes[0, :, :, 1] = 9.0
+
+    def term(*valid: bool, **options) -> float:
+        return mask_terms(coefficients, prototypes, [one_level(list(valid), boxes)], maps, boxes, **options)["mask"]
+
+    each = [term(*(i == k for i in range(4))) for k in range(3)]
+    assert len({round(float(value), 4) for value in each}) == 3
+    assert term(True, True, True, False).item() == pytest.approx(sum(each).item() / 3, rel=1e-5)
+    assert term(True, True, True, False, most=1).item() == pytest.approx((each[0] + each[2]).item() / 2, rel=1e-5)
+    assert term(False, False, False, False).item() == 0
+
+
+def test_candidates_are_the_truths_in_order():
+    """What `mask_terms` relies on: candidate i of a level belongs to truth i // (3 K) of all, picture by picture."""
+    boxes = torch.rand(3, 4, 2) * 40
+    boxes = torch.cat([boxes, boxes + 5 + torch.rand(3, 4, 2) * 20], -1)
+    labels = torch.zeros(3, 4, dtype=torch.long)
+    for level in match_anchors(boxes, labels, torch.tensor(ANCHORS), (8, 16, 32), [(8, 8), (4, 4), (2, 2)]):
+        owner = torch.arange(len(level.valid)) // 9
+        assert torch.equal(level.boxes, boxes.flatten(0, 1)[owner]) and torch.equal(level.image, owner // 4)
+
+
+def test_every_truth_is_served_before_any_twice():
+    """Two candidates a truth, as many positives as truths: both truths learn, whatever the order of candidates."""
+    maps = torch.zeros(1, 8, 8, dtype=torch.long)
+    maps[0, :, :4], maps[0, :, 4:] = 1, 2
+    boxes = torch.tensor([[[0.0, 0, 4, 8], [4, 0, 8, 8]]])
+    level = one_level([True, True], boxes)
+    prototypes = torch.rand(1, 1, 2, 2).requires_grad_()
+    both = mask_terms([torch.ones(1, 1, 1, 1)] * 2, prototypes, [level, level], maps, boxes, most=2)["mask"]
+    both.backward()
+    assert (prototypes.grad != 0).all()  # either column of cells belongs to one truth
+
+
+def test_the_smallest_term_are_the_masks():
+    """Prototypes and coefficients, fitted freely, give a disc and a bar back, each cut to its box."""
+    y, x = torch.meshgrid(torch.arange(64) - 20, torch.arange(64) - 24, indexing="ij")
+    maps = torch.zeros(1, 64, 64, dtype=torch.long)
+    maps[0][x**2 + y**2 < 14**2] = 1
+    maps[0, 36:60, 8:16] = 2
+    boxes = torch.tensor([[[11.0, 7, 38, 34], [8, 36, 16, 60]]])
+    anchors = torch.tensor([[[16.0, 24]]])
+    matched = match_anchors(boxes, torch.zeros(1, 2, dtype=torch.long), anchors, (8,), [(8, 8)])
+    generator = torch.Generator().manual_seed(0)
+    coefficients = torch.randn(1, 4, 8, 8, generator=generator).requires_grad_()
+    prototypes = torch.randn(1, 4, 16, 16, generator=generator).requires_grad_()
+    optimizer = torch.optim.Adam([coefficients, prototypes], 0.2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        mask_terms([coefficients], prototypes, matched, maps, boxes)["mask"].backward()
+        optimizer.step()
+    for number, (row, column) in enumerate([(2, 3), (6, 1)], 1):  # the cells of the boxes' centres
+        logits = (coefficients[0, :, row, column].tanh()[:, None, None] * prototypes[0]).sum(0)
+        part = (maps[0] == number).view(16, 4, 16, 4).float().mean((1, 3))
+        x1, y1, x2, y2 = [(2, 1, 10, 9), (2, 9, 4, 15)][number - 1]  # the boxes in cells
+        inside = (slice(y1, y2), slice(x1, x2))
+        clear = (part[inside] - 0.5).abs() > 0.1
+        assert clear.sum() > 10 and ((logits[inside] > 0) == (part[inside] > 0.5))[clear].all()
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    boxes = torch.tensor([[[1.0, 2, 30, 28], [4, 10, 12, 31]]], dtype=torch.float64)
+    anchors = torch.tensor([[[10.0, 12], [20, 24]]], dtype=torch.float64)
+    matched = match_anchors(boxes, torch.zeros(1, 2, dtype=torch.long), anchors, (8,), [(4, 4)])
+    maps = torch.randint(0, 3, (1, 32, 32))
+    coefficients = torch.randn(1, 2 * 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    prototypes = torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda c, p: mask_terms([c], p, matched, maps, boxes)["mask"], (coefficients, prototypes)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = mask_terms([coefficients.float()], prototypes.float(), matched, maps, boxes.float())["mask"]
+    exact = mask_terms([coefficients], prototypes, matched, maps, boxes)["mask"]
+    assert lowered.dtype == torch.float32 and lowered.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_the_loss_reaches_every_parameter(data):
+    detector = fresh()
+    criterion = AnchorBasedLoss(3, detector.anchors, size=SIZE)
+    settings, generator = Augmentation(mosaic=0.0), torch.Generator().manual_seed(0)
+    split = data.train
+    batch = augment(split.images, split.boxes, split.labels, torch.arange(8), settings, generator)
+    output = detector(batch.images)
+    maps = move_instances(split, batch)
+    scalars = instance_loss(criterion, output, batch.boxes, batch.labels, maps)
+    assert list(scalars) == ["loss", "box", "obj", "cls", "mask"]
+    own = criterion(output.raw, batch.boxes, batch.labels)["loss"]
+    torch.testing.assert_close(scalars["loss"], own + instances.MASK_GAIN * scalars["mask"])
+    scalars["loss"].backward()
+    silent = [name for name, p in detector.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not silent
+
+
+# Prediction
+
+
+def test_boxes_are_those_of_select(data):
+    detector = fresh(1).eval()
+    found = list(predict_instances(detector, data.dev, batch=3))
+    with torch.inference_mode():
+        output = folded(detector)(plain(data.dev.images, torch.arange(len(data.dev))))
+        boxes, scores = decode_anchor_based(output.raw, detector.anchors)
+    split = data.dev
+    places = {"scale": split.scale, "offset": split.offset, "sizes": split.sizes}
+    for one, other in zip(found, select(boxes, scores, SIZE, most=instances.MOST, **places), strict=True):
+        assert len(one["boxes"]) == 100 and one["masks"].shape == (100, 100, 100)
+        for name in ("boxes", "scores"):
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-3)
+        assert torch.equal(one["labels"], other["labels"])
+    some = list(predict_instances(detector, data.dev, indices=[2]))
+    assert len(some) == 1 and torch.equal(some[0]["labels"], found[2]["labels"])
+
+
+class Fixed(nn.Module):
+    """Gives what it is told, whatever it sees."""
+
+    def __init__(self, output: InstanceMaps, anchors: torch.Tensor):
+        super().__init__()
+        self.output, self.anchors = output, anchors
+
+    def forward(self, images, *latents):
+        self.latents = latents
+        return self.output
+
+
+class Wide:
+    """A split with a picture of 50 x 100 px in 32 px: scale 0.32, 8 px of ground above and below it."""
+
+    images = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    sizes, scale, offset = torch.tensor([[50, 100]]), torch.tensor([0.32]), torch.tensor([[0.0, 8.0]])
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_mask_by_hand():
+    """Anchor 1 of cell (1, 2) of the finest level: its box spans 12..28 x 10..14 px of the input, its coefficients
+    take the second prototype, which is the right half of the picture."""
+    raw = [torch.full((1, 2 * 8, 32 // s, 32 // s), -20.0) for s in (8, 16, 32)]
+    raw[0][0, 8:16, 1, 2] = torch.tensor([0.0, 0, 0, 0, 20, -20, 20, -20])  # centre (20, 12), size of the anchor
+    coefficients = [torch.zeros(1, 2 * 2, 32 // s, 32 // s) for s in (8, 16, 32)]
+    coefficients[0][0, 2:4, 1, 2] = torch.tensor([-9.0, 9.0])
+    prototypes = torch.zeros(1, 2, 8, 8)
+    prototypes[0, 0], prototypes[0, 1, :, 4:] = 5.0, 10.0
+    anchors = torch.tensor([[[9.0, 9], [16, 4]]] * 3)
+    split = Wide()
+    found = list(predict_instances(Fixed(InstanceMaps(raw, coefficients, prototypes), anchors), split, confidence=0.1))
+    assert len(found) == 1 and found[0]["labels"].tolist() == [1]
+    x1, y1, x2, y2 = found[0]["boxes"][0].tolist()
+    assert (x1, y1, x2, y2) == pytest.approx((12 / 0.32, 2 / 0.32, 28 / 0.32, 6 / 0.32))
+    mask = found[0]["masks"][0]
+    assert mask.shape == (50, 100)
+    rows, columns = mask.nonzero().unbind(1)
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (50, 86, 6, 18)
+    assert mask.sum() == 37 * 13  # the part of the box in the right half
+    none = list(predict_instances(Fixed(InstanceMaps(raw, coefficients, prototypes), anchors), split, confidence=1.0))
+    assert none[0]["masks"].shape == (0, 50, 100) and none[0]["boxes"].shape == (0, 4)
+    broken = InstanceMaps(raw, coefficients, prototypes * torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        list(predict_instances(Fixed(broken, anchors), split))
+
+
+# Evaluation
+
+
+def test_perfect_prediction_gives_100(data):
+    found = [truth | {"scores": torch.linspace(0.9, 0.5, len(truth["labels"]))} for truth in instance_truths(data.test)]
+    scored = score(found, instance_truths(data.test), data.class_names)
+    metrics, per_class = instance_metrics(scored, data.class_names, 0.1)
+    names = ("map50", "map50_95", "mask_map50", "mask_map50_95", "precision_dev", "recall_dev")
+    assert [metrics[name] for name in names] == pytest.approx([100] * 6)
+    assert metrics["mask_precision_dev"] == metrics["mask_recall_dev"] == 100
+    assert all(values["mask_map50_95"] == pytest.approx(100) for values in per_class.values())
+    above = instance_metrics(scored, data.class_names, 0.95)[0]
+    assert above["mask_recall_dev"] == 0 and math.isnan(above["mask_precision_dev"])
+
+
+def test_right_boxes_with_wrong_masks(data):
+    """The first picture's masks are emptied: boxes stay perfect, masks lose just these."""
+    truths = list(instance_truths(data.test))
+    found = [truth | {"scores": torch.ones(len(truth["labels"]))} for truth in truths]
+    found[0] = found[0] | {"masks": torch.zeros_like(found[0]["masks"])}
+    lost, total = len(truths[0]["labels"]), sum(len(truth["labels"]) for truth in truths)
+    metrics, _ = instance_metrics(score(found, truths, data.class_names), data.class_names, 0.5)
+    assert metrics["map50"] == pytest.approx(100) and metrics["precision_dev"] == 100
+    assert metrics["mask_precision_dev"] == metrics["mask_recall_dev"] == pytest.approx(100 * (total - lost) / total)
+    assert metrics["mask_map50"] < 99
+    empty = [{**truth, "labels": truth["labels"][:0], "boxes": truth["boxes"][:0]} for truth in truths]
+    with pytest.raises(ValueError, match="no truth"):
+        instance_metrics(score(found, [t | {"masks": t["masks"][:0]} for t in empty], CLASSES), CLASSES, 0.5)
+
+
+def test_right_masks_follow_the_rule_of_boxes():
+    """Masks that fill their boxes are matched as their boxes are."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rectangles(count: int) -> dict[str, torch.Tensor]:
+        low = torch.randint(0, 12, (count, 2), generator=generator)
+        high = low + torch.randint(6, 12, (count, 2), generator=generator)
+        boxes, side = torch.cat([low, high], 1).float(), torch.arange(24) + 0.5
+        x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
+        masks = ((side > y1) & (side < y2))[:, :, None] & ((side > x1) & (side < x2))[:, None]
+        labels = torch.randint(0, 2, (count,), generator=generator)
+        return {"boxes": boxes, "masks": masks, "labels": labels, "scores": torch.rand(count, generator=generator)}
+
+    hits = 0
+    for _ in range(20):
+        predicted, truth = rectangles(12), rectangles(5)
+        own = right_masks(predicted, truth)
+        by_boxes = match([predicted], [truth], (0.5,), 2).right[:, 0]
+        order = predicted["scores"].argsort(descending=True)
+        assert own[order].tolist() == by_boxes.tolist()
+        hits += int(own.sum())
+    assert hits > 20
+    assert right_masks(rectangles(3), rectangles(0)).tolist() == [False] * 3
+
+
+# All together
+
+
+def test_it_learns_and_is_evaluated(data):
+    settings = DetectorSettings(
+        dataset="synthetic_steel_masks", family="v5", scale="t", size=SIZE, epochs=6, batch=8, optimizer="adamw",
+        learning_rate=0.003, warm_up=1.0, average_ramp=5.0, mosaic=0.0, zoom=0.0, precision="fp32",
+    )  # fmt: skip
+    detector = fresh()
+    criterion = detection_loss(detector, SIZE)
+
+    def loss(batch):
+        maps = move_instances(data.train, batch)
+        return instance_loss(criterion, detector(batch.images), batch.boxes, batch.labels, maps)
+
+    average, trained = train_detector(detector, loss, data.train, settings, 0, Session(say=lambda line: None))
+    assert trained.curve["mask"][-1] < trained.curve["mask"][0] < 0.8
+    result = evaluate_instances(average, data)
+    names = {"map50", "map50_95", "mask_map50", "mask_map50_95", "recall_dev", "mask_recall_dev"}
+    assert names <= result.metrics.keys() and 0 <= result.dev["threshold"] <= 1
+    cases = len(result.predictions["case_index"])
+    assert result.predictions["case_true"].shape == result.predictions["case_found"].shape == (cases, 112, 112)
+    assert 0 < result.predictions["case_true"].max() <= 3
+    assert result.predictions["case_true"].any((1, 2)).all()
