@@ -9,6 +9,7 @@ pictures are computed on the fly by the same frozen models. No label is used any
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -84,16 +85,17 @@ def latent_repository(
     record: Record, compressor: Compressor, extract: Extractor, data: DetectionData, session: Session
 ) -> Repository:
     """The second repository: the latents of the compressor whose run is `record`, on training pictures alone."""
-    raw = feature_repository(extract, data, session)
+    settings, device = extract.settings, next(extract.unet.parameters()).device
     identity = f"{record.model_sha256} {data.fingerprint}"
     folder = record.path.parent / "features" / record.key
-    device = next(extract.unet.parameters()).device
+    raw = cache(lambda: feature_repository(extract, data, session))  # needed only where a latent is missing
 
     def compute(indices: list[int]) -> list[Tensor]:
         with torch.no_grad():
-            return compressor.encode([level.to(device).float() for level in raw.read(indices)])
+            return compressor.encode([level.to(device).float() for level in raw().read(indices)])
 
-    shapes = [tuple(level.shape[1:]) for level in compute([0])]
+    ratio = 1 if settings.method == "none" else settings.ratio
+    shapes = [(channels // ratio, *sides) for channels, *sides in extract.shapes]
     return build_repository(folder, data.train.names, shapes, compute, identity, say=session.say)
 
 
