@@ -14,7 +14,7 @@ help:
 	@echo "                   PROFILE=smoke|quick|paper (smoke)  NOTEBOOKS=03,20  MINUTES=30  DEVICE=cpu|cuda  SEEDS=0,1  JOBS=2"
 	@echo "make test        style, tests, and the notebooks once more with nbval"
 	@echo "make data        fetch the data sets, or unpack them: ARCHIVES=folder with magnetic-tile.zip, mvtec_metal_nut_512.zip,"
-	@echo "                   DeepPCB.tar.xz, NEU-DET.zip (NEU-DET cannot be downloaded by a script)"
+	@echo "                   DeepPCB.tar.xz, NEU-DET.zip, NEU-Seg.zip (the last two cannot be downloaded by a script)"
 	@echo "make bench       speed of training, inference and metrics on this machine: SIZES=224,320,640"
 	@echo "make report      write runs/PROFILE/index.html, results/tables and the verdicts in README.md from the records"
 	@echo "make clean       remove runs/smoke and caches; data, weights, quick and paper runs stay"
@@ -45,6 +45,7 @@ data: $(INSTALLED)
 	$(PY) data_scripts/mvtec_ad.py --category metal_nut $(if $(ARCHIVES),--archive '$(ARCHIVES)/mvtec_metal_nut_512.zip')
 	$(PY) data_scripts/deep_pcb.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/DeepPCB.tar.xz')
 	$(PY) data_scripts/neu_det.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/NEU-DET.zip')
+	$(PY) data_scripts/neu_seg.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/NEU-Seg.zip')
 
 bench: $(INSTALLED)
 	$(PY) -m defectlab bench $(if $(DEVICE),--device $(DEVICE)) $(if $(SIZES),--sizes $(SIZES))

@@ -181,16 +181,24 @@ def tables_markdown(name: str) -> str:
         frame = report.results_table(name, table, "smoke", books=books)
         frame = frame[[column for column in frame.columns if "synthetic" not in column]]
         parts += [f"## {caption}", _markdown(frame)]
+    claims = report.claims_table(name, "smoke", books)
+    if len(claims):
+        parts += ["## Claims", _markdown(claims)]
     return "\n\n".join(parts) + "\n"
 
 
 def verdicts_markdown() -> str:
-    """The claims of all studies with what the committed records say about them."""
+    """What the committed records say about the claims of all studies; those without a record are counted."""
     parts = []
     for name in STUDIES:
         frame = report.claims_table(name, "smoke", _recorded(name))
-        if len(frame):
-            parts += [f"**{study(name).TITLE}**", _markdown(frame)]
+        if not len(frame):
+            continue
+        judged = frame[frame["n"] != "–"]
+        parts += [f"**{study(name).TITLE}**", *([_markdown(judged)] if len(judged) else [])]
+        if waiting := len(frame) - len(judged):
+            place = f"[results/tables/{name}.md](results/tables/{name}.md)"
+            parts.append(f"{waiting} of {len(frame)} claims wait for runs that have not been made; all are in {place}.")
     return "\n\n".join(parts)
 
 
