@@ -172,9 +172,10 @@ def over_images(statistic: Callable[[np.ndarray], float], arrays: dict[str, np.n
     return stats.paired_bootstrap(statistic, len(arrays["names"]), arrays.get("types"), BOOTSTRAP_REPEATS)
 
 
-def bootstrap_level(records: list[Record], metric: str) -> stats.Interval:
-    """Bootstrap over test images of the mean over seeds of one metric."""
-    of_seed = [image_statistic(r, metric) for r in records]
+def bootstrap_level(records: list[Record], metric: str, kind: str | None = None) -> stats.Interval:
+    """Bootstrap over test images of the mean over seeds of one metric; of one defect type where `kind` is given."""
+    of_seed = [image_statistic(r, metric, None if kind is None else [kind]) for r in records]
     found = over_images(lambda weights: float(np.mean([f(weights) for f in of_seed])), records[0].arrays)
-    mean = float(np.mean([value_of(r, metric) for r in records]))  # the exact one: arrays round
+    exact = [value_of(r, metric) if kind is None else r.per_class[kind][metric] for r in records]
+    mean = float(np.mean(exact))  # arrays round
     return stats.Interval(mean, min(found.low, mean), max(found.high, mean), found.n)

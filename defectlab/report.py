@@ -84,12 +84,13 @@ def show(values: list[float], metric: str = "") -> str:
     return f"{mean} [{low}, {high}] n={found.n}"
 
 
-def show_records(records: list[Record], metric: str) -> str:
-    """`show`; near 100 the interval is the bootstrap over test images, marked ‡, since Student's would pass 100."""
-    values = [value_of(r, metric) for r in records]
+def show_records(records: list[Record], metric: str, kind: str | None = None) -> str:
+    """`show`, of one defect type where `kind` is given; near 100 the interval is the bootstrap over test images, marked
+    ‡, since Student's would pass 100."""
+    values = [value_of(r, metric) if kind is None else r.per_class[kind].get(metric, math.nan) for r in records]
     if not values or metric not in BOOTSTRAPPED or not np.mean(values) >= NEAR_100:
         return show(values, metric)
-    found = bootstrap_level(records, metric)
+    found = bootstrap_level(records, metric, kind)
     return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]‡ n={len(values)}"
 
 
@@ -222,8 +223,8 @@ def per_class_table(study_name: str, keys: list[str], metric: str, profile: str)
     for key in keys:
         found, _ = books.of(module, key)
         if found:
-            content[key] = {t: show([r.per_class[t].get(metric, math.nan) for r in found]) for t in found[0].per_class}
-            content[key]["all"] = show([value_of(r, metric) for r in found])
+            content[key] = {kind: show_records(found, metric, kind) for kind in found[0].per_class}
+            content[key]["all"] = show_records(found, metric)
     return pd.DataFrame.from_dict(content, orient="index")
 
 
