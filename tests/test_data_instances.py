@@ -231,3 +231,19 @@ def test_of_two_instances_the_kept_one_has_the_number(data):
     expected = torch.zeros(1, 8, 8, dtype=torch.int64)
     expected[0, :, 1:4] = 1
     assert torch.equal(move_instances(split, left), expected)
+
+
+def test_of_two_instances_with_one_box_the_class_decides(data):
+    """A ring of one class around a square of another, cut to the same box by the picture's edges."""
+    maps = torch.ones(1, 8, 8, dtype=torch.uint8)
+    maps[0, 2:6, 2:6] = 2
+    boxes = torch.tensor([[[0.0, 0, 8, 8], [2, 2, 6, 6]]])
+    split = replace(data.train, maps=maps, boxes=boxes, labels=torch.tensor([[0, 2]]))
+    images, generator = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.Generator().manual_seed(0)
+    still = Augmentation(mosaic=0, translate=0, scale=0, flip_left_right=0)
+    batch = augment(images, boxes, split.labels, torch.tensor([0]), still, generator)
+    whole = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 8]]])
+    enlarged = batch.matrices.clone()
+    enlarged[:, :, :2] = torch.tensor([[4.0, 0, -12], [0, 4, -12]])
+    zoomed = replace(batch, matrices=enlarged, boxes=whole, labels=split.labels)
+    assert (move_instances(split, zoomed) == 2).all()

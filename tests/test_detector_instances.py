@@ -232,13 +232,13 @@ class Wide:
 
 def test_a_mask_by_hand():
     """Anchor 1 of cell (1, 2) of the finest level: its box spans 12..28 x 10..14 px of the input, its coefficients
-    take the second prototype, which is the right half of the picture."""
+    take the second prototype, which lies right of x = 16 and below y = 12 px."""
     raw = [torch.full((1, 2 * 8, 32 // s, 32 // s), -20.0) for s in (8, 16, 32)]
     raw[0][0, 8:16, 1, 2] = torch.tensor([0.0, 0, 0, 0, 20, -20, 20, -20])  # centre (20, 12), size of the anchor
     coefficients = [torch.zeros(1, 2 * 2, 32 // s, 32 // s) for s in (8, 16, 32)]
     coefficients[0][0, 2:4, 1, 2] = torch.tensor([-9.0, 9.0])
     prototypes = torch.zeros(1, 2, 8, 8)
-    prototypes[0, 0], prototypes[0, 1, :, 4:] = 5.0, 10.0
+    prototypes[0, 0], prototypes[0, 1, 3:, 4:] = 5.0, 10.0
     anchors = torch.tensor([[[9.0, 9], [16, 4]]] * 3)
     split = Wide()
     found = list(predict_instances(Fixed(InstanceMaps(raw, coefficients, prototypes), anchors), split, confidence=0.1))
@@ -248,8 +248,8 @@ def test_a_mask_by_hand():
     mask = found[0]["masks"][0]
     assert mask.shape == (50, 100)
     rows, columns = mask.nonzero().unbind(1)
-    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (50, 86, 6, 18)
-    assert mask.sum() == 37 * 13  # the part of the box in the right half
+    assert (columns.min(), columns.max(), rows.max()) == (50, 86, 18)  # 16 / 0.32 and the box's edges
+    assert rows.min() in (12, 13)  # (12 - 8) / 0.32 is 12.5, the very centre of row 12
     none = list(predict_instances(Fixed(InstanceMaps(raw, coefficients, prototypes), anchors), split, confidence=1.0))
     assert none[0]["masks"].shape == (0, 50, 100) and none[0]["boxes"].shape == (0, 4)
     broken = InstanceMaps(raw, coefficients, prototypes * torch.nan)
