@@ -20,7 +20,7 @@ from torch import Tensor
 
 from defectlab.data.instances import InstanceSplit
 from defectlab.detection_figures import CLASS_COLOURS
-from defectlab.detector.evaluation import unpack
+from defectlab.detector.evaluation import match, unpack
 from defectlab.figures import INK, nothing_yet
 from defectlab.runs import Record
 
@@ -109,9 +109,8 @@ def overlaid(
         return nothing_yet()
     rows, cell = -(-len(shown) // columns), width / columns
     lines = max(title.count("\n") + 1 for title in titles)
-    above = rows * (0.15 * lines + 0.05 + 0.17 * (captions is not None)) + 0.25
-    figure, axes = plt.subplots(rows, columns, figsize=(width, rows * cell + above), squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    above = rows * (0.15 * lines + 0.05 + 0.17 * (captions is not None)) + 0.4
+    figure, axes = _grid(rows, columns, (width, rows * cell + above))
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
     for index, (axis, one, title) in enumerate(zip(axes.flat, shown, titles, strict=False)):
@@ -124,21 +123,20 @@ def overlaid(
     return figure
 
 
-def truth_and_prediction(record: Record | None, pairs: int = 3, width: float = 9.0) -> Figure:
-    """Figure 15: the telling cases of a record, `pairs` in a line, each the truth beside what was found at the
-    threshold from dev; below, why it is shown (at score 0.25, see `telling_cases`) and the overlap of the marked pixels.
-    """
+def truth_and_prediction(record: Record | None, pairs: int = 3, width: float = 9.0, most: int = 12) -> Figure:
+    """The first `most` telling cases of a record, `pairs` in a line, each the truth beside what was found at the
+    threshold from dev; below, why it is shown (at score 0.25, see `telling_cases`), and the overlap of marked pixels."""
     if record is None:
         return nothing_yet()
     shown, titles, captions = [], [], []
     _, _, names, class_names = unpack(record.arrays)
     why = record.arrays["case_why"].tolist()
     chosen = record.arrays["case_index"].tolist()
-    for index, reason, (truth, found) in zip(chosen, why, from_record(record), strict=True):
+    for index, reason, (truth, found) in list(zip(chosen, why, from_record(record), strict=True))[:most]:
         shown += [truth, found]
         titles += [names[index].rsplit("/", 1)[-1].partition(".")[0], "predicted"]
         overlap = pixel_iou(truth.classes, found.classes)
-        captions += [reason, "nothing marked" if np.isnan(overlap) else f"pixels: IoU {overlap:.2f}"]
+        captions += [reason, f"pixels: IoU {overlap:.2f}" if found.classes.any() else "nothing found"]
     return overlaid(shown, titles, class_names, 2 * pairs, width, captions)
 
 
@@ -163,8 +161,7 @@ def assembled(
     most = min(most, len(prototypes))
     columns, lines = first + most + 3, len(weights)
     cell = width / columns
-    figure, axes = plt.subplots(lines, columns, figsize=(width, lines * (cell + 0.2)), squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    figure, axes = _grid(lines, columns, (width, lines * (cell + 0.2)))
     extent = (0, prototypes.shape[2], prototypes.shape[1], 0)  # as boxes count
     for line, share, weight, box, name in zip(axes, shares, weights, boxes, names, strict=True):
         strongest = share.abs().mean((1, 2)).topk(most).indices.sort().values.tolist()
@@ -173,10 +170,10 @@ def assembled(
         if picture is not None:
             line[0].imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent)
             line[0].set_title("picture", fontsize=7)
-        panels = [(f"{weight[k]:+.2f} × P{k + 1}", share[k]) for k in strongest] + [("sum of all", logits)]
+        panels = [(f"{float(weight[k]):+.2f} × P{k + 1}", share[k]) for k in strongest] + [("sum of all", logits)]
         for axis, (title, values) in zip(line[first:], panels, strict=False):
             axis.imshow(values.cpu().numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
-            axis.set_title(title, fontsize=7)
+            axis.set_title(title.replace("-", "−"), fontsize=7)
         probability = logits.sigmoid().cpu().numpy()
         mask = (probability > 0.5) & _inside(box, probability.shape)
         for axis, title, values in zip(line[-2:], ("sigmoid", "mask"), (probability, mask), strict=True):
@@ -186,6 +183,33 @@ def assembled(
         line[0].set_ylabel(name, fontsize=8, color=INK)
     for axis in axes.flat:
         _bare(axis)
+    return figure
+
+
+def threshold_curves(records: Mapping[str, Record], width: float = 7.0) -> Figure:
+    """Precision (left) and recall (right) of the boxes at IoU 0.5, all classes together, against the score from which
+    on predictions are kept: a line a row, a dot at its threshold from dev. Rows that predict nothing are left out."""
+    records = {name: record for name, record in records.items() if record.arrays["prediction_counts"].any()}
+    if not records:
+        figure = nothing_yet()
+        figure.texts[0].set_text("no run predicts anything here yet")
+        return figure
+    figure, axes = plt.subplots(1, 2, figsize=(width, 2.6), sharex=True, sharey=True)
+    for colour, (name, record) in enumerate(records.items()):
+        predictions, truths, _, class_names = unpack(record.arrays)
+        matches = match(predictions, truths, (0.5,), len(class_names))  # by descending score
+        right = np.cumsum(matches.right[:, 0])
+        kept = np.arange(1, len(right) + 1)
+        both = (100 * right / kept, 100 * right / matches.truths.sum())
+        at = np.searchsorted(-matches.scores, -float(np.float16(record.dev["threshold"])), side="right") - 1
+        for axis, values in zip(axes, both, strict=True):
+            axis.plot(matches.scores, values, color=f"C{colour}", linewidth=1.2, label=name)
+            if at >= 0:
+                axis.plot(matches.scores[at], values[at], "o", color=f"C{colour}", markersize=5)
+    for axis, title in zip(axes, ("precision", "recall"), strict=True):
+        axis.set(title=title, xlabel="score from which on boxes are kept", xlim=(0, 1), ylim=(0, 102))
+    axes[0].set_ylabel("per cent")
+    axes[0].legend(frameon=False)
     return figure
 
 
@@ -208,6 +232,13 @@ def _inside(box: Tensor, shape: tuple[int, int]) -> np.ndarray:
     return (x > x1) & (x < x2) & (y > y1) & (y < y2)
 
 
+def _grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """Places for pictures, close together."""
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0, hspace=0)
+    return figure, axes
+
+
 def _bare(axis: Axes) -> None:
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
@@ -221,8 +252,9 @@ def _draw(axis: Axes, one: Shown) -> None:
     for box, label, score in reversed(list(entries)):  # the surest on top
         axis.add_patch(_rectangle(box, _colour(label)))
         if score is not None:
-            place = {"ha": "left", "va": "top", "fontsize": 5.5, "clip_on": True}
-            look = {"facecolor": _colour(label), "edgecolor": "none", "pad": 0.4, "alpha": 0.85}
+            above = "bottom" if box[1] > 0.08 * height else "top"  # off the mask where there is room
+            place = {"ha": "left", "va": above, "fontsize": 5, "clip_on": True}
+            look = {"facecolor": _colour(label), "edgecolor": "none", "pad": 0.3, "alpha": 0.85}
             axis.text(max(box[0], 0), max(box[1], 0), f"{score:.2f}", color="black", bbox=look, **place)
     axis.set(xlim=(0, width), ylim=(height, 0))
     _bare(axis)
