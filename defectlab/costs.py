@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ def parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def flops(model: nn.Module, *inputs: Tensor) -> int:
+def flops(model: Callable[..., Any], *inputs: Any) -> int:
     """2 x multiply-accumulates of convolutions and matrix products in one forward pass."""
     with FlopCounterMode(display=False) as counter:
         model(*inputs)

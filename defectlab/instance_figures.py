@@ -125,7 +125,7 @@ def overlaid(
 
 def truth_and_prediction(record: Record | None, pairs: int = 3, width: float = 9.0, most: int = 12) -> Figure:
     """The first `most` telling cases of a record, `pairs` in a line, each the truth beside what was found at the
-    threshold from dev; below, why it is shown (at score 0.25, see `telling_cases`), and the overlap of marked pixels."""
+    threshold from dev; below, why it is shown (at score 0.25, see `telling_cases`) and the overlap of marked pixels."""
     if record is None:
         return nothing_yet()
     shown, titles, captions = [], [], []
@@ -189,6 +189,8 @@ def assembled(
 def threshold_curves(records: Mapping[str, Record], width: float = 7.0) -> Figure:
     """Precision (left) and recall (right) of the boxes at IoU 0.5, all classes together, against the score from which
     on predictions are kept: a line a row, a dot at its threshold from dev. Rows that predict nothing are left out."""
+    if not records:
+        return nothing_yet()
     records = {name: record for name, record in records.items() if record.arrays["prediction_counts"].any()}
     if not records:
         figure = nothing_yet()

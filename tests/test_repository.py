@@ -322,11 +322,11 @@ def test_the_size_is_said_before_anything_is_computed(tmp_path: Path) -> None:
         return [torch.zeros(len(indices), *shapes[0])]
 
     build(tmp_path, compute, shapes=shapes, say=lines.append)
-    assert said[0] == [f"feature repository {tmp_path}: 0.1 MB, 7 images, 3 shards, 3 of them to compute"]
+    assert said[0] == [f"feature repository {tmp_path.name}: 0.1 MB, 7 images, 3 shards, 3 of them to compute"]
     assert lines[1].startswith("  shard 1 of 3: 3 images, ")
     lines.clear()
     build(tmp_path, compute, shapes=shapes, say=lines.append)
-    assert lines == [f"feature repository {tmp_path}: 0.1 MB, 7 images, 3 shards, all there"]
+    assert lines == [f"feature repository {tmp_path.name}: 0.1 MB, 7 images, 3 shards, all there"]
 
 
 def test_a_disk_without_room_is_refused_by_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def build_repository(
         try:
             index = _read_index(folder)
         except DataError:
-            say(f"{folder / INDEX} is damaged: every shard is computed again")
+            say(f"  {folder.name}/{INDEX} is damaged: every shard is computed again")
             index = None
         shapes = _as_shapes(shapes)
         index = index or Index(identity, [list(shape) for shape in shapes], shard)
@@ -216,11 +216,11 @@ def _say_size(repository: Repository, missing: list[int], say: Callable[[str], N
     """What will be there, what of it is damaged, what is yet to compute; OSError where the disk has no room."""
     folder, an_image = repository.folder, 2 * sum(math.prod(shape) for shape in repository.shapes)
     size = an_image * len(repository) / 1e6
-    line = f"feature repository {folder}: {size:.1f} MB, {len(repository)} images, {repository.shards} shards"
+    line = f"feature repository {folder.name}: {size:.1f} MB, {len(repository)} images, {repository.shards} shards"
     say(f"{line}, {len(missing)} of them to compute" if missing else f"{line}, all there")
     for n in missing:
         if _file(n) in repository.index.files:
-            say(f"  {folder / _file(n)} is missing or damaged: computed again")
+            say(f"  {folder.name}/{_file(n)} is missing or damaged: computed again")
     needed = an_image * sum(len(repository.images(n)) for n in missing)
     free = shutil.disk_usage(folder).free
     if needed > (1 - SPARE) * free:

@@ -15,11 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from defectlab.costs import parameters
+from defectlab.costs import flops, parameters
 from defectlab.data.augment import Batch, warp
 from defectlab.data.detection import DetectionData
 from defectlab.data.instances import InstanceData, move_instances
 from defectlab.detector.detect import (
+    COST_SIZE,
     build_detector,
     deployed_costs,
     detection_loss,
@@ -39,7 +40,7 @@ from defectlab.detector.model import Detector
 from defectlab.detector.training import DetectorSettings, train_detector
 from defectlab.papers.d3n.compression import Compressor, build_compressor
 from defectlab.papers.d3n.fusion import CrossModelFusion
-from defectlab.papers.d3n.preparation import feature_channels, prepare
+from defectlab.papers.d3n.preparation import Prepared, feature_channels, prepare
 from defectlab.papers.d3n.transfer import PowerTransfer
 from defectlab.runs import Result
 from defectlab.train import Session, precision_of
@@ -213,12 +214,25 @@ def run_hybrid(
     result = task.evaluate(average, data, prepared.unseen)
     result.curve, result.notes = trained.curve, prepared.notes
     result.precision = precision_of(settings, device)
-    result.costs = {
-        "parameters_m": round((parameters(average) + prepared.ddpm_parameters) / 1e6, 4),
+    result.costs = whole_costs(average, prepared, small) | {
         "train_seconds": round(trained.seconds, 1),
         "train_images_per_second": round(trained.images_per_second, 1),
     }
     return result
+
+
+def whole_costs(hybrid: HybridDetector, prepared: Prepared, small: DetectionData) -> dict[str, float]:
+    """Parameters (millions) and GFLOPs of all that one test picture needs: the diffusion model at each timestep, the
+    compressor there and back, and the hybrid at 640 px, the size at which detectors are counted."""
+    device = prepared.latents[0].device
+    picture = torch.zeros(1, 3, COST_SIZE, COST_SIZE, device=device)
+    latents = [level[:1].float() for level in prepared.latents]
+    features = prepared.compressor.decode(latents)
+    extraction = flops(prepared.extract, small.train.images[:1]) + flops(prepared.compressor.encode, features)
+    return {
+        "parameters_m": round((parameters(hybrid) + parameters(prepared.extract.unet)) / 1e6, 4),
+        "gflops": round((extraction + flops(hybrid.eval(), picture, *latents)) / 1e9, 3),
+    }
 
 
 def load_hybrid(record: Any, settings: HybridSettings, data: DetectionData, device: str) -> HybridDetector:

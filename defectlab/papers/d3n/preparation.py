@@ -14,7 +14,6 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from defectlab.costs import parameters
 from defectlab.data.detection import DetectionData
 from defectlab.diffusion.ddpm import load_ddpm, noise_schedule
 from defectlab.diffusion.features import decoder_channels, decoder_features
@@ -147,7 +146,7 @@ class Prepared:
     compressor: Compressor
     latents: list[Tensor]  # of the training pictures: three levels (N, C_k / 8, H_k, W_k) fp16 on the device
     unseen: dict[str, list[Tensor]]  # "dev", "test": the same, computed on the fly
-    ddpm_parameters: int
+    extract: Extractor
     notes: dict[str, str]
 
 
@@ -162,4 +161,4 @@ def prepare(
     with torch.no_grad():
         unseen = {part: [z.half() for z in compressor.encode(extract(getattr(data, part).images))] for part in parts}
     notes = {"compressor": record.key, "compressor_sha256": record.model_sha256, "ddpm": extract.record.key}
-    return Prepared(compressor, latents, unseen, parameters(extract.unet), notes)
+    return Prepared(compressor, latents, unseen, extract, notes)
