@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from defectlab.train import autocast, full_float32
@@ -20,8 +21,13 @@ def parameters(model: nn.Module) -> int:
 @torch.no_grad()
 def flops(model: Callable[..., Any], *inputs: Any) -> int:
     """2 x multiply-accumulates of convolutions and matrix products in one forward pass."""
-    with FlopCounterMode(display=False) as counter:
-        model(*inputs)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter sees neither this path of attention nor a fused one
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()
 
 

@@ -123,16 +123,20 @@ def overlaid(
     return figure
 
 
-def truth_and_prediction(record: Record | None, pairs: int = 3, width: float = 9.0, most: int = 12) -> Figure:
-    """The first `most` telling cases of a record, `pairs` in a line, each the truth beside what was found at the
-    threshold from dev; below, why it is shown (at score 0.25, see `telling_cases`) and the overlap of marked pixels."""
+def truth_and_prediction(record: Record | None, pairs: int = 3, width: float = 9.0, each: int = 4) -> Figure:
+    """The telling cases of a record, `pairs` in a line, each the truth beside what was found at the threshold from dev:
+    the first `each` of those with missed objects, with false alarms, and of the best. Below, why a case is shown (at
+    score 0.25, see `telling_cases`) and the overlap of the marked pixels."""
     if record is None:
         return nothing_yet()
     shown, titles, captions = [], [], []
     _, _, names, class_names = unpack(record.arrays)
     why = record.arrays["case_why"].tolist()
     chosen = record.arrays["case_index"].tolist()
-    for index, reason, (truth, found) in list(zip(chosen, why, from_record(record), strict=True))[:most]:
+    kinds = ["missed" if reason.endswith("missed") else reason.startswith("false alarm") for reason in why]
+    for case, (index, reason, (truth, found)) in enumerate(zip(chosen, why, from_record(record), strict=True)):
+        if kinds[:case].count(kinds[case]) >= each:
+            continue
         shown += [truth, found]
         titles += [names[index].rsplit("/", 1)[-1].partition(".")[0], "predicted"]
         overlap = pixel_iou(truth.classes, found.classes)

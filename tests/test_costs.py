@@ -9,6 +9,17 @@ from torch import nn
 from defectlab.costs import flops, inference_seconds, model_costs, parameters, seconds_per_call
 
 
+def test_flops_of_attention_by_hand() -> None:
+    """Fused attention and the transformer's fast path count like the matrix products that they are."""
+    query = torch.randn(1, 4, 50, 16)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert flops(attention, query, query, query) == 2 * 2 * 4 * 50 * 50 * 16
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    by_hand = 2 * 50 * (4 * 64 * 64 + 2 * 64 * 128) + 2 * 2 * 50 * 50 * 64  # projections and MLP, then attention
+    assert flops(layer, torch.randn(1, 50, 64)) == by_hand
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 @pytest.mark.parametrize(
     ("layer", "shape", "expected"),
     [

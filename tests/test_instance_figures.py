@@ -112,7 +112,15 @@ def test_truth_beside_prediction(record):
     assert [axis.get_xlabel() for axis in axes] == captions
     assert [len(rectangles(axis)) for axis in axes] == [1, 2, 2, 1]
     assert [text.get_text() for text in axes[1].texts] == ["0.50", "0.75"]  # the surest is drawn last
-    assert len(drawn(figures.truth_and_prediction(record, most=1, pairs=1))) == 2
+
+
+def test_the_first_cases_of_each_kind(record, tmp_path):
+    why = ["3 of 3 missed", "1 of 2 missed", "false alarm at 0.75", "false alarm at 0.60", "all 2 found", "found"]
+    arrays = {k: np.resize(v, (6, *v.shape[1:])) if k.startswith("case") else v for k, v in record.arrays.items()}
+    np.savez_compressed(tmp_path / "run.npz", **(arrays | {"case_why": np.array(why)}))
+    axes = drawn(figures.truth_and_prediction(record, each=1))
+    assert [axis.get_xlabel() for axis in axes[::2]] == [why[0], why[2], why[4]]
+    assert len(drawn(figures.truth_and_prediction(record, each=2))) == 12
 
 
 def test_pixel_iou_counts_the_same_class_alone():

@@ -224,10 +224,9 @@ def run_hybrid(
 def whole_costs(hybrid: HybridDetector, prepared: Prepared, small: DetectionData) -> dict[str, float]:
     """Parameters (millions) and GFLOPs of all that one test picture needs: the diffusion model at each timestep, the
     compressor there and back, and the hybrid at 640 px, the size at which detectors are counted."""
-    device = prepared.latents[0].device
-    picture = torch.zeros(1, 3, COST_SIZE, COST_SIZE, device=device)
     latents = [level[:1].float() for level in prepared.latents]
     features = prepared.compressor.decode(latents)
+    picture = torch.zeros(1, 3, COST_SIZE, COST_SIZE, device=latents[0].device)
     extraction = flops(prepared.extract, small.train.images[:1]) + flops(prepared.compressor.encode, features)
     return {
         "parameters_m": round((parameters(hybrid) + parameters(prepared.extract.unet)) / 1e6, 4),
