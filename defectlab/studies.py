@@ -33,4 +33,4 @@ def pick_rows(name: str, profile: str, wanted: list[str] | None = None) -> dict[
     unknown = [row for row in wanted or [] if row not in rows]
     if unknown:
         raise ValueError(f"unknown row {unknown[0]!r} of {name}: use some of {', '.join(rows)}")
-    return {row: rows[row] for row in wanted} if wanted else dict(rows)
+    return dict(rows) if wanted is None else {row: rows[row] for row in wanted}

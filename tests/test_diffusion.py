@@ -291,6 +291,12 @@ def test_a_run_and_its_network_loaded_again(tmp_path: Path) -> None:
     assert arrays["errors"].shape == arrays["errors_train"].shape == (20,)
     assert (arrays["samples"].shape, arrays["samples"].dtype.name) == ((16, 16, 16), "uint8")
     assert {"parameters_m", "train_seconds", "train_images_per_second"} == result.costs.keys()
+    assert torch.equal(torch.from_numpy(arrays["case_images"]), data.test.images[:, 0])  # all four
+    assert arrays["case_told"].shape == (4, 16, 16)
+    for level in range(3):
+        maps = arrays[f"case_features_{level}"]
+        assert (maps.shape, maps.dtype.name) == ((4, 3, 16 >> level, 16 >> level), "uint8")
+        assert (maps.min(), maps.max()) == (0, 255)
 
     path = tmp_path / "ddpm.json"
     path.write_text(json.dumps({"key": "ddpm"}))
@@ -309,6 +315,7 @@ def test_a_run_on_pictures_with_colours() -> None:
     parts = {p: replace(getattr(data, p), images=getattr(data, p).images.repeat(1, 3, 1, 1)) for p in SPLITS}
     result = run_ddpm(replace(TOY, epochs=1), 0, replace(data, **parts), "cpu", Session(say=lambda line: None))
     assert result.predictions["samples"].shape == (16, 16, 16, 3)
+    assert result.predictions["case_told"].shape == result.predictions["case_images"].shape == (2, 16, 16, 3)
 
 
 def test_pictures_that_are_measured_are_spread_over_the_set() -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import: where it is needed, not 
 FIRST_BETA, LAST_BETA = 1e-4, 0.02  # Ho et al. section 4: linear in between
 # of a finished network: the error at so many timesteps, on so many pictures of a split (a hundred settle it, and the
 # whole set would take a CPU longer than other rows train), and so many drawn pictures in its record
-ERROR_TIMESTEPS, ERROR_PICTURES, SAMPLES = 20, 120, 16
+ERROR_TIMESTEPS, ERROR_PICTURES, SAMPLES, CASES = 20, 120, 16, 6
 
 
 @dataclass(frozen=True)
@@ -277,8 +277,11 @@ def run_ddpm(
 
     -> metrics and dev {"noise_error": per cent of the noise's power that is mispredicted, mean over 20 timesteps};
     predictions "timesteps" (20,), "errors" (20,) on test, "errors_train" on training pictures, "samples" uint8
-    (16, S, S), with colours (16, S, S, 3). Raises ValueError for pictures of another size, and as `train`.
+    (16, S, S), with colours (16, S, S, 3), and `telling_maps` of six test pictures. Raises ValueError for pictures of another size, and as
+    `train`.
     """
+    from defectlab.diffusion.features import telling_maps  # that module builds on this one
+
     unet, trained = train_ddpm(data.train.images, settings, seed, session)
     precision, timesteps = precision_of(settings, device), middles(settings.steps, ERROR_TIMESTEPS)
     with autocast(torch.device(device), precision):
@@ -287,6 +290,7 @@ def run_ddpm(
             for part in ("train", "dev", "test")
         }
         samples = sample_ddim(unet, SAMPLES, seed, device=device)  # (16, C, S, S)
+        kept = telling_maps(unet, spread(data.test.images, CASES))
     samples = samples[:, 0] if samples.shape[1] == 1 else rearrange(samples, "n c h w -> n h w c")
     return Result(
         metrics={"noise_error": round(100 * errors["test"].mean().item(), 4)},
@@ -298,6 +302,7 @@ def run_ddpm(
             "errors": errors["test"].float().numpy(),
             "errors_train": errors["train"].float().numpy(),
             "samples": samples.cpu().numpy(),
+            **kept,
         },
         model=unet.state_dict(),
         costs={

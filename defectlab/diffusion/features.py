@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -81,3 +82,26 @@ def decoder_features(
     if combine == "concat":
         return [torch.cat(maps, dim=1) for maps in found]
     return [torch.stack(maps).mean(0) for maps in found]
+
+
+@torch.no_grad()
+def telling_maps(unet: UNet2DModel, images: Tensor, channels: int = 3) -> dict[str, np.ndarray]:
+    """What a record keeps of a few uint8 pictures (B, C, S, S), all uint8: case_images and case_told (B, S, S) or with
+    colours (B, S, S, 3), the picture and what one step from the last of `TIMESTEPS` makes of it; case_features_k
+    (B, channels, h, w), some channels of level k, darkest to brightest over the pictures.
+    """
+    alpha_hat, last = noise_schedule(unet.config.num_train_timesteps).to(images.device), TIMESTEPS[-1]
+    at = torch.full((len(images),), last, device=images.device)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+    noisy = q_sample(as_inputs(images), at, noise, alpha_hat)
+    left = alpha_hat[last].float()
+    told = (noisy - (1 - left).sqrt() * unet(noisy, at).sample.float()) / left.sqrt()  # x_0 of eq. 2
+    found = {"case_images": images, "case_told": ((told + 1) * 127.5).round().clamp(0, 255)}
+    for level, maps in enumerate(decoder_features(unet, images, alpha_hat=alpha_hat)):
+        chosen = maps[:, torch.linspace(0, maps.shape[1] - 1, channels).round().long()]  # (B, channels, h, w)
+        low, high = chosen.amin((0, 2, 3), keepdim=True), chosen.amax((0, 2, 3), keepdim=True)
+        found[f"case_features_{level}"] = (255 * (chosen - low) / (high - low).clamp(min=1e-9)).round()
+    arrays = {name: values.to(torch.uint8).cpu().numpy() for name, values in found.items()}
+    for name in ("case_images", "case_told"):
+        arrays[name] = arrays[name][:, 0] if images.shape[1] == 1 else arrays[name].transpose(0, 2, 3, 1)
+    return arrays
