@@ -277,8 +277,8 @@ def run_ddpm(
 
     -> metrics and dev {"noise_error": per cent of the noise's power that is mispredicted, mean over 20 timesteps};
     predictions "timesteps" (20,), "errors" (20,) on test, "errors_train" on training pictures, "samples" uint8
-    (16, S, S), with colours (16, S, S, 3), and `telling_maps` of six test pictures. Raises ValueError for pictures of another size, and as
-    `train`.
+    (16, S, S), with colours (16, S, S, 3), and `telling_maps` of six test pictures. Raises ValueError for pictures of
+    another size, and as `train`.
     """
     from defectlab.diffusion.features import telling_maps  # that module builds on this one
 

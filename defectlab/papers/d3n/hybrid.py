@@ -33,6 +33,7 @@ from defectlab.detector.instances import (
     InstanceMaps,
     build_instance_detector,
     evaluate_instances,
+    instance_loss,
     mask_terms,
 )
 from defectlab.detector.losses import AnchorBasedLoss
@@ -275,8 +276,8 @@ def run_with_masks(settings: InstanceSettings, seed: int, data: InstanceData, de
     criterion = detection_loss(detector, settings.size)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        output = detector(batch.images)
-        return whole_loss(task, output, criterion, batch, criterion(output.raw, batch.boxes, batch.labels))
+        maps = move_instances(data.train, batch)
+        return instance_loss(criterion, detector(batch.images), batch.boxes, batch.labels, maps)
 
     return train_deployed(task, detector, loss, settings, seed, data, device, session)
 
