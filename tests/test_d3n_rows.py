@@ -13,6 +13,7 @@ from toy_detection import toy_data
 
 from defectlab import runs
 from defectlab.data.augment import Augmentation, augment
+from defectlab.data.store import DataError
 from defectlab.detector.detect import build_detector, deployed_costs
 from defectlab.detector.training import DetectorSettings
 from defectlab.diffusion.ddpm import DiffusionSettings
@@ -207,7 +208,7 @@ def test_a_student_has_all_its_stages_run_first_and_once(run: Callable[..., Reco
     found = recorded(project)
     by_model = {record["model"]: record for record in found.values()}
     assert set(by_model) == {"ddpm", "d3n_compression", "d3n_hybrid", "d3n_student"} and len(found) == 4
-    assert by_model["d3n_hybrid"]["seed"] == by_model["ddpm"]["seed"] == 0
+    assert (by_model["d3n_hybrid"]["seed"], by_model["ddpm"]["seed"]) == (1, 0)  # a student's own teacher, one DDPM
     assert student.notes["teacher_sha256"] == by_model["d3n_hybrid"]["model_sha256"]
     assert student.notes["compressor_sha256"] == by_model["d3n_compression"]["model_sha256"]
     assert {"distill_obj", "distill_cls", "distill_box"} < set(student.curve)
@@ -218,8 +219,22 @@ def test_a_student_has_all_its_stages_run_first_and_once(run: Callable[..., Reco
         assert by_model["d3n_hybrid"]["costs"][cost] > student.costs[cost]
     assert by_model["d3n_compression"]["costs"]["latents_mb"] < by_model["d3n_compression"]["costs"]["features_mb"]
     before = {path: path.stat().st_mtime_ns for path in (project / "runs" / "smoke").glob("*.json")}
-    run(STUDENT, 2)
+    run(replace(STUDENT, transfer=0.5), 1)
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
+    assert len(recorded(project)) == len(before) + 1
+
+
+def test_stages_that_do_not_belong_together_are_refused(run: Callable[..., Record], project: Path) -> None:
+    run(HYBRID, 0)
+    (compressor,) = (project / "runs" / "smoke").glob("d3n_compression-*.json")
+    content = json.loads(compressor.read_text())
+    altered = content | {"notes": content["notes"] | {"ddpm_sha256": "another"}}
+    try:
+        compressor.write_text(json.dumps(altered))
+        with pytest.raises(DataError, match=r"was made from another diffusion model than .*: delete it"):
+            run(replace(HYBRID, epochs=2), 0)
+    finally:
+        compressor.write_text(json.dumps(content))
 
 
 def test_the_repositories_hold_training_pictures_alone(run: Callable[..., Record], project: Path) -> None:

@@ -57,8 +57,8 @@ class DiffusionSettings:
     final_rate: float = 0.01  # ... to 5e-8, this part of the first
     batch: int = 2  # D3N section IV-A
     # ours: D3N is silent. Adam moves a weight by at most about the rate in a step, so too few steps at 5e-6 learn
-    # nothing: on NEU-DET's 1,296 training pictures these are 129,600, whose rates sum to 0.3, where a weight of the
-    # coarsest level starts at 0.015 at most
+    # nothing: 200 epochs of 1,296 pictures are 129,600 steps, whose rates sum to 0.3, where a weight of the coarsest
+    # level starts at 0.015 at most
     epochs: int = 200
     average: float = 0.9999  # EMA of the weights, what is used afterwards; ours: Ho et al. appendix B
     average_ramp: float = 2000.0  # steps: the EMA starts short; ours

@@ -19,6 +19,8 @@ from defectlab.costs import flops, parameters
 from defectlab.data.augment import Batch, warp
 from defectlab.data.detection import DetectionData
 from defectlab.data.instances import InstanceData, move_instances
+from defectlab.data.store import DataError
+from defectlab.detector.blocks import folded
 from defectlab.detector.detect import (
     COST_SIZE,
     build_detector,
@@ -81,7 +83,7 @@ class StudentSettings(DetectorSettings):
     version: ClassVar[int] = DetectorSettings.version
 
     teacher: Any = None  # HybridSettings
-    teacher_seed: int = 0  # ours: one teacher for all seeds of a student
+    teacher_seed: int | None = None  # ours: None, the student's own, so that its spread is the teacher's, too
     transfer: float = 1.0  # ours: lambda of equation 7 is not stated
     distance: str = "l2"  # section IV-A; "bce": equation 7 with the detector's own losses
     temperature: float = 20.0  # section IV-A
@@ -110,7 +112,7 @@ class HybridDetector(nn.Module):
 
     def forward(self, images: Tensor, *latents: Tensor, matrices: Tensor | None = None) -> list[Tensor]:
         maps = self.detector.backbone(images)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             features = self.compressor.decode(latents)  # feature mapping, by fixed parameters (Fig. 5)
             if matrices is not None:
                 features = move_features(features, self.compressor, matrices, images.shape[-1])
@@ -148,11 +150,11 @@ def task_of(data: DetectionData) -> Task:
     return Task(build_instance_detector, lambda output: output.raw, masks, MASK_GAIN, evaluate_instances)
 
 
-def whole_loss(task: Task, output: Any, criterion: AnchorBasedLoss, batch: Batch, own: dict[str, Tensor]) -> dict:
-    """The terms of boxes, `own`, and where the set has masks their term, learnt from the truth alone (ours: equations
+def whole_loss(task: Task, output: Any, criterion: AnchorBasedLoss, batch: Batch, terms: dict[str, Tensor]) -> dict:
+    """The terms of boxes, and where the set has masks their term, learnt from the truth alone (ours: equations
     6 and 7 name boxes, objectness and classes)."""
     masks = task.masks(output, criterion, batch)
-    return own | masks | {"loss": own["loss"] + task.gain * sum(masks.values())}
+    return terms | masks | {"loss": terms["loss"] + task.gain * sum(masks.values())}
 
 
 def dev_probe(task: Task, data: DetectionData, features: Sequence[Tensor] = ()) -> Callable[[Any], dict[str, float]]:
@@ -231,7 +233,7 @@ def whole_costs(hybrid: HybridDetector, prepared: Prepared, small: DetectionData
     extraction = flops(prepared.extract, small.train.images[:1]) + flops(prepared.compressor.encode, features)
     return {
         "parameters_m": round((parameters(hybrid) + parameters(prepared.extract.unet)) / 1e6, 4),
-        "gflops": round((extraction + flops(hybrid.eval(), picture, *latents)) / 1e9, 3),
+        "gflops": round((extraction + flops(folded(hybrid), picture, *latents)) / 1e9, 3),
     }
 
 
@@ -246,14 +248,16 @@ def run_student(
 ) -> Result:
     """One row and seed of Table VI: the plain detector, taught by its hybrid (equations 6 and 7)."""
     check_recipe(settings)
-    record = session.need(settings.teacher, settings.teacher_seed)
+    record = session.need(settings.teacher, seed if settings.teacher_seed is None else settings.teacher_seed)
     prepared = prepare(settings.teacher.compression, small, device, session, parts=())
+    if record.notes["compressor_sha256"] != prepared.notes["compressor_sha256"]:
+        raise DataError(f"{record.path} was trained with another compressor than this machine's now: delete it")
     teacher = load_hybrid(record, settings.teacher, data, device)
     torch.manual_seed(seed)
     task = task_of(data)
     student = task.build(settings, data).to(device, memory_format=torch.channels_last)
-    own = detection_loss(student, settings.size)
-    transfer = PowerTransfer(own, settings.transfer, settings.distance, settings.temperature, settings.box)
+    criterion = detection_loss(student, settings.size)
+    transfer = PowerTransfer(criterion, settings.transfer, settings.distance, settings.temperature, settings.box)
     taught = with_latents(teacher, prepared.latents)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
@@ -261,7 +265,7 @@ def run_student(
             target = task.raw(taught(batch))
         output = student(batch.images)
         terms = transfer(task.raw(output), target, batch.boxes, batch.labels)
-        return whole_loss(task, output, own, batch, terms)
+        return whole_loss(task, output, criterion, batch, terms)
 
     result = train_deployed(task, student, loss, settings, seed, data, device, session)
     result.notes = {"teacher": record.key, "teacher_sha256": record.model_sha256} | prepared.notes

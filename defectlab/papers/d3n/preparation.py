@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from defectlab.data.detection import DetectionData
+from defectlab.data.store import DataError
 from defectlab.diffusion.ddpm import load_ddpm, noise_schedule
 from defectlab.diffusion.features import decoder_channels, decoder_features
 from defectlab.diffusion.repository import Repository, build_repository
@@ -26,7 +27,7 @@ from defectlab.papers.d3n.compression import (
     reconstruction_error,
 )
 from defectlab.runs import Record, Result, load_weights
-from defectlab.train import Session, autocast, precision_of
+from defectlab.train import Session, autocast, full_float32, precision_of
 
 PARTS = ("dev", "test")
 
@@ -42,7 +43,7 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images: Tensor, batch: int = 64) -> list[Tensor]:
         """uint8 (N, C, 64, 64) -> three levels (N, C_k, H_k, W_k) float32, finest first."""
-        alpha_hat = noise_schedule(self.settings.ddpm.steps)
+        alpha_hat = noise_schedule(self.settings.ddpm.steps).to(images.device)
         options = {"timesteps": self.settings.timesteps, "combine": self.settings.combine, "alpha_hat": alpha_hat}
         with autocast(images.device, precision_of(self.settings.ddpm, images.device)):
             chunks = [decoder_features(self.unet, part, **options) for part in images.split(batch)]
@@ -85,17 +86,30 @@ def latent_repository(
 ) -> Repository:
     """The second repository: the latents of the compressor whose run is `record`, on training pictures alone."""
     settings, device = extract.settings, next(extract.unet.parameters()).device
-    identity = f"{record.model_sha256} {data.fingerprint}"
-    folder = record.path.parent / "features" / record.key
+    made_of = f"{record.model_sha256} {extract.record.model_sha256} {data.fingerprint}"
+    identity = hashlib.sha256(made_of.encode()).hexdigest()
+    folder = record.path.parent / "features" / f"{record.key}-{identity[:8]}"
     raw = cache(lambda: feature_repository(extract, data, session))  # needed only where a latent is missing
 
     def compute(indices: list[int]) -> list[Tensor]:
-        with torch.no_grad():
-            return compressor.encode([level.to(device).float() for level in raw().read(indices)])
+        return encode(compressor, [level.to(device) for level in raw().read(indices)])
 
     ratio = 1 if settings.method == "none" else settings.ratio
     shapes = [(channels // ratio, *sides) for channels, *sides in extract.shapes]
     return build_repository(folder, data.train.names, shapes, compute, identity, say=session.say)
+
+
+@torch.no_grad()
+def encode(compressor: Compressor, features: list[Tensor]) -> list[Tensor]:
+    """Features of a few pictures -> their latents in fp16, computed alike for training pictures and for new ones."""
+    with full_float32():
+        return [latents.half() for latents in compressor.encode([level.float() for level in features])]
+
+
+def latents_of(extract: Extractor, compressor: Compressor, images: Tensor, batch: int = 64) -> list[Tensor]:
+    """Pictures uint8 (N, C, 64, 64) -> their latents, on the fly: three levels (N, C_k / 8, H_k, W_k) fp16."""
+    chunks = [encode(compressor, extract(part)) for part in images.split(batch)]
+    return [torch.cat(level) for level in zip(*chunks, strict=True)]
 
 
 def load_compressor(record: Record, settings: CompressionSettings, device: str) -> Compressor:
@@ -119,8 +133,8 @@ def run_compression(
     compressor = compressor.eval().requires_grad_(False)
     found = {"train": reconstruction_error(compressor, features)}
     for part in PARTS:
-        fresh = extract(getattr(data, part).images)
-        found[part] = reconstruction_error(compressor, [level.half() for level in fresh])
+        fresh = [[level.half() for level in extract(few)] for few in getattr(data, part).images.split(64)]
+        found[part] = reconstruction_error(compressor, [torch.cat(level) for level in zip(*fresh, strict=True)])
     rounded = {part: {k: round(v, 4) for k, v in values.items()} for part, values in found.items()}
     ratio = found["train"]["compression_ratio"]
     before = raw.bytes / 1e6
@@ -133,7 +147,7 @@ def run_compression(
     notes = {"ddpm": extract.record.key, "ddpm_sha256": extract.record.model_sha256}
     notes["unexplained_train"] = f"{found['train']['unexplained']:.2f} %"
     curve = trained.curve if trained else {}
-    precision = settings.precision if trained else "fp32"
+    precision = precision_of(settings, device) if trained else "fp32"
     return Result(
         rounded["test"], {}, rounded["dev"], curve, {}, compressor.state_dict(), costs, precision, notes=notes
     )
@@ -157,8 +171,9 @@ def prepare(
     record = session.need(settings, 0)  # ours: one compressor for all seeds of what follows
     compressor = load_compressor(record, settings, device)
     extract = extractor(settings, data, device, session)
+    if record.notes["ddpm_sha256"] != extract.record.model_sha256:
+        raise DataError(f"{record.path} was made from another diffusion model than {extract.record.path}: delete it")
     latents = latent_repository(record, compressor, extract, data, session).load(device)
-    with torch.no_grad():
-        unseen = {part: [z.half() for z in compressor.encode(extract(getattr(data, part).images))] for part in parts}
+    unseen = {part: latents_of(extract, compressor, getattr(data, part).images) for part in parts}
     notes = {"compressor": record.key, "compressor_sha256": record.model_sha256, "ddpm": extract.record.key}
     return Prepared(compressor, latents, unseen, extract, notes)
