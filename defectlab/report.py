@@ -17,7 +17,7 @@ from defectlab import claims, runs, stats
 from defectlab.batch import fingerprints_here
 from defectlab.claims import Judged
 from defectlab.data.store import project_root
-from defectlab.measured import BOOTSTRAPPED, COSTS, METRIC_NAMES, bootstrap_level, value_of, written
+from defectlab.measured import BOOTSTRAPPED, COSTS, METRIC_NAMES, UNITS, bootstrap_level, value_of, written
 from defectlab.runs import Record
 from defectlab.studies import study
 
@@ -73,12 +73,15 @@ def printed_table(study_name: str, table: str) -> list[dict[str, str]]:
 
 def show(values: list[float], metric: str = "") -> str:
     """'87.3 [85.1, 89.5] n=3': mean over seeds, 95 % interval, number of seeds; one seed has no interval, and neither
-    has a cost on which all seeds agree. `metric` decides the digits."""
+    has a cost on which all seeds agree. `metric` decides the digits; what is in per cent ends at 0 and at 100."""
     values = [v for v in values if not math.isnan(v)]
     if not values:
         return "–"
     found = stats.mean_interval(values)
-    mean, low, high = (written(v, metric) for v in (found.mean, found.low, found.high))
+    low, high = found.low, found.high
+    if metric in METRIC_NAMES and metric not in COSTS and metric not in UNITS:
+        low, high = max(low, 0.0), min(high, 100.0)
+    mean, low, high = (written(v, metric) for v in (found.mean, low, high))
     if found.n == 1 or (metric in COSTS and len(set(values)) == 1):
         return f"{mean} n={found.n}"
     return f"{mean} [{low}, {high}] n={found.n}"

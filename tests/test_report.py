@@ -124,6 +124,9 @@ def test_show() -> None:
     assert show([87.34]) == "87.3 n=1"
     assert show([86.0, 87.0, 88.0]) == "87.0 [84.5, 89.5] n=3"  # t(0.975, 2) = 4.303, over sqrt(3)
     assert show([86.0, 88.0, float("nan")]) == "87.0 [74.3, 99.7] n=2"
+    assert show([86.0, 90.0], "miou") == "88.0 [62.6, 100.0] n=2"  # not 113.4 %
+    assert show([1.0, 5.0], "miou") == "3.0 [0.0, 28.4] n=2"
+    assert show([0.2, 1.0], "kl") == "0.6 [-4.5, 5.7] n=2"  # nats, not per cent
 
 
 def test_results_table(root: Path) -> None:
@@ -213,8 +216,8 @@ def test_per_class_table(root: Path) -> None:
     frame = per_class_table("bsdrd", ["bsdrd", "rd4ad"], "image_auroc", "paper")
     assert list(frame.index) == ["bsdrd"]  # rd4ad has no record
     assert list(frame.columns) == [*sorted(TYPES), "all"]
-    assert frame.loc["bsdrd", "fray"] == show([74.0, 75.0])
-    assert frame.loc["bsdrd", "all"] == show([86.0, 88.0])
+    assert frame.loc["bsdrd", "fray"] == show([74.0, 75.0], "image_auroc")
+    assert frame.loc["bsdrd", "all"] == show([86.0, 88.0], "image_auroc")
 
 
 # --- Claims ----------------------------------------------------------------------------------------------------------
