@@ -48,7 +48,8 @@ def pixels(folder: Path, group: str) -> str:
     for path in sorted((folder / group).glob("*/*")):
         grey = decode(path).convert("L")
         if grey.size != SIZE:
-            raise store.DataError(f"{path.name} of the archive has {grey.size} pixels, not {SIZE}: fetch it again")
+            name = path.relative_to(folder)
+            raise store.DataError(f"{name} of the archive has {grey.size} pixels, not {SIZE}: fetch it again")
         identity.update(grey.tobytes())
     return identity.hexdigest()
 
