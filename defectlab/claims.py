@@ -9,6 +9,7 @@ Claims are data (`results/papers/<study>/claims.toml`). Three kinds:
 
 import math
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -91,13 +92,21 @@ _MEASURED: dict[tuple[str, ...], stats.Interval] = {}  # a notebook asks for the
 # --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def judge(claims: list[Claim], found: dict[str, list[Record]], profile: str) -> list[Judged]:
-    """Every claim, from `found`: row -> its records, all of one profile. Quick runs get a direction, no verdict."""
+def judge(
+    claims: list[Claim], found: dict[str, list[Record]], profile: str, unplanned: Collection[str] = ()
+) -> list[Judged]:
+    """Every claim, from `found`: row -> its records, all of one profile. Quick runs get a direction, no verdict.
+
+    `unplanned`: rows that the profile leaves out.
+    """
     measured = []
     for claim in claims:
         sides = [claim["a"], claim["b"]] if "b" in claim else [claim["a"]]
         lacking = [row for row in sides if not found[row]]
-        if lacking:
+        left_out = [row for row in lacking if row in unplanned]
+        if left_out:
+            measured.append(Judged(claim, 0, f"not run: time ({', '.join(left_out)}: not part of {profile})"))
+        elif lacking:
             measured.append(Judged(claim, 0, f"not run yet: {', '.join(lacking)}"))
         elif claim["kind"] == "bound":
             measured.append(_bound(claim, [found[row] for row in sides], profile))

@@ -72,9 +72,11 @@ def model_costs(
     device = torch.device(device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    one, many = (
-        torch.rand(n, 3, size, size, device=device).contiguous(memory_format=torch.channels_last) for n in (1, 32)
-    )
+
+    def noise(count: int) -> Tensor:
+        return torch.rand(count, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+
+    one = noise(1)
     counted = one if flops_size is None else torch.zeros(1, 3, flops_size, flops_size, device=device)
     result = {
         "parameters_m": round(parameters(model) / 1e6, 4),
@@ -83,7 +85,7 @@ def model_costs(
         "latency_ms": round(1000 * inference_seconds(model, one, precision), 2),
     }
     if batches:
-        result["images_per_second_32"] = round(32 / inference_seconds(model, many, precision, 3), 1)
+        result["images_per_second_32"] = round(32 / inference_seconds(model, noise(32), precision, 3), 1)
     for module, mode in modes:
         module.training = mode
     return result

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 from torch import Tensor
 
-from defectlab.figures import INK, nothing_yet
+from defectlab.figures import INK, nothing_yet, picture_axes
 from defectlab.runs import Record
 
 MARK = "#bbbbbb"
@@ -43,7 +43,7 @@ def picture_columns(columns: Mapping[str, Tensor], titles: Sequence[str] = (), w
     if not columns or not len(next(iter(columns.values()))):
         return nothing_yet()
     count = len(next(iter(columns.values())))
-    figure, axes = _grid(count, len(columns), width / len(columns), above=0.3)
+    figure, axes = picture_axes(count, len(columns), width / len(columns), above=0.3)
     for column, (name, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(name, fontsize=8)
         for axis, picture in zip(axes[:, column], as_pictures(pictures), strict=True):
@@ -126,7 +126,7 @@ def sample_sheet(
         return nothing_yet()
     each = 1 if others is None else 2
     lines = -(-len(samples) // columns)
-    figure, axes = _grid(each * lines, columns, width / columns, above=0.18 * lines * bool(len(titles)))
+    figure, axes = picture_axes(each * lines, columns, width / columns, above=0.18 * lines * bool(len(titles)))
     for index, sample in enumerate(samples):
         line, column = each * (index // columns), index % columns
         axes[line, column].imshow(sample, cmap="gray", vmin=0, vmax=255)
@@ -162,7 +162,7 @@ def feature_maps(
     shown = [np.linspace(0, len(level) - 1, min(channels, len(level))).round().astype(int) for level in first]
     left, many = int(picture is not None), max(map(len, shown))
     count = left + many * len(groups)
-    figure, axes = _grid(len(first), count, width / count, above=0.25 + 0.15 * len(first))
+    figure, axes = picture_axes(len(first), count, width / count, above=0.25 + 0.15 * len(first))
     if picture is not None:
         axes[0, 0].imshow(picture, cmap="gray", vmin=0, vmax=255)
         axes[0, 0].set_title("picture", fontsize=8)
@@ -178,13 +178,30 @@ def feature_maps(
     return figure
 
 
+def kept_maps(record: Record, cases: int = 3, channels: int = 2, width: float = 7.5) -> Figure:
+    """What a record keeps of test pictures (`telling_maps`), a line each: the picture, what one step from the last
+    timestep makes of it, and of each level, finest first, some channels, whose grey scale is one for all pictures."""
+    arrays = record.arrays
+    columns = {"picture": arrays["case_images"], "told": arrays["case_told"]}  # and (level, channel)
+    for level, name in enumerate(sorted(name for name in arrays if name.startswith("case_features_"))):
+        for channel in range(min(channels, arrays[name].shape[1])):
+            columns[level, channel] = arrays[name][:, channel]
+    cases = min(cases, len(arrays["case_images"]))
+    figure, axes = picture_axes(cases, len(columns), width / len(columns), above=0.3)
+    for column, (name, pictures) in enumerate(columns.items()):
+        axes[0, column].set_title(name if isinstance(name, str) else f"level {name[0]}" * (name[1] == 0), fontsize=8)
+        for axis, picture in zip(axes[:, column], pictures[:: len(pictures) // cases], strict=False):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    return figure
+
+
 def map_lines(lines: Mapping[str, Mapping[str, Tensor]], width: float = 7.0) -> Figure:
     """A line a case, a column a map (H, W); one grey scale a line, from its smallest to its largest value.
     The maps of a line have one size; names that are the first line's are not repeated."""
     if not lines:
         return nothing_yet()
     columns = max(map(len, lines.values()))
-    figure, axes = _grid(len(lines), columns, width / max(columns, 4), above=0.25)
+    figure, axes = picture_axes(len(lines), columns, width / max(columns, 4), above=0.25)
     for line, (title, maps) in zip(axes, lines.items(), strict=True):
         values = np.stack([m.float().cpu().numpy() for m in maps.values()])
         for axis, name, shown in zip(line, maps, values, strict=False):
@@ -236,16 +253,3 @@ def _logarithmic(axis: Axes) -> None:
     digits = "123456789" if high < 4 * low else "1235" if high < 20 * low else "1"
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in digits else "")
-
-
-def _grid(rows: int, columns: int, cell: float, above: float) -> tuple[Figure, np.ndarray]:
-    """Places for square pictures of `cell` inches, close together, without ticks; `above`: inches for titles."""
-    size = (cell * columns, cell * rows + above)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    for axis in axes.flat:
-        axis.set_box_aspect(1)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-    return figure, axes

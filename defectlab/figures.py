@@ -61,6 +61,19 @@ def picture_grid(
     return figure
 
 
+def picture_axes(rows: int, columns: int, cell: float, above: float) -> tuple[Figure, np.ndarray]:
+    """Places (rows, columns) for square pictures of about `cell` inches, close together, without frame and ticks;
+    `above`: inches in all that titles and captions need beside them."""
+    size = (cell * columns, cell * rows + above)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    for axis in axes.flat:
+        axis.set_box_aspect(1)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    return figure, axes
+
+
 def samples(data: AnomalyData, part: str, indices: Sequence[int], columns: int = 6, width: float = 9.0) -> Figure:
     """Pictures of one split ("train", "dev", "test") as the network sees them, named by type, the mask outlined."""
     split = getattr(data, part)

@@ -21,7 +21,7 @@ from torch import Tensor
 from defectlab.data.instances import InstanceSplit
 from defectlab.detection_figures import CLASS_COLOURS
 from defectlab.detector.evaluation import match, unpack
-from defectlab.figures import INK, nothing_yet
+from defectlab.figures import INK, nothing_yet, picture_axes
 from defectlab.runs import Record
 
 STRENGTH = 0.4  # of a mask's colour over the picture: defects stay visible below it
@@ -110,9 +110,7 @@ def overlaid(
     rows, cell = -(-len(shown) // columns), width / columns
     lines = max(title.count("\n") + 1 for title in titles)
     above = rows * (0.15 * lines + 0.05 + 0.17 * (captions is not None)) + 0.4
-    figure, axes = _grid(rows, columns, (width, rows * cell + above))
-    for axis in axes.flat[len(shown) :]:
-        axis.axis("off")
+    figure, axes = picture_axes(rows, columns, cell, above)
     for index, (axis, one, title) in enumerate(zip(axes.flat, shown, titles, strict=False)):
         _draw(axis, one)
         axis.set_title(title, fontsize=7)
@@ -164,8 +162,7 @@ def assembled(
     shares = einsum(weights, prototypes, "n m, m h w -> n m h w")
     most = min(most, len(prototypes))
     columns, lines = first + most + 3, len(weights)
-    cell = width / columns
-    figure, axes = _grid(lines, columns, (width, lines * (cell + 0.2)))
+    figure, axes = picture_axes(lines, columns, width / columns, above=0.2 * lines)
     extent = (0, prototypes.shape[2], prototypes.shape[1], 0)  # as boxes count
     for line, share, weight, box, name in zip(axes, shares, weights, boxes, names, strict=True):
         strongest = share.abs().mean((1, 2)).topk(most).indices.sort().values.tolist()
@@ -185,8 +182,6 @@ def assembled(
             axis.set_title(title, fontsize=7)
             axis.add_patch(_rectangle(box.tolist(), CLASS_COLOURS[1]))
         line[0].set_ylabel(name, fontsize=8, color=INK)
-    for axis in axes.flat:
-        _bare(axis)
     return figure
 
 
@@ -238,18 +233,6 @@ def _inside(box: Tensor, shape: tuple[int, int]) -> np.ndarray:
     return (x > x1) & (x < x2) & (y > y1) & (y < y2)
 
 
-def _grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """Places for pictures, close together."""
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0, hspace=0)
-    return figure, axes
-
-
-def _bare(axis: Axes) -> None:
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-
-
 def _draw(axis: Axes, one: Shown) -> None:
     height, width = one.picture.shape[:2]
     axis.imshow(painted(one.picture, one.classes), extent=(0, width, height, 0))
@@ -263,4 +246,3 @@ def _draw(axis: Axes, one: Shown) -> None:
             look = {"facecolor": _colour(label), "edgecolor": "none", "pad": 0.3, "alpha": 0.85}
             axis.text(max(box[0], 0), max(box[1], 0), f"{score:.2f}", color="black", bbox=look, **place)
     axis.set(xlim=(0, width), ylim=(height, 0))
-    _bare(axis)

@@ -238,7 +238,8 @@ def judge_claims(study_name: str, books: Shelf) -> list[Judged]:
     """Every claim of a study, from the recorded runs."""
     module, profile = study(study_name), books.recorded_profile
     found = {key: books.of(module, key)[0] for key in module.ROWS[profile]}
-    return claims.judge(claims.claims_of(study_name), found, profile)
+    unplanned = [key for key in found if not module.planned_seeds(key, profile)]
+    return claims.judge(claims.claims_of(study_name), found, profile, unplanned)
 
 
 def claims_table(study_name: str, profile: str, books: Shelf | None = None) -> pd.DataFrame:
@@ -270,7 +271,7 @@ def findings(study_name: str, profile: str) -> str:
     for m in judge_claims(study_name, books):
         if not m.claim["primary"]:
             continue
-        measured = m.verdict if m.n else "not run yet"
+        measured = m.verdict
         if m.difference:
             d = m.difference
             interval = "" if math.isnan(d.low) else f" [{d.low:+.1f}, {d.high:+.1f}]"

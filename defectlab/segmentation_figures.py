@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from defectlab.data.segmentation import SegmentationData, SegmentationSplit
-from defectlab.figures import INK, nothing_yet
+from defectlab.figures import INK, nothing_yet, picture_axes
 from defectlab.runs import Record
 from defectlab.segmentation.encoder import Segmenter
 from defectlab.segmentation.training import segment
@@ -53,7 +53,7 @@ def outlined(
     if not len(pictures):
         return nothing_yet()
     rows, cell = -(-len(pictures) // columns), width / columns
-    figure, axes = _grid(rows, columns, cell, above=0.18 * rows + 0.25 * (others is not None))
+    figure, axes = picture_axes(rows, columns, cell, above=0.18 * rows + 0.25 * (others is not None))
     for index, (picture, mask, title) in enumerate(zip(pictures, masks, titles, strict=True)):
         axis = axes.flat[index]
         axis.imshow(picture, vmin=0, vmax=255)
@@ -137,7 +137,7 @@ def cases(record: Record | None, each: int = 4, width: float = 9.0) -> Figure:
     reasons = arrays["case_why"].tolist()
     chosen = [i for i, why in enumerate(reasons) if reasons[:i].count(why) < each]
     cell = width / max(len(chosen), 3 * each)
-    figure, axes = _grid(2, len(chosen), cell, above=0.55)
+    figure, axes = picture_axes(2, len(chosen), cell, above=0.55)
     figure.suptitle(" ", size=8)  # keeps the place for the reasons
     for column, position in enumerate(chosen):
         (above, below), why = axes[:, column], reasons[position]
@@ -183,7 +183,7 @@ def side_by_side(
     if not records or not len(indices):
         return nothing_yet()
     columns, cell = 1 + len(records), width / max(1 + len(records), 7)
-    figure, axes = _grid(len(indices), columns, cell, above=0.16 * len(indices) + 0.2)
+    figure, axes = picture_axes(len(indices), columns, cell, above=0.16 * len(indices) + 0.2)
     arrays = {name: record.arrays for name, record in records.items()}
     for axis, name in zip(axes[0], ("picture", *records), strict=True):
         axis.set_title(name, fontsize=7)
@@ -238,20 +238,6 @@ def reduction_curves(
 def _outline(axis: Axes, mask: np.ndarray, colour: str, line: float) -> None:
     if mask.any() and not mask.all():  # contour warns where there is none
         axis.contour(np.asarray(mask, float), [0.5], colors=colour, linewidths=line)
-
-
-def _grid(rows: int, columns: int, cell: float, above: float) -> tuple[Figure, np.ndarray]:
-    """Places for square pictures of `cell` inches, close together, without frame and ticks but with room for titles and
-    captions: `above` inches in all."""
-    size = (cell * columns, cell * rows + above)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.01, wspace=0, hspace=0)
-    for axis in axes.flat:
-        axis.set_box_aspect(1)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-    return figure, axes
 
 
 def _caption(axis: Axes, text: str) -> None:

@@ -1,5 +1,7 @@
-"""The training loop of all but the detectors: on data that lie on the device; checkpoints, a time budget, seeds."""
+"""The training loop of all but the detectors, on data that lie on the device; what every training shares: checkpoints,
+a time budget, seeds, precision, the moving average of weights."""
 
+import copy
 import json
 import math
 import time
@@ -58,6 +60,14 @@ class Trained:
     seconds: float
     images_per_second: float
 
+    @property
+    def costs(self) -> dict[str, float]:
+        """As records keep them."""
+        return {
+            "train_seconds": round(self.seconds, 1),
+            "train_images_per_second": round(self.images_per_second, 1),
+        }
+
 
 def fast_bf16(device: torch.device) -> bool:
     """Whether bf16 pays here: on a GPU, and on CPUs with AVX-512-BF16 or AMX."""
@@ -88,6 +98,24 @@ def epoch_order(count: int, batch: int, seed: int, epoch: int, device: torch.dev
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(count, generator=generator).to(device)
     return tuple(part for part in order.split(batch) if len(part) > 1)
+
+
+class MovingAverage:
+    """Exponential moving average of a model's weights and running statistics, in a copy of it (`model`).
+
+    The decay of step t is decay * (1 - exp(-t / ramp)): short at the start, when old weights are worth nothing.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, ramp: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.ramp = decay, ramp
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp))
+        old, new = self.model.state_dict(), model.state_dict()
+        names = [name for name, value in old.items() if value.is_floating_point()]
+        torch._foreach_lerp_([old[n] for n in names], [new[n] for n in names], 1 - decay)
 
 
 def train(

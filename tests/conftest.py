@@ -1,8 +1,9 @@
-"""Shared fixtures: data scripts as modules, and real sets unpacked once a session."""
+"""Shared fixtures: data scripts as modules, real sets unpacked once a session, a project of a file's own."""
 
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -50,3 +51,17 @@ def real_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return root
 
     return get
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty project for the runs of one test file."""
+    return tmp_path_factory.mktemp("project")
+
+
+@pytest.fixture(autouse=True)
+def close_figures() -> Iterator[None]:
+    """No figure stays open after a test; pyplot is not imported for it where nothing else has."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")

@@ -4,12 +4,11 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
-from toy_detection import toy_data
+from toy_detection import recorded, runs_of, toy_data
 
 from defectlab import runs
 from defectlab.data.augment import Augmentation, augment
@@ -22,7 +21,6 @@ from defectlab.papers.d3n import hybrid, preparation
 from defectlab.papers.d3n.compression import CompressionSettings, build_compressor
 from defectlab.papers.d3n.hybrid import HybridSettings, StudentSettings
 from defectlab.runs import Record
-from defectlab.train import Session
 
 RECIPE = {
     "dataset": "toy", "family": "v5", "scale": "t", "size": 64, "epochs": 1, "batch": 4, "warm_up": 0.0,
@@ -117,7 +115,7 @@ def test_features_follow_the_picture() -> None:
     data = toy_data(64)
     split = data.train
     latents = [torch.nn.functional.avg_pool2d(split.images.float() / 255, 64 // side) for side in (64, 32, 16)]
-    compressor = build_compressor(replace(COMPRESSION, method="none"), (1, 1, 1))
+    compressor = build_compressor(replace(COMPRESSION, method="none"), [(1, 64, 64), (1, 32, 32), (1, 16, 16)])
     network = hybrid.HybridDetector(build_detector(BASELINE, data), compressor, Seen()).eval()
     recipe = Augmentation(mosaic=0.0, brightness=0.0, flip_left_right=0.5, flip_up_down=0.5)
     generator = torch.Generator().manual_seed(3)
@@ -145,7 +143,7 @@ def test_a_recipe_that_mixes_pictures_is_refused(part: str) -> None:
 
 def made() -> tuple[hybrid.HybridDetector, Tensor, list[Tensor]]:
     torch.manual_seed(0)
-    compressor = build_compressor(COMPRESSION, preparation.feature_channels(COMPRESSION))
+    compressor = build_compressor(COMPRESSION, preparation.feature_shapes(COMPRESSION))
     images = torch.rand(2, 3, 64, 64)
     latents = compressor.encode([torch.randn(2, c, 16 >> k, 16 >> k) for k, c in enumerate((8, 8, 16))])
     return hybrid.build_hybrid(HYBRID, toy_data(64), compressor), images, [z.detach() for z in latents]
@@ -177,11 +175,6 @@ def test_the_student_costs_what_the_baseline_costs() -> None:
 # --- Running ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("project")
-
-
 @pytest.fixture
 def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]:
     """run(settings, seed) -> record, in a project of this file's own, on the toy set."""
@@ -193,14 +186,7 @@ def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]
         return toy_data(settings.ddpm.size if isinstance(settings, CompressionSettings) else settings.size)
 
     monkeypatch.setattr(d3n, "load", load)
-    study = SimpleNamespace(
-        load=load, fingerprints=lambda settings: {"data": "toy", "weights": "random"}, run_row=d3n.run_row
-    )
-    return lambda settings, seed=0: runs.run(study, settings, seed, "smoke", "cpu", Session(say=lambda line: None))
-
-
-def recorded(project: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in (project / "runs" / "smoke").glob("*.json")}
+    return runs_of(d3n.run_row, load)
 
 
 def test_a_student_has_all_its_stages_run_first_and_once(run: Callable[..., Record], project: Path) -> None:

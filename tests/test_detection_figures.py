@@ -1,11 +1,10 @@
 """Detection figures drawn from small records: what they show, not only that they run."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from figure_helpers import drawn, rectangles
 from matplotlib.colors import to_hex
-from matplotlib.patches import Rectangle
 
 from defectlab import detection_figures as figures
 from defectlab.detector.evaluation import pack
@@ -56,16 +55,6 @@ def of_seeds(tmp_path):
     return [record(tmp_path, 0), record(tmp_path, 1, lift=4.0)]
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
-def rectangles(axis):
-    return [patch for patch in axis.patches if isinstance(patch, Rectangle)]
-
-
 def sides(patch):
     (x, y), width, height = patch.get_xy(), patch.get_width(), patch.get_height()
     return pytest.approx((x, y, x + width, y + height), abs=0.02)
@@ -73,11 +62,6 @@ def sides(patch):
 
 def texts(axis):
     return [text.get_text() for text in axis.texts]
-
-
-def drawn(figure):
-    figure.canvas.draw()
-    return figure.axes
 
 
 # --- Boxes -----------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from defectlab.detector.detect import detection_loss
 from defectlab.detector.evaluation import match
 from defectlab.detector.instances import (
     InstanceMaps,
+    add_masks,
     evaluate_instances,
-    instance_loss,
     instance_metrics,
     instance_truths,
     mask_terms,
@@ -179,7 +179,9 @@ def test_the_loss_reaches_every_parameter(data):
     batch = augment(split.images, split.boxes, split.labels, torch.arange(8), settings, generator)
     output = detector(batch.images)
     maps = move_instances(split, batch)
-    scalars = instance_loss(criterion, output, batch.boxes, batch.labels, maps)
+    scalars = add_masks(
+        criterion(output.raw, batch.boxes, batch.labels), criterion, output, batch.boxes, batch.labels, maps
+    )
     assert list(scalars) == ["loss", "box", "obj", "cls", "mask"]
     own = criterion(output.raw, batch.boxes, batch.labels)["loss"]
     torch.testing.assert_close(scalars["loss"], own + instances.MASK_GAIN * scalars["mask"])
@@ -326,7 +328,9 @@ def test_it_learns_and_is_evaluated(data):
 
     def loss(batch):
         maps = move_instances(data.train, batch)
-        return instance_loss(criterion, detector(batch.images), batch.boxes, batch.labels, maps)
+        output = detector(batch.images)
+        terms = criterion(output.raw, batch.boxes, batch.labels)
+        return add_masks(terms, criterion, output, batch.boxes, batch.labels, maps)
 
     average, trained = train_detector(detector, loss, data.train, settings, 0, Session(say=lambda line: None))
     assert trained.curve["mask"][-1] < trained.curve["mask"][0] < 0.8

@@ -14,8 +14,8 @@ from toy_detection import SHORT, equal, fit, toy_data, toy_split
 from defectlab.data.augment import Batch
 from defectlab.detector import training
 from defectlab.detector.model import Detector
-from defectlab.detector.training import DetectorSettings, MovingAverage, learning_rate, make_optimizer, train_detector
-from defectlab.train import NonFiniteLoss, OutOfTime, Session
+from defectlab.detector.training import DetectorSettings, learning_rate, make_optimizer, train_detector
+from defectlab.train import MovingAverage, NonFiniteLoss, OutOfTime, Session
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,9 +1,9 @@
 """Diffusion figures drawn from small tensors and records: what they show, not only that they run."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from figure_helpers import drawn
 from matplotlib.colors import to_hex
 
 from defectlab import diffusion_figures as figures
@@ -11,12 +11,6 @@ from defectlab.diffusion.ddpm import noise_schedule
 from defectlab.runs import Record
 
 SIDE = 8
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
 
 
 def record(folder, seed: int = 0, height: float = 0.5, epochs: int = 3) -> Record:
@@ -41,6 +35,22 @@ def texts(axes) -> list[str]:
 
 def says_nothing_yet(figure) -> bool:
     return "no finished run yet" in figure.texts[0].get_text()
+
+
+def test_kept_maps_are_shown_as_they_are_kept(tmp_path):
+    arrays = {
+        "case_images": np.full((6, SIDE, SIDE), 10, np.uint8),
+        "case_told": np.full((6, SIDE, SIDE), 20, np.uint8),
+    }
+    for level in range(2):
+        kept = np.arange(6 * 3, dtype=np.uint8).reshape(6, 3, 1, 1) + 100 * (level + 1)
+        arrays[f"case_features_{level}"] = np.broadcast_to(kept, (6, 3, SIDE >> level, SIDE >> level))
+    np.savez_compressed(tmp_path / "run.npz", **arrays)
+    figure = figures.kept_maps(Record({}, tmp_path / "run.json"), cases=3, channels=2)
+    shown = [picture.flat[0] for picture in pictures(figure.axes)]
+    assert shown == [10, 20, 100, 101, 200, 201, 10, 20, 106, 107, 206, 207, 10, 20, 112, 113, 212, 213]
+    assert texts(figure.axes)[:6] == ["picture", "told", "level 0", "", "level 1", ""]
+    assert {axis.images[0].get_clim() for axis in figure.axes} == {(0, 255)}
 
 
 # --- Noise -----------------------------------------------------------------------------------------------------------
@@ -103,9 +113,8 @@ def test_errors_are_those_of_test_and_training_pictures(tmp_path):
 
 @pytest.mark.parametrize(("low", "between"), [(0.5, 3), (0.1, 2), (1e-4, 0)])
 def test_a_logarithmic_axis_names_numbers_between_the_decades_where_there_is_room(low, between):
-    figure = figures.compression_curves({"a": {"kl": [0.9, low]}})
-    figure.canvas.draw()
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels(minor=True) if label.get_text()]
+    (axis,) = drawn(figures.compression_curves({"a": {"kl": [0.9, low]}}))
+    labels = [label.get_text() for label in axis.get_yticklabels(minor=True) if label.get_text()]
     assert len(labels) >= between and bool(labels) == bool(between)
 
 

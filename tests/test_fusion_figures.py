@@ -1,11 +1,10 @@
 """Figures of the fusion, drawn from small curves, filters and records: what they show, not only that they run."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from figure_helpers import rectangles
 from matplotlib.colors import to_hex
-from matplotlib.patches import Rectangle
 
 from defectlab import fusion_figures as figures
 from defectlab.detector.evaluation import pack
@@ -22,12 +21,6 @@ CURVE = {
     "weight_residual": [1.2, 2.5],
 }
 TWO = {"probe_epoch": [1], "weight_ddpm": [0.25], "weight_det": [0.75]}
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
 
 
 def of_curve(curve):
@@ -184,8 +177,7 @@ def test_same_pictures_show_what_each_record_found_there(tmp_path):
         "baseline: 2 of 2\n0 false",
     ]
     assert [int(axis.images[0].get_array()[0, 0]) for axis in axes] == [90, 30, 90, 30]
-    boxes = [patch for patch in axes[3].patches if isinstance(patch, Rectangle)]
-    corners = {tuple(np.round(patch.get_xy(), 1)) for patch in boxes}
+    corners = {tuple(np.round(patch.get_xy(), 1)) for patch in rectangles(axes[3])}
     assert corners == {(12.0, 8.0), (57.0, 53.0)}, "0.5 x + 7, 0.5 y + 3, of truths and predictions"
 
 

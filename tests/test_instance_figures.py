@@ -1,11 +1,10 @@
 """Figures of instances drawn from small records and splits: what they show, not only that they run."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from figure_helpers import drawn, rectangles
 from matplotlib.colors import to_rgb
-from matplotlib.patches import Rectangle
 
 from defectlab import instance_figures as figures
 from defectlab.data.instances import load_instances
@@ -51,21 +50,6 @@ def record(tmp_path):
     }
     np.savez_compressed(tmp_path / "run.npz", **arrays)
     return Record({"dev": {"threshold": 0.5}}, tmp_path / "run.json")
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
-def rectangles(axis):
-    return [patch for patch in axis.patches if isinstance(patch, Rectangle)]
-
-
-def drawn(figure):
-    figure.canvas.draw()
-    return figure.axes
 
 
 def test_painted_mixes_the_colour_of_the_class_and_leaves_the_rest():

@@ -1,18 +1,18 @@
 """What the committed tables of printed numbers and the claims must hold."""
 
-import csv
 import math
-import tomllib
 from pathlib import Path
 
 import pytest
 
 from defectlab import runs, stats
+from defectlab.claims import claims_of
 from defectlab.data.anomaly import TILE_TYPES
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, PKU_CLASSES
 from defectlab.data.store import project_root
 from defectlab.measured import COSTS, LOWER_IS_BETTER, METRIC_NAMES, UNITS, metric_groups
 from defectlab.papers import bsdrd
+from defectlab.report import printed_table
 from defectlab.studies import STUDIES, study
 
 # fields of a claim: all kinds have the first; then by kind what it needs and what it may have
@@ -30,8 +30,7 @@ TABLES = [(name, path) for name in STUDIES for path in sorted((PAPERS / name).gl
 @pytest.mark.parametrize(("name", "path"), TABLES, ids=lambda x: x.stem if isinstance(x, Path) else x)
 def test_every_printed_line_is_a_row_or_says_why_not(name: str, path: Path) -> None:
     rows = study(name).ROWS
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = printed_table(name, path.stem)
     assert lines
     for number, line in enumerate(lines, 2):
         where = f"{path.name}:{number}"
@@ -63,8 +62,7 @@ CLAIMS = sorted(PAPERS.glob("*/claims.toml"))
 
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.parent.name)
 def test_claims_are_complete(path: Path) -> None:
-    claims = tomllib.loads(path.read_text())["claim"]
-    module = study(path.parent.name)
+    claims, module = claims_of(path.parent.name), study(path.parent.name)
     types = {name for names in (TILE_TYPES, NUT_TYPES, NEU_CLASSES, DEEP_PCB_CLASSES, PKU_CLASSES) for name in names}
     for one in claims:
         assert one["kind"] in FIELDS, one["id"]
@@ -99,13 +97,13 @@ def test_metrics_of_a_study_are_known_and_each_is_shown_once(name: str) -> None:
 def test_primary_claims_get_enough_seeds_for_a_verdict() -> None:
     for path in CLAIMS:
         seeds = study(path.parent.name).planned_seeds
-        for one in tomllib.loads(path.read_text())["claim"]:
+        for one in claims_of(path.parent.name):
             if one["primary"] and one["kind"] != "bound":
                 assert all(seeds(one[side], "paper") >= stats.MIN_SEEDS for side in ("a", "b")), one["id"]
 
 
 def test_primary_claims_of_bsdrd_are_planned_with_enough_seeds() -> None:
     assert PAPERS / "bsdrd" / "claims.toml" in CLAIMS
-    for one in tomllib.loads((PAPERS / "bsdrd" / "claims.toml").read_text())["claim"]:
+    for one in claims_of("bsdrd"):
         if one["primary"]:
             assert all(bsdrd.planned_seeds(side, "paper") >= 5 for side in (one["a"], one["b"]))

@@ -1,28 +1,19 @@
 """The two-stage paper's numbers as data, and whether they add up: against values read and worked out by hand."""
 
-import csv
-import tomllib
+from functools import partial
 from itertools import pairwise
 
 import pytest
 
+from defectlab.claims import claims_of
 from defectlab.data.anomaly import MVTEC_CATEGORIES
-from defectlab.data.store import project_root
 from defectlab.papers.amam_kd import arithmetic
 from defectlab.papers.amam_kd.arithmetic import printed
+from defectlab.report import printed_table
 
-FOLDER = project_root() / "results" / "papers" / "amam_kd"
+lines_of = partial(printed_table, "amam_kd")
 METRIC_TABLES = [f"table{n}" for n in (2, 4, 5, 6, 7, 8, 9, 10, 11)] + ["audit/table7_originals", "text"]
 TWICE = ["table2", "table4", "table5", "table6"]
-
-
-def lines_of(table: str) -> list[dict[str, str]]:
-    with (FOLDER / f"{table}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def claims() -> list[dict]:
-    return tomllib.loads((FOLDER / "claims.toml").read_text())["claim"]
 
 
 # --- The printed numbers ---------------------------------------------------------------------------------------------
@@ -105,7 +96,7 @@ def test_the_printed_sizes_follow_on_each_other() -> None:
 
 
 def test_only_the_two_stages_and_amam_at_ten_per_cent_are_primary() -> None:
-    primary = {claim["id"] for claim in claims() if claim["primary"]}
+    primary = {claim["id"] for claim in claims_of("amam_kd") if claim["primary"]}
     assert primary == {"two_stage_better", "amam_at_ten_per_cent_nut", "amam_at_ten_per_cent_defect"}
 
 
@@ -119,7 +110,7 @@ def test_printed_gains_of_the_claims_are_differences_of_printed_numbers() -> Non
         ("weighting", "b"): ("table11", "no convolution"),
     }
     checked = 0
-    for claim in claims():
+    for claim in claims_of("amam_kd"):
         if "printed" not in claim:
             continue
         sides = []

@@ -1,15 +1,15 @@
 """D3N's numbers as data, and whether they add up: against values read and worked out by hand."""
 
-import csv
-import tomllib
+from functools import partial
 
 import pytest
 
-from defectlab.data.store import project_root
+from defectlab.claims import claims_of
 from defectlab.papers.d3n import arithmetic
 from defectlab.papers.d3n.arithmetic import printed
+from defectlab.report import printed_table
 
-FOLDER = project_root() / "results" / "papers" / "d3n"
+lines_of = partial(printed_table, "d3n")
 TABLES = [f"table{n}" for n in range(1, 8)] + ["text"]
 ROWS = {
     *("ddpm", "resvae", "pca", "pcb_ddpm", "pcb_resvae", "seg_ddpm", "seg_resvae"),
@@ -23,15 +23,6 @@ ROWS = {
     *(f"cost_v{family}{scale}" for family in (5, 8) for scale in "nsml"),
 }
 COSTS = {"parameters_m", "gflops", "size_mb", "fps"}
-
-
-def lines_of(table: str) -> list[dict[str, str]]:
-    with (FOLDER / f"{table}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def claims() -> list[dict]:
-    return tomllib.loads((FOLDER / "claims.toml").read_text())["claim"]
 
 
 # --- The printed numbers ---------------------------------------------------------------------------------------------
@@ -106,14 +97,14 @@ def test_sets_that_are_not_at_hand_have_no_key() -> None:
 
 
 def test_only_the_student_against_its_baseline_is_primary() -> None:
-    primary = [claim for claim in claims() if claim["primary"]]
+    primary = [claim for claim in claims_of("d3n") if claim["primary"]]
     assert [(x["a"], x["b"], x["metric"], x["printed"]) for x in primary] == [("student", "baseline", "map50", 2.4)]
-    assert len({claim["id"] for claim in claims()}) == len(claims()) == 33
+    assert len({claim["id"] for claim in claims_of("d3n")}) == len(claims_of("d3n")) == 33
 
 
 def test_claims_compare_rows_of_the_study() -> None:
     every = {"id", "sentence", "place", "kind", "a", "b", "metric", "primary", "rule", "date_set"}
-    for claim in claims():
+    for claim in claims_of("d3n"):
         assert {claim["a"], claim["b"]} <= ROWS and claim["a"] != claim["b"], claim["id"]
         extra = set(claim) - every
         assert every <= set(claim), claim["id"]
@@ -126,7 +117,7 @@ def test_printed_gains_of_the_claims_are_differences_of_printed_numbers() -> Non
     lines = [line for table in TABLES for line in lines_of(table)]
     levels = {"baseline_mosaic": "baseline"}  # the paper prints one YOLOv5s, we run two recipes of it
     checked = 0
-    for claim in claims():
+    for claim in claims_of("d3n"):
         sides = []
         for side in (claim["a"], claim["b"]):
             of_side = [x for x in lines if x["key"] == levels.get(side, side) and x["metric"] == claim["metric"]]
@@ -248,11 +239,11 @@ def test_printed_flops_are_those_of_80_classes() -> None:
 
 
 def test_points_of_the_audit_name_functions_that_exist() -> None:
-    with (FOLDER / "audit" / "points.csv").open(newline="") as file:
-        points = list(csv.DictReader(file))
+    points = lines_of("audit/points")
     assert [int(point["point"]) for point in points] == list(range(1, 20))
     said = " ".join(point["here"] for point in points)
-    named = [name for name in vars(arithmetic) if not name.startswith("_") and name in said.replace(",", " ").split()]
+    own = [name for name, value in vars(arithmetic).items() if getattr(value, "__module__", "") == arithmetic.__name__]
+    named = [name for name in own if not name.startswith("_") and name in said.replace(",", " ").split()]
     assert len(named) >= 8
     words = [word for point in points for word in point["here"].replace(";", " ").replace(",", " ").split()]
     assert all(hasattr(arithmetic, word) or word in ROWS for word in words if "_" in word)

@@ -238,6 +238,16 @@ def test_claims_without_runs(root: Path) -> None:
     assert frame["n"].tolist() == ["–"]
 
 
+def test_a_claim_about_rows_that_the_profile_leaves_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_claims(root, claim("sample_level"))
+    monkeypatch.setattr(bsdrd, "planned_seeds", lambda row, profile: int(row != "rd4ad"))
+    said = "not run: time (rd4ad: not part of paper)"
+    assert verdicts() == {"sample level (primary)": said}
+    assert report.findings("bsdrd", "paper").splitlines()[0].endswith(said)
+    write_records("rd4ad", all_metrics(80))  # it can be run all the same
+    assert verdicts() == {"sample level (primary)": "not run yet: bsdrd"}
+
+
 def test_no_claims_at_all(root: Path) -> None:
     assert claims_table("bsdrd", "paper").empty
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -51,12 +50,6 @@ def record(folder, data: SegmentationData, name: str, shift: int) -> Record:
 @pytest.fixture
 def records(tmp_path, data) -> dict[str, Record]:
     return {"sharp": record(tmp_path, data, "sharp", 0), "shifted": record(tmp_path, data, "shifted", 2)}
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
 
 
 def lines(axis) -> list[tuple[str, tuple[float, ...]]]:

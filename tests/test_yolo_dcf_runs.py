@@ -1,6 +1,5 @@
 """YOLO-DCF's rows as they are run: which there are, teacher before student, robustness of what a row has trained."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from toy_detection import toy_data
+from toy_detection import recorded, runs_of, toy_data
 
 from defectlab import runs
 from defectlab.data.detection_tensors import DetectionData
@@ -73,29 +72,13 @@ def test_a_student_learns_from_its_own_kind() -> None:
 # --- Running ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("project")
-
-
 @pytest.fixture
 def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]:
     """run(settings, seed) -> record, in a project of this file's own, on the toy set."""
     monkeypatch.setattr(runs, "project_root", lambda: project)
     monkeypatch.setattr(robustness, "load_detection", lambda dataset, size, device: toy_data(size))
     monkeypatch.setattr("defectlab.detector.detect.COST_SIZE", 64)
-    study = SimpleNamespace(
-        load=lambda settings, device: toy_data(settings.size),
-        fingerprints=lambda settings: {"data": "toy", "weights": "random"},
-        run_row=yolo_dcf.run_row,
-    )
-    return lambda settings, seed=0: runs.run(
-        study, settings, seed, "smoke", "cpu", Session(say=lambda line: None)
-    )  # fmt: skip
-
-
-def recorded(project: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in (project / "runs" / "smoke").glob("*.json")}
+    return runs_of(yolo_dcf.run_row, lambda settings, device: toy_data(settings.size))
 
 
 def test_the_teacher_is_trained_first_and_once(run: Callable[..., Record], project: Path) -> None:

@@ -1,9 +1,15 @@
-"""A toy set drawn in memory and its training in a line, for the tests of detectors."""
+"""A toy set drawn in memory, its training in a line and a study's runs on it, for the tests of detectors."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from defectlab import runs
 from defectlab.data.augment import Batch
 from defectlab.data.detection_tensors import DetectionData, DetectionSplit
 from defectlab.detector.detect import build_detector, detection_loss
@@ -80,3 +86,18 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
     """Whether all weights and buffers of two models are equal to the last bit."""
     one, other = first.state_dict(), second.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def runs_of(
+    run_row: Callable[..., runs.Result], load: Callable[[object, str], DetectionData]
+) -> Callable[..., runs.Record]:
+    """run(settings, seed) -> record of a study's row on toy data, silent, in the smoke profile on the CPU."""
+    study = SimpleNamespace(
+        load=load, fingerprints=lambda settings: {"data": "toy", "weights": "random"}, run_row=run_row
+    )
+    return lambda settings, seed=0: runs.run(study, settings, seed, "smoke", "cpu", Session(say=lambda line: None))
+
+
+def recorded(project: Path) -> dict[str, dict]:
+    """What the records of a project's smoke runs hold, by their keys."""
+    return {path.stem: json.loads(path.read_text()) for path in (project / "runs" / "smoke").glob("*.json")}

@@ -162,11 +162,7 @@ def result_of(student: Student, data: AnomalyData, dev_maps: Tensor, test_maps: 
     result.curve = student.trained.curve
     result.precision = student.precision
     result.model = student.network.state_dict()
-    result.costs = {
-        "parameters": sum(p.numel() for p in student.network.parameters()),
-        "train_seconds": round(student.trained.seconds, 1),
-        "train_images_per_second": round(student.trained.images_per_second, 1),
-    }
+    result.costs = {"parameters": sum(p.numel() for p in student.network.parameters())} | student.trained.costs
     return result
 
 

@@ -289,7 +289,7 @@ def _move_boxes(boxes: Tensor, matrices: Tensor, visible: Tensor, offsets: Tenso
     limits = (visible[:, None] - offsets.repeat(1, 1, 2)).clamp(0, size)[:, :, None]  # (B, 4, 1, 4) xyxy
     low, high = limits[..., :2].repeat(1, 1, 1, 2), limits[..., 2:].repeat(1, 1, 1, 2)
     cut = boxes.maximum(low).minimum(high)  # (B, 4, M, 4)
-    whole, clipped = _enclose(boxes, matrices), _enclose(cut, matrices).clamp(0, size)
+    whole, clipped = enclose(boxes, matrices), enclose(cut, matrices).clamp(0, size)
     sides = clipped[..., 2:] - clipped[..., :2]
     keep = (
         (cut[..., 2:] > cut[..., :2]).all(-1)  # a box without width would get one by rotation
@@ -300,10 +300,13 @@ def _move_boxes(boxes: Tensor, matrices: Tensor, visible: Tensor, offsets: Tenso
     return clipped, keep
 
 
-def _enclose(boxes: Tensor, matrices: Tensor) -> Tensor:
-    """The boxes (B, 4, M, 4) that enclose the four moved corners: the centre moves, |A| gives the half sides."""
-    linear, shift = matrices[:, :, None, :2, :2], matrices[:, :, None, :2, 2]  # (B, 4, 1, 2, 2), (B, 4, 1, 2)
-    low, high = boxes[..., None, :2], boxes[..., None, 2:]  # (B, 4, M, 1, 2)
+def enclose(boxes: Tensor, matrices: Tensor) -> Tensor:
+    """The boxes that enclose the four moved corners of boxes (..., M, 4): the centre moves, |A| gives the half sides.
+
+    `matrices` (..., 3, 3) move all M boxes of their place.
+    """
+    linear, shift = matrices[..., None, :2, :2], matrices[..., None, :2, 2]  # (..., 1, 2, 2), (..., 1, 2)
+    low, high = boxes[..., None, :2], boxes[..., None, 2:]  # (..., M, 1, 2)
     centre = (linear * (low + high) / 2).sum(-1) + shift
     half = (linear.abs() * (high - low) / 2).sum(-1)
     return torch.cat([centre - half, centre + half], -1)

@@ -154,7 +154,7 @@ class _Plan:
     fingerprint: str
 
 
-def _with_dev(
+def with_dev(
     strata: Mapping[str, str], test: Sequence[str], content: Mapping[str, str]
 ) -> tuple[list[str], list[str], list[str]]:
     """train, dev, test: all that is not in `test` is for training, a tenth of that is held out."""
@@ -211,7 +211,7 @@ def _plan(dataset: str, root: Path | None) -> _Plan:
     unknown = sorted(set(test) - strata.keys())
     if unknown:
         raise DataError(f"the test list of {dataset} names {unknown[0]}, which {folder} does not hold: {remedy}")
-    splits = _with_dev(strata, test, content)
+    splits = with_dev(strata, test, content)
     return _Plan(folder, label, remedy, splits, _identity(manifest.fingerprint, splits))
 
 
@@ -319,9 +319,9 @@ def load_folder(path: Path, format: str, size: int, device="cpu", test_share: fl
             raise DataError(f"{folder / name} lies in none of the folders train, val and test: move it into one")
         named = {role: sorted(name for name in roles if roles[name] == role) for role in found}
         lists = (named["train"], named["val"], named["test"]) if len(named) == 3 else None
-        lists = lists or _with_dev(strata, named.get("test") or named["val"], content)
+        lists = lists or with_dev(strata, named.get("test") or named["val"], content)
     else:
-        lists = _with_dev(strata, draw_split(strata, test_share, "folder test", content), content)
+        lists = with_dev(strata, draw_split(strata, test_share, "folder test", content), content)
     for part, names in zip(("train", "dev", "test"), lists, strict=True):
         if not names or (part != "dev" and not any(len(by_name[name].labels) for name in names)):
             raise DataError(f"{folder}: the {len(names)} {part} pictures have no box: annotate or add some")

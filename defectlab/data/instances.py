@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,8 @@ from torch.nn.functional import interpolate, pad
 
 from defectlab.data import store
 from defectlab.data.annotations import Annotations, Picture, decode
-from defectlab.data.augment import Batch
-from defectlab.data.detection import draw_split
+from defectlab.data.augment import Batch, enclose
+from defectlab.data.detection import with_dev
 from defectlab.data.detection_tensors import DetectionData, DetectionSplit, to_data
 from defectlab.data.store import DataError
 from defectlab.data.synthetic_detection import STEEL_KINDS, _steel_picture
@@ -123,12 +123,6 @@ class _Plan(NamedTuple):
     fingerprint: str
 
 
-def _with_dev(strata: Mapping[str, str], content: Mapping[str, str], names: Sequence[str]) -> tuple[list, list]:
-    """train, dev: a tenth of `names`, stratified, pictures of one content on one side."""
-    dev = draw_split({name: strata[name] for name in names}, 0.1, "dev", content)
-    return sorted(set(names) - set(dev)), dev
-
-
 def _neu_seg_splits(dataset: str) -> tuple[list[str], list[str], list[str]]:
     lines = [line for line in TURNS_LIST.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     strata, content, shown = {}, {}, set()
@@ -140,7 +134,7 @@ def _neu_seg_splits(dataset: str) -> tuple[list[str], list[str], list[str]]:
             shown |= set(names)
     test = sorted(name for name in strata if name.startswith("images/test/"))
     out = shown if dataset == NEU_SEG else set(test)
-    return *_with_dev(strata, content, sorted(strata.keys() - out)), test
+    return with_dev({name: strata[name] for name in strata.keys() - out}, test, content)
 
 
 def _plan(dataset: str, root: Path | None) -> _Plan:
@@ -160,7 +154,7 @@ def _plan(dataset: str, root: Path | None) -> _Plan:
         test = sorted(name for name in names if name.startswith("images/test/"))
         strata = {name: Path(name).stem.rpartition("_")[0] for name in names}
         hashes = {name: manifest.files[name][1] for name in names}
-        content, splits = manifest.fingerprint, (*_with_dev(strata, hashes, sorted(set(names) - set(test))), test)
+        content, splits = manifest.fingerprint, with_dev(strata, test, hashes)
     if manifest.note:
         label += f" ({manifest.note} copy)"
     missing = sorted({name for names in splits for name in names} - manifest.files.keys())
@@ -256,12 +250,8 @@ def move_instances(split: InstanceSplit, batch: Batch) -> Tensor:
     very same box both get the first one's number. For batches of whole pictures: no mosaic, no mixup.
     """
     index, matrices, size = batch.sources[:, 0], batch.matrices[:, 0], split.maps.shape[-1]
-    before, labels = split.boxes[index], split.labels[index]  # (B, N, 4), (B, N)
-    low, high = before[..., None, :2], before[..., None, 2:]
-    linear, shift = matrices[:, None, :2, :2], matrices[:, None, :2, 2]
-    centre = (linear * (low + high) / 2).sum(-1) + shift  # (B, N, 2)
-    half = (linear.abs() * (high - low) / 2).sum(-1)
-    moved = torch.cat([centre - half, centre + half], -1).clamp(0, size)
+    labels = split.labels[index]  # (B, N)
+    moved = enclose(split.boxes[index], matrices).clamp(0, size)  # (B, N, 4)
     distance = (batch.boxes[:, :, None] - moved[:, None]).abs().amax(-1)  # (B, T, N)
     own = distance.masked_fill(batch.labels[:, :, None] != labels[:, None], torch.inf).argmin(-1)  # (B, T)
 

@@ -12,9 +12,9 @@ from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.detector.blocks import folded
 from defectlab.detector.detect import detection_loss
 from defectlab.detector.model import Detector
-from defectlab.detector.training import DetectorSettings, MovingAverage, make_optimizer, train_epoch
+from defectlab.detector.training import DetectorSettings, make_optimizer, train_epoch
 from defectlab.runs import peak_memory_mb
-from defectlab.train import precision_of
+from defectlab.train import MovingAverage, precision_of
 
 CLASSES, BOXES = 6, 4  # as NEU-DET has them: classes, boxes a picture
 Row = tuple[DetectorSettings, Callable[[DetectorSettings, DetectionData], Detector]]

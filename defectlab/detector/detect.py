@@ -81,13 +81,15 @@ def predict(
 
 
 def probe_on(
-    split: DetectionSplit, class_names: tuple[str, ...], features: Sequence[Tensor] = ()
-) -> Callable[[Detector], dict[str, float]]:
-    """For a training's curve: mAP on dev. `features`: as in `predict`."""
+    split: DetectionSplit,
+    class_names: tuple[str, ...],
+    find: Callable[[nn.Module, DetectionSplit], Boxes] = predict,
+) -> Callable[[nn.Module], dict[str, float]]:
+    """For a training's curve: mAP on dev, of what `find` gives."""
     truths = split.truths()
 
-    def probe(detector: Detector) -> dict[str, float]:
-        metrics, _ = evaluate(predict(detector, split, features=features), truths, class_names)
+    def probe(detector: nn.Module) -> dict[str, float]:
+        metrics, _ = evaluate(find(detector, split), truths, class_names)
         return {"dev_map50": metrics["map50"], "dev_map50_95": metrics["map50_95"]}
 
     return probe
@@ -122,10 +124,7 @@ def train_and_evaluate(
     result.curve = trained.curve
     result.precision = precision_of(settings, device)
     result.costs |= deployed_costs(average, settings.size, device)
-    result.costs |= {
-        "train_seconds": round(trained.seconds, 1),
-        "train_images_per_second": round(trained.images_per_second, 1),
-    }
+    result.costs |= trained.costs
     return result
 
 
@@ -142,21 +141,38 @@ def evaluate_detector(
     "test": as in `predict`."""
     given = features or {}
     found = {part: predict(detector, getattr(data, part), features=given.get(part, ())) for part in ("dev", "test")}
+    return evaluate_found(found, data, detector)
+
+
+def evaluate_found(found: Mapping[str, Boxes], data: DetectionData, detector: nn.Module) -> Result:
+    """The result of what `detector` found in "dev" and "test", boxes in pixels of the originals; no curve, no costs."""
     truths = {part: getattr(data, part).truths() for part in ("dev", "test")}
     threshold = best_f1_threshold(found["dev"], truths["dev"])
     dev, _ = evaluate(found["dev"], truths["dev"], data.class_names, threshold)
     metrics, per_class = evaluate(found["test"], truths["test"], data.class_names, threshold)
     arrays = pack(found["test"], truths["test"], data.test.names, data.class_names)
     arrays |= cases(data.test, found["test"], truths["test"])
+    return result_of((metrics, per_class), dev, threshold, arrays, detector)
+
+
+def result_of(
+    test: tuple[dict[str, float], dict[str, dict[str, float]]],
+    dev: dict[str, float],
+    threshold: float,
+    arrays: dict[str, np.ndarray],
+    detector: nn.Module,
+) -> Result:
+    """Metrics of test (of the set, of each class) and of dev as a result without curve and costs."""
+    metrics, per_class = test
     return Result(
-        rounded(metrics),
-        {name: rounded(values) for name, values in per_class.items()},
-        rounded(dev) | {"threshold": threshold},
-        {},
-        arrays,
-        detector.state_dict(),
-        {},
-        "fp32",
+        metrics=rounded(metrics),
+        per_class={name: rounded(values) for name, values in per_class.items()},
+        dev=rounded(dev) | {"threshold": threshold},
+        curve={},
+        predictions=arrays,
+        model=detector.state_dict(),
+        costs={},
+        precision="fp32",
     )
 
 

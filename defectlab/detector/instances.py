@@ -22,7 +22,7 @@ from defectlab.data.instances import InstanceData, InstanceSplit, to_square
 from defectlab.detector.assignment import Matched
 from defectlab.detector.blocks import ConvBlock, folded
 from defectlab.detector.decode import CANDIDATES, decode_anchor_based, full_precision
-from defectlab.detector.detect import CASE_SIDE, build_detector, cases, rounded
+from defectlab.detector.detect import CASE_SIDE, build_detector, cases, result_of
 from defectlab.detector.evaluation import COCO_IOUS, RECALLS, Boxes, best_f1_threshold, evaluate, pack
 from defectlab.detector.losses import AnchorBasedLoss
 from defectlab.detector.model import Detector
@@ -130,17 +130,22 @@ def mask_terms(
         return {"mask": (mean * used).sum() / used.sum().clamp(min=1)}
 
 
-def instance_loss(
-    criterion: AnchorBasedLoss, output: InstanceMaps, boxes: Tensor, labels: Tensor, maps: Tensor
+def add_masks(
+    terms: dict[str, Tensor],
+    criterion: AnchorBasedLoss,
+    output: InstanceMaps,
+    boxes: Tensor,
+    labels: Tensor,
+    maps: Tensor,
 ) -> dict[str, Tensor]:
-    """The detector's loss plus MASK_GAIN x mask: {"loss", "box", "obj", "cls", "mask"}, see `mask_terms`.
+    """`terms` of the boxes, which hold "loss", with "mask" of `mask_terms`, which enters "loss" by MASK_GAIN.
 
+    criterion: the detector's loss, whose anchors learn the masks of the truths that they are matched to.
     boxes (B, T, 4) px, labels (B, T) with -1 where padded, maps (B, S, S) from `move_instances`.
     """
     matched = criterion.matched(output.raw, boxes, labels)
-    own = criterion(output.raw, boxes, labels)
     mask = mask_terms(output.coefficients, output.prototypes, matched, maps, boxes)
-    return {**own, **mask, "loss": own["loss"] + MASK_GAIN * mask["mask"]}
+    return terms | mask | {"loss": terms["loss"] + MASK_GAIN * mask["mask"]}
 
 
 # --- Prediction ------------------------------------------------------------------------------------------------------
@@ -303,23 +308,14 @@ def evaluate_instances(
     )
     threshold = best_f1_threshold(dev.found, dev.truths)
     on_dev, _ = instance_metrics(dev, data.class_names, threshold)
-    metrics, per_class = instance_metrics(test, data.class_names, threshold)
+    on_test = instance_metrics(test, data.class_names, threshold)
     arrays = pack(test.found, test.truths, data.test.names, data.class_names)
     arrays |= cases(data.test, test.found, test.truths)
     chosen = arrays["case_index"].tolist()
     found = predict_instances(detector, data.test, latents["test"], chosen)
     arrays["case_found"] = _painted(found, threshold)
     arrays["case_true"] = _painted(instance_truths(data.test, chosen))
-    return Result(
-        rounded(metrics),
-        {name: rounded(values) for name, values in per_class.items()},
-        rounded(on_dev) | {"threshold": threshold},
-        {},
-        arrays,
-        detector.state_dict(),
-        {},
-        "fp32",
-    )
+    return result_of(on_test, on_dev, threshold, arrays, detector)
 
 
 def _painted(pictures: Iterable[Instances], threshold: float = 0.0) -> np.ndarray:

@@ -6,7 +6,6 @@ library's; pictures, augmentation, schedule, moving average, evaluation and cost
 for a GPU.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,8 +24,8 @@ from defectlab.anomaly.teacher import IMAGENET_MEAN, IMAGENET_STD, WeightsError
 from defectlab.costs import model_costs
 from defectlab.data.augment import Batch, plain
 from defectlab.data.detection import DetectionData, DetectionSplit
-from defectlab.detector.detect import cases, rounded
-from defectlab.detector.evaluation import Boxes, best_f1_threshold, evaluate, pack
+from defectlab.detector.detect import evaluate_found, probe_on
+from defectlab.detector.evaluation import Boxes
 from defectlab.detector.training import DetectorSettings, Loss, train_detector
 from defectlab.runs import Result
 from defectlab.train import Session, full_float32, precision_of
@@ -192,38 +191,6 @@ def predict_torchvision(model: nn.Module, split: DetectionSplit, batch: int = 16
     return found
 
 
-def evaluate_torchvision(model: nn.Module, data: DetectionData) -> Result:
-    """Metrics of the test set as for our own detectors; the score threshold of precision and recall comes from dev."""
-    found = {part: predict_torchvision(model, getattr(data, part)) for part in ("dev", "test")}
-    truths = {part: getattr(data, part).truths() for part in ("dev", "test")}
-    threshold = best_f1_threshold(found["dev"], truths["dev"])
-    dev, _ = evaluate(found["dev"], truths["dev"], data.class_names, threshold)
-    metrics, per_class = evaluate(found["test"], truths["test"], data.class_names, threshold)
-    arrays = pack(found["test"], truths["test"], data.test.names, data.class_names)
-    arrays |= cases(data.test, found["test"], truths["test"])
-    return Result(
-        rounded(metrics),
-        {name: rounded(values) for name, values in per_class.items()},
-        rounded(dev) | {"threshold": threshold},
-        {},
-        arrays,
-        model.state_dict(),
-        {},
-        "fp32",
-    )
-
-
-def probe_on(split: DetectionSplit, class_names: tuple[str, ...]) -> Callable[[nn.Module], dict[str, float]]:
-    """For a training's curve: mAP on dev."""
-    truths = split.truths()
-
-    def probe(model: nn.Module) -> dict[str, float]:
-        metrics, _ = evaluate(predict_torchvision(model, split), truths, class_names)
-        return {"dev_map50": metrics["map50"], "dev_map50_95": metrics["map50_95"]}
-
-    return probe
-
-
 def run_torchvision(
     settings: TorchvisionSettings, seed: int, data: DetectionData, device: str | torch.device, session: Session
 ) -> Result:
@@ -235,14 +202,12 @@ def run_torchvision(
     torch.manual_seed(seed)
     model = build_torchvision(settings, len(data.class_names)).to(device, memory_format=torch.channels_last)
     recipe = settings.recipe
-    probe = probe_on(data.dev, data.class_names)
+    probe = probe_on(data.dev, data.class_names, predict_torchvision)
     average, trained = train_detector(model, torchvision_loss(model), data.train, recipe, seed, session, probe=probe)
-    result = evaluate_torchvision(average, data)
+    found = {part: predict_torchvision(average, getattr(data, part)) for part in ("dev", "test")}
+    result = evaluate_found(found, data, average)
     result.curve = trained.curve
     result.precision = precision_of(recipe, device)
-    result.costs = model_costs(average, settings.size, device) | {
-        "train_seconds": round(trained.seconds, 1),
-        "train_images_per_second": round(trained.images_per_second, 1),
-    }
+    result.costs = model_costs(average, settings.size, device) | trained.costs
     result.notes = {"costs": f"at {settings.size} px, not folded, with decoding and suppression"}
     return result

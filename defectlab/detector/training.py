@@ -1,6 +1,5 @@
 """Training a detector on device-resident data: recipe, schedule, moving average of the weights, the loop."""
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from defectlab.data.augment import Augmentation, Batch, augment
 from defectlab.data.detection import DetectionSplit
 from defectlab.train import (
+    MovingAverage,
     OutOfTime,
     Session,
     Trained,
@@ -98,24 +98,6 @@ def learning_rate(step: int, steps_an_epoch: int, settings: DetectorSettings) ->
         raise ValueError(f"unknown schedule {settings.schedule!r}: use cosine or linear")
     warm = min(1.0, (step + 1) / max(1.0, settings.warm_up * steps_an_epoch))
     return settings.learning_rate * warm * (settings.final_rate + (1 - settings.final_rate) * left)
-
-
-class MovingAverage:
-    """Exponential moving average of a model's weights and running statistics, in a copy of it (`model`).
-
-    The decay of step t is decay * (1 - exp(-t / ramp)): short at the start, when old weights are worth nothing.
-    """
-
-    def __init__(self, model: nn.Module, decay: float, ramp: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.ramp = decay, ramp
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp))
-        old, new = self.model.state_dict(), model.state_dict()
-        names = [name for name, value in old.items() if value.is_floating_point()]
-        torch._foreach_lerp_([old[n] for n in names], [new[n] for n in names], 1 - decay)
 
 
 def train_detector(

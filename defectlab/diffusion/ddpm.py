@@ -27,9 +27,8 @@ from torch.nn import functional
 
 from defectlab.costs import parameters
 from defectlab.data.detection_tensors import DetectionData
-from defectlab.detector.training import MovingAverage
 from defectlab.runs import Record, Result, load_weights
-from defectlab.train import Session, Trained, autocast, precision_of, train
+from defectlab.train import MovingAverage, Session, Trained, autocast, precision_of, train
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: where it is needed, not for every table that names a row
     from diffusers import UNet2DModel
@@ -305,11 +304,7 @@ def run_ddpm(
             **kept,
         },
         model=unet.state_dict(),
-        costs={
-            "parameters_m": round(parameters(unet) / 1e6, 4),
-            "train_seconds": round(trained.seconds, 1),
-            "train_images_per_second": round(trained.images_per_second, 1),
-        },
+        costs={"parameters_m": round(parameters(unet) / 1e6, 4)} | trained.costs,
         precision=precision,
     )
 

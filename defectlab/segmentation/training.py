@@ -138,10 +138,7 @@ def run_segmentation(
     )
     result = evaluate(network, data, precision)
     result.curve = trained.curve
-    result.costs = model_costs(network, settings.size, device) | {
-        "train_seconds": round(trained.seconds, 1),
-        "train_images_per_second": round(trained.images_per_second, 1),
-    }
+    result.costs = model_costs(network, settings.size, device) | trained.costs
     result.notes = {"train_images": str(len(split)), "epochs": str(epochs)}
     return result
 

@@ -10,11 +10,10 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
+from defectlab.arithmetic import ROUNDING, SLACK, compared, framed
 from defectlab.report import printed_table
 
 METHODS = ("SPADE", "PaDiM", "RIAD", "CutPaste", "Ours")  # the columns of Table 7
-ROUNDING = 0.05  # what one printed digit hides
-SLACK = 1e-9  # of floating point
 TARGET = "nut"  # Tables 2, 4, 5 and 6 stand twice in the files, once a target, with the same printed numbers
 
 
@@ -40,16 +39,6 @@ def _rows(table: str, metric: str) -> list[str]:
     return [row for of, row, _ in _numbers(table) if of == metric and not row.endswith("; defect")]
 
 
-def _framed(lines: list[dict], *index: str) -> pd.DataFrame:
-    return pd.DataFrame(lines).set_index(list(index)).round(2)
-
-
-def _compared(said: float, follows: float) -> dict[str, float | str]:
-    agrees = abs(said - follows) <= ROUNDING + SLACK
-    remark = "agrees" if agrees else "differs by more than its own rounding"
-    return {"printed": said, "computed": follows, "difference": said - follows, "remark": remark}
-
-
 # --- Said in the text, or twice in the tables ------------------------------------------------------------------------
 
 
@@ -60,9 +49,9 @@ def stated_gains() -> pd.DataFrame:
     for gain in printed_table("amam_kd", "audit/text_gains"):
         if gain["b_row"]:
             a, b = (printed(gain["metric"], gain[f"{side}_table"], gain[f"{side}_row"]) for side in "ab")
-            line = {"statement": gain["statement"], "place": gain["place"], **_compared(float(gain["printed"]), a - b)}
+            line = {"statement": gain["statement"], "place": gain["place"], **compared(float(gain["printed"]), a - b)}
             lines.append({**line, "relative": 100 * (a - b) / b, "note": gain["note"]})
-    return _framed(lines, "statement", "place")
+    return framed(lines, "statement", "place")
 
 
 FULL_MODEL, GATES = "Ours (gates on three skips, AMAM)", "Baseline with attention (gates on three skips)"  # of Table 5
@@ -85,8 +74,8 @@ TWICE = (  # what, metric, the first place (table, row, column), the second
 
 def printed_twice() -> pd.DataFrame:
     """What should be one number and stands in two places: `printed` and `elsewhere`."""
-    lines = [{"number": x, "metric": m, **_compared(printed(m, *a), printed(m, *b))} for x, m, a, b in TWICE]
-    return _framed(lines, "number", "metric").rename(columns={"computed": "elsewhere"})
+    lines = [{"number": x, "metric": m, **compared(printed(m, *a), printed(m, *b))} for x, m, a, b in TWICE]
+    return framed(lines, "number", "metric").rename(columns={"computed": "elsewhere"})
 
 
 # --- Segmentation: Tables 2, 4 and 6 ---------------------------------------------------------------------------------
@@ -96,7 +85,7 @@ def latency_by_dilation() -> pd.DataFrame:
     """Table 2 in the order of its dilation rates; `step` is the change of the latency to the line above, in ms."""
     rows = sorted(_rows("table2", "miou"), key=lambda rates: [int(rate) for rate in rates.split(",")])
     lines = [{"rates": row, **{m: printed(m, "table2", row) for m in ("miou", "latency_ms")}} for row in rows]
-    return _framed(lines, "rates").assign(step=lambda table: table["latency_ms"].diff().round(2))
+    return framed(lines, "rates").assign(step=lambda table: table["latency_ms"].diff().round(2))
 
 
 def dice_and_iou() -> pd.DataFrame:
@@ -114,7 +103,7 @@ def dice_and_iou() -> pd.DataFrame:
         remark = "nearer to the foreground IoU" if abs(said - iou) < abs(said - dice) else "nearer to the Dice"
         line = {"printed": said, "computed": iou, "difference": said - iou, "remark": remark}
         lines.append({"model": model, "miou": miou, **line, "dice": dice})
-    return _framed(lines, "model")
+    return framed(lines, "model")
 
 
 def foreground_share(mae: float, iou: float) -> float:
@@ -140,7 +129,7 @@ def implied_foreground() -> pd.DataFrame:
         low, share, high = (foreground_share(x, iou) for x in (mae - ROUNDING, mae, mae + ROUNDING))
         line = {"model": model, "mae": mae, "iou": iou, "share": share, "low": low, "high": high}
         lines.append({**line, "mae_of_a_third": expected_mae(100 / 3, iou)})
-    return _framed(lines, "model")
+    return framed(lines, "model")
 
 
 def data_reduction() -> pd.DataFrame:
@@ -176,11 +165,11 @@ def table7_averages() -> pd.DataFrame:
         categories = [column for column in values if not column.endswith("average")]
         members = {"textures": categories[:5], "objects": categories[5:], "total": categories}
         for name, columns in members.items():
-            line = _compared(values[f"{name}_average"], float(np.mean([values[c] for c in columns])))
+            line = compared(values[f"{name}_average"], float(np.mean([values[c] for c in columns])))
             if ROUNDING + SLACK < abs(line["difference"]) <= 2 * ROUNDING + SLACK:
                 line["remark"] = "differs, but rounding of the rows can hide it"
             lines.append({"method": method, "average": name, **line})
-    return _framed(lines, "method", "average")
+    return framed(lines, "method", "average")
 
 
 def mean_lead() -> pd.DataFrame:
@@ -192,7 +181,7 @@ def mean_lead() -> pd.DataFrame:
     totals = {method: _table7(method)["total_average"] for method in METHODS}
     ours = totals.pop("Ours")
     totals["their mean"] = float(np.mean(list(totals.values())))
-    return _framed([{"lead over": x, **_compared(said, ours - total)} for x, total in totals.items()], "lead over")
+    return framed([{"lead over": x, **compared(said, ours - total)} for x, total in totals.items()], "lead over")
 
 
 def categories_behind() -> pd.DataFrame:
@@ -204,7 +193,7 @@ def categories_behind() -> pd.DataFrame:
             lines.append(
                 {"category": category, "method": method, "best": best, "ours": ours, "difference": ours - best}
             )
-    return _framed(lines, "category")
+    return framed(lines, "category")
 
 
 def against_originals() -> pd.DataFrame:
@@ -213,8 +202,8 @@ def against_originals() -> pd.DataFrame:
     for (_, row, column), value in _numbers("audit/table7_originals").items():
         method = row.split(",")[0]
         if method in METHODS:
-            lines.append({"original": row, "column": column, **_compared(_table7(method)[column], value)})
-    return _framed(lines, "original", "column").rename(columns={"computed": "published"})
+            lines.append({"original": row, "column": column, **compared(_table7(method)[column], value)})
+    return framed(lines, "original", "column").rename(columns={"computed": "published"})
 
 
 def image_level() -> pd.DataFrame:
@@ -226,14 +215,14 @@ def image_level() -> pd.DataFrame:
             lines.append(
                 {"method": row, "AD from": table, "published": value, "ours": ours, "difference": ours - value}
             )
-    return _framed(lines, "method", "AD from")
+    return framed(lines, "method", "AD from")
 
 
 def module_steps() -> pd.DataFrame:
     """Table 9: what each added module changes, in points over the line above."""
     levels = ("image_auroc", "pixel_auroc")
     rows = _rows("table9", "image_auroc")
-    table = _framed([{"modules": row, **{m: printed(m, "table9", row) for m in levels}} for row in rows], "modules")
+    table = framed([{"modules": row, **{m: printed(m, "table9", row) for m in levels}} for row in rows], "modules")
     return table.join(table.diff().add_prefix("step_")).round(2)
 
 
@@ -243,4 +232,4 @@ def l2_and_mse() -> pd.DataFrame:
     for column in ("textures_average", "objects_average"):
         squared, mean = (printed("pixel_auroc", "table10", row, column) for row in ("L2", "MSE"))
         lines.append({"average": column, "L2": squared, "MSE": mean, "difference": squared - mean})
-    return _framed(lines, "average")
+    return framed(lines, "average")

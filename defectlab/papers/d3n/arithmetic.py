@@ -14,10 +14,9 @@ import pandas as pd
 import torch
 
 from defectlab import costs
+from defectlab.arithmetic import SLACK, compared, framed
 from defectlab.report import printed_table
 
-ROUNDING = 0.05  # what one printed digit hides
-SLACK = 1e-9  # of floating point
 DATA = {"NEU-DET": "table6", "Tianchi fabric": "table5", "GC10-DET": "table7"}
 FUSED = "dual self-att, weighted sum, residual, norm"  # the last row of Table I
 AS_TICKED = "PCA, ResVAE, noise filter, dynamic cross-fusion (as ticked)"  # the last row of Table III
@@ -42,21 +41,6 @@ def _rows(table: str, metric: str = "map50") -> dict[str, float]:
     return {row: value for (of, row), value in _numbers(table).items() if of == metric}
 
 
-def _framed(lines: list[dict], *index: str) -> pd.DataFrame:
-    return pd.DataFrame(lines).set_index(list(index)).round(2)
-
-
-def _compared(said: float, follows: float) -> dict[str, float | str]:
-    agrees = abs(said - follows) <= ROUNDING + SLACK
-    remark = "agrees" if agrees else "differs by more than its own rounding"
-    return {
-        "printed": said,
-        "computed": follows,
-        "difference": round(said - follows, 6) + 0.0,
-        "remark": remark,
-    }  # no -0.0
-
-
 # --- Said in the text, or twice in the tables ------------------------------------------------------------------------
 
 
@@ -67,8 +51,8 @@ def stated_gains() -> pd.DataFrame:
         follows = printed(said["a_table"], said["a_row"])
         follows -= printed(said["b_table"], said["b_row"]) if said["b_row"] else 0
         line = {"statement": said["statement"], "place": said["place"]}
-        lines.append({**line, **_compared(float(said["printed"]), follows), "note": said["note"]})
-    return _framed(lines, "statement", "place")
+        lines.append({**line, **compared(float(said["printed"]), follows), "note": said["note"]})
+    return framed(lines, "statement", "place")
 
 
 HYBRID = ("table1", FUSED)
@@ -93,8 +77,8 @@ TWICE = (  # what, whether one model or two, the first place (table, row), the s
 
 def printed_twice() -> pd.DataFrame:
     """Numbers that stand in two places: `printed` and `elsewhere`, and whether they are of one model by the text."""
-    lines = [{"number": name, "of": of, **_compared(printed(*a), printed(*b))} for name, of, a, b in TWICE]
-    return _framed(lines, "number").rename(columns={"computed": "elsewhere"})
+    lines = [{"number": name, "of": of, **compared(printed(*a), printed(*b))} for name, of, a, b in TWICE]
+    return framed(lines, "number").rename(columns={"computed": "elsewhere"})
 
 
 # --- Ablations: Tables I to IV ---------------------------------------------------------------------------------------
@@ -114,7 +98,7 @@ def fusions() -> pd.DataFrame:
         for table in ("table1", "table2")
         for row, value in _rows(table).items()
     ]
-    return _framed(sorted(lines, key=lambda line: -line["map50"]), "fusion")
+    return framed(sorted(lines, key=lambda line: -line["map50"]), "fusion")
 
 
 def third_row_fusion() -> pd.DataFrame:
@@ -123,8 +107,8 @@ def third_row_fusion() -> pd.DataFrame:
     row = printed("table3", "ResVAE, noise filter")
     others = {x: value for x, value in _rows("table2").items() if x != "Dynamic cross-fusion"}
     others["Cross-attention alone (Table I)"] = next(iter(_rows("table1").values()))
-    lines = [{"fusion": x, **_compared(row, value)} for x, value in others.items()]
-    return _framed(lines, "fusion").rename(columns={"computed": "of_the_fusion"})
+    lines = [{"fusion": x, **compared(row, value)} for x, value in others.items()]
+    return framed(lines, "fusion").rename(columns={"computed": "of_the_fusion"})
 
 
 def component_steps() -> pd.DataFrame:
@@ -141,7 +125,7 @@ def multitask() -> pd.DataFrame:
         for (metric, row), value in _numbers("table4").items()
         if row == "YOLOv5"
     ]
-    return _framed(lines, "metric").assign(gain=lambda table: (table["Proposed"] - table["YOLOv5"]).round(2))
+    return framed(lines, "metric").assign(gain=lambda table: (table["Proposed"] - table["YOLOv5"]).round(2))
 
 
 # --- Comparisons: Tables V to VII ------------------------------------------------------------------------------------
@@ -154,7 +138,7 @@ def gains_over_yolov5s() -> pd.DataFrame:
         baseline = next((value for row, value in _rows(table).items() if row in ("YOLOv5s", "YOLOv5-s")), float("nan"))
         ours = printed(table, "Ours")
         lines.append({"data": data, "YOLOv5s": baseline, "ours": ours, "gain": ours - baseline})
-    return _framed(lines, "data")
+    return framed(lines, "data")
 
 
 def ahead_of_ours(margin: float = 0.0) -> pd.DataFrame:
@@ -166,7 +150,7 @@ def ahead_of_ours(margin: float = 0.0) -> pd.DataFrame:
         for row, value in sorted(_rows(table).items(), key=lambda item: -item[1]):
             if row != "Ours" and ours - value <= margin + SLACK:
                 lines.append({"data": data, "method": row, "map50": value, "ours": ours, "difference": ours - value})
-    return _framed(lines, "data", "method")
+    return framed(lines, "data", "method")
 
 
 def scales() -> pd.DataFrame:
@@ -182,7 +166,7 @@ def scales() -> pd.DataFrame:
             falling = sorted(found, key=found.get, reverse=True) == list(found)
             order = "rises" if rising else "falls" if falling else "neither"
             lines.append({"data": data, "family": family, **{x: found.get(x) for x in "nsml"}, "with_size": order})
-    return _framed(lines, "data", "family")
+    return framed(lines, "data", "family")
 
 
 def es_net() -> pd.DataFrame:
@@ -197,7 +181,7 @@ def es_net() -> pd.DataFrame:
     ours, other = pairs[1][1]
     pairs += [(f"parameters, ES-Net's at {b} bytes", [ours / 2, other / b], 0.1) for b in (2, 4, 8)]
     lines = [{"quantity": name, "ours": a, "ES-Net": b, "ratio": a / b, "said": said} for name, (a, b), said in pairs]
-    return _framed(lines, "quantity")
+    return framed(lines, "quantity")
 
 
 # --- Costs: Table V against our own detectors ------------------------------------------------------------------------
@@ -240,7 +224,7 @@ def file_sizes() -> pd.DataFrame:
         said, count = printed("table5", row, "size_mb"), costs.parameters(network)
         line = {"row": row, "Param": said, "parameters_m": count / 1e6}
         lines.append({**line, "bytes": said * 1e6 / count, "bytes_mib": said * 2**20 / count})
-    return _framed(lines, "row")
+    return framed(lines, "row")
 
 
 def model_costs(rows: Sequence[str] = YOLOS) -> pd.DataFrame:
@@ -258,4 +242,4 @@ def model_costs(rows: Sequence[str] = YOLOS) -> pd.DataFrame:
             line[f"size_mb_{classes}"] = costs.parameters(network) * 2 / 1e6
             line[f"gflops_{classes}"] = costs.flops(network, picture) / 1e9
         lines.append(line)
-    return _framed(lines, "row")
+    return framed(lines, "row")

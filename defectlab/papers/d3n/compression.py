@@ -4,8 +4,10 @@ Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13
 repository), the settings of section IV-A, the PCA of Table III; `decode` is the feature mapping of section III-C.
 
 Each of the decoder's three maps has a codec of its own that keeps its resolution and divides its channels by 8. Ours:
-every channel is standardised first (with the training features' mean and deviation), so that the squared error is in
-units of variance and no channel drowns the others.
+features are standardised first, so that the squared error is in units of variance and no channel drowns the others. The
+mean is one a channel and place, over the training pictures: all pictures share their noise, and the maps' answer to it,
+most of the finest map's variation, tells no picture from another. It is left out for good: what is decoded are the
+differences from the mean map.
 """
 
 import math
@@ -18,10 +20,12 @@ from sklearn.decomposition import IncrementalPCA
 from torch import Tensor, nn
 from torch.nn import functional
 
+from defectlab.diffusion.features import COMBINE, TIMESTEPS
 from defectlab.train import Session, Trained, autocast, full_float32, precision_of, train
 
 METHODS = ("resvae", "pca", "none")
 CHUNK = 64  # images that are float32 at once outside of training
+Shape = tuple[int, int, int]  # channels, height, width of a map
 PCA_VECTORS, PCA_CHUNK = 200_000, 4096  # channel vectors that a PCA sees: in all, and at once
 
 
@@ -30,13 +34,13 @@ class CompressionSettings:
     """What is compressed, and how. Sources as comments."""
 
     model: ClassVar[str] = "d3n_compression"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     dataset: str = "neu_det"
     ddpm: Any = None  # settings of the diffusion model whose features these are
-    timesteps: tuple[int, ...] = (100, 150, 250)  # section III-B
-    combine: str = "mean"  # ours: of the timesteps
-    method: str = "resvae"  # section III-B; Table III: "pca"; "none": the features as they are
+    timesteps: tuple[int, ...] = TIMESTEPS
+    combine: str = COMBINE
+    method: str = "resvae"  # section III-B; Table III: "pca"; "none": the features, centred
     ratio: int = 8  # section IV-A: 512 channels to 64
     kl: float = 1.0  # section IV-A: "KL penalty scale"
     reduction: str = "sum"  # ours, the paper is silent: the evidence bound, and what loses least (`vae_loss`)
@@ -152,8 +156,9 @@ class PCALevel(nn.Module):
 
     def __init__(self, channels: int, latent: int):
         super().__init__()
-        self.register_buffer("components", torch.eye(latent, channels))  # orthonormal rows
-        self.register_buffer("mean", torch.zeros(channels))
+        # parameters, though not learnt by gradients: weights that a deployed network has, and is counted with
+        self.components = nn.Parameter(torch.eye(latent, channels), requires_grad=False)  # orthonormal rows
+        self.mean = nn.Parameter(torch.zeros(channels), requires_grad=False)
 
     def fit(self, chunks: Iterable[Tensor]) -> None:
         """By scikit-learn's incremental PCA, on channel vectors that come as chunks (M, C), each with M >= latent."""
@@ -180,42 +185,43 @@ def channel_vectors(level: "Level", x: Tensor, seed: int) -> Iterable[Tensor]:
     count, _, height, width = x.shape
     pixels = torch.randperm(count * height * width, generator=torch.Generator().manual_seed(seed))[:PCA_VECTORS]
     for part in pixels.to(x.device).tensor_split(math.ceil(len(pixels) / PCA_CHUNK)):
-        vectors = x[part // (height * width), :, part // width % height, part % width]  # (M, C)
-        yield level.standardise(vectors[..., None, None]).flatten(1)
+        row, column = part // width % height, part % width
+        centred = x[part // (height * width), :, row, column].float() - level.mean[:, row, column].T  # (M, C)
+        yield centred / level.deviation.flatten()
 
 
 # --- All levels ------------------------------------------------------------------------------------------------------
 
 
 class Level(nn.Module):
-    """A codec (None: features stay as they are) between the standardisation of training features and its inverse."""
+    """A codec (None: features are only centred) of standardised features; `shape` (C, H, W) is that of a map."""
 
-    def __init__(self, codec: ResVAE | PCALevel | None, channels: int):
+    def __init__(self, codec: ResVAE | PCALevel | None, shape: Shape):
         super().__init__()
         self.codec = codec
-        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
-        self.register_buffer("deviation", torch.ones(1, channels, 1, 1))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("deviation", torch.ones(shape[0], 1, 1))
 
     def fit_standardisation(self, x: Tensor) -> None:
-        """From (N, C, H, W) of any float type; a channel that does not vary is only centred."""
-        count = x.numel() / x.shape[1]
-        mean = sum(part.double().sum((0, 2, 3), keepdim=True) for part in x.split(CHUNK)) / count
-        squares = sum((part.double() - mean).square().sum((0, 2, 3), keepdim=True) for part in x.split(CHUNK))
-        deviation = (squares / count).sqrt()
+        """From (N, C, H, W) of any float type: the mean of each channel and place, and each channel's deviation from
+        it. A channel that does not vary is only centred."""
+        mean = sum(part.double().sum(0) for part in x.split(CHUNK)) / len(x)
+        squares = sum((part.double() - mean).square().sum((0, 2, 3)) for part in x.split(CHUNK))
+        deviation = (squares[:, None, None] / (x.numel() / x.shape[1])).sqrt()
         if not deviation.isfinite().all():
             raise ValueError("the features hold NaN or infinite values (beyond fp16?): look at the diffusion model")
         self.mean.copy_(mean)
         self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1))
 
     def standardise(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in the features' units -> float32 of mean 0 and variance 1 a channel."""
+        """(B, C, H, W) in the features' units -> float32, mean 0 at each place and variance 1 a channel."""
         return (x.float() - self.mean) / self.deviation
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.codec.encode(self.standardise(x)).float() if self.codec else x.float()
+        return self.codec.encode(self.standardise(x)).float() if self.codec else x.float() - self.mean
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.codec.decode(z.float()).float() * self.deviation + self.mean if self.codec else z.float()
+        return self.codec.decode(z.float()).float() * self.deviation if self.codec else z.float()
 
 
 class Compressor(nn.Module):
@@ -238,20 +244,22 @@ class Compressor(nn.Module):
         return [level.encode(x) for level, x in zip(self.levels, maps, strict=True)]
 
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
-        """The way back: (B, C_k, H_k, W_k) float32 a level, in the features' own units."""
+        """The way back: (B, C_k, H_k, W_k) float32 a level, differences from the mean map in the features' units."""
         return [level.decode(z) for level, z in zip(self.levels, latents, strict=True)]
 
 
-def build_compressor(settings: CompressionSettings, channels: Sequence[int]) -> Compressor:
-    """Not fitted, to be loaded; `channels`: a level. ValueError: unknown method, a ratio that does not divide them."""
+def build_compressor(settings: CompressionSettings, shapes: Sequence[Shape]) -> Compressor:
+    """Not fitted, to be loaded, for maps of these shapes (C_k, H_k, W_k). ValueError: an unknown method, a ratio that
+    does not divide the channels."""
     if settings.method not in METHODS:
         raise ValueError(f"unknown method {settings.method!r}: use one of {', '.join(METHODS)}")
     if settings.method == "none":
-        return Compressor(Level(None, width) for width in channels)
+        return Compressor(Level(None, shape) for shape in shapes)
+    channels = [shape[0] for shape in shapes]
     if settings.ratio < 1 or any(width % settings.ratio for width in channels):
         raise ValueError(f"ratio {settings.ratio} does not divide the channels {list(channels)}: use one that does")
     codec = ResVAE if settings.method == "resvae" else PCALevel
-    return Compressor(Level(codec(width, width // settings.ratio), width) for width in channels)
+    return Compressor(Level(codec(shape[0], shape[0] // settings.ratio), shape) for shape in shapes)
 
 
 def fit_compressor(
@@ -271,15 +279,13 @@ def fit_compressor(
     """
     torch.manual_seed(seed)
     device, precision = features[0].device, precision_of(settings, features[0].device)
-    compressor = build_compressor(settings, [x.shape[1] for x in features])
+    compressor = build_compressor(settings, [tuple(x.shape[1:]) for x in features])
     compressor.to(device, memory_format=torch.channels_last)
-    if settings.method == "none":
-        return compressor, None
     for level, x in zip(compressor.levels, features, strict=True):
         level.fit_standardisation(x)
         if settings.method == "pca":
             level.codec.fit(channel_vectors(level, x, seed))
-    if settings.method == "pca":
+    if settings.method != "resvae":
         return compressor, None
 
     codecs = nn.ModuleList(level.codec for level in compressor.levels).requires_grad_(True)
@@ -320,8 +326,9 @@ def reconstruction_error(compressor: Compressor, features: list[Tensor]) -> dict
     """What features (N, C_k, H_k, W_k) a level lose on the way through latents in fp16, as the repository holds them.
 
     Returns:
-        "unexplained_level_k": per cent of the variance: 100 times squared errors by squares, both summed over the
-        standardised features. "unexplained": mean over levels. "latent_std": of the latent values, mean over levels.
+        "unexplained_level_k": per cent of the variance about the mean map: 100 times squared errors by squares, both
+        summed over the standardised features. "unexplained": mean over levels.
+        "latent_std": of the latent values, mean over levels.
         "kl" (ResVAE only): nats a latent value, mean over levels; near 0 the posterior has collapsed to the prior.
         "compression_ratio": feature values per latent value.
     """
@@ -340,7 +347,7 @@ def level_error(level: Level, x: Tensor) -> dict[str, float]:
         target = level.standardise(part)
         with full_float32():
             z = level.encode(part).half()
-            error = level.standardise(level.decode(z)) - target
+            error = level.decode(z) / level.deviation - target
             kl = kl_divergence(*level.codec.posterior(target)) if variational else torch.zeros_like(z)
         sums += torch.stack([y.double().sum() for y in (error.square(), target.square(), z, z.double().square(), kl)])
         latents += z.numel()

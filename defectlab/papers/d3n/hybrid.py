@@ -10,6 +10,7 @@ their baseline share a recipe of flips and scale, whose matrix moves the feature
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -28,22 +29,21 @@ from defectlab.detector.detect import (
     detection_loss,
     evaluate_detector,
     frozen,
+    predict,
     probe_on,
 )
 from defectlab.detector.instances import (
-    MASK_GAIN,
     InstanceMaps,
+    add_masks,
     build_instance_detector,
     evaluate_instances,
-    instance_loss,
-    mask_terms,
 )
 from defectlab.detector.losses import AnchorBasedLoss
 from defectlab.detector.model import Detector
 from defectlab.detector.training import DetectorSettings, train_detector
 from defectlab.papers.d3n.compression import Compressor, build_compressor
 from defectlab.papers.d3n.fusion import CrossModelFusion
-from defectlab.papers.d3n.preparation import Prepared, feature_channels, prepare
+from defectlab.papers.d3n.preparation import Prepared, feature_shapes, prepare
 from defectlab.papers.d3n.transfer import PowerTransfer
 from defectlab.runs import Result
 from defectlab.train import Session, precision_of
@@ -98,7 +98,7 @@ class HybridDetector(nn.Module):
 
     The latents are those of the plain pictures; `matrices` (B, 3, 3), where given, are what the augmentation did to
     them. The decoded features are moved, not the latents: a decoder's kernels have sides, and latents of zero, as would
-    stand outside a picture, do not decode to anything neutral. Outside stand the mean features.
+    stand outside a picture, do not decode to anything neutral. Outside stands 0, no difference from the mean features.
     """
 
     def __init__(self, detector: Detector, compressor: Compressor, fusion: CrossModelFusion):
@@ -115,7 +115,7 @@ class HybridDetector(nn.Module):
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             features = self.compressor.decode(latents)  # feature mapping, by fixed parameters (Fig. 5)
             if matrices is not None:
-                features = move_features(features, self.compressor, matrices, images.shape[-1])
+                features = [warp(level, matrices, images.shape[-1]) for level in features]
         return self.detector.head(self.detector.neck(tuple(self.fusion(maps, features))))
 
 
@@ -123,7 +123,8 @@ def build_hybrid(settings: HybridSettings, data: DetectionData, compressor: Comp
     """A fresh hybrid around a trained compressor; with masks where the set has them."""
     detector = task_of(data).build(settings, data)
     chosen = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name in SWITCHES}
-    fusion = CrossModelFusion(detector.widths, feature_channels(settings.compression), **chosen)
+    channels = [shape[0] for shape in feature_shapes(settings.compression)]
+    fusion = CrossModelFusion(detector.widths, channels, **chosen)
     return HybridDetector(detector, compressor, fusion)
 
 
@@ -132,36 +133,28 @@ class Task(NamedTuple):
 
     build: Callable[[DetectorSettings, DetectionData], Detector]
     raw: Callable[[Any], list[Tensor]]  # the detector's output -> its raw maps of boxes
-    masks: Callable[[Any, AnchorBasedLoss, Batch], dict[str, Tensor]]  # (output, loss, batch) -> further terms
-    gain: float  # of these terms
+    whole: Callable[..., dict[str, Tensor]]  # (terms of boxes, loss, output, batch) -> all terms
     evaluate: Callable[..., Result]  # (model, data, features of "dev" and "test")
 
 
 def task_of(data: DetectionData) -> Task:
     """By the kind of the set."""
     if not isinstance(data, InstanceData):
-        return Task(build_detector, lambda output: output, lambda *_: {}, 0.0, evaluate_detector)
+        return Task(build_detector, lambda output: output, lambda terms, *_: terms, evaluate_detector)
 
-    def masks(output: InstanceMaps, criterion: AnchorBasedLoss, batch: Batch) -> dict[str, Tensor]:
-        matched = criterion.matched(output.raw, batch.boxes, batch.labels)
+    def whole(terms: dict[str, Tensor], criterion: AnchorBasedLoss, output: InstanceMaps, batch: Batch) -> dict:
         maps = move_instances(data.train, batch)
-        return mask_terms(output.coefficients, output.prototypes, matched, maps, batch.boxes)
+        return add_masks(terms, criterion, output, batch.boxes, batch.labels, maps)
 
-    return Task(build_instance_detector, lambda output: output.raw, masks, MASK_GAIN, evaluate_instances)
-
-
-def whole_loss(task: Task, output: Any, criterion: AnchorBasedLoss, batch: Batch, terms: dict[str, Tensor]) -> dict:
-    """The terms of boxes, and where the set has masks their term, learnt from the truth alone (ours: equations
-    6 and 7 name boxes, objectness and classes)."""
-    masks = task.masks(output, criterion, batch)
-    return terms | masks | {"loss": terms["loss"] + task.gain * sum(masks.values())}
+    # masks are learnt from the truth alone (ours: equations 6 and 7 name boxes, objectness and classes)
+    return Task(build_instance_detector, lambda output: output.raw, whole, evaluate_instances)
 
 
-def dev_probe(task: Task, data: DetectionData, features: Sequence[Tensor] = ()) -> Callable[[Any], dict[str, float]]:
+def dev_probe(data: DetectionData, features: Sequence[Tensor] = ()) -> Callable[[Any], dict[str, float]]:
     """mAP of boxes on dev, for the curve; nothing for sets with masks, whose evaluation takes long."""
-    if task.gain:
+    if isinstance(data, InstanceData):
         return lambda average: {}
-    return probe_on(data.dev, data.class_names, features)
+    return probe_on(data.dev, data.class_names, partial(predict, features=features))
 
 
 def check_recipe(settings: DetectorSettings) -> None:
@@ -171,12 +164,6 @@ def check_recipe(settings: DetectorSettings) -> None:
             f"mosaic {settings.mosaic}, mixup {settings.mixup}: a row that reads features of whole pictures needs both "
             f"at 0"
         )
-
-
-def move_features(features: list[Tensor], compressor: Compressor, matrices: Tensor, size: int) -> list[Tensor]:
-    """Decoded features of plain pictures of `size` px (B, C_k, H_k, W_k), moved as the pictures were."""
-    means = [level.mean for level in compressor.levels]
-    return [warp(level - mean, matrices, size) + mean for level, mean in zip(features, means, strict=True)]
 
 
 def with_latents(hybrid: HybridDetector, latents: list[Tensor]) -> Callable[[Batch], Any]:
@@ -206,9 +193,10 @@ def run_hybrid(
 
     def loss(batch: Batch) -> dict[str, Tensor]:
         output = forward(batch)
-        return whole_loss(task, output, criterion, batch, criterion(task.raw(output), batch.boxes, batch.labels))
+        terms = criterion(task.raw(output), batch.boxes, batch.labels)
+        return task.whole(terms, criterion, output, batch)
 
-    dev = dev_probe(task, data, prepared.unseen["dev"])
+    dev = dev_probe(data, prepared.unseen["dev"])
 
     def probe(average: HybridDetector) -> dict[str, float]:
         return dev(average) | {f"weight_{k}": v for k, v in average.fusion.mean_weights().items()}
@@ -217,10 +205,7 @@ def run_hybrid(
     result = task.evaluate(average, data, prepared.unseen)
     result.curve, result.notes = trained.curve, prepared.notes
     result.precision = precision_of(settings, device)
-    result.costs = whole_costs(average, prepared, small) | {
-        "train_seconds": round(trained.seconds, 1),
-        "train_images_per_second": round(trained.images_per_second, 1),
-    }
+    result.costs = whole_costs(average, prepared, small) | trained.costs
     return result
 
 
@@ -239,7 +224,7 @@ def whole_costs(hybrid: HybridDetector, prepared: Prepared, small: DetectionData
 
 def load_hybrid(record: Any, settings: HybridSettings, data: DetectionData, device: str) -> HybridDetector:
     """The hybrid of a finished run, frozen; its weights hold the compressor's, too."""
-    compressor = build_compressor(settings.compression, feature_channels(settings.compression))
+    compressor = build_compressor(settings.compression, feature_shapes(settings.compression))
     return frozen(record, build_hybrid(settings, data, compressor), device)
 
 
@@ -265,7 +250,7 @@ def run_student(
             target = task.raw(taught(batch))
         output = student(batch.images)
         terms = transfer(task.raw(output), target, batch.boxes, batch.labels)
-        return whole_loss(task, output, criterion, batch, terms)
+        return task.whole(terms, criterion, output, batch)
 
     result = train_deployed(task, student, loss, settings, seed, data, device, session)
     result.notes = {"teacher": record.key, "teacher_sha256": record.model_sha256} | prepared.notes
@@ -280,8 +265,9 @@ def run_with_masks(settings: InstanceSettings, seed: int, data: InstanceData, de
     criterion = detection_loss(detector, settings.size)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        maps = move_instances(data.train, batch)
-        return instance_loss(criterion, detector(batch.images), batch.boxes, batch.labels, maps)
+        output = detector(batch.images)
+        terms = criterion(task.raw(output), batch.boxes, batch.labels)
+        return task.whole(terms, criterion, output, batch)
 
     return train_deployed(task, detector, loss, settings, seed, data, device, session)
 
@@ -297,12 +283,9 @@ def train_deployed(
     session: Session,
 ) -> Result:
     """Train and evaluate a detector that reads pictures alone; its costs are those of the deployed network."""
-    average, trained = train_detector(detector, loss, data.train, settings, seed, session, probe=dev_probe(task, data))
+    average, trained = train_detector(detector, loss, data.train, settings, seed, session, probe=dev_probe(data))
     result = task.evaluate(average, data)
     result.curve, result.precision = trained.curve, precision_of(settings, device)
     result.costs |= deployed_costs(average, settings.size, device)
-    result.costs |= {
-        "train_seconds": round(trained.seconds, 1),
-        "train_images_per_second": round(trained.images_per_second, 1),
-    }
+    result.costs |= trained.costs
     return result

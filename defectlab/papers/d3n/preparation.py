@@ -22,6 +22,7 @@ from defectlab.diffusion.repository import Repository, build_repository
 from defectlab.papers.d3n.compression import (
     CompressionSettings,
     Compressor,
+    Shape,
     build_compressor,
     fit_compressor,
     reconstruction_error,
@@ -49,17 +50,11 @@ class Extractor:
             chunks = [decoder_features(self.unet, part, **options) for part in images.split(batch)]
         return [torch.cat(level) for level in zip(*chunks, strict=True)]
 
-    @property
-    def shapes(self) -> list[tuple[int, int, int]]:
-        """(C_k, H_k, W_k) of the levels, finest first."""
-        side = self.settings.ddpm.size
-        return [(c, side >> k, side >> k) for k, c in enumerate(feature_channels(self.settings))]
 
-
-def feature_channels(settings: CompressionSettings) -> list[int]:
-    """Channels of the features, finest first."""
-    times = len(settings.timesteps) if settings.combine == "concat" else 1
-    return [times * c for c in decoder_channels(settings.ddpm)]
+def feature_shapes(settings: CompressionSettings) -> list[Shape]:
+    """(C_k, H_k, W_k) of the features of one picture, finest first."""
+    times, side = len(settings.timesteps) if settings.combine == "concat" else 1, settings.ddpm.size
+    return [(times * c, side >> k, side >> k) for k, c in enumerate(decoder_channels(settings.ddpm))]
 
 
 def extractor(settings: CompressionSettings, data: DetectionData, device: str, session: Session) -> Extractor:
@@ -78,7 +73,7 @@ def feature_repository(extract: Extractor, data: DetectionData, session: Session
     def compute(indices: list[int]) -> list[Tensor]:
         return extract(data.train.images[indices])
 
-    return build_repository(folder, data.train.names, extract.shapes, compute, identity, say=session.say)
+    return build_repository(folder, data.train.names, feature_shapes(settings), compute, identity, say=session.say)
 
 
 def latent_repository(
@@ -95,7 +90,7 @@ def latent_repository(
         return encode(compressor, [level.to(device) for level in raw().read(indices)])
 
     ratio = 1 if settings.method == "none" else settings.ratio
-    shapes = [(channels // ratio, *sides) for channels, *sides in extract.shapes]
+    shapes = [(channels // ratio, *sides) for channels, *sides in feature_shapes(settings)]
     return build_repository(folder, data.train.names, shapes, compute, identity, say=session.say)
 
 
@@ -114,7 +109,7 @@ def latents_of(extract: Extractor, compressor: Compressor, images: Tensor, batch
 
 def load_compressor(record: Record, settings: CompressionSettings, device: str) -> Compressor:
     """The compressor of a finished run, frozen."""
-    compressor = build_compressor(settings, feature_channels(settings))
+    compressor = build_compressor(settings, feature_shapes(settings))
     load_weights(record, compressor)
     return compressor.to(device).eval().requires_grad_(False)
 
@@ -140,10 +135,7 @@ def run_compression(
     before = raw.bytes / 1e6
     costs = {"features_mb": round(before, 3), "latents_mb": round(before / ratio, 3)}
     if trained:
-        costs |= {
-            "train_seconds": round(trained.seconds, 1),
-            "train_images_per_second": round(trained.images_per_second, 1),
-        }
+        costs |= trained.costs
     notes = {"ddpm": extract.record.key, "ddpm_sha256": extract.record.model_sha256}
     notes["unexplained_train"] = f"{found['train']['unexplained']:.2f} %"
     curve = trained.curve if trained else {}
