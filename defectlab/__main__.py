@@ -6,7 +6,7 @@ from pathlib import Path
 
 from defectlab import runs
 from defectlab.anomaly.teacher import WeightsError
-from defectlab.batch import Task, pick_device, run_parallel, run_tasks, status_lines, tasks
+from defectlab.batch import RowsFailed, Task, pick_device, run_parallel, run_tasks, status_lines, tasks
 from defectlab.data.store import DataError
 from defectlab.runs import PROFILES
 from defectlab.studies import STUDIES
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         from defectlab.bench import bench
 
         return bench(options)
-    except (DataError, WeightsError, NonFiniteLoss, ValueError, OSError) as error:
+    except (DataError, WeightsError, NonFiniteLoss, RowsFailed, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

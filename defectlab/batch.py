@@ -17,7 +17,11 @@ from defectlab.data.store import DataError
 from defectlab.measured import metric_groups, value_of, written
 from defectlab.runs import Record
 from defectlab.studies import pick_rows, study
-from defectlab.train import OutOfTime, Session
+from defectlab.train import NonFiniteLoss, OutOfTime, Session, first_line
+
+
+class RowsFailed(RuntimeError):
+    """Rows of a batch that could not be trained; the others ran."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,11 @@ def run_tasks(
 ) -> list[Record]:
     """Run what `runs/<profile>/` lacks, one after the other; stops cleanly when the minutes are used up.
 
-    -> the finished records of the list, those from earlier calls included.
+    -> the finished records of the list, those from earlier calls included. A row whose loss is not finite, or that the
+    device has no memory for, does not keep the others from running: RowsFailed names all of them at the end.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    started, finished = time.monotonic(), []
+    started, finished, failed = time.monotonic(), [], []
     for number, task in enumerate(listed, 1):
         if deadline is not None and time.monotonic() > deadline:
             say(
@@ -96,10 +101,16 @@ def run_tasks(
         except OutOfTime as stop:
             say(f"  {stop}")
             break
+        except (NonFiniteLoss, torch.OutOfMemoryError) as error:
+            failed.append(f"{task.row} seed {task.seed}: {first_line(error)}")
+            say(f"  failed: {first_line(error)}")
+            continue
         finished.append(record)
         values = {metric: value_of(record, metric) for metric in metric_groups(study(name))[0]}
         shown = ", ".join(f"{metric} {written(v, metric)}" for metric, v in values.items() if not math.isnan(v))
         say(f"  {shown}  ({record.seconds:.0f} s; {time.monotonic() - started:.0f} s so far)")
+    if failed:
+        raise RowsFailed("; ".join(failed))
     return finished
 
 
@@ -117,22 +128,33 @@ def run_rows(
 
 
 def run_parallel(name: str, listed: list[Task], profile: str, device: str, minutes: float | None, jobs: int) -> int:
-    """The same in `jobs` processes, tasks dealt in turn (rows of small networks share one GPU well). -> exit code."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    """The same in `jobs` processes, tasks dealt in turn (rows of small networks share one GPU well). -> exit code.
+
+    Rows that only time a network (`alone` in their settings) run afterwards, one by one. The other records say how many
+    runs shared the device: what was timed then is no speed of the network's own.
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    alone = [task for task in listed if getattr(task.settings, "alone", False)]
+    shared = [task for task in listed if task not in alone]
     children = []
-    for job in range(jobs):
-        mine = listed[job::jobs]
-        if not mine:
-            continue
+
+    def start(mine: list[Task], beside: int) -> subprocess.Popen:
+        threads = str(max(1, (os.cpu_count() or 1) // beside))
         pairs = ",".join(f"{t.row}:{t.seed}" for t in mine)
         command = [sys.executable, "-m", "defectlab", "run", name, "--tasks", pairs]
-        command += ["--profile", profile, "--device", device] + (
-            ["--minutes", str(minutes)] if minutes is not None else []
-        )
+        command += ["--profile", profile, "--device", device]
+        if deadline is not None:
+            left = minutes if mine is not alone else max(0.0, (deadline - time.monotonic()) / 60)
+            command += ["--minutes", str(left)]
+        environment = {"OMP_NUM_THREADS": threads} | os.environ | {runs.JOBS: str(beside)}
         children.append(subprocess.Popen(command, env=environment))
+        return children[-1]
+
     try:
-        return max((abs(child.wait()) for child in children), default=0)  # negative: killed by a signal
+        # a list first: all of them run at once. A negative code: killed by a signal
+        codes = [child.wait() for child in [start(shared[job::jobs], jobs) for job in range(jobs) if shared[job::jobs]]]
+        codes += [start(alone, 1).wait()] if alone else []
+        return max(map(abs, codes), default=0)
     except KeyboardInterrupt:
         for child in children:
             child.terminate()

@@ -153,6 +153,8 @@ def _bound(claim: Claim, sides: list[list[Record]], profile: str) -> Judged:
     devices = sorted({r.device for side in sides for r in side}) if timed else []
     if len(devices) > 1:
         return Judged(claim, n, f"cannot be judged (timed on different devices: {'; '.join(devices)})")
+    if timed and not all(r.timed_alone for side in sides for r in side):
+        return Judged(claim, n, "cannot be judged (timed while other runs shared the device)")
     value = means[0] / means[1] if "b" in claim else means[0]
     holds = value <= claim["at_most"] if "at_most" in claim else value >= claim["at_least"]
     where = " here" if timed and profile != "paper" else ""

@@ -214,8 +214,11 @@ def _note(line: dict[str, str], recorded: list[Record], module: Any, profile: st
     if not recorded:
         return line["status"]
     timed = line["metric"] in COSTS and COSTS[line["metric"]].timed
-    devices = sorted({r.device for r in recorded if not math.isnan(value_of(r, line["metric"]))}) if timed else []
-    return f"timed on {'; '.join(devices)}" if devices else ""
+    timings = [r for r in recorded if timed and not math.isnan(value_of(r, line["metric"]))]
+    if not timings:
+        return ""
+    beside = "" if all(r.timed_alone for r in timings) else ", which other runs shared"
+    return f"timed on {'; '.join(sorted({r.device for r in timings}))}{beside}"
 
 
 def per_class_table(study_name: str, keys: list[str], metric: str, profile: str) -> pd.DataFrame:

@@ -40,6 +40,7 @@ PACKAGES = (
     *("torchmetrics", "faster-coco-eval", "diffusers"),
 )
 NPZ_LIMIT = 300_000  # bytes: what a committed record may weigh
+JOBS = "DEFECTLAB_JOBS"  # environment: how many runs share the device
 
 
 @dataclass
@@ -153,6 +154,7 @@ def provenance(device: str | torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "jobs": int(os.environ.get(JOBS, 1)),
         "versions": {"python": platform.python_version()} | _versions(),
         "commit": _git(project_root(), "rev-parse", "HEAD") or "unknown",
         "dirty": None if status is None else bool(status),
@@ -195,6 +197,11 @@ class Record:
     def arrays(self) -> dict[str, np.ndarray]:
         with np.load(self.path.with_suffix(".npz"), allow_pickle=False) as file:
             return dict(file)
+
+    @property
+    def timed_alone(self) -> bool:
+        """Whether its speeds are the network's own: no other run shared the device."""
+        return self.content.get("jobs", 1) == 1
 
     @property
     def row(self) -> str:

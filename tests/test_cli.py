@@ -134,13 +134,30 @@ def test_corrupt_record_is_an_error_and_no_traceback(study: list, capsys: pytest
         assert f"error: {path} is not a readable record" in capsys.readouterr().err
 
 
-def test_diverged_training_is_an_error(study: list, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    def diverges(*arguments):
-        raise NonFiniteLoss("the loss is not finite: epoch 2, batch 3 of 4")
+@pytest.mark.parametrize(
+    "error",
+    [
+        NonFiniteLoss("the loss is not finite: epoch 2, batch 3 of 4"),
+        torch.OutOfMemoryError("CUDA out of memory.\nAnd pages of advice"),
+    ],
+)
+def test_a_row_that_fails_is_an_error_and_the_others_run(
+    study: list, monkeypatch: pytest.MonkeyPatch, capsys, error: Exception
+) -> None:
+    run_row = bsdrd.run_row
 
-    monkeypatch.setattr(bsdrd, "run_row", diverges)
-    assert main(["run", "bsdrd", "--device", "cpu"]) == 1
-    assert "error: the loss is not finite: epoch 2, batch 3 of 4" in capsys.readouterr().err
+    def fails_once(settings, seed, *others):
+        if seed == 1:
+            raise error
+        return run_row(settings, seed, *others)
+
+    monkeypatch.setattr(bsdrd, "run_row", fails_once)
+    assert main(["run", "bsdrd", "--rows", "rd4ad", "--seeds", "0,1,2", "--device", "cpu"]) == 1
+    assert [seed for _, seed in study] == [0, 2]
+    said = capsys.readouterr()
+    reason = str(error).splitlines()[0]
+    assert said.err == f"error: rd4ad seed 1: {reason}\n"
+    assert f"  failed: {reason}\n" in said.out
 
 
 def test_interrupted_by_the_user(study: list, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -219,10 +236,12 @@ class FakeChild:
     """A process that ends at once."""
 
     started: list[list[str]]
+    shared: list[str]  # what each was told of how many run at once
     codes: list[int]
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         self.started.append(command)
+        self.shared.append(env[runs.JOBS])
 
     def wait(self) -> int:
         return self.codes.pop(0)
@@ -230,7 +249,7 @@ class FakeChild:
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> type[FakeChild]:
-    FakeChild.started, FakeChild.codes = [], [0, 0, 0]
+    FakeChild.started, FakeChild.shared, FakeChild.codes = [], [], [0, 0, 0]
     monkeypatch.setattr(batch.subprocess, "Popen", FakeChild)
     return FakeChild
 
@@ -244,6 +263,22 @@ def test_jobs_share_the_tasks(study: list, children: type[FakeChild]) -> None:
     for command in children.started:
         assert command[command.index("--minutes") + 1] == "7.0"
         assert command[command.index("--device") + 1] == "cpu"
+
+
+def test_what_is_only_timed_runs_afterwards_and_alone(children: type[FakeChild]) -> None:
+    rows = "cost_v5n,cost_v5s,v8n,v8s"
+    assert main(["run", "d3n", "--rows", rows, "--seeds", "0", "--jobs", "2", "--minutes", "7", "--device", "cpu"]) == 0
+    given = [command[command.index("--tasks") + 1] for command in children.started]
+    assert given == ["v8n:0", "v8s:0", "cost_v5n:0,cost_v5s:0"]
+    assert children.shared == ["2", "2", "1"]
+    minutes = [float(command[command.index("--minutes") + 1]) for command in children.started]
+    assert minutes[:2] == [7, 7] and 6.5 < minutes[2] < 7
+
+
+def test_a_record_says_how_many_runs_shared_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runs.provenance("cpu")["jobs"] == 1
+    monkeypatch.setenv(runs.JOBS, "4")
+    assert runs.provenance("cpu")["jobs"] == 4
 
 
 def test_jobs_get_a_budget_of_no_minutes_too(study: list, children: type[FakeChild]) -> None:

@@ -302,6 +302,18 @@ def test_bound_of_a_speed_names_its_device(root: Path, profile: str, verdict: st
     assert "×0.60 (at least ×0.5) on one GPU with 1 seed(s)" in findings("toy", profile)
 
 
+def test_a_speed_beside_other_runs_is_said_and_not_judged(root: Path) -> None:
+    write_claims(root, speed={"kind": "bound", "metric": "latency_ms", "at_most": 2}, better={})
+    for row in ("large", "small"):
+        write_records(row, (80.0, 80.1, 80.2), latency_ms=4.0)
+    assert judged()[0].verdict == "holds"
+    for path in runs.recorded_dir().glob("*.json"):
+        runs.write_json(path, runs.read_record(path).content | {"jobs": 4})
+    speed, better = judged()
+    assert speed.verdict == "cannot be judged (timed while other runs shared the device)"
+    assert better.difference is not None  # accuracy does not ask for it
+
+
 def test_bounds_that_cannot_be_judged(root: Path) -> None:
     bound = {"kind": "bound", "metric": "latency_ms", "at_most": 2}
     write_claims(root, speed=bound, better={}, size=bound | {"metric": "gflops"})

@@ -305,6 +305,21 @@ def test_damaged_checkpoint_is_named(tmp_path: Path, content: bytes | None) -> N
         fit(session=quiet(checkpoint=checkpoint))
 
 
+def test_a_device_without_memory_does_not_condemn_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "row.safetensors"
+    with pytest.raises(OutOfTime):
+        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+
+    def no_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("defectlab.train.load_checkpoint", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(session=quiet(checkpoint=checkpoint))
+
+
 def test_checkpoint_on_a_full_disk_names_the_file_and_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

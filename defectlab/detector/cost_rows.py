@@ -17,6 +17,7 @@ class CostSettings:
 
     model: ClassVar[str] = "detector_costs"
     version: ClassVar[int] = 1
+    alone: ClassVar[bool] = True  # it is timed: nothing else may run beside it
 
     dataset: str = "none"
     family: str = "v5"  # "v5" anchor-based, "v8" anchor-free

@@ -74,7 +74,7 @@ def stages(profile: str, dataset: str) -> dict[str, Any]:
     """The diffusion model of a set and both compressors of its features."""
     diffusion = DiffusionSettings(dataset=dataset, **DIFFUSION[profile])
     resvae = CompressionSettings(dataset=dataset, ddpm=diffusion, **COMPRESSION[profile])
-    printed = replace(diffusion, batch=2, learning_rate=5e-6)  # section IV-A
+    printed = replace(diffusion, batch=2, learning_rate=5e-6, epochs=min(diffusion.epochs, 200))  # section IV-A
     return {"ddpm": diffusion, "ddpm_printed": printed, "resvae": resvae, "pca": replace(resvae, method="pca")}
 
 

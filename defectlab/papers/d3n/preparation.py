@@ -66,7 +66,8 @@ def extractor(settings: CompressionSettings, data: DetectionData, device: str, s
 def feature_repository(extract: Extractor, data: DetectionData, session: Session) -> Repository:
     """The first repository: features of the training pictures at native scales, fp16, beside the model's run."""
     settings = extract.settings
-    made_of = f"{extract.record.model_sha256} {data.fingerprint} {settings.timesteps} {settings.combine}"
+    precision = precision_of(settings.ddpm, next(extract.unet.parameters()).device)
+    made_of = f"{extract.record.model_sha256} {data.fingerprint} {settings.timesteps} {settings.combine} {precision}"
     identity = hashlib.sha256(made_of.encode()).hexdigest()
     folder = extract.record.path.parent / "features" / f"{extract.record.key}-{identity[:8]}"
 
