@@ -106,12 +106,20 @@ def run_tasks(
             say(f"  failed: {first_line(error)}")
             continue
         finished.append(record)
-        values = {metric: value_of(record, metric) for metric in metric_groups(study(name))[0]}
-        shown = ", ".join(f"{metric} {written(v, metric)}" for metric, v in values.items() if not math.isnan(v))
-        say(f"  {shown}  ({record.seconds:.0f} s; {time.monotonic() - started:.0f} s so far)")
+        say(f"  {headline(record, name)}  ({record.seconds:.0f} s; {time.monotonic() - started:.0f} s so far)")
     if failed:
         raise RowsFailed("; ".join(failed))
     return finished
+
+
+def headline(record: Record, name: str) -> str:
+    """The first group of the study's metrics that the record has any of, on a line; stages have not the headline's."""
+    for group in metric_groups(study(name)):
+        values = {metric: value_of(record, metric) for metric in group}
+        shown = [f"{metric} {written(v, metric)}" for metric, v in values.items() if not math.isnan(v)]
+        if shown:
+            return ", ".join(shown)
+    return "done"
 
 
 def run_rows(

@@ -281,6 +281,18 @@ def test_a_record_says_how_many_runs_shared_the_device(monkeypatch: pytest.Monke
     assert runs.provenance("cpu")["jobs"] == 4
 
 
+@pytest.mark.parametrize(
+    ("metrics", "line"),
+    [
+        ({"map50": 70.04, "kl": 1.0}, "map50 70.0"),
+        ({"unexplained": 12.34, "kl": 0.5}, "unexplained 12.3, kl 0.5"),
+        ({}, "done"),
+    ],
+)
+def test_the_line_of_a_finished_run_shows_what_its_row_has(metrics: dict, line: str) -> None:
+    assert batch.headline(runs.Record({"metrics": metrics, "costs": {}}, Path("run.json")), "d3n") == line
+
+
 def test_jobs_get_a_budget_of_no_minutes_too(study: list, children: type[FakeChild]) -> None:
     assert main(["run", "bsdrd", "--jobs", "2", "--minutes", "0", "--device", "cpu"]) == 0
     assert all("--minutes" in command for command in children.started)
