@@ -263,11 +263,15 @@ def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process, however it ends."""
+def locked(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """One process at a time, the others say that they wait; the lock goes with the process, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"  waits for another process that is at {path.parent.name}/{path.name}")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -285,7 +289,7 @@ def run(study: Any, settings: Any, seed: int, profile: str, device: str, session
     key = make_key(settings.model, settings.dataset, profile, seed, row_identity(settings, profile), prints)
     path = folder / f"{key}.json"
     code = provenance(device)
-    with locked(folder / "locks" / key):
+    with locked(folder / "locks" / key, session.say):
         if path.exists():
             return read_record(path)
         session.checkpoint = folder / "checkpoints" / f"{key}.safetensors"

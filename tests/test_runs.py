@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -262,6 +263,22 @@ def test_a_killed_run_leaves_no_record_and_no_lock(root: Path) -> None:
     run(study)
     assert study.calls == 1
     assert len(runs.read_records(runs.runs_dir("quick"))) == 1
+
+
+def test_who_waits_for_another_process_says_so(tmp_path: Path) -> None:
+    said, turns = queue.Queue(), []
+
+    def second() -> None:
+        with runs.locked(tmp_path / "row", said.put):
+            turns.append("second")
+
+    waiting = threading.Thread(target=second)
+    with runs.locked(tmp_path / "row", said.put):
+        waiting.start()
+        assert said.get(timeout=20) == f"  waits for another process that is at {tmp_path.name}/row"
+        turns.append("first")
+    waiting.join(20)
+    assert turns == ["first", "second"] and said.empty()
 
 
 # --- A full disk -----------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def build_repository(
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{times} images are named {name!r}: each image needs a name of its own")
-    with locked(folder / ".lock"):
+    with locked(folder / ".lock", say):
         for left in folder.glob(".*-shard-*.safetensors"):  # a killed builder's; no other builder is at work
             left.unlink()
         try:
