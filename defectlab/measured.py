@@ -92,7 +92,7 @@ METRIC_GROUPS = (  # of studies that name none of their own: the tables of the p
     ("image_ap", "pixel_ap", "image_f1_dev", "image_f1_oracle", "pixel_f1_oracle"),
 )
 BOOTSTRAP_REPEATS = 300
-DETECTION = ("map50", "map50_95", "map33")
+DETECTION = ("map50", "map50_95", "map33", "mask_map50", "mask_map50_95")
 ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
 ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
 OF_IMAGES = ("mae", "weighted_f", "s_measure", "e_measure")  # means over images

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from defectlab.detector.assignment import Matched, match_anchors
 from defectlab.detector.blocks import folded
 from defectlab.detector.decode import decode_anchor_based, select
 from defectlab.detector.detect import detection_loss
-from defectlab.detector.evaluation import match
+from defectlab.detector.evaluation import match, pack, statistic
 from defectlab.detector.instances import (
     InstanceMaps,
     add_masks,
@@ -306,13 +307,40 @@ def test_right_masks_follow_the_rule_of_boxes():
     hits = 0
     for _ in range(20):
         predicted, truth = rectangles(12), rectangles(5)
-        own = right_masks(predicted, truth)
+        own = right_masks(predicted, truth)[:, 0]
         by_boxes = match([predicted], [truth], (0.5,), 2).right[:, 0]
         order = predicted["scores"].argsort(descending=True)
         assert own[order].tolist() == by_boxes.tolist()
         hits += int(own.sum())
     assert hits > 20
-    assert right_masks(rectangles(3), rectangles(0)).tolist() == [False] * 3
+    assert right_masks(rectangles(3), rectangles(0)).tolist() == [[False]] * 3
+
+
+def test_packed_masks_give_the_average_precision_again():
+    """For the bootstrap: from the bits of a record, what torchmetrics gives from the masks."""
+    generator = torch.Generator().manual_seed(1)
+    side, found, truths = 32, [], []
+    for _ in range(24):
+        masks = torch.rand(5, side // 8, side // 8, generator=generator) > 0.4
+        masks = masks.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        masks[:, 0, 0] = True
+        labels, scores = torch.arange(5) % 2, 0.02 + 0.9 * torch.rand(8, generator=generator)
+        moved = torch.cat([masks.roll(int(torch.randint(0, 6, (), generator=generator)), 2), masks[:3].flip(1)])
+        box = torch.tensor([0.0, 0.0, side, side])
+        truths.append({"boxes": box.repeat(5, 1), "labels": labels, "masks": masks})
+        found.append({"boxes": box.repeat(8, 1), "labels": torch.cat([labels, labels[:3]]), "masks": moved})
+        found[-1]["scores"] = scores.half().float()  # as a record holds them
+    scored = score(found, truths, CLASSES[:2])
+    arrays = pack(scored.found, scored.truths, [str(i) for i in range(24)], CLASSES[:2], scored.right)
+    assert arrays["mask_right"].dtype == np.uint16
+    weights = np.ones(24)
+    for metric in ("mask_map50", "mask_map50_95"):
+        for name, values in scored.per_class.items():
+            assert 5 < values[metric] < 95
+            assert statistic(arrays, metric, [name])(weights) == pytest.approx(values[metric], abs=1e-6)
+    boxes = statistic(arrays, "map50")(weights)
+    assert abs(boxes - statistic(arrays, "mask_map50")(weights)) > 5  # it is not the boxes that were measured
+    assert statistic(arrays, "mask_map50")(np.eye(24)[0] + np.eye(24)[1]) != statistic(arrays, "mask_map50")(weights)
 
 
 # All together

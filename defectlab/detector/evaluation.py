@@ -23,6 +23,7 @@ Boxes = list[dict[str, Tensor]]
 
 COCO_IOUS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # 0.50, 0.55 ... 0.95
 METRIC_IOUS = {"map50": (0.5,), "map50_95": COCO_IOUS, "map33": (0.33,)}  # 0.33: DeepPCB's official protocol
+MASK_IOUS = {"mask_map50": (0.5,), "mask_map50_95": COCO_IOUS}  # of masks, where a record has them
 RECALLS = np.linspace(0, 1, 101)
 MAX_DETECTIONS = 100  # COCO's: a picture and class
 
@@ -94,7 +95,6 @@ def match(predictions: Boxes, truths: Boxes, ious: Sequence[float], classes: int
     turned inside out, labels outside 0..C - 1.
     """
     classes = _check(predictions, truths, classes)
-    levels = np.minimum(ious, 1 - 1e-10)  # as COCO has it: IoU 1 can be reached in spite of rounding
     parts, counts = [], np.zeros((len(truths), classes), dtype=np.int64)
     for picture, (predicted, truth) in enumerate(zip(predictions, truths, strict=True)):
         scores, labels = predicted["scores"].numpy(), predicted["labels"].numpy()  # (n,)
@@ -104,20 +104,27 @@ def match(predictions: Boxes, truths: Boxes, ious: Sequence[float], classes: int
         order = order[_rank_in_class(labels[order]) < MAX_DETECTIONS]
         overlap = box_iou(predicted["boxes"].double(), truth["boxes"].double()).numpy()[order]  # (n, m)
         overlap[labels[order][:, None] != true_labels] = -1.0
-        right = np.zeros((len(order), len(levels)), dtype=bool)
-        free = np.ones((len(levels), len(true_labels)), dtype=bool)
-        for index in np.flatnonzero((overlap >= levels.min()).any(1)):
-            candidates = np.where(free & (overlap[index] >= levels[:, None]), overlap[index], -1.0)  # (T, m)
-            best = len(true_labels) - 1 - candidates[:, ::-1].argmax(1)  # of equal overlaps COCO takes the last
-            hit = np.flatnonzero(candidates[np.arange(len(levels)), best] >= 0)
-            right[index, hit] = True
-            free[hit, best[hit]] = False
-        parts.append((np.full(len(order), picture), labels[order], scores[order], right))
+        parts.append((np.full(len(order), picture), labels[order], scores[order], take_truths(overlap, ious)))
     if not parts:
         raise ValueError("no pictures to match: the lists of predictions and truths are empty")
     pictures, labels, scores, right = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(-scores, kind="stable")
     return Matches(pictures[order], labels[order], scores[order], right[order], counts, tuple(ious))
+
+
+def take_truths(overlap: np.ndarray, ious: Sequence[float]) -> np.ndarray:
+    """The greedy matching of one picture: overlap (n, m) of predictions, by descending score, with truths, -1 where the
+    classes differ -> (n, T) bool, whether a prediction takes a truth at each IoU."""
+    levels = np.minimum(ious, 1 - 1e-10)  # as COCO has it: IoU 1 can be reached in spite of rounding
+    right = np.zeros((len(overlap), len(levels)), dtype=bool)
+    free = np.ones((len(levels), overlap.shape[1]), dtype=bool)
+    for index in np.flatnonzero((overlap >= levels.min()).any(1)):
+        candidates = np.where(free & (overlap[index] >= levels[:, None]), overlap[index], -1.0)  # (T, m)
+        best = overlap.shape[1] - 1 - candidates[:, ::-1].argmax(1)  # of equal overlaps COCO takes the last
+        hit = np.flatnonzero(candidates[np.arange(len(levels)), best] >= 0)
+        right[index, hit] = True
+        free[hit, best[hit]] = False
+    return right
 
 
 def average_precision(matches: Matches, weights: np.ndarray | None = None) -> np.ndarray:
@@ -147,20 +154,37 @@ def average_precision(matches: Matches, weights: np.ndarray | None = None) -> np
 def statistic(
     arrays: dict[str, np.ndarray], metric: str, classes: Sequence[str] | None = None
 ) -> Callable[[np.ndarray], float]:
-    """(weight of each picture, shape (N,)) -> "map50", "map50_95" or "map33" in per cent, from what `pack` gave.
+    """(weight of each picture, shape (N,)) -> an average precision in per cent, from what `pack` gave: "map50",
+    "map50_95" or "map33", and where masks were packed "mask_map50" and "mask_map50_95".
 
     The mean of the AP of the named classes, by default of all that have truths in the chosen pictures; NaN where none
     has. ValueError for another metric or a class that the arrays lack.
     """
     predictions, truths, _, class_names = unpack(arrays)
-    if metric not in METRIC_IOUS:
-        raise ValueError(f"no average precision is called {metric!r}: use {', '.join(METRIC_IOUS)}")
+    if metric not in METRIC_IOUS | MASK_IOUS:
+        raise ValueError(f"no average precision is called {metric!r}: use {', '.join(METRIC_IOUS | MASK_IOUS)}")
     unknown = set(classes or ()) - set(class_names)
     if unknown:
         raise ValueError(f"no class {sorted(unknown)} in these arrays, which have {', '.join(class_names)}")
     chosen = [class_names.index(name) for name in classes or class_names]
-    matches = match(predictions, truths, METRIC_IOUS[metric], len(class_names))
+    if metric in METRIC_IOUS:
+        matches = match(predictions, truths, METRIC_IOUS[metric], len(class_names))
+    else:
+        matches = _packed_masks(arrays, predictions, truths, MASK_IOUS[metric], len(class_names))
     return lambda weights: _mean(average_precision(matches, weights)[chosen].mean(1))
+
+
+def _packed_masks(
+    arrays: dict[str, np.ndarray], predictions: Boxes, truths: Boxes, ious: Sequence[float], classes: int
+) -> Matches:
+    """As `match`, of masks, which are matched already."""
+    scores, labels = (torch.cat([p[name] for p in predictions]).numpy() for name in ("scores", "labels"))
+    pictures = np.repeat(np.arange(len(predictions)), [len(p["scores"]) for p in predictions])
+    bits = [COCO_IOUS.index(iou) for iou in ious]
+    right = (arrays["mask_right"][:, None] >> np.array(bits, dtype=np.uint16)) & 1 > 0  # (P, T)
+    counts = np.stack([np.bincount(t["labels"].numpy(), minlength=classes) for t in truths])
+    order = np.argsort(-scores, kind="stable")
+    return Matches(pictures[order], labels[order], scores[order], right[order], counts, tuple(ious))
 
 
 def precision_recall(matches: Matches, label: int, iou_index: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -223,7 +247,13 @@ def telling_cases(predictions: Boxes, truths: Boxes, count: int = 4, threshold: 
 # --- What a record keeps ---------------------------------------------------------------------------------------------
 
 
-def pack(predictions: Boxes, truths: Boxes, names: Sequence[str], class_names: Sequence[str]) -> dict[str, np.ndarray]:
+def pack(
+    predictions: Boxes,
+    truths: Boxes,
+    names: Sequence[str],
+    class_names: Sequence[str],
+    right_masks: Sequence[Tensor] | None = None,
+) -> dict[str, np.ndarray]:
     """Arrays for a record's .npz, small enough to commit, from which figures and bootstraps are made without data.
 
     Of the predictions the 12,000 with the highest scores of the whole set, those from 0.01 on. Boxes are in steps of
@@ -232,7 +262,8 @@ def pack(predictions: Boxes, truths: Boxes, names: Sequence[str], class_names: S
 
     names (N,) str, class_names (C,) str, prediction_counts (N,) uint16 and prediction_boxes (P, 4) uint16,
     prediction_scores (P,) float16, prediction_labels (P,) uint8, picture after picture; box_step () float64, pixels
-    per unit; truth_counts (N,), truth_boxes (M, 4) float32, truth_labels (M,).
+    per unit; truth_counts (N,), truth_boxes (M, 4) float32, truth_labels (M,). With `right_masks`, (n, T) bool a
+    picture, whether a prediction's mask is right at each of `COCO_IOUS`: mask_right (P,) uint16, a bit an IoU.
     """
     _check(predictions, truths, len(class_names))
     if len(names) != len(truths):
@@ -244,7 +275,11 @@ def pack(predictions: Boxes, truths: Boxes, names: Sequence[str], class_names: S
     counts = [int(part.sum()) for part in kept.split([len(p["scores"]) for p in predictions])]
     boxes = torch.cat([p["boxes"] for p in predictions])[kept].double().clamp(min=0).numpy()  # (P, 4)
     step = (boxes.max(initial=0.0) or 1.0) / 65535
-    return {
+    masks = {}
+    if right_masks is not None:
+        right = torch.cat(list(right_masks))[kept].numpy()
+        masks["mask_right"] = (right << np.arange(len(COCO_IOUS))).sum(1).astype(np.uint16)
+    return masks | {
         "names": np.array(names, dtype=str),
         "class_names": np.array(class_names, dtype=str),
         "prediction_counts": np.array(counts, dtype=np.uint16),

@@ -23,7 +23,7 @@ from defectlab.detector.assignment import Matched
 from defectlab.detector.blocks import ConvBlock, folded
 from defectlab.detector.decode import CANDIDATES, decode_anchor_based, full_precision
 from defectlab.detector.detect import CASE_SIDE, build_detector, cases, result_of
-from defectlab.detector.evaluation import COCO_IOUS, RECALLS, Boxes, best_f1_threshold, evaluate, pack
+from defectlab.detector.evaluation import COCO_IOUS, RECALLS, Boxes, best_f1_threshold, evaluate, pack, take_truths
 from defectlab.detector.losses import AnchorBasedLoss
 from defectlab.detector.model import Detector
 from defectlab.detector.training import DetectorSettings
@@ -222,19 +222,16 @@ def instance_truths(split: InstanceSplit, indices: Sequence[int] | None = None) 
         yield truths[index] | {"masks": split.masks(index)}
 
 
-def right_masks(predicted: Instances, truth: Instances, iou: float = 0.5) -> Tensor:
-    """(n,) bool: by descending score each prediction takes the free truth of its class that its mask overlaps most, if
-    by at least `iou`; the rule of `evaluation.match`."""
+def right_masks(predicted: Instances, truth: Instances, ious: Sequence[float] = (0.5,)) -> Tensor:
+    """(n, T) bool: by descending score each prediction takes the free truth of its class that its mask overlaps most,
+    if by at least the IoU; the rule of `evaluation.match`."""
     masks, true = predicted["masks"].flatten(1).float(), truth["masks"].flatten(1).float()
     both = masks @ true.T  # (n, m) pixels
-    overlap = both / (masks.sum(1)[:, None] + true.sum(1) - both).clamp(min=1)
+    overlap = both.double() / (masks.sum(1)[:, None] + true.sum(1) - both).clamp(min=1)
     overlap = overlap.masked_fill(predicted["labels"][:, None] != truth["labels"], -1.0)
-    right = torch.zeros(len(masks), dtype=torch.bool)
-    if len(true):
-        for index in predicted["scores"].argsort(descending=True, stable=True).tolist():
-            best, own = overlap[index].max(0)
-            if best >= iou:
-                right[index], overlap[:, own] = True, -1.0
+    order = predicted["scores"].argsort(descending=True, stable=True)
+    right = torch.zeros(len(masks), len(ious), dtype=torch.bool)
+    right[order] = torch.from_numpy(take_truths(overlap[order].numpy(), ious))
     return right
 
 
@@ -243,7 +240,7 @@ class Scored(NamedTuple):
 
     found: Boxes
     truths: Boxes
-    right: list[Tensor]  # (n,) bool a picture, by `right_masks`
+    right: list[Tensor]  # (n, T) bool a picture, by `right_masks` at COCO's IoUs, the first 0.5
     per_class: dict[str, dict[str, float]]  # mask_map50 and mask_map50_95 in per cent of classes that have truths
 
 
@@ -261,7 +258,7 @@ def score(predictions: Iterable[Instances], truths: Iterable[Instances], class_n
     scored = Scored([], [], [], {})
     for predicted, truth in zip(predictions, truths, strict=True):
         metric.update([_without(predicted, "boxes")], [_without(truth, "boxes")])
-        scored.right.append(right_masks(predicted, truth))
+        scored.right.append(right_masks(predicted, truth, COCO_IOUS))
         scored.found.append(_without(predicted, "masks"))
         scored.truths.append(_without(truth, "masks"))
     result = metric.compute()
@@ -287,7 +284,7 @@ def instance_metrics(
     for name in ("mask_map50", "mask_map50_95"):
         metrics[name] = float(np.mean([values[name] for values in scored.per_class.values()]))
     kept = torch.cat([found["scores"] for found in scored.found]) >= threshold
-    right = int((torch.cat(scored.right) & kept).sum())
+    right = int((torch.cat(scored.right)[:, 0] & kept).sum())
     metrics["mask_precision_dev"] = 100 * right / int(kept.sum()) if kept.any() else np.nan
     metrics["mask_recall_dev"] = 100 * right / sum(len(truth["labels"]) for truth in scored.truths)
     return metrics, {name: values | scored.per_class.get(name, {}) for name, values in per_class.items()}
@@ -309,7 +306,7 @@ def evaluate_instances(
     threshold = best_f1_threshold(dev.found, dev.truths)
     on_dev, _ = instance_metrics(dev, data.class_names, threshold)
     on_test = instance_metrics(test, data.class_names, threshold)
-    arrays = pack(test.found, test.truths, data.test.names, data.class_names)
+    arrays = pack(test.found, test.truths, data.test.names, data.class_names, test.right)
     arrays |= cases(data.test, test.found, test.truths)
     chosen = arrays["case_index"].tolist()
     found = predict_instances(detector, data.test, latents["test"], chosen)
