@@ -194,7 +194,7 @@ METRICS = (
     ("parameters_m", "gflops", "size_mb", "latency_ms", "fps", "images_per_second_32"),
     ("noise_error", "unexplained", "kl", "compression_ratio"),
 )
-QUICK = (*PRIMARY, "pca", "fusion_weighted_sum", *cost_rows("quick"))
+QUICK = (*PRIMARY, "pca", "fusion_weighted_sum", "baseline_mosaic", *cost_rows("quick"))
 
 
 def planned_seeds(row: str, profile: str) -> int:
