@@ -14,7 +14,7 @@ import torch
 from defectlab import runs
 from defectlab.anomaly.teacher import WeightsError
 from defectlab.data.store import DataError
-from defectlab.measured import metric_groups, value_of, written
+from defectlab.measured import COSTS, metric_groups, value_of, written
 from defectlab.runs import Record
 from defectlab.studies import pick_rows, study
 from defectlab.train import NonFiniteLoss, OutOfTime, Session, first_line
@@ -113,8 +113,10 @@ def run_tasks(
 
 
 def headline(record: Record, name: str) -> str:
-    """The first group of the study's metrics that the record has any of, on a line; stages have not the headline's."""
-    for group in metric_groups(study(name)):
+    """The first group of the study's metrics, then of its costs, that the record has any of, on a line: a stage or a
+    row that is only timed has not the headline's."""
+    groups = sorted(metric_groups(study(name)), key=lambda group: group[0] in COSTS)
+    for group in groups:
         values = {metric: value_of(record, metric) for metric in group}
         shown = [f"{metric} {written(v, metric)}" for metric, v in values.items() if not math.isnan(v)]
         if shown:

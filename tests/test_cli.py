@@ -291,6 +291,9 @@ def test_a_record_says_how_many_runs_shared_the_device(monkeypatch: pytest.Monke
 )
 def test_the_line_of_a_finished_run_shows_what_its_row_has(metrics: dict, line: str) -> None:
     assert batch.headline(runs.Record({"metrics": metrics, "costs": {}}, Path("run.json")), "d3n") == line
+    costs = {"parameters_m": 2.7}
+    line = "parameters_m 2.70" if line == "done" else line
+    assert batch.headline(runs.Record({"metrics": metrics, "costs": costs}, Path("run.json")), "d3n") == line
 
 
 def test_jobs_get_a_budget_of_no_minutes_too(study: list, children: type[FakeChild]) -> None:
