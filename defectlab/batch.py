@@ -143,27 +143,30 @@ def run_parallel(name: str, listed: list[Task], profile: str, device: str, minut
     Rows that only time a network (`alone` in their settings) run afterwards, one by one. The other records say how many
     runs shared the device: what was timed then is no speed of the network's own.
     """
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    began = time.monotonic()
     alone = [task for task in listed if getattr(task.settings, "alone", False)]
     shared = [task for task in listed if task not in alone]
+    jobs = min(jobs, len(shared))
     children = []
 
-    def start(mine: list[Task], beside: int) -> subprocess.Popen:
+    def start(mine: list[Task], beside: int, minutes: float | None) -> None:
         threads = str(max(1, (os.cpu_count() or 1) // beside))
         pairs = ",".join(f"{t.row}:{t.seed}" for t in mine)
         command = [sys.executable, "-m", "defectlab", "run", name, "--tasks", pairs]
         command += ["--profile", profile, "--device", device]
-        if deadline is not None:
-            left = minutes if mine is not alone else max(0.0, (deadline - time.monotonic()) / 60)
-            command += ["--minutes", str(left)]
+        if minutes is not None:
+            command += ["--minutes", str(minutes)]
         environment = {"OMP_NUM_THREADS": threads} | os.environ | {runs.JOBS: str(beside)}
         children.append(subprocess.Popen(command, env=environment))
-        return children[-1]
 
     try:
-        # a list first: all of them run at once. A negative code: killed by a signal
-        codes = [child.wait() for child in [start(shared[job::jobs], jobs) for job in range(jobs) if shared[job::jobs]]]
-        codes += [start(alone, 1).wait()] if alone else []
+        for job in range(jobs):
+            start(shared[job::jobs], jobs, minutes)
+        codes = [child.wait() for child in children]  # negative: killed by a signal
+        if alone:
+            left = None if minutes is None else max(0.0, minutes - (time.monotonic() - began) / 60)
+            start(alone, 1, left)
+            codes.append(children[-1].wait())
         return max(map(abs, codes), default=0)
     except KeyboardInterrupt:
         for child in children:

@@ -182,14 +182,14 @@ def kept_maps(record: Record, cases: int = 3, channels: int = 2, width: float = 
     """What a record keeps of test pictures (`telling_maps`), a line each: the picture, what one step from the last
     timestep makes of it, and of each level, finest first, some channels, whose grey scale is one for all pictures."""
     arrays = record.arrays
-    columns = {"picture": arrays["case_images"], "told": arrays["case_told"]}  # and (level, channel)
+    columns = [("picture", arrays["case_images"]), ("told", arrays["case_told"])]
     for level, name in enumerate(sorted(name for name in arrays if name.startswith("case_features_"))):
         for channel in range(min(channels, arrays[name].shape[1])):
-            columns[level, channel] = arrays[name][:, channel]
+            columns.append(("" if channel else f"level {level}", arrays[name][:, channel]))
     cases = min(cases, len(arrays["case_images"]))
     figure, axes = picture_axes(cases, len(columns), width / len(columns), above=0.3)
-    for column, (name, pictures) in enumerate(columns.items()):
-        axes[0, column].set_title(name if isinstance(name, str) else f"level {name[0]}" * (name[1] == 0), fontsize=8)
+    for column, (title, pictures) in enumerate(columns):
+        axes[0, column].set_title(title, fontsize=8)
         for axis, picture in zip(axes[:, column], pictures[:: len(pictures) // cases], strict=False):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
     return figure

@@ -13,6 +13,7 @@ from torch.nn import functional
 from defectlab.anomaly import teacher as teachers
 from defectlab.anomaly.maps import best_f1_threshold, gaussian_smooth, image_scores
 from defectlab.anomaly.reverse_distillation import initialise
+from defectlab.costs import parameters
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.metrics import anomaly_metrics, pixel_histograms
 from defectlab.runs import Result
@@ -162,7 +163,7 @@ def result_of(student: Student, data: AnomalyData, dev_maps: Tensor, test_maps: 
     result.curve = student.trained.curve
     result.precision = student.precision
     result.model = student.network.state_dict()
-    result.costs = {"parameters": sum(p.numel() for p in student.network.parameters())} | student.trained.costs
+    result.costs = {"parameters": parameters(student.network)} | student.trained.costs
     return result
 
 

@@ -50,6 +50,12 @@ class Extractor:
             chunks = [decoder_features(self.unet, part, **options) for part in images.split(batch)]
         return [torch.cat(level) for level in zip(*chunks, strict=True)]
 
+    def made_of(self, data: DetectionData) -> str:
+        """What the training pictures' features follow from: weights, pictures, settings and precision."""
+        precision = precision_of(self.settings.ddpm, next(self.unet.parameters()).device)
+        how = f"{self.settings.timesteps} {self.settings.combine} {precision}"
+        return f"{self.record.model_sha256} {data.fingerprint} {how}"
+
 
 def feature_shapes(settings: CompressionSettings) -> list[Shape]:
     """(C_k, H_k, W_k) of the features of one picture, finest first."""
@@ -66,9 +72,7 @@ def extractor(settings: CompressionSettings, data: DetectionData, device: str, s
 def feature_repository(extract: Extractor, data: DetectionData, session: Session) -> Repository:
     """The first repository: features of the training pictures at native scales, fp16, beside the model's run."""
     settings = extract.settings
-    precision = precision_of(settings.ddpm, next(extract.unet.parameters()).device)
-    made_of = f"{extract.record.model_sha256} {data.fingerprint} {settings.timesteps} {settings.combine} {precision}"
-    identity = hashlib.sha256(made_of.encode()).hexdigest()
+    identity = hashlib.sha256(extract.made_of(data).encode()).hexdigest()
     folder = extract.record.path.parent / "features" / f"{extract.record.key}-{identity[:8]}"
 
     def compute(indices: list[int]) -> list[Tensor]:
@@ -82,8 +86,7 @@ def latent_repository(
 ) -> Repository:
     """The second repository: the latents of the compressor whose run is `record`, on training pictures alone."""
     settings, device = extract.settings, next(extract.unet.parameters()).device
-    made_of = f"{record.model_sha256} {extract.record.model_sha256} {data.fingerprint}"
-    identity = hashlib.sha256(made_of.encode()).hexdigest()
+    identity = hashlib.sha256(f"{record.model_sha256} {extract.made_of(data)}".encode()).hexdigest()
     folder = record.path.parent / "features" / f"{record.key}-{identity[:8]}"
     raw = cache(lambda: feature_repository(extract, data, session))  # needed only where a latent is missing
 
