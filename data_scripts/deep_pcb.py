@@ -15,7 +15,9 @@ every fetched archive must give it. The zip that the public address serves was n
 import sys
 from pathlib import Path
 
-from defectlab.data import store
+from defectlab.data import fetch as store
+from defectlab.files import DataError
+
 
 
 def _check(folder: Path) -> str:
@@ -25,7 +27,7 @@ def _check(folder: Path) -> str:
     lists = [data / "trainval.txt", data / "test.txt"]
     lines = tuple(len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0 for path in lists)
     if counts != (1500, 1501, 1500) or lines != (1000, 500):
-        raise store.DataError(
+        raise DataError(
             "DeepPCB should have (1500, 1501, 1500) inspected pictures, templates and txt files and lists of (1000, "
             f"500), the archive has {counts} and {lines}: fetch it again"
         )

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from defectlab.data import store
+from defectlab.data import fetch as store
+from defectlab.files import DataError
+
 
 # category: (train good, test good, test anomalous, image side, share and file of its archive). The counts and sides
 # are those of Bergmann et al., IJCV 129, 2021; they add up to the 3,629 + 467 + 1,258 images of the whole set.
@@ -55,7 +57,7 @@ def _check(folder: Path, category: str) -> str:
     got = (len(train), len(good), len(images) - len(train) - len(good))
     masks = len(list(folder.glob("ground_truth/*/*_mask.png")))
     if got != expected or masks != expected[2]:
-        raise store.DataError(
+        raise DataError(
             f"MVTec AD {category} should have {expected} train, good and anomalous test images and {expected[2]} "
             f"masks, the archive has {got} and {masks}: fetch it again"
         )
@@ -63,7 +65,7 @@ def _check(folder: Path, category: str) -> str:
         with Image.open(train[0]) as image:
             return "reduced" if max(image.size) < side else ""
     except OSError as error:
-        raise store.DataError(f"{train[0].name} of the archive cannot be read ({error}): fetch it again") from error
+        raise DataError(f"{train[0].name} of the archive cannot be read ({error}): fetch it again") from error
 
 
 def dataset(category: str) -> store.DataSet:

@@ -16,8 +16,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from defectlab.data import store
+from defectlab.data import fetch as store
 from defectlab.data.detection import NEU_CLASSES
+from defectlab.files import DataError
+
+
 
 FILE = rf"(?:{'|'.join(NEU_CLASSES)})_\d+"
 
@@ -29,7 +32,7 @@ def _check(folder: Path) -> str:
     )
     counts = Counter(stem.rpartition("_")[0] for stem in pictures)
     if pictures != annotations or counts != dict.fromkeys(NEU_CLASSES, 300):
-        raise store.DataError(
+        raise DataError(
             f"NEU-DET should have 300 pictures of each of its six classes, each with an xml; the archive has "
             f"{len(pictures)} pictures ({dict(counts)}) and {len(annotations)} xml: fetch it again"
         )

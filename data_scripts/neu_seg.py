@@ -28,9 +28,14 @@ from PIL import Image
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from defectlab.data import store
+from defectlab.data import fetch as store
 from defectlab.data.annotations import decode
-from defectlab.data.instances import CLASSES, NEU_SEG_PIXELS
+from defectlab.data.instances import CLASSES
+from defectlab.data.instances import NEU_SEG_PIXELS
+from defectlab.files import DataError
+
+
+
 
 COUNTS = {"training": 3630, "test": 840}
 SIZE = (200, 200)
@@ -49,7 +54,7 @@ def pixels(folder: Path, group: str) -> str:
         grey = decode(path).convert("L")
         if grey.size != SIZE:
             name = path.relative_to(folder)
-            raise store.DataError(f"{name} of the archive has {grey.size} pixels, not {SIZE}: fetch it again")
+            raise DataError(f"{name} of the archive has {grey.size} pixels, not {SIZE}: fetch it again")
         identity.update(grey.tobytes())
     return identity.hexdigest()
 
@@ -61,12 +66,12 @@ def _check(folder: Path) -> str:
             {path.stem for path in (folder / group / part).glob("*")} for group in ("images", "annotations")
         )
         if pictures != masks or len(pictures) != count:
-            raise store.DataError(
+            raise DataError(
                 f"NEU-Seg should have {count} {part} pictures, each with a mask; the archive has {len(pictures)} "
                 f"pictures and {len(masks)} masks: fetch it again"
             )
     if pixels(folder, "annotations") != NEU_SEG_PIXELS["annotations"]:
-        raise store.DataError("the masks of the archive are not those of NEU-Seg as published: fetch it again")
+        raise DataError("the masks of the archive are not those of NEU-Seg as published: fetch it again")
     return "" if pixels(folder, "images") == NEU_SEG_PIXELS["images"] else "re-encoded"
 
 

@@ -16,7 +16,9 @@ xml each. Nothing else is pinned: this script was tested on a drawn copy of the 
 import sys
 from pathlib import Path
 
-from defectlab.data import store
+from defectlab.data import fetch as store
+from defectlab.files import DataError
+
 
 FOLDERS = ("Missing_hole", "Mouse_bite", "Open_circuit", "Short", "Spur", "Spurious_copper")
 EXPECTED = 693  # Huang & Wei, arXiv:1901.08204
@@ -31,7 +33,7 @@ def _check(folder: Path) -> str:
     )
     found = {path.parts[0] for path in pictures}
     if len(pictures) != EXPECTED or pictures != annotations or found != set(FOLDERS):
-        raise store.DataError(
+        raise DataError(
             f"PKU-Market-PCB should have {EXPECTED} pictures with an xml each in {', '.join(FOLDERS)}, the archive has "
             f"{len(pictures)} pictures and {len(annotations)} xml in {', '.join(sorted(found))}: fetch it again"
         )

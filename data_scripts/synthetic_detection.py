@@ -9,8 +9,11 @@ The same layouts as the real sets, so that the same readers read both. Their num
 import sys
 from functools import partial
 
-from defectlab.data import store
-from defectlab.data.detection import SYNTHETIC, ensure_synthetic
+from defectlab.data import fetch as store
+from defectlab.data.detection import SYNTHETIC
+from defectlab.data.detection import ensure_synthetic
+
+
 
 
 def main(argv: list[str] | None = None) -> int:

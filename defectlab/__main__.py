@@ -1,16 +1,22 @@
 """The command line, without Jupyter: `python -m defectlab run|status|record|report|score|detect|reproduce|bench`."""
 
-import argparse
-import sys
-from pathlib import Path
-
 from defectlab import runs
-from defectlab.anomaly.teacher import WeightsError
-from defectlab.batch import RowsFailed, Task, pick_device, run_parallel, run_tasks, status_lines, tasks
-from defectlab.data.store import DataError
+from defectlab.batch import RowsFailed
+from defectlab.batch import Task
+from defectlab.batch import pick_device
+from defectlab.batch import run_parallel
+from defectlab.batch import run_tasks
+from defectlab.batch import status_lines
+from defectlab.batch import tasks
+from defectlab.files import DataError
+from defectlab.networks.resnet import WeightsError
+from defectlab.runs import NonFiniteLoss
 from defectlab.runs import PROFILES
 from defectlab.studies import STUDIES
-from defectlab.train import NonFiniteLoss
+from pathlib import Path
+import argparse
+import sys
+
 
 
 def names(text: str) -> list[str]:
@@ -140,17 +146,18 @@ def main(argv: list[str] | None = None) -> int:
         if options.command in ("run", "status", "record"):
             return {"run": run, "status": status, "record": record}[options.command](options)
         if options.command == "report":
-            from defectlab.page import update_generated, write_page
+            from defectlab.verdicts.page import update_generated
+            from defectlab.verdicts.page import write_page
 
             update_generated()
             print(f"wrote {write_page(options.profile)}")
             return 0
         if options.command == "score":
-            from defectlab.score import score
+            from defectlab.own.score import score
 
             return score(options)
         if options.command == "detect":
-            from defectlab.detect_command import detect
+            from defectlab.own.detect import detect
 
             return detect(options)
         from defectlab.bench import bench

@@ -1,23 +1,29 @@
 """Batches of runs: which rows and seeds of a study, in which order, within how many minutes."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from defectlab import runs
+from defectlab.files import DataError
+from defectlab.networks.resnet import WeightsError
+from defectlab.runs import NonFiniteLoss
+from defectlab.runs import OutOfTime
+from defectlab.runs import Record
+from defectlab.runs import Session
+from defectlab.runs import first_line
+from defectlab.studies import pick_rows
+from defectlab.studies import study
+from defectlab.verdicts.measured import COSTS
+from defectlab.verdicts.measured import metric_groups
+from defectlab.verdicts.measured import value_of
+from defectlab.verdicts.measured import written
+from typing import Any
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
-from defectlab import runs
-from defectlab.anomaly.teacher import WeightsError
-from defectlab.data.store import DataError
-from defectlab.measured import COSTS, metric_groups, value_of, written
-from defectlab.runs import Record
-from defectlab.studies import pick_rows, study
-from defectlab.train import NonFiniteLoss, OutOfTime, Session, first_line
 
 
 class RowsFailed(RuntimeError):

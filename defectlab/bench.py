@@ -1,31 +1,38 @@
 """Speed on this machine: what `make bench` prints."""
 
-import argparse
 from collections.abc import Callable
+from defectlab import bench_detectors as detector_bench
+from defectlab.batch import pick_device
+from defectlab.metrics.anomaly import anomaly_metrics
+from defectlab.metrics.costs import seconds_per_call
+from defectlab.networks import resnet as teachers
+from defectlab.networks.yolo.model import build_detector
+from defectlab.papers import bsdrd
+from defectlab.papers import yolo_dcf
+from defectlab.precision import autocast
+from defectlab.precision import precision_of
+from defectlab.runs import device_name
+from defectlab.runs import peak_memory_mb
+from defectlab.studies import detector as detectors
+from defectlab.studies.bsdrd import SETTINGS
+from defectlab.studies.reverse_distillation import SETTINGS
+from defectlab.studies.yolo_dcf import SETTINGS
+from defectlab.training.anomaly import build
+from defectlab.training.anomaly import make_loss
+from defectlab.training.anomaly import score_features
+from defectlab.training.anomaly import to_maps
 from functools import partial
-
+from scipy import ndimage
+import argparse
 import numpy as np
 import torch
-from scipy import ndimage
 
-from defectlab.anomaly import teacher as teachers
-from defectlab.anomaly.baselines import SETTINGS, build, make_loss, to_maps
-from defectlab.anomaly.distil import score_features
-from defectlab.batch import pick_device
-from defectlab.costs import seconds_per_call
-from defectlab.detector import baselines as detectors
-from defectlab.detector import bench as detector_bench
-from defectlab.detector.detect import build_detector
-from defectlab.metrics import anomaly_metrics
-from defectlab.papers import bsdrd, yolo_dcf
-from defectlab.runs import device_name, peak_memory_mb
-from defectlab.train import autocast, precision_of
 
 BATCH = 16
 DETECTORS = {  # of the quick profile, at the scale n
     "v8n": (detectors.SETTINGS["quick"], build_detector),
     "v5n": (detectors.ROWS["quick"]["v5n"], build_detector),
-    "yolo_dcf n": (yolo_dcf.SETTINGS["quick"], yolo_dcf.build),
+    "yolo_dcf n": (SETTINGS["quick"], yolo_dcf.build),
 }
 
 
@@ -63,7 +70,7 @@ def bench_anomaly(device: str, teacher_name: str) -> None:
     extract = seconds(lambda: teachers.extract(teacher, images[:BATCH], dtype), device)
     print(f"teacher                            {BATCH / extract:8.1f} images/s")
     rows = {"rd4ad": (settings, build, make_loss, to_maps)}
-    rows["bsdrd"] = (bsdrd.SETTINGS["quick"], bsdrd.build, bsdrd.make_loss, bsdrd.to_maps)
+    rows["bsdrd"] = (SETTINGS["quick"], bsdrd.build, bsdrd.make_loss, bsdrd.to_maps)
     for name, (row, make_network, loss_of, maps_of) in rows.items():
         network = make_network(row, teacher.channels, teacher.bottleneck).to(device, memory_format=torch.channels_last)
         loss = loss_of(row)

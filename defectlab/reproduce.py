@@ -1,30 +1,58 @@
-"""Run the numbered notebooks headlessly, one process each, and write the page: `python -m defectlab reproduce`.
+"""The child process of `defectlab.reproduce`: `python -m defectlab.execute SOURCE TARGET PARAMETERS_AS_JSON`.
 
-An executed notebook lies in `runs/<profile>/notebooks/` and carries, in its metadata, the sha256 of all that it was
-made from. So a call that was interrupted, however hard, is continued by the same call.
+A module of its own so that it starts fast: it needs papermill, not torch.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from defectlab import runs
+from defectlab.batch import pick_device
+from defectlab.files import write_json
+from defectlab.verdicts import page
+from pathlib import Path
+from typing import Any
+from typing import TextIO
 import argparse
 import ast
 import contextlib
 import fcntl
 import hashlib
 import json
+import logging
+import nbformat
 import os
+import papermill
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO
 
-import nbformat
-import papermill
 
-from defectlab import page, runs
-from defectlab.batch import pick_device
+
+def end_with_parent() -> None:
+    """Standard input is a pipe from the parent: its end says that the parent is gone, however it went."""
+    os.read(0, 1)  # not sys.stdin: its lock, held here, would break the interpreter's own end
+    os._exit(1)
+
+
+def execute(source: Path, target: Path, parameters: dict) -> None:
+    """Papermill saves the notebook after every cell, failing ones too. The kernel watches us and so ends with us."""
+    papermill.execute_notebook(
+        source,
+        target,
+        parameters,
+        kernel_name="python3",
+        progress_bar=False,
+        log_output=True,
+        cwd=source.parent,
+    )
+
+
+if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    execute(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
 
 PARAMETERS = ("profile", "device", "seeds", "minutes")  # all that a notebook's `parameters` cell may hold
 PACKAGE = Path(__file__).resolve().parent
@@ -138,7 +166,7 @@ def start(notebook: Notebook, minutes: float | None, jobs: int) -> None:
     files = [str(notebook.source), str(notebook.beside(".running.ipynb"))]
     notebook.started = time.monotonic()
     notebook.process = subprocess.Popen(
-        [sys.executable, "-m", "defectlab.execute", *files, json.dumps(parameters)],
+        [sys.executable, "-m", "defectlab.reproduce", *files, json.dumps(parameters)],
         stdin=subprocess.PIPE,  # its end tells the child that we are gone, however we went
         stdout=notebook.log,
         stderr=subprocess.STDOUT,
@@ -216,7 +244,7 @@ class Progress:
         self.printed += 1
         if outcome.status == "done":
             self.seconds[outcome.name] = round(outcome.seconds, 1)
-            runs.write_json(self.times, self.seconds)
+            write_json(self.times, self.seconds)
         text = f"[{self.printed}/{self.count}] {outcome.name}  "
         if outcome.status in ("done before", "not started"):
             print(text + outcome.status, flush=True)

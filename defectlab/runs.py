@@ -5,13 +5,29 @@ recorded ones (committed). A record is `<key>.json` and `<key>.npz`; a run has i
 `<key>.safetensors`. The JSON is written last and atomically, so a record is whole or it is not there.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import field
+from defectlab.files import data_dir
+from defectlab.files import locked
+from defectlab.files import project_root
+from defectlab.files import write_atomically
+from defectlab.files import write_json
+from importlib import metadata
+from pathlib import Path
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+from torch import Tensor
+from torch import nn
+from typing import Any
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import functools
 import hashlib
 import json
+import numpy as np
 import os
 import platform
 import resource
@@ -19,20 +35,49 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from importlib import metadata
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from defectlab.data.store import data_dir, project_root
-from defectlab.train import Session, first_line
+
+
+class OutOfTime(RuntimeError):
+    """The time budget is used up; what was trained so far lies in the checkpoint and the next run goes on from it."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message names epoch and batch."""
+
+
+@dataclass
+class Session:
+    """What one run may use and where it leaves traces: the same for every training in a row.
+
+    checkpoint: file that an interrupted training continues from; None: do not write one.
+    deadline: `time.monotonic()` value after which training stops at the end of an epoch with OutOfTime; None: none.
+    say: where the line an epoch goes.
+    need: (settings, seed) -> record of another row of the study at the same profile, run first if it has not been run
+        here: a teacher, or the network that a row looks at. `runs.run` sets it.
+    """
+
+    checkpoint: Path | None = None
+    deadline: float | None = None
+    say: Callable[[str], None] = print
+    need: Callable[[Any, int], Any] | None = None
+    every_seconds: float = 60.0  # between two checkpoints
+    _last: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        if time.monotonic() - self._last < self.every_seconds:
+            return False
+        self._last = time.monotonic()
+        return True
+
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def first_line(error: Exception) -> str:
+    """What torch says of a checkpoint that does not fit runs over pages: the first line will do."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 PROFILES = ("smoke", "quick", "paper")
 PACKAGES = (
@@ -234,45 +279,12 @@ def find(records: list[Record], settings: Any, profile: str) -> list[Record]:
     return sorted(best, key=lambda r: r.seed)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(aside)` into a file beside `path`, then rename: what stands under `path` is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
-        raise OSError(
-            f"could not write {path} ({getattr(error, 'strerror', None) or error}): free some disk space"
-        ) from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1, sort_keys=True)
-    write_atomically(path, lambda aside: aside.write_text(text + "\n"))
-
-
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     def write(aside: Path) -> None:
         with aside.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
     write_atomically(path, write)
-
-
-@contextlib.contextmanager
-def locked(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """One process at a time, the others say that they wait; the lock goes with the process, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"  waits for another process that is at {path.parent.name}/{path.name}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # --- Running a row ---------------------------------------------------------------------------------------------------

@@ -10,23 +10,42 @@ from torch.autograd import gradcheck
 from torchvision import models
 from toy_anomaly import fake_split
 
-from defectlab.anomaly import distil
-from defectlab.anomaly.reverse_distillation import ResidualBlock
-from defectlab.anomaly.teacher import Teacher, WeightsError, load_teacher
 from defectlab.data.anomaly import AnomalyData
-from defectlab.papers.amam_kd import distillation
-from defectlab.papers.amam_kd.distillation import (
-    LOSSES,
-    DistillationLoss,
-    DistillationSettings,
-    FeatureAggregation,
-    ViTBlock,
-    build,
-    discrepancies,
-    run_distillation,
-    to_maps,
-)
-from defectlab.train import Session, autocast
+from defectlab.networks.resnet import Teacher
+from defectlab.networks.resnet import WeightsError
+from defectlab.networks.resnet import load_teacher
+from defectlab.networks.reverse_distillation import ResidualBlock
+from defectlab.papers.amam_kd.distillation import DistillationLoss
+from defectlab.papers.amam_kd.distillation import DistillationSettings
+from defectlab.papers.amam_kd.distillation import FeatureAggregation
+from defectlab.papers.amam_kd.distillation import LOSSES
+from defectlab.papers.amam_kd.distillation import ViTBlock
+from defectlab.papers.amam_kd.distillation import build
+from defectlab.papers.amam_kd.distillation import discrepancies
+from defectlab.papers.amam_kd.distillation import to_maps
+from defectlab.precision import autocast
+from defectlab.runs import Session
+from defectlab.training import anomaly as distil
+from defectlab.training.amam_kd import make_loss
+from defectlab.training.amam_kd import map_split
+from defectlab.training.amam_kd import run_distillation
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
 
 CHANNELS = (8, 16, 32)  # of a pretended teacher
 SMALL = DistillationSettings(teacher="resnet18_random", size=64, epochs=1, batch=4)
@@ -272,7 +291,7 @@ def test_training_draws_each_flip_of_an_image_about_as_often(
         caught.update(options, found=found)
 
     monkeypatch.setattr(distil, "train", catch)
-    distil.train_student(SMALL, 0, data, "cpu", Session(), build, distillation.make_loss)
+    distil.train_student(SMALL, 0, data, "cpu", Session(), build, make_loss)
     assert caught["schedule"] == "cosine"
     assert len(caught["found"][0]) == 5
     flipped = distil.flipped_features(data, "train", SMALL, "cpu")[2]
@@ -285,7 +304,7 @@ def test_training_draws_each_flip_of_an_image_about_as_often(
     assert all(50 < int((which // 5 == flip).sum()) < 100 for flip in range(4))
     again = caught["draw"](indices, torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(drawn, again, strict=True))
-    distil.train_student(replace(SMALL, flips=False), 0, data, "cpu", Session(), build, distillation.make_loss)
+    distil.train_student(replace(SMALL, flips=False), 0, data, "cpu", Session(), build, make_loss)
     assert caught["draw"] is None
 
 
@@ -315,8 +334,8 @@ def test_weights_of_the_maps_belong_to_the_model_and_are_told(data: AnomalyData)
     settings = replace(SMALL, weighting="3x3")
     network = build(settings, (64, 128, 256), 0).to(memory_format=torch.channels_last)
     network.load_state_dict(fitted.model)
-    student = distil.Student(network.eval(), distillation.make_loss(settings), None, fitted.precision)
-    maps = distillation.map_split(student, settings, data, "test", "cpu")
+    student = distil.Student(network.eval(), make_loss(settings), None, fitted.precision)
+    maps = map_split(student, settings, data, "test", "cpu")
     assert maps.flatten(1).amax(1).tolist() == pytest.approx(fitted.predictions["scores"].tolist(), abs=1e-6)
 
 

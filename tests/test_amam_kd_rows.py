@@ -2,9 +2,12 @@
 
 import pytest
 
-from defectlab.data import DataError
-from defectlab.papers import amam_kd
+from defectlab.files import DataError
 from defectlab.papers.amam_kd.two_stage import TwoStageSettings
+from defectlab.studies import amam_kd
+
+
+
 
 
 def test_rows_are_the_same_in_every_profile() -> None:

@@ -9,13 +9,32 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 
-from defectlab.data.anomaly import AnomalyData, AnomalySplit
-from defectlab.data.segmentation import PAPER_LIST
-from defectlab.papers.amam_kd import ROWS, distillation, segmentation, two_stage
-from defectlab.papers.amam_kd.distillation import DistillationSettings, run_distillation
-from defectlab.papers.amam_kd.two_stage import TwoStageSettings, cut, cut_split, outside, paste_back, square_boxes
+from defectlab.data.anomaly import AnomalyData
+from defectlab.data.anomaly import AnomalySplit
+from defectlab.data.masks import PAPER_LIST
+from defectlab.papers.amam_kd import distillation
+from defectlab.papers.amam_kd import segmentation
+from defectlab.papers.amam_kd import two_stage
+from defectlab.papers.amam_kd.distillation import DistillationSettings
+from defectlab.papers.amam_kd.two_stage import TwoStageSettings
+from defectlab.papers.amam_kd.two_stage import cut
+from defectlab.papers.amam_kd.two_stage import paste_back
+from defectlab.papers.amam_kd.two_stage import square_boxes
 from defectlab.runs import Result
-from defectlab.train import Session
+from defectlab.runs import Session
+from defectlab.studies.amam_kd import ROWS
+from defectlab.training.amam_kd import cut_split
+from defectlab.training.amam_kd import outside
+from defectlab.training.amam_kd import run_distillation
+from defectlab.training.amam_kd import run_two_stage
+from defectlab.training.anomaly import result_of
+
+
+
+
+
+
+
 
 
 def rectangle(top: int, left: int, bottom: int, right: int, side: int = 100) -> torch.Tensor:
@@ -160,7 +179,7 @@ def run_with(level: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Result, lis
 
     monkeypatch.setattr(two_stage, "load_segmenter", lambda *_: Brightness(level))
     session = Session(say=lambda line: None, need=need)
-    return two_stage.run_two_stage(SETTINGS, 3, data(), "cpu", session), needed
+    return run_two_stage(SETTINGS, 3, data(), "cpu", session), needed
 
 
 def test_without_a_nut_two_stages_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +209,7 @@ def test_a_run_cuts_the_nut_and_says_what_it_cut_off(monkeypatch: pytest.MonkeyP
 
 
 def test_what_lies_outside_the_box_is_called_normal(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, original = {}, two_stage.result_of
+    seen, original = {}, result_of
 
     def keep(student: Any, data: AnomalyData, dev_maps: Tensor, test_maps: Tensor) -> Result:
         seen["maps"] = dev_maps, test_maps

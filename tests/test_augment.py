@@ -7,7 +7,11 @@ import pytest
 import torch
 from scipy import ndimage
 
-from defectlab.data.augment import Augmentation, _move_boxes, augment, plain
+from defectlab.data.augment import Augmentation
+from defectlab.data.augment import _move_boxes
+from defectlab.data.augment import augment
+from defectlab.data.augment import plain
+
 
 SIZE = 32
 OFF = Augmentation(

@@ -9,7 +9,12 @@ import torch
 from scipy import ndimage
 from test_augment import GEOMETRY, NO_COLOUR, SIZE, make_split, only, seeded
 
-from defectlab.data.augment import GROUND, Augmentation, augment, plain, warp
+from defectlab.data.augment import Augmentation
+from defectlab.data.augment import augment
+from defectlab.data.augment import plain
+from defectlab.data.images import GROUND
+from defectlab.geometry import warp
+
 
 
 def one_box(box, channels=1, size=SIZE, paint=255, background=0):

@@ -10,21 +10,37 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from toy_anomaly import fake_split
 
-from defectlab.anomaly import distil
 from defectlab.data.anomaly import AnomalyData
 from defectlab.papers import bsdrd
-from defectlab.papers.bsdrd import (
-    DetailStudent,
-    DynamicFusion,
-    MDGFLoss,
-    Settings,
-    TwoStudents,
-    Wavelet,
-    dimension_discrepancies,
-    gated_fusion,
-    student_maps,
-)
-from defectlab.train import Session
+from defectlab.papers.bsdrd import DetailStudent
+from defectlab.papers.bsdrd import DynamicFusion
+from defectlab.papers.bsdrd import MDGFLoss
+from defectlab.papers.bsdrd import Settings
+from defectlab.papers.bsdrd import TwoStudents
+from defectlab.papers.bsdrd import Wavelet
+from defectlab.papers.bsdrd import dimension_discrepancies
+from defectlab.papers.bsdrd import gated_fusion
+from defectlab.papers.bsdrd import student_maps
+from defectlab.runs import Session
+from defectlab.studies.bsdrd import PRIMARY
+from defectlab.studies.bsdrd import ROWS
+from defectlab.studies.bsdrd import run_row
+from defectlab.training import anomaly as distil
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
 
 CHANNELS = (8, 16, 32)  # of a pretended teacher
 NARROW = Settings(low_channels=8, high_channels=4)
@@ -365,9 +381,9 @@ def test_unknown_fusion() -> None:
 
 
 def test_rows_are_the_same_in_every_profile_and_each_builds() -> None:
-    assert list(bsdrd.ROWS["smoke"]) == list(bsdrd.ROWS["quick"]) == list(bsdrd.ROWS["paper"])
-    assert set(bsdrd.PRIMARY) <= set(bsdrd.ROWS["paper"])
-    for settings in bsdrd.ROWS["paper"].values():
+    assert list(ROWS["smoke"]) == list(ROWS["quick"]) == list(ROWS["paper"])
+    assert set(PRIMARY) <= set(ROWS["paper"])
+    for settings in ROWS["paper"].values():
         if isinstance(settings, Settings):
             with torch.device("meta"):
                 network = bsdrd.build(settings, (64, 128, 256), 0)
@@ -382,11 +398,11 @@ def fake_data() -> AnomalyData:
 
 
 def test_same_seed_gives_the_same_numbers_and_another_gives_others(fake_data: AnomalyData) -> None:
-    settings = replace(bsdrd.ROWS["smoke"]["bsdrd"], epochs=1, size=64, batch=4)
+    settings = replace(ROWS["smoke"]["bsdrd"], epochs=1, size=64, batch=4)
 
     def run(seed: int):
         distil._features.clear()
-        return bsdrd.run_row(settings, seed, fake_data, "cpu", Session(say=lambda line: None))
+        return run_row(settings, seed, fake_data, "cpu", Session(say=lambda line: None))
 
     first, again, other = run(0), run(0), run(1)
     assert first.metrics == again.metrics

@@ -11,13 +11,27 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from defectlab import batch, runs
+from defectlab import batch
+from defectlab import runs
 from defectlab.__main__ import main
-from defectlab.data import DataError, synthetic
+from defectlab.data.synthetic import tiles as synthetic
+from defectlab.data.synthetic.pasted import add_defect
+from defectlab.files import DataError
+from defectlab.own.score import read_model
 from defectlab.papers import bsdrd
+from defectlab.runs import NonFiniteLoss
+from defectlab.runs import OutOfTime
 from defectlab.runs import Result
-from defectlab.score import read_model
-from defectlab.train import NonFiniteLoss, OutOfTime
+from defectlab.studies import bsdrd as bsdrd_
+from defectlab.studies.bsdrd import PRIMARY
+from defectlab.studies.bsdrd import ROWS
+
+
+
+
+
+
+
 
 
 @pytest.fixture
@@ -36,7 +50,7 @@ def fake_row(settings, seed, data, device, session) -> Result:
 def study(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """BSDRD without data and without training. -> (row, seed) of every run computed, in order."""
     computed: list[tuple[str, int]] = []
-    names = {settings: row for row, settings in bsdrd.ROWS["quick"].items()}
+    names = {settings: row for row, settings in ROWS["quick"].items()}
 
     def run_row(settings, seed, data, device, session):
         computed.append((names[settings], seed))
@@ -108,7 +122,7 @@ def test_missing_data_name_the_script(root: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_optional_rows_are_left_out_where_their_data_lack(study: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = bsdrd.ROWS["quick"]["struct_only"]
+    lacking = ROWS["quick"]["struct_only"]
 
     def fingerprints(settings) -> dict[str, str]:
         if settings == lacking:
@@ -144,7 +158,7 @@ def test_corrupt_record_is_an_error_and_no_traceback(study: list, capsys: pytest
 def test_a_row_that_fails_is_an_error_and_the_others_run(
     study: list, monkeypatch: pytest.MonkeyPatch, capsys, error: Exception
 ) -> None:
-    run_row = bsdrd.run_row
+    run_row = bsdrd_.run_row
 
     def fails_once(settings, seed, *others):
         if seed == 1:
@@ -179,9 +193,9 @@ def shown_rows(text: str) -> list[str]:
 def test_status_lists_rows_in_the_order_of_running(study: list, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "bsdrd"]) == 0
     text = capsys.readouterr().out
-    rows = list(bsdrd.ROWS["quick"])
+    rows = list(ROWS["quick"])
     assert sorted(shown_rows(text)) == sorted(rows)
-    assert shown_rows(text) == sorted(rows, key=lambda row: (row not in bsdrd.PRIMARY, rows.index(row)))
+    assert shown_rows(text) == sorted(rows, key=lambda row: (row not in PRIMARY, rows.index(row)))
     assert text.splitlines()[0].split() == ["bsdrd", "(quick):", "row", "recorded", "here", "missing"]
     lines = dict(line.split(maxsplit=1) for line in text.splitlines()[1:])
     assert lines["rd4ad"].split() == ["-", "-", "0,1,2"]
@@ -315,7 +329,7 @@ def test_record_promotes_finished_runs(study: list, root: Path, capsys: pytest.C
     assert main(["record", "bsdrd", "--rows", "bsdrd", "--seeds", "1"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
     (record,) = runs.read_records(root / "results" / "runs")
-    assert (record.row, record.seed) == (runs.row_identity(bsdrd.ROWS["quick"]["bsdrd"], "quick"), 1)
+    assert (record.row, record.seed) == (runs.row_identity(ROWS["quick"]["bsdrd"], "quick"), 1)
     assert main(["record"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split(":")[0] for line in lines) == ["already recorded", "recorded", "recorded", "recorded"]
@@ -340,7 +354,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in range(count):
             tile = synthetic.draw_tile(rng, 64, 48)
             if name == "new" and index >= 2:
-                tile, _ = synthetic.add_defect(tile, "fray", rng)
+                tile, _ = add_defect(tile, "fray", rng)
             Image.fromarray(tile).save(folder / name / f"tile{index:02d}.png")
     return folder
 

@@ -4,7 +4,10 @@ import dataclasses
 import json
 
 from defectlab import runs
-from defectlab.studies import STUDIES, study
+from defectlab.studies import STUDIES
+from defectlab.studies import study
+
+
 
 COMMITTED = runs.recorded_dir()
 

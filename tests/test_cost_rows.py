@@ -8,15 +8,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from defectlab import batch, claims, costs, measured, report, runs
+from defectlab import batch
+from defectlab import runs
 from defectlab.batch import Task
-from defectlab.claims import judge
-from defectlab.costs import flops, parameters
-from defectlab.detector.blocks import folded
-from defectlab.detector.cost_rows import CostSettings, NoData, run_costs
-from defectlab.detector.model import Detector
-from defectlab.measured import value_of
-from defectlab.train import Session
+from defectlab.metrics import costs
+from defectlab.metrics.costs import flops
+from defectlab.metrics.costs import parameters
+from defectlab.networks.yolo.blocks import folded
+from defectlab.networks.yolo.model import Detector
+from defectlab.runs import Session
+from defectlab.training.cost_rows import CostSettings
+from defectlab.training.cost_rows import NoData
+from defectlab.training.cost_rows import run_costs
+from defectlab.verdicts import claims
+from defectlab.verdicts import measured
+from defectlab.verdicts import tables as report
+from defectlab.verdicts.claims import judge
+from defectlab.verdicts.measured import value_of
+
+
+
+
+
+
+
+
+
 
 # (parameters in millions, GFLOPs at 640 px) for 80 classes, as the makers of YOLOv5 6.x and YOLOv8 state them
 PUBLISHED = {

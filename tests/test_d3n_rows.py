@@ -11,16 +11,35 @@ from torch import Tensor
 from toy_detection import recorded, runs_of, toy_data
 
 from defectlab import runs
-from defectlab.data.augment import Augmentation, augment
-from defectlab.data.store import DataError
-from defectlab.detector.detect import build_detector, deployed_costs
-from defectlab.detector.training import DetectorSettings
-from defectlab.diffusion.ddpm import DiffusionSettings
-from defectlab.papers import d3n
-from defectlab.papers.d3n import hybrid, preparation
-from defectlab.papers.d3n.compression import CompressionSettings, build_compressor
-from defectlab.papers.d3n.hybrid import HybridSettings, StudentSettings
+from defectlab.data.augment import Augmentation
+from defectlab.data.augment import augment
+from defectlab.files import DataError
+from defectlab.geometry import warp
+from defectlab.networks.diffusion import DiffusionSettings
+from defectlab.networks.yolo.model import build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.papers.d3n import hybrid
+from defectlab.papers.d3n.hybrid import HybridSettings
+from defectlab.papers.d3n.hybrid import StudentSettings
+from defectlab.papers.d3n.resvae import CompressionSettings
+from defectlab.papers.d3n.resvae import build_compressor
 from defectlab.runs import Record
+from defectlab.studies import d3n
+from defectlab.training import d3n_features as preparation
+from defectlab.training.d3n import check_recipe
+from defectlab.training.d3n import with_latents
+from defectlab.training.detection import deployed_costs
+
+
+
+
+
+
+
+
+
+
+
 
 RECIPE = {
     "dataset": "toy", "family": "v5", "scale": "t", "size": 64, "epochs": 1, "batch": 4, "warm_up": 0.0,
@@ -120,11 +139,11 @@ def test_features_follow_the_picture() -> None:
     recipe = Augmentation(mosaic=0.0, brightness=0.0, flip_left_right=0.5, flip_up_down=0.5)
     generator = torch.Generator().manual_seed(3)
     batch = augment(split.images, split.boxes, split.labels, torch.tensor([5, 2, 7, 0]), recipe, generator)
-    hybrid.with_latents(network, latents)(batch)
+    with_latents(network, latents)(batch)
     images, moved = batch.images, network.fusion.features
     signs = batch.matrices[:, 0, [0, 1], [0, 1]].sign()
     assert len(signs.unique(dim=0)) > 1  # some were flipped, some not
-    inside = hybrid.warp(torch.ones(4, 1, 64, 64), batch.matrices[:, 0], 64) > 0.999
+    inside = warp(torch.ones(4, 1, 64, 64), batch.matrices[:, 0], 64) > 0.999
     torch.testing.assert_close(moved[0][inside], images[:, :1][inside], atol=0.01, rtol=0)
     for level, side in zip(moved[1:], (32, 16), strict=True):
         small = torch.nn.functional.avg_pool2d(moved[0], 64 // side)
@@ -135,7 +154,7 @@ def test_features_follow_the_picture() -> None:
 @pytest.mark.parametrize("part", ["mosaic", "mixup"])
 def test_a_recipe_that_mixes_pictures_is_refused(part: str) -> None:
     with pytest.raises(ValueError, match=rf"{part} 0\.5.*needs both at 0"):
-        hybrid.check_recipe(replace(HYBRID, **{part: 0.5}))
+        check_recipe(replace(HYBRID, **{part: 0.5}))
 
 
 # --- The networks ----------------------------------------------------------------------------------------------------
@@ -179,7 +198,7 @@ def test_the_student_costs_what_the_baseline_costs() -> None:
 def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]:
     """run(settings, seed) -> record, in a project of this file's own, on the toy set."""
     monkeypatch.setattr(runs, "project_root", lambda: project)
-    monkeypatch.setattr("defectlab.detector.detect.COST_SIZE", 64)
+    monkeypatch.setattr("defectlab.training.detection.COST_SIZE", 64)
     monkeypatch.setattr("defectlab.papers.d3n.hybrid.COST_SIZE", 64)
 
     def load(settings: object, device: str) -> object:

@@ -7,9 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from defectlab.data import anomaly, store
-from defectlab.data.anomaly import load_anomaly, load_folder
-from defectlab.data.store import DataError
+from defectlab.data import anomaly
+from defectlab.data import fetch as store
+from defectlab.data.anomaly import load_anomaly
+from defectlab.data.anomaly import load_folder
+from defectlab.data.images import resize_mask
+from defectlab.files import DataError
+
+
+
 
 SIZE = 32
 
@@ -112,7 +118,7 @@ def test_masks_shrink_to_pixel_centres() -> None:
     """nearest-exact samples at pixel centres: of 512 columns every second, from 1 on; plain nearest starts at 0."""
     mask = np.zeros((512, 512), bool)
     mask[:, 511] = True
-    resized = anomaly.resize_mask(mask)
+    resized = resize_mask(mask)
     assert resized.shape == (256, 256) and resized[:, 255].all() and not resized[:, :255].any()
 
 

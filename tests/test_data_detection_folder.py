@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defectlab.data.detection import NEU_CLASSES, DetectionData, load_folder
-from defectlab.data.store import DataError
-from defectlab.data.synthetic_detection import write_steel
+from defectlab.data.boxes import DetectionData
+from defectlab.data.detection import NEU_CLASSES
+from defectlab.data.own_folder import load_folder
+from defectlab.data.synthetic.steel import write_steel
+from defectlab.files import DataError
+
+
+
 
 SIZE = 64
 

@@ -15,8 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from defectlab.data import store, unpacking
-from defectlab.data.store import DataError, DataSet, Source
+from defectlab.data import fetch as store
+from defectlab.data import unpacking
+from defectlab.data.fetch import DataSet
+from defectlab.data.fetch import Source
+from defectlab.files import DataError
+from defectlab.files import data_dir
+from defectlab.files import weights_dir
+
+
 
 FILES = {"a/1.txt": b"one", "a/2.txt": b"two", "b/3.txt": b"three" * 100}
 DATASET = DataSet(
@@ -150,12 +157,12 @@ def test_where_data_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.chdir(tmp_path)  # a notebook runs in another folder than the scripts
     monkeypatch.delenv("DEFECTLAB_DATA", raising=False)
     monkeypatch.delenv("DEFECTLAB_WEIGHTS", raising=False)
-    assert store.data_dir() == Path(store.__file__).parents[2] / "data" and store.weights_dir() is None
+    assert data_dir() == Path(store.__file__).parents[2] / "data" and weights_dir() is None
     monkeypatch.setattr(store, "__file__", "/usr/lib/python3/site-packages/defectlab/data/store.py")
-    assert store.data_dir() == tmp_path / "data"
+    assert data_dir() == tmp_path / "data"
     monkeypatch.setenv("DEFECTLAB_DATA", "/elsewhere")
     monkeypatch.setenv("DEFECTLAB_WEIGHTS", "/weights")
-    assert store.data_dir() == Path("/elsewhere") and store.weights_dir() == Path("/weights")
+    assert data_dir() == Path("/elsewhere") and weights_dir() == Path("/weights")
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

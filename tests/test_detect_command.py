@@ -17,13 +17,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from defectlab import detect_command
 from defectlab.__main__ import main
-from defectlab.data.detection import NEU_CLASSES, load_folder
-from defectlab.data.store import DataError
-from defectlab.detect_command import draw, listed, read_model
-from defectlab.detector.detect import predict
+from defectlab.data.detection import NEU_CLASSES
+from defectlab.data.own_folder import load_folder
+from defectlab.files import DataError
+from defectlab.own import detect as detect_command
+from defectlab.own.detect import draw
+from defectlab.own.detect import listed
+from defectlab.own.detect import read_model
 from defectlab.papers import yolo_dcf
+from defectlab.training.detection import predict
+
+
+
+
+
+
+
 
 SIZE, WIDTH, HEIGHT = 64, 80, 50
 NAMES = ("dent", "deep scratch")

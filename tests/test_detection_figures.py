@@ -6,9 +6,12 @@ import torch
 from figure_helpers import drawn, rectangles
 from matplotlib.colors import to_hex
 
-from defectlab import detection_figures as figures
-from defectlab.detector.evaluation import pack
+from defectlab.figures import detection as figures
+from defectlab.metrics.detection import pack
 from defectlab.runs import Record
+
+
+
 
 CLASSES = ("crazing", "patches")
 TRUTHS = [

@@ -4,12 +4,22 @@ import pytest
 import torch
 
 from defectlab import bench as command
+from defectlab import bench_detectors as bench
 from defectlab.__main__ import main
-from defectlab.detector import bench
-from defectlab.detector.bench import Speed, measure, random_split, table
-from defectlab.detector.detect import build_detector
-from defectlab.detector.training import DetectorSettings
+from defectlab.bench_detectors import Speed
+from defectlab.bench_detectors import measure
+from defectlab.bench_detectors import random_split
+from defectlab.bench_detectors import table
+from defectlab.networks.yolo.model import build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers import yolo_dcf
+
+
+
+
+
+
+
 
 ROWS = {
     "v8t": (DetectorSettings(scale="t", optimizer="adamw"), build_detector),

@@ -10,13 +10,21 @@ import onnxruntime
 import pytest
 import torch
 
-from defectlab.detector import export
-from defectlab.detector.blocks import folded
-from defectlab.detector.detect import build_detector, decode
-from defectlab.detector.export import to_onnx
-from defectlab.detector.model import Detector
-from defectlab.detector.training import DetectorSettings
+from defectlab.networks.yolo.blocks import folded
+from defectlab.networks.yolo.decode import decode
+from defectlab.networks.yolo.model import Detector
+from defectlab.networks.yolo.model import build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.own import export
+from defectlab.own.export import to_onnx
 from defectlab.papers import yolo_dcf
+
+
+
+
+
+
+
 
 SIZE, DATA = 96, SimpleNamespace(class_names=("dent", "scratch"))
 PLAIN = DetectorSettings(size=SIZE, scale="t")

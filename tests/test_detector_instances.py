@@ -7,30 +7,62 @@ import pytest
 import torch
 from torch import nn
 
-from defectlab.data.augment import Augmentation, augment, plain
-from defectlab.data.instances import load_instances, move_instances
-from defectlab.detector import instances
-from defectlab.detector.assignment import Matched, match_anchors
-from defectlab.detector.blocks import folded
-from defectlab.detector.decode import decode_anchor_based, select
-from defectlab.detector.detect import detection_loss
-from defectlab.detector.evaluation import match, pack, statistic
-from defectlab.detector.instances import (
-    InstanceMaps,
-    add_masks,
-    evaluate_instances,
-    instance_metrics,
-    instance_truths,
-    mask_terms,
-    predict_instances,
-    right_masks,
-    score,
-    with_masks,
-)
-from defectlab.detector.losses import AnchorBasedLoss
-from defectlab.detector.model import ANCHORS, Detector
-from defectlab.detector.training import DetectorSettings, train_detector
-from defectlab.train import Session
+from defectlab.data.augment import Augmentation
+from defectlab.data.augment import augment
+from defectlab.data.augment import plain
+from defectlab.data.instances import load_instances
+from defectlab.data.instances import move_instances
+from defectlab.metrics.detection import match
+from defectlab.metrics.detection import pack
+from defectlab.metrics.detection import statistic
+from defectlab.networks.yolo.assignment import Matched
+from defectlab.networks.yolo.assignment import match_anchors
+from defectlab.networks.yolo.blocks import folded
+from defectlab.networks.yolo.decode import decode_anchor_based
+from defectlab.networks.yolo.decode import select
+from defectlab.networks.yolo.losses import AnchorBasedLoss
+from defectlab.networks.yolo.losses import detection_loss
+from defectlab.networks.yolo.masks import InstanceMaps
+from defectlab.networks.yolo.masks import MASK_GAIN
+from defectlab.networks.yolo.masks import add_masks
+from defectlab.networks.yolo.masks import mask_terms
+from defectlab.networks.yolo.masks import with_masks
+from defectlab.networks.yolo.model import ANCHORS
+from defectlab.networks.yolo.model import Detector
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.runs import Session
+from defectlab.training import instances
+from defectlab.training.detector import train_detector
+from defectlab.training.instances import evaluate_instances
+from defectlab.training.instances import instance_metrics
+from defectlab.training.instances import instance_truths
+from defectlab.training.instances import predict_instances
+from defectlab.training.instances import right_masks
+from defectlab.training.instances import score
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
 
 SIZE = 64
 CLASSES = ("inclusion", "patches", "scratches")
@@ -185,7 +217,7 @@ def test_the_loss_reaches_every_parameter(data):
     )
     assert list(scalars) == ["loss", "box", "obj", "cls", "mask"]
     own = criterion(output.raw, batch.boxes, batch.labels)["loss"]
-    torch.testing.assert_close(scalars["loss"], own + instances.MASK_GAIN * scalars["mask"])
+    torch.testing.assert_close(scalars["loss"], own + MASK_GAIN * scalars["mask"])
     scalars["loss"].backward()
     silent = [name for name, p in detector.named_parameters() if p.grad is None or not p.grad.any()]
     assert not silent

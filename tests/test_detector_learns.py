@@ -7,11 +7,18 @@ import torch
 from torch import Tensor, nn
 from toy_detection import CLASSES, SHORT, fit, toy_data, toy_split
 
-from defectlab.detector.assignment import kmeans_anchors
-from defectlab.detector.detect import build_detector, predict
-from defectlab.detector.evaluation import evaluate
-from defectlab.detector.model import ANCHORS, Detector
-from defectlab.detector.training import DetectorSettings
+from defectlab.metrics.detection import evaluate
+from defectlab.networks.yolo.assignment import kmeans_anchors
+from defectlab.networks.yolo.model import ANCHORS
+from defectlab.networks.yolo.model import Detector
+from defectlab.networks.yolo.model import build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.training.detection import predict
+
+
+
+
+
 
 # --- Building, predicting --------------------------------------------------------------------------------------------
 

@@ -7,10 +7,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defectlab.costs import flops, parameters
-from defectlab.detector.blocks import C3, SPPF, Bottleneck, C2f, Concatenation, ConvBlock, folded
-from defectlab.detector.losses import AnchorBasedLoss, AnchorFreeLoss
-from defectlab.detector.model import ANCHORS, SCALES, STRIDES, Detector
+from defectlab.metrics.costs import flops
+from defectlab.metrics.costs import parameters
+from defectlab.networks.yolo.blocks import Bottleneck
+from defectlab.networks.yolo.blocks import C2f
+from defectlab.networks.yolo.blocks import C3
+from defectlab.networks.yolo.blocks import Concatenation
+from defectlab.networks.yolo.blocks import ConvBlock
+from defectlab.networks.yolo.blocks import SPPF
+from defectlab.networks.yolo.blocks import folded
+from defectlab.networks.yolo.losses import AnchorBasedLoss
+from defectlab.networks.yolo.losses import AnchorFreeLoss
+from defectlab.networks.yolo.model import ANCHORS
+from defectlab.networks.yolo.model import Detector
+from defectlab.networks.yolo.model import SCALES
+from defectlab.networks.yolo.model import STRIDES
+
+
+
+
 
 CLASSES = 6
 FAMILIES = tuple(SCALES)

@@ -11,11 +11,23 @@ import torch
 from torch import Tensor, nn
 from toy_detection import SHORT, equal, fit, toy_data, toy_split
 
+from defectlab.data import augment as augment_
 from defectlab.data.augment import Batch
-from defectlab.detector import training
-from defectlab.detector.model import Detector
-from defectlab.detector.training import DetectorSettings, learning_rate, make_optimizer, train_detector
-from defectlab.train import MovingAverage, NonFiniteLoss, OutOfTime, Session
+from defectlab.networks.yolo.model import Detector
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.runs import NonFiniteLoss
+from defectlab.runs import OutOfTime
+from defectlab.runs import Session
+from defectlab.training import detector as training
+from defectlab.training.detector import learning_rate
+from defectlab.training.detector import make_optimizer
+from defectlab.training.detector import train_detector
+from defectlab.training.loop import MovingAverage
+
+
+
+
+
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -140,7 +152,7 @@ def test_mosaic_is_closed_for_the_last_epochs(monkeypatch: pytest.MonkeyPatch) -
         used.append((recipe.mosaic, recipe.mixup, recipe.scale))
         return augment(images, boxes, labels, indices, recipe, generator)
 
-    augment = training.augment
+    augment = augment_.augment
     monkeypatch.setattr(training, "augment", watched)
     fit(replace(SHORT, mosaic=0.7, mixup=0.3, close_mosaic=2), toy_data())
     assert used == [(0.7, 0.3, 0.5)] * 4 + [(0.0, 0.0, 0.5)] * 4

@@ -17,25 +17,50 @@ from torch import Tensor, nn
 from toy_detection import equal, toy_data
 
 from defectlab.data.detection import load_detection
-from defectlab.diffusion import ddpm
-from defectlab.diffusion.ddpm import (
-    DiffusionSettings,
-    build_unet,
-    error_per_timestep,
-    load_ddpm,
-    middles,
-    noise_loss,
-    noise_schedule,
-    q_sample,
-    random_flips,
-    run_ddpm,
-    sample_ddim,
-    spread,
-    train_ddpm,
-)
-from defectlab.diffusion.features import decoder_channels, decoder_features, level_outputs
-from defectlab.runs import Record, changed
-from defectlab.train import OutOfTime, Session, autocast, schedule_factor
+from defectlab.networks.diffusion import DiffusionSettings
+from defectlab.networks.diffusion import as_inputs
+from defectlab.networks.diffusion import build_unet
+from defectlab.networks.diffusion import decoder_channels
+from defectlab.networks.diffusion import decoder_features
+from defectlab.networks.diffusion import level_outputs
+from defectlab.networks.diffusion import noise_loss
+from defectlab.networks.diffusion import noise_schedule
+from defectlab.networks.diffusion import q_sample
+from defectlab.networks.diffusion import sample_ddim
+from defectlab.precision import autocast
+from defectlab.runs import OutOfTime
+from defectlab.runs import Record
+from defectlab.runs import Session
+from defectlab.runs import changed
+from defectlab.training import diffusion as ddpm
+from defectlab.training.diffusion import error_per_timestep
+from defectlab.training.diffusion import load_ddpm
+from defectlab.training.diffusion import middles
+from defectlab.training.diffusion import random_flips
+from defectlab.training.diffusion import run_ddpm
+from defectlab.training.diffusion import spread
+from defectlab.training.diffusion import train_ddpm
+from defectlab.training.loop import schedule_factor
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
 
 SPLITS = ("train", "dev", "test")
 TOY = DiffusionSettings(
@@ -246,7 +271,7 @@ def test_pictures_of_another_size_are_refused() -> None:
 def test_the_error_is_1_for_an_answer_of_nothing_and_0_for_the_noise() -> None:
     clean = pictures(1)
     images, timesteps = clean.repeat(6, 1, 1, 1), [10, 500, 990]
-    known = ddpm.as_inputs(clean)
+    known = as_inputs(clean)
     assert torch.all(error_per_timestep(Knows(known), images, timesteps, 0) < 1e-4)
     nothing = error_per_timestep(Knows(known, wrong=-1.0), images, timesteps, 0)
     assert torch.allclose(nothing, torch.ones(3, dtype=torch.float64), atol=0.1)
@@ -269,7 +294,7 @@ def test_middles_of_equal_parts() -> None:
 @pytest.mark.parametrize("colours", [1, 3])
 def test_ddim_finds_the_picture_that_the_predictor_knows(colours: int) -> None:
     clean = pictures(1, colours)
-    samples = sample_ddim(Knows(ddpm.as_inputs(clean)), 2, seed=0, inference_steps=10)
+    samples = sample_ddim(Knows(as_inputs(clean)), 2, seed=0, inference_steps=10)
     assert samples.dtype == torch.uint8
     assert torch.equal(samples, clean.repeat(2, 1, 1, 1))
 

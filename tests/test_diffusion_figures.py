@@ -6,9 +6,12 @@ import torch
 from figure_helpers import drawn
 from matplotlib.colors import to_hex
 
-from defectlab import diffusion_figures as figures
-from defectlab.diffusion.ddpm import noise_schedule
+from defectlab.figures import diffusion as figures
+from defectlab.networks.diffusion import noise_schedule
 from defectlab.runs import Record
+
+
+
 
 SIDE = 8
 

@@ -6,10 +6,15 @@ import torch
 from figure_helpers import rectangles
 from matplotlib.colors import to_hex
 
-from defectlab import fusion_figures as figures
-from defectlab.detector.evaluation import pack
+from defectlab.figures import fusion as figures
+from defectlab.figures.anomaly import INK
+from defectlab.metrics.detection import pack
 from defectlab.papers.d3n.fusion import NoiseFilter
 from defectlab.runs import Record
+
+
+
+
 
 CURVE = {
     "loss": [3.0, 2.0, 1.0, 0.5],
@@ -62,7 +67,7 @@ def test_share_curves_show_all_three_then_pairs_then_the_residual():
     assert lines(ddpm, figures.COLOURS["det"])[0] == pytest.approx([0.5, 0.5, 0.5 / 0.7])
     assert lines(ddpm, figures.COLOURS["ddpm"])[0] == pytest.approx([0.5, 0.5, 0.2 / 0.7])
     assert lines(cross, figures.COLOURS["cross"])[0] == pytest.approx([0.5, 4 / 7, 3 / 8])
-    assert lines(residual, figures.INK)[0] == [1, 1.2, 2.5]
+    assert lines(residual, INK)[0] == [1, 1.2, 2.5]
     assert residual.get_ylim()[1] > 2.5 and everything.get_ylim()[1] > 0.5
     assert [axis.get_title() for axis in (everything, ddpm)] == ["(a) all branches", "(b) Det and DDPM"]
 

@@ -6,11 +6,16 @@ import torch
 from figure_helpers import drawn, rectangles
 from matplotlib.colors import to_rgb
 
-from defectlab import instance_figures as figures
 from defectlab.data.instances import load_instances
-from defectlab.detection_figures import CLASS_COLOURS
-from defectlab.detector.evaluation import pack
+from defectlab.figures import instances as figures
+from defectlab.figures.detection import CLASS_COLOURS
+from defectlab.metrics.detection import pack
 from defectlab.runs import Record
+
+
+
+
+
 
 CLASSES = ("inclusion", "patches", "scratches")
 TRUTHS = [

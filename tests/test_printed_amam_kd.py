@@ -5,11 +5,16 @@ from itertools import pairwise
 
 import pytest
 
-from defectlab.claims import claims_of
 from defectlab.data.anomaly import MVTEC_CATEGORIES
-from defectlab.papers.amam_kd import arithmetic
-from defectlab.papers.amam_kd.arithmetic import printed
-from defectlab.report import printed_table
+from defectlab.verdicts import audit_amam_kd as arithmetic
+from defectlab.verdicts.audit_amam_kd import printed
+from defectlab.verdicts.claims import claims_of
+from defectlab.verdicts.tables import printed_table
+
+
+
+
+
 
 lines_of = partial(printed_table, "amam_kd")
 METRIC_TABLES = [f"table{n}" for n in (2, 4, 5, 6, 7, 8, 9, 10, 11)] + ["audit/table7_originals", "text"]

@@ -4,10 +4,14 @@ from functools import partial
 
 import pytest
 
-from defectlab.claims import claims_of
-from defectlab.papers.d3n import arithmetic
-from defectlab.papers.d3n.arithmetic import printed
-from defectlab.report import printed_table
+from defectlab.verdicts import audit_d3n as arithmetic
+from defectlab.verdicts.audit_d3n import printed
+from defectlab.verdicts.claims import claims_of
+from defectlab.verdicts.tables import printed_table
+
+
+
+
 
 lines_of = partial(printed_table, "d3n")
 TABLES = [f"table{n}" for n in range(1, 8)] + ["text"]

@@ -8,19 +8,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from defectlab import claims, measured, report, runs
-from defectlab.data.store import project_root
-from defectlab.metrics import metrics_from_histograms
+from defectlab import runs
+from defectlab.files import project_root
+from defectlab.files import write_json
+from defectlab.metrics.anomaly import metrics_from_histograms
 from defectlab.papers import bsdrd
-from defectlab.report import (
-    agreement,
-    claims_table,
-    judge_claims,
-    per_class_table,
-    results_table,
-    shelf,
-    show,
-)
+from defectlab.studies.bsdrd import ROWS
+from defectlab.verdicts import claims
+from defectlab.verdicts import measured
+from defectlab.verdicts import tables as report
+from defectlab.verdicts.tables import agreement
+from defectlab.verdicts.tables import claims_table
+from defectlab.verdicts.tables import judge_claims
+from defectlab.verdicts.tables import per_class_table
+from defectlab.verdicts.tables import results_table
+from defectlab.verdicts.tables import shelf
+from defectlab.verdicts.tables import show
+
+
+
+
+
+
+
+
+
+
+
+
+
 
 PAPERS = project_root() / "results" / "papers"
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
@@ -72,7 +88,7 @@ def write_records(
     prints: dict[str, str] | None = None,
 ) -> None:
     """A record for each seed; `values`: metric -> a value a seed."""
-    settings = bsdrd.ROWS[profile][row]
+    settings = ROWS[profile][row]
     folder = runs.runs_dir(profile) if here else runs.recorded_dir()
     for seed in range(len(next(iter(values.values())))):
         mark, prints = runs.row_identity(settings, profile), prints or {"data": "d", "weights": "w"}
@@ -89,7 +105,7 @@ def write_records(
             "curve": {"loss": [1.0, 0.5]},
             "per_class": {kind: {metric: per_class(seed, kind) for metric in values} for kind in TYPES},
         }
-        runs.write_json(folder / f"{key}.json", content)
+        write_json(folder / f"{key}.json", content)
         rng = np.random.default_rng([seed, len(row)])
         labels = np.repeat([0, 1], 6)
         arrays = {
@@ -225,7 +241,7 @@ def test_per_class_table(root: Path) -> None:
 
 def verdicts(profile: str = "paper") -> dict[str, str]:
     frame = claims_table("bsdrd", profile)
-    return dict(zip(frame["claim"], frame[f"outcome ({shelf(profile, bsdrd.ROWS).recorded_profile})"], strict=True))
+    return dict(zip(frame["claim"], frame[f"outcome ({shelf(profile, ROWS).recorded_profile})"], strict=True))
 
 
 def test_claims_without_runs(root: Path) -> None:
@@ -285,7 +301,7 @@ def test_holm_takes_back_what_one_test_alone_would_give(root: Path) -> None:
     write_claims(root, claim("alone"))
     assert verdicts() == {"alone (primary)": "supports"}
     write_claims(root, *(claim(metric, metric) for metric in METRICS))
-    judged = judge_claims("bsdrd", shelf("paper", bsdrd.ROWS))
+    judged = judge_claims("bsdrd", shelf("paper", ROWS))
     assert all(m.difference.low > 0 and 0.017 < m.difference.p < 0.05 for m in judged)
     assert [m.verdict for m in judged] == ["no evidence"] * 3
     # claims that are not primary are not counted
@@ -336,7 +352,7 @@ def test_order_claims_compare_the_gain_at_some_types(root: Path) -> None:
     write_claims(root, claim("small", kind="order", types=["crack"], primary=False), claim("all"))
     write_records("rd4ad", all_metrics(80), per_class=lambda seed, kind: 80.0 + seed)
     write_records("bsdrd", all_metrics(82), per_class=lambda seed, kind: 80.0 + seed + 6 * (kind == "crack"))
-    judged = judge_claims("bsdrd", shelf("paper", bsdrd.ROWS))[0]
+    judged = judge_claims("bsdrd", shelf("paper", ROWS))[0]
     assert judged.difference.mean == pytest.approx(6 - 2)
     assert judged.images.low <= judged.images.mean <= judged.images.high
     line = claims_table("bsdrd", "paper").iloc[0]
@@ -356,8 +372,8 @@ def test_bootstrap_over_images_is_paired_and_reads_the_arrays(root: Path) -> Non
     write_claims(root, claim("image"), claim("pixel", "aupro"))
     write_records("rd4ad", all_metrics(80))
     write_records("bsdrd", all_metrics(86))
-    image, pixel = judge_claims("bsdrd", shelf("paper", bsdrd.ROWS))
-    books = shelf("paper", bsdrd.ROWS)
+    image, pixel = judge_claims("bsdrd", shelf("paper", ROWS))
+    books = shelf("paper", ROWS)
     means = []
     for row in ("bsdrd", "rd4ad"):
         arrays = [r.arrays for r in books.of(bsdrd, row)[0]]

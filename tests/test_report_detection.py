@@ -12,9 +12,23 @@ import numpy as np
 import pytest
 import torch
 
-from defectlab import claims, measured, page, report, runs
-from defectlab.detector import evaluation
-from defectlab.report import agreement, claims_table, findings, judge_claims, per_class_table, results_table, shelf
+from defectlab import runs
+from defectlab.files import write_json
+from defectlab.metrics import detection as evaluation
+from defectlab.verdicts import claims
+from defectlab.verdicts import measured
+from defectlab.verdicts import page
+from defectlab.verdicts import tables as report
+from defectlab.verdicts.tables import agreement
+from defectlab.verdicts.tables import claims_table
+from defectlab.verdicts.tables import findings
+from defectlab.verdicts.tables import judge_claims
+from defectlab.verdicts.tables import per_class_table
+from defectlab.verdicts.tables import results_table
+from defectlab.verdicts.tables import shelf
+
+
+
 
 CLASSES = ("crazing", "patches")
 HEADER = "row,column,metric,unit,value,higher_is_better,status,key,not_comparable,source"
@@ -110,7 +124,7 @@ def write_records(
             "seconds": 3600.0,
         }
         path = (runs.runs_dir(profile) if here else runs.recorded_dir()) / f"{key}.json"
-        runs.write_json(path, content)
+        write_json(path, content)
         np.savez_compressed(path.with_suffix(".npz"), **packed(found))
 
 
@@ -308,7 +322,7 @@ def test_a_speed_beside_other_runs_is_said_and_not_judged(root: Path) -> None:
         write_records(row, (80.0, 80.1, 80.2), latency_ms=4.0)
     assert judged()[0].verdict == "holds"
     for path in runs.recorded_dir().glob("*.json"):
-        runs.write_json(path, runs.read_record(path).content | {"jobs": 4})
+        write_json(path, runs.read_record(path).content | {"jobs": 4})
     speed, better = judged()
     assert speed.verdict == "cannot be judged (timed while other runs shared the device)"
     assert better.difference is not None  # accuracy does not ask for it

@@ -15,9 +15,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from defectlab.data.store import DataError
-from defectlab.diffusion import repository
-from defectlab.diffusion.repository import Repository, build_repository
+from defectlab import files as files_
+from defectlab.files import DataError
+from defectlab.training import feature_store as repository
+from defectlab.training.feature_store import Repository
+from defectlab.training.feature_store import build_repository
+
+
+
 
 SHAPES = ((4, 8, 8), (6, 4, 4))
 NAMES = [f"plate_{i}" for i in range(7)]  # in shards of three: 3, 3, 1
@@ -149,7 +154,7 @@ def test_a_killed_build_goes_on_after_its_last_shard(tmp_path: Path) -> None:
 
 
 def test_a_kill_between_shard_and_index_costs_that_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_json, written = repository.write_json, []
+    write_json, written = files_.write_json, []
 
     def killed_at_the_second(path: Path, content: dict) -> None:
         written.append(path)

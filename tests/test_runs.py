@@ -21,8 +21,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from defectlab import runs
-from defectlab.runs import Record, RecordError, Result
-from defectlab.train import OutOfTime, Session
+from defectlab.files import locked
+from defectlab.files import write_atomically
+from defectlab.files import write_json
+from defectlab.runs import OutOfTime
+from defectlab.runs import Record
+from defectlab.runs import RecordError
+from defectlab.runs import Result
+from defectlab.runs import Session
+
+
+
 
 COMMITTED = runs.recorded_dir()
 
@@ -269,11 +278,11 @@ def test_who_waits_for_another_process_says_so(tmp_path: Path) -> None:
     said, turns = queue.Queue(), []
 
     def second() -> None:
-        with runs.locked(tmp_path / "row", said.put):
+        with locked(tmp_path / "row", said.put):
             turns.append("second")
 
     waiting = threading.Thread(target=second)
-    with runs.locked(tmp_path / "row", said.put):
+    with locked(tmp_path / "row", said.put):
         waiting.start()
         assert said.get(timeout=20) == f"  waits for another process that is at {tmp_path.name}/row"
         turns.append("first")
@@ -320,14 +329,14 @@ def test_full_disk_names_the_file_and_leaves_no_record(
 
 def test_a_failed_write_keeps_what_was_there(root: Path) -> None:
     path = root / "page.json"
-    runs.write_json(path, {"old": 1})
+    write_json(path, {"old": 1})
 
     def half(aside: Path) -> None:
         aside.write_text("ha")
         no_space()
 
     with pytest.raises(OSError, match=r"page\.json"):
-        runs.write_atomically(path, half)
+        write_atomically(path, half)
     assert json.loads(path.read_text()) == {"old": 1}
     assert leftovers(root) == ["page.json"]
 

@@ -8,12 +8,20 @@ import torch
 from matplotlib.colors import to_hex
 from torch import Tensor, nn
 
-from defectlab import segmentation_figures as figures
-from defectlab.data.segmentation import SegmentationData, SegmentationSplit
+from defectlab.data.masks import SegmentationData
+from defectlab.data.masks import SegmentationSplit
+from defectlab.figures import segmentation as figures
+from defectlab.metrics.segmentation import segmentation_metrics
+from defectlab.networks.segmentation import Segmenter
 from defectlab.runs import Record
-from defectlab.segmentation.encoder import Segmenter
-from defectlab.segmentation.metrics import segmentation_metrics
-from defectlab.segmentation.training import record_arrays, telling_cases
+from defectlab.training.segmentation import record_arrays
+from defectlab.training.segmentation import telling_cases
+
+
+
+
+
+
 
 TYPES = ("good", "bent", "color")
 SIZE = 16

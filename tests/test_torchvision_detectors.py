@@ -26,24 +26,44 @@ from torchvision.models.vgg import make_layers
 from torchvision.ops import FrozenBatchNorm2d
 from toy_detection import CLASSES, toy_data, toy_split
 
-from defectlab import costs
-from defectlab.anomaly.teacher import IMAGENET_MEAN, IMAGENET_STD, WeightsError
-from defectlab.costs import parameters
-from defectlab.data.augment import Batch, plain
-from defectlab.data.detection_tensors import DetectionData
-from defectlab.detector import torchvision_detectors
-from defectlab.detector.evaluation import unpack
-from defectlab.detector.torchvision_detectors import (
-    LEAST_SSD_SIZE,
-    RATES,
-    TorchvisionSettings,
-    build_torchvision,
-    predict_torchvision,
-    run_torchvision,
-    to_targets,
-    torchvision_loss,
-)
-from defectlab.train import OutOfTime, Session
+from defectlab.data.augment import Batch
+from defectlab.data.augment import plain
+from defectlab.data.boxes import DetectionData
+from defectlab.metrics import costs
+from defectlab.metrics.costs import parameters
+from defectlab.metrics.detection import unpack
+from defectlab.networks.resnet import IMAGENET_MEAN
+from defectlab.networks.resnet import IMAGENET_STD
+from defectlab.networks.resnet import WeightsError
+from defectlab.networks.torchvision_detectors import LEAST_SSD_SIZE
+from defectlab.networks.torchvision_detectors import RATES
+from defectlab.networks.torchvision_detectors import TorchvisionSettings
+from defectlab.networks.torchvision_detectors import build_torchvision
+from defectlab.networks.torchvision_detectors import to_targets
+from defectlab.networks.torchvision_detectors import torchvision_loss
+from defectlab.runs import OutOfTime
+from defectlab.runs import Session
+from defectlab.training import torchvision_detectors
+from defectlab.training.torchvision_detectors import predict_torchvision
+from defectlab.training.torchvision_detectors import run_torchvision
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
 
 PUBLISHED = {
     "faster_rcnn": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,

@@ -11,17 +11,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from defectlab.train import (
-    NonFiniteLoss,
-    OutOfTime,
-    Session,
-    Trained,
-    autocast,
-    epoch_order,
-    fast_bf16,
-    schedule_factor,
-    train,
-)
+from defectlab.precision import autocast
+from defectlab.precision import fast_bf16
+from defectlab.runs import NonFiniteLoss
+from defectlab.runs import OutOfTime
+from defectlab.runs import Session
+from defectlab.training.loop import Trained
+from defectlab.training.loop import epoch_order
+from defectlab.training.loop import schedule_factor
+from defectlab.training.loop import train
+
+
+
+
+
+
+
+
+
+
+
 
 EPOCHS, BATCH, IMAGES = 4, 3, 8
 
@@ -315,7 +324,7 @@ def test_a_device_without_memory_does_not_condemn_the_checkpoint(
     def no_memory(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("defectlab.train.load_checkpoint", no_memory)
+    monkeypatch.setattr("defectlab.training.loop.load_checkpoint", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         fit(session=quiet(checkpoint=checkpoint))
 
@@ -332,7 +341,7 @@ def test_checkpoint_on_a_full_disk_names_the_file_and_keeps_the_old_one(
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("defectlab.train.save_file", no_space)
+    monkeypatch.setattr("defectlab.training.loop.save_file", no_space)
     with pytest.raises(OSError, match=r"could not write .*row\.safetensors"):
         fit(session=quiet(checkpoint=checkpoint, deadline=past()))
     assert checkpoint.read_bytes() == before

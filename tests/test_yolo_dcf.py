@@ -9,27 +9,47 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from toy_detection import toy_data
 
-from defectlab.costs import parameters
-from defectlab.data.augment import Augmentation, augment
-from defectlab.detector.blocks import folded
-from defectlab.detector.detect import build_detector
-from defectlab.detector.model import Detector
-from defectlab.papers.yolo_dcf import (
-    BLOCKS,
-    FUSIONS,
-    CBAMFusion,
-    ContextGuidedFusion,
-    DualDistillation,
-    MultiScaleResidualBlock,
-    Settings,
-    SqueezeExcitationFusion,
-    block_relation_loss,
-    block_relations,
-    build,
-    channel_emphasis,
-    channel_loss,
-    make_loss,
-)
+from defectlab.data.augment import Augmentation
+from defectlab.data.augment import augment
+from defectlab.metrics.costs import parameters
+from defectlab.networks.yolo.blocks import folded
+from defectlab.networks.yolo.model import Detector
+from defectlab.networks.yolo.model import build_detector
+from defectlab.papers.yolo_dcf import BLOCKS
+from defectlab.papers.yolo_dcf import CBAMFusion
+from defectlab.papers.yolo_dcf import ContextGuidedFusion
+from defectlab.papers.yolo_dcf import DualDistillation
+from defectlab.papers.yolo_dcf import FUSIONS
+from defectlab.papers.yolo_dcf import MultiScaleResidualBlock
+from defectlab.papers.yolo_dcf import Settings
+from defectlab.papers.yolo_dcf import SqueezeExcitationFusion
+from defectlab.papers.yolo_dcf import block_relation_loss
+from defectlab.papers.yolo_dcf import block_relations
+from defectlab.papers.yolo_dcf import build
+from defectlab.papers.yolo_dcf import channel_emphasis
+from defectlab.papers.yolo_dcf import channel_loss
+from defectlab.training.yolo_dcf import make_loss
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
 
 TINY = Settings(dataset="toy", scale="t", size=64, precision="fp32")
 

@@ -13,14 +13,32 @@ from torch import Tensor
 from toy_detection import recorded, runs_of, toy_data
 
 from defectlab import runs
-from defectlab.data.detection_tensors import DetectionData
-from defectlab.detector import robustness
-from defectlab.detector.detect import build_detector
-from defectlab.detector.robustness import KEPT, RobustnessSettings, robustness_statistic, run_robustness, summary
-from defectlab.detector.training import DetectorSettings
+from defectlab.data.boxes import DetectionData
+from defectlab.metrics.robustness import KEPT
+from defectlab.metrics.robustness import robustness_statistic
+from defectlab.metrics.robustness import summary
+from defectlab.networks.yolo.model import build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers import yolo_dcf
 from defectlab.runs import Record
-from defectlab.train import Session
+from defectlab.runs import Session
+from defectlab.studies.yolo_dcf import PRIMARY
+from defectlab.studies.yolo_dcf import ROWS
+from defectlab.studies.yolo_dcf import planned_seeds
+from defectlab.studies.yolo_dcf import run_row
+from defectlab.training import robustness
+from defectlab.training.robustness import RobustnessSettings
+from defectlab.training.robustness import run_robustness
+from defectlab.training.yolo_dcf import teacher_settings
+
+
+
+
+
+
+
+
+
 
 TINY = {
     "dataset": "toy", "scale": "t", "size": 64, "epochs": 1, "batch": 4, "warm_up": 0.0, "close_mosaic": 0,
@@ -43,14 +61,14 @@ def differing(first: DetectorSettings, second: DetectorSettings) -> set[str]:
 
 @pytest.mark.parametrize("profile", runs.PROFILES)
 def test_rows(profile: str) -> None:
-    rows = yolo_dcf.ROWS[profile]
+    rows = ROWS[profile]
     assert list(rows) == [*STEEL, *BOARD, "baseline_robustness", "yolo_dcf_robustness"]
-    assert set(yolo_dcf.PRIMARY) < set(rows)
-    assert all(yolo_dcf.planned_seeds(row, profile) >= 1 for row in rows)
+    assert set(PRIMARY) < set(rows)
+    assert all(planned_seeds(row, profile) >= 1 for row in rows)
     for prefix in ("", "pcb_"):
         whole, modules, teacher = (rows[prefix + name] for name in ("yolo_dcf", "modules", "teacher"))
         assert differing(whole, modules) == {"teacher_scale", "relation", "channel"}
-        assert yolo_dcf.teacher_settings(whole) == teacher
+        assert teacher_settings(whole) == teacher
         assert differing(teacher, modules) == (set() if profile == "smoke" else {"scale"})
     assert differing(rows["relation"], rows["yolo_dcf"]) == {"channel"} and rows["relation"].channel == 0
     assert differing(rows["channel"], rows["yolo_dcf"]) == {"relation"} and rows["channel"].relation == 0
@@ -64,7 +82,7 @@ def test_rows(profile: str) -> None:
 
 
 def test_a_student_learns_from_its_own_kind() -> None:
-    teacher = yolo_dcf.teacher_settings(STUDENT)
+    teacher = teacher_settings(STUDENT)
     assert (teacher.scale, teacher.teacher_scale, teacher.relation, teacher.channel) == ("n", "", 0.0, 0.0)
     assert differing(teacher, STUDENT) == {"scale", "teacher_scale", "relation", "channel"}
 
@@ -77,8 +95,8 @@ def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]
     """run(settings, seed) -> record, in a project of this file's own, on the toy set."""
     monkeypatch.setattr(runs, "project_root", lambda: project)
     monkeypatch.setattr(robustness, "load_detection", lambda dataset, size, device: toy_data(size))
-    monkeypatch.setattr("defectlab.detector.detect.COST_SIZE", 64)
-    return runs_of(yolo_dcf.run_row, lambda settings, device: toy_data(settings.size))
+    monkeypatch.setattr("defectlab.training.detection.COST_SIZE", 64)
+    return runs_of(run_row, lambda settings, device: toy_data(settings.size))
 
 
 def test_the_teacher_is_trained_first_and_once(run: Callable[..., Record], project: Path) -> None:
@@ -133,10 +151,10 @@ def test_weights_missing_beside_their_record_are_named(run: Callable[..., Record
     """As after copying records without weights from another machine."""
     seed = 5 if kind == "teacher" else 6
     first = replace(STUDENT, teacher_seed=seed)
-    record = run(yolo_dcf.teacher_settings(first), seed)
+    record = run(teacher_settings(first), seed)
     weights = record.path.with_suffix(".safetensors")
     weights.unlink()
-    later = first if kind == "teacher" else RobustnessSettings(of=yolo_dcf.teacher_settings(first))
+    later = first if kind == "teacher" else RobustnessSettings(of=teacher_settings(first))
     with pytest.raises(ValueError, match=r"is missing beside its record: delete .* and run that row again") as caught:
         run(later, seed)
     assert str(weights) in str(caught.value) and str(record.path) in str(caught.value)

@@ -11,11 +11,22 @@ from torch import Tensor, nn
 
 from defectlab import runs
 from defectlab.data.augment import Batch
-from defectlab.data.detection_tensors import DetectionData, DetectionSplit
-from defectlab.detector.detect import build_detector, detection_loss
-from defectlab.detector.model import Detector
-from defectlab.detector.training import DetectorSettings, train_detector
-from defectlab.train import Session, Trained
+from defectlab.data.boxes import DetectionData
+from defectlab.data.boxes import DetectionSplit
+from defectlab.networks.yolo.losses import detection_loss
+from defectlab.networks.yolo.model import Detector
+from defectlab.networks.yolo.model import build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.runs import Session
+from defectlab.training.detector import train_detector
+from defectlab.training.loop import Trained
+
+
+
+
+
+
+
 
 CLASSES = ("rectangle", "ellipse")
 SHORT = DetectorSettings(

@@ -11,19 +11,20 @@ are 200. Both conventions would give that range.
 
 from __future__ import annotations
 
-import json
+from PIL import Image
+from PIL import UnidentifiedImageError
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from defectlab.files import DataError
 from pathlib import Path
 from xml.etree import ElementTree
-
+import json
 import numpy as np
 import yaml
-from PIL import Image, UnidentifiedImageError
 
-from defectlab.data.store import DataError
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
 TOLERANCE = 1.0  # pixels that a box may lie outside: files count from 0 or from 1, and round

@@ -6,23 +6,25 @@ held out as `dev`, where design choices are made, with a defect pasted on a copy
 
 from __future__ import annotations
 
-import hashlib
-import os
+from PIL import Image
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from defectlab.data import fetch as store
+from defectlab.data.images import MASK_SIZE
+from defectlab.data.images import decode
+from defectlab.data.images import resize_mask
+from defectlab.data.images import to_square
+from defectlab.data.splits import _shuffled
+from defectlab.files import DataError
+from defectlab.files import data_dir
 from functools import partial
 from pathlib import Path
-
-import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.nn.functional import interpolate
+import hashlib
+import numpy as np
+import os
+import torch
 
-from defectlab.data import store
-from defectlab.data.store import DataError
-
-MASK_SIZE = 256  # anomaly maps are compared with the masks at this size, whatever the images' size
 MAGNETIC_TILE = "magnetic_tile"
 SYNTHETIC_TILE, SYNTHETIC_NUT = "synthetic_tile", "synthetic_nut"
 SYNTHETIC = {SYNTHETIC_TILE: "synthetic tiles", SYNTHETIC_NUT: "synthetic nuts"}  # name: label in tables
@@ -90,37 +92,9 @@ class Sample:
         return self.path if self.pasted is None else f"{self.path}+{self.type}"
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
-
-
-def decode(path: Path, remedy: str) -> Image.Image:
-    """The picture as mode "L" if it is grey, else "RGB"."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{path} has more than 8 bits a pixel: save it with 8 bits")
-            return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: {remedy}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # PIL raises all four
-        raise DataError(f"{path} cannot be decoded ({error}): {remedy}") from error
-
-
-def to_square(image: Image.Image, size: int) -> np.ndarray:
-    """(3, size, size) uint8. PIL's bilinear filter widens when it shrinks, so it is antialiased."""
-    small = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    return np.broadcast_to(small, (3, size, size)) if small.ndim == 2 else small.transpose(2, 0, 1)
-
-
-def resize_mask(mask: np.ndarray, size: int = MASK_SIZE) -> np.ndarray:
-    """(H, W) bool to (size, size) uint8."""
-    resized = interpolate(torch.from_numpy(mask.astype(np.uint8))[None, None], (size, size), mode="nearest-exact")
-    return resized[0, 0].numpy()
-
-
 def _paste_defect(image: Image.Image, kind: str, seed: int) -> tuple[Image.Image, np.ndarray]:
     """The image with a defect drawn on it and its mask (H, W) bool; a colour image gets the change of its grey."""
-    from defectlab.data.synthetic import add_defect  # here, because the drawing needs scipy and reading does not
+    from defectlab.data.synthetic.pasted import add_defect  # here, because the drawing needs scipy and reading does not
 
     grey = np.asarray(image.convert("L"))
     changed, mask = add_defect(grey, kind, np.random.default_rng(seed))
@@ -172,14 +146,6 @@ def _read_split(
     return AnomalySplit(*(tensor.to(device) for tensor in tensors), names, tuple(originals))
 
 
-# ------------------------------------------------------------------------------------------------------------- layouts
-
-
-def _shuffled(names: list[str], purpose: str) -> list[str]:
-    """A fixed order that looks random: by hash, so it depends on no library's random numbers and on no other name."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{purpose} {name}".encode()).digest())
-
-
 def _tile_samples(files: list[str], folder: Path, train_list: Path | None) -> tuple[list[Sample], list[Sample]]:
     """Train and test samples of the tile layout, MT_<Type>/Imgs/<name>.jpg with a mask <name>.png beside it."""
     normal = [path for path in files if path.startswith("MT_Free/") and path.endswith(".jpg")]
@@ -226,7 +192,7 @@ def _hold_out(train: list[Sample], pasted_types: tuple[str, ...]) -> tuple[list[
 
 def ensure_synthetic(root: Path, name: str = SYNTHETIC_TILE) -> store.Manifest:
     """Draw a stand-in into `root / name` unless this version's drawing is already there."""
-    from defectlab.data import synthetic
+    from defectlab.data.synthetic import tiles as synthetic
 
     nut = partial(synthetic.write_mvtec, category=".")  # the set's folder is the category's
     draw = {SYNTHETIC_TILE: synthetic.write_magnetic_tile, SYNTHETIC_NUT: nut}[name]
@@ -250,7 +216,7 @@ class Plan:
 
 
 def plan_of(name: str, root: Path | None) -> Plan:
-    root = store.data_dir() if root is None else Path(root)
+    root = data_dir() if root is None else Path(root)
     folder = root / name
     if name in SYNTHETIC:
         manifest, remedy, label = ensure_synthetic(root, name), f"delete {folder} and load it again", SYNTHETIC[name]

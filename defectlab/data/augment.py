@@ -14,14 +14,15 @@ Beta(32, 32) as is usual for detectors.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-
-import torch
+from defectlab.data.images import GROUND
+from defectlab.geometry import _grid
+from defectlab.geometry import enclose
 from torch import Tensor
 from torch.nn.functional import grid_sample
+import math
+import torch
 
-GROUND = 114  # of 255: the grey outside any picture, as in the letterbox
 MIN_SIDE = 2.0  # px: boxes that are narrower or lower after clipping are dropped
 MAX_ASPECT = 100.0  # longer side over shorter side, above which a box is dropped
 MIN_AREA = 0.10  # of the area before clipping that has to remain
@@ -133,21 +134,6 @@ def plain(split_images: Tensor, indices: Tensor) -> Tensor:
     return (split_images[indices.to(split_images.device)] / 255).expand(-1, 3, -1, -1)
 
 
-def warp(features: Tensor, matrices: Tensor, size: int, ground: float = 0.0) -> Tensor:
-    """Maps (B, C, h, w) of S x S pictures moved as the pictures were: (B, C, h, w), bilinear, in the maps' dtype.
-
-    `matrices` (B, 3, 3) map pixels of the S x S picture to pixels of the output, `size` is S, and `ground` is the value
-    outside the map. The maps may have any resolution, as long as they span the whole picture.
-    """
-    back = torch.linalg.inv_ex(matrices.double()).inverse[:, :2]  # inv would synchronise; (B, 2, 3), output -> input
-    linear, shift = back[..., :2], back[..., 2]
-    shift = linear.sum(2) + 2 / size * shift - 1  # pixels 0..S -> -1..1 on both sides
-    theta = torch.cat([linear, shift[..., None]], 2).float()
-    height, width = features.shape[-2:]
-    moved = grid_sample((features - ground).float(), _grid(theta, height, width), align_corners=False)
-    return (moved + ground).to(features.dtype)
-
-
 # ------------------------------------------------------------------------------------------------------------ drawing
 
 
@@ -254,19 +240,6 @@ def _sample(tiles: Tensor, visible: Tensor, theta: Tensor) -> Tensor:
     return grid_sample(atlas, _grid(theta, size, size), mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _grid(theta: Tensor, height: int, width: int) -> Tensor:
-    """(B, h, w, 2) sampling positions for `theta` (B, 2, 3), output -> input, both in -1..1.
-
-    Written with products and sums, as affine_grid's matrix product would lose a tenth of a pixel in TF32.
-    """
-    x = (2 * torch.arange(width, device=theta.device) + 1) / width - 1  # pixel centres
-    y = (2 * torch.arange(height, device=theta.device) + 1) / height - 1
-    theta = theta[:, :, :, None]  # (B, 2, 3, 1)
-    along_x = theta[:, :, 0] * x  # (B, 2, w)
-    along_y = theta[:, :, 1] * y + theta[:, :, 2]  # (B, 2, h)
-    return (along_x[:, :, None] + along_y[..., None]).permute(0, 2, 3, 1)
-
-
 def _colour(levels: Tensor, drawn: dict[str, Tensor], settings: Augmentation) -> Tensor:
     """Levels above ground (B, C, S, S) -> (B, C, S, S) in 0..1 with the drawn colour, written over the input."""
     brightness, contrast = drawn["brightness"], drawn["contrast"]
@@ -298,18 +271,6 @@ def _move_boxes(boxes: Tensor, matrices: Tensor, visible: Tensor, offsets: Tenso
         & (sides.prod(-1) >= MIN_AREA * (whole[..., 2:] - whole[..., :2]).prod(-1))
     )
     return clipped, keep
-
-
-def enclose(boxes: Tensor, matrices: Tensor) -> Tensor:
-    """The boxes that enclose the four moved corners of boxes (..., M, 4): the centre moves, |A| gives the half sides.
-
-    `matrices` (..., 3, 3) move all M boxes of their place.
-    """
-    linear, shift = matrices[..., None, :2, :2], matrices[..., None, :2, 2]  # (..., 1, 2, 2), (..., 1, 2)
-    low, high = boxes[..., None, :2], boxes[..., None, 2:]  # (..., M, 1, 2)
-    centre = (linear * (low + high) / 2).sum(-1) + shift
-    half = (linear.abs() * (high - low) / 2).sum(-1)
-    return torch.cat([centre - half, centre + half], -1)
 
 
 def _pack(boxes: Tensor, labels: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,11 @@
 """Pictures spoilt as in a factory: motion blur and sensor noise, batched on the device."""
 
-import math
-
-import torch
+from defectlab.precision import full_float32
 from torch import Tensor
 from torch.nn import functional
+import math
+import torch
 
-from defectlab.train import full_float32
 
 
 def line_kernel(length: float, angle: float, side: int) -> Tensor:

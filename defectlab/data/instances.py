@@ -14,29 +14,34 @@ joined from two others with a blended seam, and 15 of them repeat a fifth or mor
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from defectlab.data import fetch as store
+from defectlab.data.annotations import Annotations
+from defectlab.data.annotations import Picture
+from defectlab.data.annotations import decode
+from defectlab.data.augment import Batch
+from defectlab.data.boxes import DetectionData
+from defectlab.data.boxes import DetectionSplit
+from defectlab.data.boxes import to_data
+from defectlab.data.splits import with_dev
+from defectlab.data.synthetic.steel import write_steel_masks
+from defectlab.files import DataError
+from defectlab.files import data_dir
+from defectlab.geometry import enclose
+from defectlab.geometry import warp_maps
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-import torch
-from einops import einsum
-from PIL import Image
 from scipy import ndimage
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate
+from torch.nn.functional import pad
+from typing import NamedTuple
+import hashlib
+import numpy as np
+import os
+import torch
 
-from defectlab.data import store
-from defectlab.data.annotations import Annotations, Picture, decode
-from defectlab.data.augment import Batch, enclose
-from defectlab.data.detection import with_dev
-from defectlab.data.detection_tensors import DetectionData, DetectionSplit, to_data
-from defectlab.data.store import DataError
-from defectlab.data.synthetic_detection import STEEL_KINDS, _steel_picture
 
 CLASSES = ("inclusion", "patches", "scratches")  # mask values 1, 2, 3; the names are those of the literature
 SPECK = 16  # ours: px of the original; a smaller component is no instance
@@ -140,7 +145,7 @@ def _neu_seg_splits(dataset: str) -> tuple[list[str], list[str], list[str]]:
 def _plan(dataset: str, root: Path | None) -> _Plan:
     if dataset not in LABELS:
         raise DataError(f"there is no set with masks called {dataset!r}: choose one of {', '.join(LABELS)}")
-    root = store.data_dir() if root is None else Path(root)
+    root = data_dir() if root is None else Path(root)
     label = LABELS[dataset]
     if dataset.startswith(NEU_SEG):
         folder, remedy = root / NEU_SEG, "run `python data_scripts/neu_seg.py`"
@@ -225,24 +230,6 @@ def _with_maps(split: DetectionSplit, read: Mapping[str, tuple], size: int) -> I
     return InstanceSplit(**vars(split), maps=maps, original_maps=original)
 
 
-# ------------------------------------------------------------------------------------------------------- augmentation
-
-
-def warp_maps(maps: Tensor, matrices: Tensor, size: int) -> Tensor:
-    """Maps (B, S, S) of whole numbers moved as their pictures were, nearest, 0 outside: (B, S, S), dtype as given.
-
-    `matrices` (B, 3, 3) map pixels of the picture to pixels of the output, `size` is S; as `augment.warp`.
-    """
-    back = torch.linalg.inv_ex(matrices.double()).inverse  # output -> input
-    centres = torch.arange(size, device=maps.device, dtype=torch.float64) + 0.5
-    x, y = torch.meshgrid(centres, centres, indexing="xy")
-    points = torch.stack([x, y, torch.ones_like(x)])  # (3, S, S)
-    column, row = einsum(back[:, :2], points, "b i j, j h w -> i b h w").floor().long()
-    inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)
-    flat = row.clamp(0, size - 1) * size + column.clamp(0, size - 1)
-    return maps.flatten(1).gather(1, flat.flatten(1)).view_as(maps) * inside
-
-
 def move_instances(split: InstanceSplit, batch: Batch) -> Tensor:
     """(B, S, S) int64: the split's instances as they lie in an augmented batch; k + 1 is where box k of the batch is.
 
@@ -262,36 +249,6 @@ def move_instances(split: InstanceSplit, batch: Batch) -> Tensor:
     renumbered[:, 0] = 0
     maps = warp_maps(split.maps[index], matrices, size)
     return renumbered.gather(1, maps.flatten(1).long()).view(maps.shape)
-
-
-# ----------------------------------------------------------------------------------------------------------- stand-in
-
-
-def write_steel_masks(folder: Path, count: int = 16, size: int = 100, seed: int = 0) -> None:
-    """Write a stand-in of NEU-Seg: images/<part>/<kind>_<number>.jpg and annotations/<part>/<kind>_<number>.png.
-
-    `count` drawn strips of `size` x `size` pixels for each of `CLASSES`, the last quarter of them for testing. A mask
-    marks where the drawing changed the strip by a third of its largest change or more; objects of other kinds are
-    background. The same seed draws the same pictures.
-    """
-    for kind in CLASSES:
-        for number in range(count):
-            rng = np.random.default_rng([seed, STEEL_KINDS.index(kind), number])
-            clean, picture, objects = _steel_picture(rng, kind, size)
-            change = np.abs(picture.astype(int) - clean)
-            mask = np.zeros((size, size), np.uint8)
-            for name, (x1, y1, x2, y2) in objects:
-                if name in CLASSES:
-                    window = change[y1:y2, x1:x2]
-                    drawn = np.pad(window > window.max() / 3, 2)
-                    # a torn line or a grainy patch is one object: gaps of up to four pixels are closed
-                    closed = ndimage.binary_closing(drawn, np.ones((3, 3)), 2)[2:-2, 2:-2]
-                    mask[y1:y2, x1:x2][closed] = CLASSES.index(name) + 1
-            part = "test" if number >= count - count // 4 else "training"
-            for group, pixels, suffix in (("images", picture, "jpg"), ("annotations", mask, "png")):
-                path = Path(folder) / group / part / f"{kind}_{number}.{suffix}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path, **({"quality": 95} if suffix == "jpg" else {}))
 
 
 def ensure_synthetic_masks(root: Path) -> store.Manifest:

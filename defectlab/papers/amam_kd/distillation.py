@@ -14,28 +14,24 @@ that these are fitted apart from it, to pasted defects.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from defectlab.networks.reverse_distillation import MultiScaleFusion
+from defectlab.networks.reverse_distillation import RD4ADSettings
+from defectlab.networks.reverse_distillation import ResidualBlock
+from defectlab.networks.reverse_distillation import per_position_discrepancy
+from defectlab.networks.reverse_distillation import stage
+from defectlab.papers.amam_kd.weighting import KERNELS
+from defectlab.papers.amam_kd.weighting import MapWeighting
+from defectlab.papers.amam_kd.weighting import inverse_softplus
+from defectlab.precision import at_least_float32
+from einops import rearrange
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar
-
-import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.nn import functional
+from typing import ClassVar
+import torch
 
-from defectlab.anomaly import distil
-from defectlab.anomaly.baselines import RD4ADSettings
-from defectlab.anomaly.reverse_distillation import (
-    MultiScaleFusion,
-    ResidualBlock,
-    at_least_float32,
-    per_position_discrepancy,
-    stage,
-)
-from defectlab.data.anomaly import AnomalyData
-from defectlab.papers.amam_kd.weighting import KERNELS, MapWeighting, fit_weighting, inverse_softplus
-from defectlab.runs import Result
-from defectlab.train import Session
 
 WIDTH, TOKENS = 512, 14  # Table 3: the embedding is 14 x 14 x 512
 
@@ -299,52 +295,6 @@ def build(settings: DistillationSettings, channels: tuple[int, int, int], bottle
     return KnowledgeDistillation(channels, bottleneck, settings)
 
 
-def make_loss(settings: DistillationSettings) -> DistillationLoss:
-    return DistillationLoss(settings)
-
-
 def to_maps(network: KnowledgeDistillation, teacher: list[Tensor], student: list[Tensor]) -> Tensor:
     """AL of a batch, (B, 256, 256), not smoothed. M^k is the cosine's for every loss (ours)."""
     return network.weighting(discrepancies(teacher, student))
-
-
-def train_distillation(
-    settings: DistillationSettings, seed: int, data: AnomalyData, device: str | torch.device, session: Session
-) -> distil.Student:
-    """Train on `data.train`, then fit the weighting of the maps on `data.dev` (held-out normals and pasted defects).
-
-    `data` may hold crops: it needs a fingerprint of its own, and masks (of dev) that are the crops'.
-    """
-    student = distil.train_student(settings, seed, data, device, session, build, make_loss)
-    network = student.network
-    if settings.weighting == "printed":
-        network.weighting.kernels.copy_(student.loss.weights().detach().view(3, 1, 1))
-    elif settings.weighting != "none":
-        dev = distil.cached_features(data, "dev", settings, device)
-        maps = zip(*distil.compare(network, dev, discrepancies, student.precision), strict=True)
-        network.weighting = fit_weighting([torch.cat(m) for m in maps], data.dev.masks, KERNELS[settings.weighting])
-    return student
-
-
-def map_split(
-    student: distil.Student, settings: DistillationSettings, data: AnomalyData, part: str, device: str | torch.device
-) -> Tensor:
-    """Smoothed AL (ours: the Gaussian of RD4AD) of "dev" or "test": (N, 256, 256)."""
-    features = distil.cached_features(data, part, settings, device)
-    return distil.score_features(student.network, features, partial(to_maps, student.network), student.precision)
-
-
-def weights_in_words(network: KnowledgeDistillation) -> str:
-    """The sum of each layer's kernel: "layer 1: 0.41, layer 2: 1.2, layer 3: 1.39"."""
-    return ", ".join(f"layer {k}: {w:.3g}" for k, w in enumerate(network.weighting.kernels.sum((1, 2)).tolist(), 1))
-
-
-def run_distillation(
-    settings: DistillationSettings, seed: int, data: AnomalyData, device: str | torch.device, session: Session
-) -> Result:
-    """One row and seed; AD, the image score, is the maximum of AL (section 3.2.2)."""
-    student = train_distillation(settings, seed, data, device, session)
-    maps = [map_split(student, settings, data, part, device) for part in ("dev", "test")]
-    result = distil.result_of(student, data, *maps)
-    result.notes = {"weighting": weights_in_words(student.network)}
-    return result

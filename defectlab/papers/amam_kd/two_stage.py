@@ -7,26 +7,19 @@ are judged on the same pixels; and on the cut-out alone, the paper's way, where 
 cannot be compared.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import numpy as np
-import torch
+from dataclasses import dataclass
+from defectlab.networks.reverse_distillation import MAP_SIZE
+from defectlab.papers.amam_kd import segmentation
+from defectlab.papers.amam_kd.distillation import DistillationSettings
+from defectlab.training.amam_kd import outside
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
+from typing import ClassVar
+import numpy as np
+import torch
 
-from defectlab.anomaly.distil import evaluate, result_of
-from defectlab.anomaly.maps import MAP_SIZE
-from defectlab.data.anomaly import AnomalyData, AnomalySplit
-from defectlab.papers.amam_kd import distillation, segmentation
-from defectlab.papers.amam_kd.distillation import DistillationSettings
-from defectlab.runs import Record, Result
-from defectlab.segmentation.training import load_segmenter, segment
-from defectlab.train import Session, precision_of
-
-PARTS = ("train", "dev", "test")
 SEGMENTER = segmentation.Settings(split="good")
 DETECTOR = DistillationSettings()
 
@@ -107,62 +100,3 @@ def paste_back(maps: Tensor, boxes: Tensor, fill: float) -> Tensor:
         maps[:, None], grid.to(maps.dtype), "bilinear", padding_mode="border", align_corners=False
     )
     return values[:, 0].where(inside, fill)
-
-
-def cut_split(split: AnomalySplit, boxes: Tensor, size: int) -> AnomalySplit:
-    """Images and masks of a split, cut along `boxes`; an image whose defect lies outside its box has no mask."""
-    masks = cut(split.masks[:, None], boxes, MAP_SIZE, v2.InterpolationMode.NEAREST_EXACT)[:, 0]
-    return replace(
-        split,
-        images=cut(split.images, boxes, size, v2.InterpolationMode.BILINEAR),
-        masks=masks,
-        has_mask=masks.flatten(1).any(1) | (split.labels == 0),
-    )
-
-
-# --- One run ---------------------------------------------------------------------------------------------------------
-
-
-def find_boxes(settings: TwoStageSettings, record: Record, split: AnomalySplit, device: str | torch.device) -> Tensor:
-    """Boxes of a split's images by the segmenter whose run is `record`, at the threshold from its dev images."""
-    segmenter = load_segmenter(record, settings.segmenter, segmentation.build, device)
-    size = settings.segmenter.size
-    small = v2.functional.resize(split.images, [size, size], antialias=True)
-    found = segment(segmenter, small, precision_of(settings.segmenter, device)) > record.dev["threshold"]
-    return square_boxes(found, settings.margin)
-
-
-def run_two_stage(
-    settings: TwoStageSettings, seed: int, data: AnomalyData, device: str | torch.device, session: Session
-) -> Result:
-    """One row and seed: the usual metrics on whole pictures, those of the cut-outs as "..._crop", "crop_share"."""
-    record = session.need(settings.segmenter, seed)
-    boxes = {part: find_boxes(settings, record, getattr(data, part), device) for part in PARTS}
-    crops = replace(
-        data,
-        fingerprint=f"{data.fingerprint}, cut by {record.model_sha256} with margin {settings.margin}",
-        **{part: cut_split(getattr(data, part), boxes[part], settings.detector.size) for part in PARTS},
-    )
-    student = distillation.train_distillation(settings.detector, seed, crops, device, session)
-    maps = {part: distillation.map_split(student, settings.detector, crops, part, device) for part in ("dev", "test")}
-    fill = float(maps["dev"].min())  # what lies outside the box is called normal
-    result = result_of(student, data, *(paste_back(maps[part], boxes[part], fill) for part in maps))
-    alone = evaluate(crops, maps["dev"], maps["test"]).metrics
-    result.metrics |= {f"{metric}_crop": alone[metric] for metric in ("image_auroc", "pixel_auroc", "aupro")}
-    sides = boxes["test"][:, 2] - boxes["test"][:, 0]
-    result.metrics["crop_share"] = round(100 * float(sides.square().mean()), 4)
-    whole = sum(int((b[:, 2] - b[:, 0] == 1).sum()) for b in boxes.values())
-    result.notes = {
-        "segmenter": record.key,
-        "segmenter_sha256": record.model_sha256,
-        "weighting": distillation.weights_in_words(student.network),
-        "boxes": f"{whole} of {sum(map(len, boxes.values()))} pictures were not cut (no nut found, or it fills them)",
-        "outside": f"{100 * outside(data.test.masks, boxes['test']):.3f} % of the test set's defect pixels are cut off",
-    }
-    return result
-
-
-def outside(masks: Tensor, boxes: Tensor) -> float:
-    """The share of the defect pixels (N, 256, 256) that lie outside their picture's box."""
-    kept = paste_back(torch.ones_like(masks, dtype=torch.float32), boxes, 0.0) > 0
-    return float((masks.bool() & ~kept).sum() / masks.sum())

@@ -1,0 +1,370 @@
+"""Fetch, unpack, describe and verify data sets: the one module behind every script in `data_scripts`.
+
+A data set is a folder below `data_dir()` with a `manifest.json` that lists every file's size and sha256. It
+appears by one rename when it is complete, so it is never seen half-unpacked. Readers call `quick_check` (names
+and sizes) at every load; `verify` reads every byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from dataclasses import dataclass
+from defectlab.data.unpacking import require_space
+from defectlab.data.unpacking import unpack
+from defectlab.files import DataError
+from defectlab.files import data_dir
+from filelock import FileLock
+from pathlib import Path
+import argparse
+import errno
+import hashlib
+import json
+import os
+import pooch
+import shutil
+import sys
+import tempfile
+
+
+MANIFEST = "manifest.json"
+_SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # file managers leave these behind
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One public address of an archive; `sha256` is None where it is not known."""
+
+    url: str
+    sha256: str | None = None
+    size: int = 0  # bytes, about: free space is checked before the download
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a data script knows about its set.
+
+    `members` is a regular expression over the full member names of an archive; its group `path` is where a
+    matching member goes below `folder`, and members that do not match are left out. So archives with other
+    top-level folders and extra files give one content. `check` gets the unpacked folder, raises DataError if
+    it is not this set, and returns a note for the manifest (such as "reduced", or "").
+    """
+
+    name: str  # as printed
+    folder: str  # below data_dir(), "/" between parts
+    command: str  # the command that fetches it
+    members: str
+    sources: tuple[Source, ...]
+    page: str
+    licence: str
+    citation: str
+    archive_sha256: tuple[str, ...] = ()  # archives known to hold the set, beside those in `sources`
+    unpacked_limit: int = 2 * 2**30  # bytes; an archive that unpacks to more is refused
+    fingerprint: str | None = None  # of the content, see `Manifest`
+    check: Callable[[Path], str] | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`files` maps a path relative to the folder ("/" between parts) to (size in bytes, sha256).
+
+    `fingerprint` is the sha256 over the lines "path sha256\\n", sorted by path: the identity of the content,
+    whatever archive it came from.
+    """
+
+    name: str
+    note: str
+    source: str
+    archive_sha256: str | None
+    fingerprint: str
+    files: dict[str, tuple[int, str]]
+
+
+# --------------------------------------------------------------------------------------------------- manifest
+
+
+def _fingerprint(files: dict[str, tuple[int, str]]) -> str:
+    lines = "".join(f"{path} {sha256}\n" for path, (_, sha256) in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _list_files(folder: Path) -> Iterator[tuple[str, int]]:
+    """(relative path, size) of every file of the set: not the manifest, nor what file managers leave."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            relative = path.relative_to(folder).as_posix()
+            if relative != MANIFEST and not name.startswith(".") and name not in _SYSTEM_FILES:
+                yield relative, path.stat().st_size
+
+
+def write_manifest(folder: Path, name: str, source: str, note: str = "", archive_sha256: str | None = None) -> Manifest:
+    """Hash every file below `folder` and write its manifest.json atomically."""
+    files = {path: (size, pooch.file_hash(folder / path, "sha256")) for path, size in _list_files(folder)}
+    manifest = Manifest(name, note, source, archive_sha256, _fingerprint(files), dict(sorted(files.items())))
+    temporary = folder / f".{MANIFEST}.part"
+    temporary.write_text(json.dumps(asdict(manifest), indent=0) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)
+    return manifest
+
+
+def read_manifest(folder: Path, remedy: str) -> Manifest:
+    """The manifest of `folder`; DataError (ending in `remedy`) if it is missing, unreadable or edited."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist: {remedy}")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(
+            f"{path} is missing, so nothing says that the set is complete: move {folder} away, then {remedy}"
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: (int(size), str(sha256)) for name, (size, sha256) in fields.pop("files").items()}
+        manifest = Manifest(**fields, files=files)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({error}): delete {folder}, then {remedy}") from error
+    if _fingerprint(files) != manifest.fingerprint:
+        raise DataError(f"{path} was edited (its fingerprint does not fit its list): delete {folder}, then {remedy}")
+    return manifest
+
+
+def quick_check(folder: Path, remedy: str) -> Manifest:
+    """Compare names and sizes with the manifest, reading no file; DataError names the first that differs."""
+    manifest = read_manifest(folder, remedy)
+    present = dict(_list_files(folder))
+    for path, (size, _) in manifest.files.items():
+        if path not in present:
+            raise DataError(f"{folder / path} is missing: delete {folder}, then {remedy}")
+        if present[path] != size:
+            raise DataError(
+                f"{folder / path} has {present[path]} bytes, expected {size}: delete {folder}, then {remedy}"
+            )
+    extra = sorted(present.keys() - manifest.files.keys())
+    if extra:
+        raise DataError(f"{folder / extra[0]} does not belong to {manifest.name}: move it out of {folder}")
+    return manifest
+
+
+def verify(folder: Path, remedy: str) -> Manifest:
+    """`quick_check`, then compare the sha256 of every file; DataError names the first that differs."""
+    manifest = quick_check(folder, remedy)
+    for path, (_, expected) in manifest.files.items():
+        got = pooch.file_hash(folder / path, "sha256")
+        if got != expected:
+            raise DataError(f"{folder / path} has sha256 {got}, expected {expected}: delete {folder}, then {remedy}")
+    return manifest
+
+
+def _check_fingerprint(manifest: Manifest, dataset: DataSet, where: Path) -> None:
+    if dataset.fingerprint not in (None, manifest.fingerprint):
+        raise DataError(
+            f"{where} does not hold {dataset.name} as published: content fingerprint {manifest.fingerprint}, "
+            f"expected {dataset.fingerprint}: fetch the archive again from {dataset.page}"
+        )
+
+
+# ---------------------------------------------------------------------------------------- folders, atomically
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the operating system says about `folder` into one clear sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            message = f"the disk of {folder} is full; nothing was kept: free some space"
+        else:
+            message = f"{folder} could not be filled ({error}): check that it is writable"
+        raise DataError(f"{message}, or choose another folder with --data-dir or DEFECTLAB_DATA") from error
+
+
+def create_folder(
+    target: Path, fill: Callable[[Path], Manifest], existing: Callable[[], Manifest | None] = lambda: None
+) -> Manifest:
+    """Let `fill` write a set and its manifest into a temporary sibling, then rename that to `target`.
+
+    A folder already at `target` is replaced if it has a manifest (it is ours), else it is refused. On any
+    error nothing is left behind. Several processes take turns; `existing`, asked when a turn comes, may return a
+    manifest to say that another process has just done the work.
+    """
+    with _disk_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f".{target.name}.lock"):
+            return existing() or _create_folder(target, fill)
+
+
+def _create_folder(target: Path, fill: Callable[[Path], Manifest]) -> Manifest:
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise DataError(f"{target} exists and has no {MANIFEST}: move it away first, it would be overwritten")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        manifest = fill(temporary / "new")
+        if target.is_dir():
+            target.rename(temporary / "old")
+        (temporary / "new").rename(target)
+        return manifest
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def ensure_drawn(target: Path, name: str, source: str, draw: Callable[[Path], None]) -> Manifest:
+    """The stand-in at `target`, drawn unless the one there names the same `source` (which tells versions apart)."""
+
+    def current() -> Manifest | None:
+        if not (target / MANIFEST).is_file():
+            return None
+        manifest = quick_check(target, "load it again, and it is drawn again")
+        return manifest if manifest.source == source else None
+
+    def fill(folder: Path) -> Manifest:
+        draw(folder)
+        return write_manifest(folder, name, source)
+
+    return current() or create_folder(target, fill, current)
+
+
+# ---------------------------------------------------------------------------------------- fetch, command line
+
+
+def _check_archive_hash(dataset: DataSet, archive: Path, expected: Sequence[str]) -> str:
+    got = pooch.file_hash(str(archive), "sha256")
+    if expected and got not in expected:
+        raise DataError(
+            f"{archive} has sha256 {got}, expected {' or '.join(expected)}: "
+            f"delete it and fetch it again from {dataset.page}"
+        )
+    return got
+
+
+def _download(dataset: DataSet, folder: Path) -> tuple[Path, str, str]:
+    """Try the sources in order: (archive, its sha256, url) of the first that answers with the right bytes."""
+    failures = []
+    for source in dataset.sources:
+        try:
+            require_space(folder, source.size)
+            downloader = pooch.HTTPDownloader(timeout=60)
+            path = pooch.retrieve(source.url, None, fname="archive", path=folder, downloader=downloader)
+            expected = [source.sha256] if source.sha256 else []
+            return Path(path), _check_archive_hash(dataset, Path(path), expected), source.url
+        except (OSError, ValueError, DataError) as error:
+            if getattr(error, "errno", None) in _DISK_FULL:
+                raise
+            reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}, {str(error)[:80]}"
+            failures.append(f"{source.url}: {reason}")
+            (folder / "archive").unlink(missing_ok=True)
+    tried = "; ".join(failures) or "it has no address that a script may fetch"
+    raise DataError(
+        f"{dataset.name} could not be downloaded ({tried}): get the archive from {dataset.page} and run "
+        f"`{dataset.command} --archive FILE`"
+    )
+
+
+def fetch(dataset: DataSet, root: Path, archive: Path | None = None) -> Manifest:
+    """Put the set into `root / dataset.folder`, from `archive` or its addresses; return its manifest.
+
+    Without `archive`, a folder that is already there and passes `quick_check` is kept. A local archive is judged
+    by its content (pinned fingerprint or check function); where the set has neither, by its sha256. Raises
+    DataError.
+    """
+    target = root / dataset.folder
+    if archive is None and (target / MANIFEST).is_file():
+        manifest = quick_check(target, f"run `{dataset.command}`")
+        _check_fingerprint(manifest, dataset, target)
+        return manifest
+    if archive is not None and not archive.is_file():
+        raise DataError(f"{archive} is not a file: give the path of the archive of {dataset.name} ({dataset.page})")
+
+    def fill(folder: Path) -> Manifest:
+        if archive is None:
+            path, sha256, source = _download(dataset, folder.parent)
+        else:
+            known = [*dataset.archive_sha256, *(source.sha256 for source in dataset.sources if source.sha256)]
+            by_content = dataset.fingerprint is not None or dataset.check is not None
+            path, source = archive, archive.name
+            sha256 = _check_archive_hash(dataset, path, [] if by_content else known)
+        unpack(path, folder, dataset.members, dataset.unpacked_limit)
+        note = dataset.check(folder) if dataset.check else ""
+        manifest = write_manifest(folder, dataset.name, source, note, sha256)
+        _check_fingerprint(manifest, dataset, path)
+        return manifest
+
+    return create_folder(target, fill)
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every data script has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--archive", type=Path, metavar="FILE", help="a local copy of the archive: nothing is downloaded"
+    )
+    _add_common(parser)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verify", action="store_true", help="read every file of the set again and compare its sha256")
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="where data lie (default: DEFECTLAB_DATA, or ./data)"
+    )
+
+
+def report(manifest: Manifest, target: Path) -> None:
+    """Print what lies where, in the words of its manifest."""
+    note = f" ({manifest.note})" if manifest.note else ""
+    print(f"{manifest.name}{note}: {len(manifest.files)} files in {target}")
+    print(f"source:      {manifest.source}\nfingerprint: {manifest.fingerprint}")
+
+
+def draw_main(argv: Sequence[str] | None, doc: str, ensure: dict[str, Callable[[Path], Manifest]], command: str) -> int:
+    """The body of a script that draws stand-ins: `ensure` maps the folder of each to what draws it below a root."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_common(parser)
+    options = parser.parse_args(argv)
+
+    def action() -> None:
+        root = options.data_dir or data_dir()
+        for name, draw in ensure.items():
+            manifest = verify(root / name, f"run `{command}`") if options.verify else draw(root)
+            report(manifest, root / name)
+        print("every file verified" if options.verify else "ready")
+
+    return guarded(action)
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Run a script's action; a DataError becomes one line on stderr and exit status 1."""
+    try:
+        action()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(dataset: DataSet, options: argparse.Namespace) -> int:
+    """Fetch or verify `dataset` as the parsed options say; the exit status."""
+
+    def action() -> None:
+        root = options.data_dir or data_dir()
+        target = root / dataset.folder
+        print(f"licence:     {dataset.licence}\ncite:        {dataset.citation}\npage:        {dataset.page}")
+        if options.verify:
+            manifest = verify(target, f"run `{dataset.command}`")
+            _check_fingerprint(manifest, dataset, target)
+        else:
+            manifest = fetch(dataset, root, options.archive)
+        report(manifest, target)
+        print("every file verified" if options.verify else "ready")
+
+    return guarded(action)
+
+
+def main(dataset: DataSet, argv: Sequence[str] | None = None, description: str | None = None) -> int:
+    """The command line of a script with one set: fetch, or `--archive FILE`, `--verify`, `--data-dir DIR`."""
+    return run(dataset, argument_parser(description).parse_args(argv))

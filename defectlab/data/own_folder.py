@@ -1,0 +1,115 @@
+"""TODO data.own_folder."""
+
+from __future__ import annotations
+
+from defectlab.data.annotations import Annotations
+from defectlab.data.annotations import PICTURES
+from defectlab.data.annotations import find_files
+from defectlab.data.annotations import read_coco
+from defectlab.data.annotations import read_voc
+from defectlab.data.annotations import read_yolo
+from defectlab.data.boxes import DetectionData
+from defectlab.data.boxes import to_data
+from defectlab.data.detection import _identity
+from defectlab.data.splits import draw_split
+from defectlab.data.splits import with_dev
+from defectlab.files import DataError
+from pathlib import Path
+import hashlib
+import numpy as np
+import pooch
+import re
+
+
+
+# ---------------------------------------------------------------------------------------------- a reader's own folder
+
+
+_ROLES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def _role(path: Path, folder: Path) -> str | None:
+    """train, val or test, where a folder in the path (for a json, also a word of its name) says so."""
+    words = [part.lower() for part in path.relative_to(folder).parent.parts]
+    if path.suffix == ".json":
+        words += re.split(r"[^a-z]+", path.stem.lower())
+    return next((_ROLES[word] for word in words if word in _ROLES), None)
+
+
+def _read_own(folder: Path, format: str) -> tuple[Annotations, dict[str, str | None]]:
+    """The annotations of a folder, and the role of each picture by its path in the folder."""
+    if format in ("voc", "yolo"):
+        annotations = (read_voc if format == "voc" else read_yolo)(folder)
+        return annotations, {p.path.relative_to(folder).as_posix(): _role(p.path, folder) for p in annotations.pictures}
+    if format != "coco":
+        raise ValueError(f"format must be 'voc', 'yolo' or 'coco', got {format!r}")
+    jsons = find_files(folder, {".json"})
+    if not jsons:
+        raise DataError(f"{folder} holds no json: give the folder that holds the COCO json and its pictures")
+    jsons.sort(key=lambda path: _role(path, folder) != "train")  # the training json names the classes
+    if len(jsons) > 1 and len({_role(path, folder) for path in jsons} - {None}) != len(jsons):
+        raise DataError(
+            f"{folder} holds {len(jsons)} json files: keep one, or one for each of train, val and test, named so"
+        )
+    class_names, pictures, roles = None, [], {}
+    for path in jsons:
+        role = _role(path, folder)
+        places = [path.parent, folder / "images" / str(role), folder / str(role)]
+        own = (p for p in places if p.is_dir() and any(f.suffix.lower() in PICTURES for f in p.iterdir()))
+        annotations = read_coco(path, next(own, folder), class_names)
+        class_names = annotations.class_names
+        for picture in annotations.pictures:
+            name = picture.path.relative_to(folder).as_posix()
+            if name in roles:
+                raise DataError(f"{path} lists {name}, which another json lists too: remove it from one")
+            roles[name] = role
+            pictures.append(picture)
+    return Annotations(class_names, tuple(pictures)), roles
+
+
+def load_folder(path: Path, format: str, size: int, device="cpu", test_share: float = 0.2) -> DetectionData:
+    """A reader's own pictures and boxes as a set; `report` of the result says what was found.
+
+    `format` "voc": pictures, and an xml of the same name for each, anywhere below `path`. "yolo": pictures below
+    `images`, txt files below `labels`, class names in classes.txt or data.yaml. "coco": a json, or one for each of
+    train, val and test; the pictures beside their json, in images/train or train, or else anywhere below `path`. See
+    `read_voc`, `read_yolo`, `read_coco`.
+
+    Folders named train, val (or valid) and test split the set, for COCO such a word in the json's name or folder. With
+    train and one other, that other is the test split; with all three, val is dev. Without such names `test_share`
+    (0 to 1) of the pictures is drawn for testing, stratified by the class that most boxes of a picture have. Where no
+    dev is given, it is a tenth of the training pictures. `size`: side of the square pictures in pixels. Raises
+    DataError naming the file and the remedy, also where there are fewer than 10 pictures, or no box to train or to
+    test on; ValueError for another format, a size below 1 or a share outside 0 to 1.
+    """
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share must lie between 0 and 1, got {test_share}")
+    folder = Path(path)
+    annotations, roles = _read_own(folder, format)
+    if len(roles) < 10:
+        raise DataError(f"{folder} gives {len(roles)} pictures: three splits need at least 10")
+    by_name = {picture.path.relative_to(folder).as_posix(): picture for picture in annotations.pictures}
+    content = {name: pooch.file_hash(str(folder / name), "sha256") for name in by_name}
+    strata = {
+        name: str(np.bincount(picture.labels).argmax()) if len(picture.labels) else "none"
+        for name, picture in by_name.items()
+    }
+    found = set(roles.values())
+    if "train" in found and found & {"val", "test"}:
+        if None in found:
+            name = next(name for name, role in roles.items() if role is None)
+            raise DataError(f"{folder / name} lies in none of the folders train, val and test: move it into one")
+        named = {role: sorted(name for name in roles if roles[name] == role) for role in found}
+        lists = (named["train"], named["val"], named["test"]) if len(named) == 3 else None
+        lists = lists or with_dev(strata, named.get("test") or named["val"], content)
+    else:
+        lists = with_dev(strata, draw_split(strata, test_share, "folder test", content), content)
+    for part, names in zip(("train", "dev", "test"), lists, strict=True):
+        if not names or (part != "dev" and not any(len(by_name[name].labels) for name in names)):
+            raise DataError(f"{folder}: the {len(names)} {part} pictures have no box: annotate or add some")
+    identity = hashlib.sha256(" ".join(annotations.class_names).encode())
+    for name, picture in sorted(by_name.items()):
+        identity.update(f"{name} {content[name]}".encode() + picture.boxes.tobytes() + picture.labels.tobytes())
+    fields = {"name": folder.name, "label": f"pictures of {folder.name}"}
+    fields["fingerprint"] = _identity(identity.hexdigest(), lists)
+    return to_data(annotations, lists, folder, size, device, **fields)

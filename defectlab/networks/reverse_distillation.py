@@ -1,0 +1,234 @@
+"""Reverse distillation (RD4AD): Deng and Li, "Anomaly Detection via Reverse Distillation from One-Class
+Embedding", CVPR 2022, arXiv 2201.10703. Section 3.2 is the bottleneck, section 3.1 the decoder, equations 1-2 the loss
+(equation 3, the score, is in `maps.py`).
+
+The student never sees the image. It reads the teacher's three feature maps through a narrow one-class embedding and
+has to give the same three maps back, coarse to fine. Trained on good parts only, it restores what good parts have, and
+what it fails to restore is the anomaly.
+"""
+
+from dataclasses import dataclass
+from defectlab.precision import at_least_float32
+from defectlab.precision import full_float32
+from einops import rearrange
+from torch import Tensor
+from torch import nn
+from torch.nn import functional
+from typing import ClassVar
+import torch
+
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+
+
+def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 1, bias=False)
+
+
+def downsample_to(inputs: int, outputs: int, steps: int) -> nn.Sequential:
+    """`steps` stride-2 3x3 convolutions, each with norm and ReLU: how a fine scale is brought to the coarsest."""
+    layers: list[nn.Module] = []
+    for step in range(steps):
+        width = outputs // 2 ** (steps - 1 - step)
+        layers += [conv3x3(inputs, width, 2), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        inputs = width
+    return nn.Sequential(*layers)
+
+
+class ResidualBlock(nn.Module):
+    """A ResNet block that keeps, halves (`scale="down"`) or doubles (`scale="up"`) the resolution.
+
+    Doubling uses a 2x2 transposed convolution where the encoder's block has its stride. `bottleneck` picks the 1-3-1
+    block, its width the output's divided by this number (4 for ResNet-50, 2 for WideResNet-50-2); 0 is the 3-3 block of
+    ResNet-18. The student mirrors its teacher.
+    """
+
+    def __init__(self, inputs: int, outputs: int, scale: str = "same", bottleneck: int = 0):
+        super().__init__()
+        width = outputs // bottleneck if bottleneck else outputs
+        before = [conv1x1(inputs, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)] if bottleneck else []
+        first = width if bottleneck else inputs
+        if scale == "up":
+            middle = nn.ConvTranspose2d(first, width, 2, 2, bias=False)
+        else:
+            middle = conv3x3(first, width, 2 if scale == "down" else 1)
+        last = conv1x1(width, outputs) if bottleneck else conv3x3(width, outputs)
+        self.residual = nn.Sequential(
+            *before, middle, nn.BatchNorm2d(width), nn.ReLU(inplace=True), last, nn.BatchNorm2d(outputs)
+        )
+        self.shortcut = nn.Identity()
+        if scale == "up":
+            self.shortcut = nn.Sequential(
+                nn.ConvTranspose2d(inputs, outputs, 2, 2, bias=False), nn.BatchNorm2d(outputs)
+            )
+        elif scale == "down" or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, 2 if scale == "down" else 1, bias=False),
+                nn.BatchNorm2d(outputs),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.shortcut(x) + self.residual(x))
+
+
+def initialise(network: nn.Module) -> None:
+    """Kaiming-normal convolutions (fan out, ReLU), in place; the official code does so for all but the transposed ones.
+
+    PyTorch's default weights are about 2.5 times smaller, and since a norm follows every convolution that makes the
+    first steps of a short training too large: `results/tried.md` has the numbers.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def stage(inputs: int, outputs: int, scale: str, blocks: int, bottleneck: int) -> nn.Sequential:
+    first = ResidualBlock(inputs, outputs, scale, bottleneck)
+    rest = [ResidualBlock(outputs, outputs, "same", bottleneck) for _ in range(blocks - 1)]
+    return nn.Sequential(first, *rest)
+
+
+class MultiScaleFusion(nn.Module):
+    """MFF (section 3.2): every scale is brought to the coarsest one and the three are concatenated."""
+
+    def __init__(self, channels: tuple[int, int, int]):
+        super().__init__()
+        last = channels[-1]
+        self.align = nn.ModuleList(
+            [downsample_to(channels[0], last, 2), downsample_to(channels[1], last, 1), nn.Identity()]
+        )
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """[(B, C1, 4h, 4w), (B, C2, 2h, 2w), (B, C3, h, w)] -> (B, 3 C3, h, w)."""
+        return torch.cat([align(f) for align, f in zip(self.align, features, strict=True)], dim=1)
+
+
+class OneClassEmbedding(nn.Sequential):
+    """OCE (section 3.2): a stride-2 residual stage, a fourth after the teacher's three.
+
+    (B, C, h, w) -> (B, 2 C3, h/2, w/2).
+    """
+
+    def __init__(self, inputs: int, outputs: int, bottleneck: int):
+        super().__init__(*stage(inputs, outputs, "down", 3 if bottleneck else 2, bottleneck))
+
+
+class ReverseDecoder(nn.Module):
+    """The teacher's mirror (section 3.1): three up-sampling stages, coarse to fine."""
+
+    def __init__(self, channels: tuple[int, int, int], bottleneck: int):
+        super().__init__()
+        widths = [2 * channels[2], channels[2], channels[1], channels[0]]
+        depths = (3, 4, 6) if bottleneck else (2, 2, 2)
+        self.stages = nn.ModuleList(
+            stage(a, b, "up", depth, bottleneck) for a, b, depth in zip(widths, widths[1:], depths, strict=False)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, 2 C3, h/2, w/2) -> the teacher's three shapes, fine to coarse as the teacher gives them."""
+        outputs = []
+        for up in self.stages:
+            x = up(x)
+            outputs.append(x)
+        return outputs[::-1]
+
+
+class ReverseDistillation(nn.Module):
+    """RD4AD's student: multi-scale fusion, one-class embedding, reverse decoder."""
+
+    def __init__(self, channels: tuple[int, int, int], bottleneck: int):
+        super().__init__()
+        self.fusion = MultiScaleFusion(channels)
+        self.embedding = OneClassEmbedding(3 * channels[2], 2 * channels[2], bottleneck)
+        self.decoder = ReverseDecoder(channels, bottleneck)
+
+    def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
+        """Teacher features -> a list with one student's three reconstructed maps."""
+        return [self.decoder(self.embedding(self.fusion(features)))]
+
+
+def per_position_discrepancy(teacher: Tensor, student: Tensor) -> Tensor:
+    """Equation 1: 1 - cosine over the channels at each position: 2 x (B, C, H, W) -> (B, H, W), in 0..2.
+
+    A position where a side is all zero has no direction and counts as 1.
+    """
+    return 1 - functional.cosine_similarity(at_least_float32(teacher), at_least_float32(student), dim=1)
+
+
+def per_pixel_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
+    """The paper's loss (equations 1-2): `per_position_discrepancy`, averaged over positions, summed over scales."""
+    return sum(per_position_discrepancy(t, s).mean() for t, s in zip(teacher, student, strict=True))
+
+
+def whole_map_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
+    """The loss of the authors' code: each map is flattened to one vector an image before the cosine.
+
+    Not the paper's formula: strong positions weigh more here, weak ones hardly at all.
+    """
+    flat = [
+        [rearrange(at_least_float32(f), "b c h w -> b (c h w)") for f in pair]
+        for pair in zip(teacher, student, strict=True)
+    ]
+    return sum((1 - functional.cosine_similarity(t, s, dim=1)).mean() for t, s in flat)
+
+
+LOSSES = {"per_pixel": per_pixel_loss, "whole_map": whole_map_loss}
+
+MAP_SIZE = 256  # pixel metrics are taken at 256x256 in every profile
+SIGMA = 4.0  # of the Gaussian, in pixels at 256x256: the official code's value
+
+
+def gaussian_smooth(maps: Tensor, sigma: float = SIGMA) -> Tensor:
+    """(B, H, W) -> (B, H, W), a separable Gaussian cut at 4 sigma with mirrored borders, as scipy's default does."""
+    radius = int(4 * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+    padded = _mirror(_mirror(maps, radius, -1), radius, -2)[:, None]
+    with full_float32():
+        return functional.conv2d(functional.conv2d(padded, kernel), kernel.transpose(-1, -2))[:, 0]
+
+
+def _mirror(maps: Tensor, radius: int, axis: int) -> Tensor:
+    """d c b a | a b c d | d c b a: the edge value is repeated, which torch's own 'reflect' does not do."""
+    size = maps.shape[axis]
+    first = maps.narrow(axis, 0, radius).flip(axis)
+    last = maps.narrow(axis, size - radius, radius).flip(axis)
+    return torch.cat([first, maps, last], dim=axis)
+
+
+def upsample(maps: Tensor, size: int = MAP_SIZE) -> Tensor:
+    """(B, h, w) -> (B, size, size), bilinear with aligned corners as in the official code."""
+    return functional.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
+
+
+def anomaly_map(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
+    """Sum of the upsampled per-position discrepancies of all scales: (B, 256, 256), not yet smoothed."""
+    return sum(upsample(per_position_discrepancy(t, s)) for t, s in zip(teacher, student, strict=True))
+
+
+def image_scores(maps: Tensor) -> Tensor:
+    """(N, H, W) -> (N,): the maximum of each map."""
+    return maps.flatten(1).amax(1)
+
+
+@dataclass(frozen=True)
+class RD4ADSettings:
+    """RD4AD. Defaults are the paper profile's; they are frozen, since records are keyed by what differs from them."""
+
+    model: ClassVar[str] = "rd4ad"
+    version: ClassVar[int] = 1
+
+    dataset: str = "magnetic_tile"
+    teacher: str = "resnet18"  # ours: BSDRD is silent; RD4AD's headline is wide_resnet50_2
+    size: int = 256  # RD4AD section 4.1: plain resize, no crop
+    epochs: int = 200  # official RD4AD code
+    batch: int = 16  # RD4AD section 4.1
+    learning_rate: float = 0.005  # RD4AD section 4.1, no schedule
+    betas: tuple[float, float] = (0.5, 0.999)  # RD4AD section 4.1
+    loss: str = "whole_map"  # official RD4AD code; the paper's formula is "per_pixel"
+    schedule: str = "constant"  # RD4AD section 4.1
+    flips: bool = False  # RD4AD section 4.1: no augmentation
+    precision: str = "bf16"  # ours: where the device is fast at it, else fp32

@@ -1,0 +1,127 @@
+"""TODO networks.yolo.masks."""
+
+from collections.abc import Sequence
+from defectlab.networks.yolo.assignment import Matched
+from defectlab.networks.yolo.blocks import ConvBlock
+from defectlab.networks.yolo.decode import full_precision
+from defectlab.networks.yolo.losses import AnchorBasedLoss
+from defectlab.networks.yolo.model import Detector
+from einops import einsum
+from einops import rearrange
+from torch import Tensor
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import interpolate
+from typing import NamedTuple
+import torch
+
+
+PROTOTYPES = 32  # YOLACT section 6
+MASK_GAIN = 0.05 * 6.125 / 1.5  # ours: YOLACT's weights of mask and box in their ratio, on this family's gain of boxes
+POSITIVES = 100  # ours: anchors of a picture that learn a mask in a step, at most
+
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+
+
+class InstanceMaps(NamedTuple):
+    """What the head gives; K anchors a cell, M prototypes."""
+
+    raw: list[Tensor]  # (B, K * (5 + C), h, w) a level, as without masks
+    coefficients: list[Tensor]  # (B, K * M, h, w) a level, before their tanh
+    prototypes: Tensor  # (B, M, S / 4, S / 4), not negative
+
+
+class InstanceHead(nn.Module):
+    """An anchor-based head, with a 1x1 convolution a level for coefficients and prototypes from the finest map."""
+
+    def __init__(self, boxes: nn.Module, widths: Sequence[int], anchors: int, prototypes: int = PROTOTYPES):
+        super().__init__()
+        fine = widths[0]  # ours: YOLACT's prototype branch has 256 channels and three convolutions before it enlarges
+        self.boxes = boxes
+        self.coefficients = nn.ModuleList(nn.Conv2d(width, anchors * prototypes, 1) for width in widths)
+        self.before, self.after = ConvBlock(fine, fine, 3), ConvBlock(fine, fine, 3)
+        self.prototypes = nn.Conv2d(fine, prototypes, 1)
+
+    def forward(self, maps: list[Tensor]) -> InstanceMaps:
+        detail = self.after(interpolate(self.before(maps[0]), scale_factor=2.0, mode="nearest"))
+        coefficients = [level(x) for level, x in zip(self.coefficients, maps, strict=True)]
+        return InstanceMaps(self.boxes(maps), coefficients, self.prototypes(detail).relu())
+
+
+def with_masks(detector: Detector, prototypes: int = PROTOTYPES) -> Detector:
+    """The same detector with an `InstanceHead` in place of its head: it gives `InstanceMaps`. ValueError for v8."""
+    if detector.family != "v5":
+        raise ValueError(f"masks are made on anchors, the detector is of family {detector.family!r}: use v5")
+    detector.head = InstanceHead(detector.head, detector.widths, detector.anchors.shape[1], prototypes)
+    return detector
+
+
+# --- Loss ------------------------------------------------------------------------------------------------------------
+
+
+def mask_terms(
+    coefficients: Sequence[Tensor],
+    prototypes: Tensor,
+    matched: Sequence[Matched],
+    maps: Tensor,
+    boxes: Tensor,
+    most: int = POSITIVES,
+) -> dict[str, Tensor]:
+    """The term "mask": binary cross-entropy within the truth's box, its mean there, and the mean over positive anchors.
+
+    coefficients (B, K * M, h, w) a level; prototypes (B, M, S / s, S / s), s whole; `matched` by `match_anchors` of
+    boxes (B, T, 4) px; maps (B, S, S) of numbers, k + 1 where box k has its instance. The target of a cell is the part
+    of it, 0..1, that the instance covers (ours: a thin scratch would be lost to a threshold). A picture's positives
+    beyond `most` are left out; every truth has its first before any has its second (ours: no numbers are drawn). 0
+    where no anchor is positive. In float32 whatever autocast does (float64 stays).
+    """
+    count, channels, height, width = prototypes.shape
+    truths, stride = boxes.shape[1], maps.shape[-1] // height
+    vectors, valid = [], []
+    for level, match in zip(coefficients, matched, strict=True):  # candidates go picture by picture, truth by truth
+        values = full_precision(level).unflatten(1, (-1, channels))  # (B, K, M, h, w)
+        found = values[match.image, match.anchor, :, match.row, match.column]  # (n, M)
+        vectors.append(found.view(count, truths, -1, channels))
+        valid.append(match.valid.view(count, truths, -1))
+    vectors, valid = torch.cat(vectors, 2), torch.cat(valid, 2)  # (B, T, n, M), (B, T, n)
+    each = valid.shape[2]
+    turn = valid.cumsum(2) * truths + torch.arange(truths, device=valid.device)[:, None]
+    turn = turn.masked_fill(~valid, (each + 1) * truths).flatten(1)
+    chosen = turn.topk(min(most, truths * each), largest=False).indices  # (B, P)
+    image, truth = torch.arange(count, device=chosen.device)[:, None], chosen // each
+    used = valid.flatten(1)[image, chosen]
+
+    cells = rearrange(maps, "b (h a) (w c) -> b 1 (a c) h w", a=stride, c=stride)
+    numbers = torch.arange(1, truths + 1, device=maps.device).view(-1, 1, 1, 1)
+    with torch.autocast(prototypes.device.type, enabled=False):
+        weights = vectors.flatten(1, 2)[image, chosen].tanh()  # (B, P, M)
+        logits = einsum(weights, full_precision(prototypes), "b p m, b m h w -> b p h w")
+        target = (cells == numbers).sum(2, dtype=logits.dtype)[image, truth] / stride**2  # (B, P, h, w)
+        low, high = (boxes[..., :2] / stride).floor(), (boxes[..., 2:] / stride).ceil()  # (B, T, 2), whole cells
+        column = torch.arange(width, device=boxes.device)
+        row = torch.arange(height, device=boxes.device)
+        across = (column >= low[..., :1]) & (column < high[..., :1])  # (B, T, w)
+        down = (row >= low[..., 1:]) & (row < high[..., 1:])  # (B, T, h)
+        crop = (down[..., None] & across[..., None, :])[image, truth]  # (B, P, h, w)
+        surprise = binary_cross_entropy_with_logits(logits, target, reduction="none") * crop
+        mean = surprise.sum((2, 3)) / crop.sum((2, 3)).clamp(min=1)  # (B, P)
+        return {"mask": (mean * used).sum() / used.sum().clamp(min=1)}
+
+
+def add_masks(
+    terms: dict[str, Tensor],
+    criterion: AnchorBasedLoss,
+    output: InstanceMaps,
+    boxes: Tensor,
+    labels: Tensor,
+    maps: Tensor,
+) -> dict[str, Tensor]:
+    """`terms` of the boxes, which hold "loss", with "mask" of `mask_terms`, which enters "loss" by MASK_GAIN.
+
+    criterion: the detector's loss, whose anchors learn the masks of the truths that they are matched to.
+    boxes (B, T, 4) px, labels (B, T) with -1 where padded, maps (B, S, S) from `move_instances`.
+    """
+    matched = criterion.matched(output.raw, boxes, labels)
+    mask = mask_terms(output.coefficients, output.prototypes, matched, maps, boxes)
+    return terms | mask | {"loss": terms["loss"] + MASK_GAIN * mask["mask"]}

@@ -1,0 +1,52 @@
+"""TODO networks.yolo.settings."""
+
+from dataclasses import dataclass
+from defectlab.data.augment import Augmentation
+from defectlab.training.detector import learning_rate
+from typing import ClassVar
+
+
+
+@dataclass(frozen=True)
+class DetectorSettings:
+    """A detector and its recipe. Defaults are frozen, since records are keyed by what differs from them."""
+
+    model: ClassVar[str] = "detector"
+    version: ClassVar[int] = 1
+
+    dataset: str = "neu_det"
+    family: str = "v8"  # "v8" anchor-free, "v5" anchor-based
+    scale: str = "n"
+    size: int = 640  # px a side; the field's habit
+    epochs: int = 300  # ours: the papers that state it lie between 100 and 300
+    batch: int = 64  # ours: small networks leave a GPU idle at 16
+    optimizer: str = "sgd"  # "sgd" (Nesterov) or "adamw", which all three profiles use
+    learning_rate: float = 0.01  # the field's habit with SGD and losses summed over 64 pictures; ours are means
+    final_rate: float = 0.01  # of the first, at the end of the schedule
+    schedule: str = "cosine"  # or "linear"
+    momentum: float = 0.937  # the field's habit; Adam's first beta, too
+    weight_decay: float = 0.0005  # the field's habit; not on norms and biases
+    warm_up: float = 3.0  # epochs
+    average: float = 0.9999  # EMA of the weights, what is evaluated
+    average_ramp: float = 2000.0  # steps: the EMA starts short
+    clip: float = 10.0  # largest norm of the gradient
+    mosaic: float = 1.0  # probability
+    mixup: float = 0.0  # probability
+    zoom: float = 0.5  # scale factor 1 ± zoom
+    translate: float = 0.1  # of the side
+    degrees: float = 0.0
+    flip_up_down: float = 0.0  # probability
+    close_mosaic: int = 10  # last epochs without mosaic and mixup
+    anchors: str = "coco"  # v5 only: "coco" or "kmeans" on the training boxes
+    precision: str = "bf16"  # where the device is fast at it, else fp32
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(
+            mosaic=self.mosaic,
+            mixup=self.mixup,
+            degrees=self.degrees,
+            translate=self.translate,
+            scale=self.zoom,
+            flip_up_down=self.flip_up_down,
+        )

@@ -1,0 +1,89 @@
+"""A trained detector as an ONNX file, for programs without torch; checked against torch as soon as it is written."""
+
+from defectlab.files import write_atomically
+from defectlab.networks.yolo.blocks import folded
+from defectlab.networks.yolo.decode import decode
+from defectlab.networks.yolo.model import Detector
+from pathlib import Path
+from torch import Tensor
+from torch import nn
+from typing import NamedTuple
+import importlib.util
+import torch
+import warnings
+
+
+PACKAGES = ("onnx", "onnxruntime")
+TRACED, CHECKED = 2, (1, 3)  # pictures: traced with one batch, compared at others, since the batch is to be free
+
+
+class Difference(NamedTuple):
+    """The largest absolute difference between onnxruntime and torch, over all boxes and scores."""
+
+    boxes: float  # pixels of the input
+    scores: float
+
+
+class Decoded(nn.Module):
+    """A folded detector and its decoding in one: images (B, 3, S, S) -> boxes (B, A, 4), scores (B, A, classes)."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = folded(detector).cpu().float()
+        self.to(memory_format=torch.contiguous_format)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return decode(self.detector, self.detector(images))
+
+
+def check_installed() -> None:
+    """ValueError where a package that the export needs is missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the ONNX export needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
+
+
+def to_onnx(detector: Detector, path: Path, size: int) -> Difference:
+    """Write `detector`, folded, to `path`, run the file on random pictures, -> its difference from torch.
+
+    Input "images": float32 (B, 3, size, size) in 0..1, letterboxed as in training; B is free. Outputs: "boxes" float32
+    (B, A, 4), x1 y1 x2 y2 in pixels of the input, not clipped; "scores" float32 (B, A, classes) in 0..1.
+    Non-maximum suppression within each class is left to the caller (`decode.select` is ours). The weights are in the
+    file. ValueError: a size that is not a multiple of 32, or a package that is missing.
+    """
+    check_installed()
+    import onnxruntime
+
+    model = Decoded(detector).eval()
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.rand(count, 3, size, size, generator=generator) for count in CHECKED]
+    with torch.no_grad():
+        wanted = [model(batch) for batch in batches]
+
+    free = {name: {0: "batch"} for name in ("images", "boxes", "scores")}
+
+    def write(aside: Path) -> None:
+        with warnings.catch_warnings():
+            # The exporter that traces is called deprecated, but it takes one second where the one that goes through
+            # torch.export takes ten; the comparison below would show if tracing had frozen what it must not.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            torch.onnx.export(
+                model,
+                (torch.zeros(TRACED, 3, size, size),),
+                str(aside),
+                input_names=["images"],
+                output_names=["boxes", "scores"],
+                dynamic_axes=free,
+                dynamo=False,
+            )
+
+    write_atomically(path, write)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = [session.run(["boxes", "scores"], {"images": batch.numpy()}) for batch in batches]
+    return Difference(
+        *(
+            max(float((torch.from_numpy(f[k]) - w[k]).abs().max()) for f, w in zip(found, wanted, strict=True))
+            for k in range(2)
+        )
+    )

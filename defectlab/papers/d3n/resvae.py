@@ -1,0 +1,250 @@
+"""Compression of the diffusion model's features: a residual VAE, and PCA of equal size.
+
+Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: section III-B (ResVAE, the smaller
+repository), the settings of section IV-A, the PCA of Table III; `decode` is the feature mapping of section III-C.
+
+Each of the decoder's three maps has a codec of its own that keeps its resolution and divides its channels by 8. Ours:
+features are standardised first, so that the squared error is in units of variance and no channel drowns the others. The
+mean is one a channel and place, over the training pictures: all pictures share their noise, and the maps' answer to it,
+most of the finest map's variation, tells no picture from another. It is left out for good: what is decoded are the
+differences from the mean map.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from defectlab.networks.diffusion import COMBINE
+from defectlab.networks.diffusion import TIMESTEPS
+from defectlab.training.d3n_features import CHUNK
+from defectlab.training.loop import train
+from sklearn.decomposition import IncrementalPCA
+from torch import Tensor
+from torch import nn
+from torch.nn import functional
+from typing import Any
+from typing import ClassVar
+import torch
+
+
+METHODS = ("resvae", "pca", "none")
+Shape = tuple[int, int, int]  # channels, height, width of a map
+
+
+@dataclass(frozen=True)
+class CompressionSettings:
+    """What is compressed, and how. Sources as comments."""
+
+    model: ClassVar[str] = "d3n_compression"
+    version: ClassVar[int] = 2
+
+    dataset: str = "neu_det"
+    ddpm: Any = None  # settings of the diffusion model whose features these are
+    timesteps: tuple[int, ...] = TIMESTEPS
+    combine: str = COMBINE
+    method: str = "resvae"  # section III-B; Table III: "pca"; "none": the features, centred
+    ratio: int = 8  # section IV-A: 512 channels to 64
+    kl: float = 1.0  # section IV-A: "KL penalty scale"
+    reduction: str = "sum"  # ours, the paper is silent: the evidence bound, and what loses least (`vae_loss`)
+    epochs: int = 2000  # section IV-A
+    batch: int = 64  # section IV-A
+    learning_rate: float = 1e-3  # ours, constant: the paper is silent
+    precision: str = "bf16"  # ours
+
+
+# --- ResVAE ----------------------------------------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """The residual block of ResNet, "employed as the basic module to speed up the training" (section III-B).
+
+    Ours: its pre-activation form (He et al., ECCV 2016), so that a linear way leads through the whole VAE: what PCA can
+    do is learnt quickly, and a ReLU does not cut the few latents. And batch norm, once trained the same affine map at
+    every pixel: the decoder stays local, and padding of the latents does not reach far (with a group norm it would, by
+    its statistics). Mirrored latents are not decoded to quite the mirrored maps: kernels have sides.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+
+        def half(width: int) -> tuple[nn.Module, ...]:
+            return nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, outputs, 3, padding=1, bias=False)
+
+        self.residual = nn.Sequential(*half(inputs), *half(outputs))
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) -> (B, outputs, H, W)."""
+        return self.shortcut(x) + self.residual(x)
+
+
+class ResVAE(nn.Module):
+    """Section III-B: a residual convolutional VAE of one map, at the map's own resolution.
+
+    Ours: two residual blocks on each side of the latents, half as wide as the map, and a 1x1 convolution next to the
+    latents: 512, 256, 256, 64 means and 64 log-variances | 64, 256, 256, 512.
+    """
+
+    def __init__(self, channels: int, latent: int):
+        super().__init__()
+        width = max(channels // 2, latent)
+        self.encoder = nn.Sequential(
+            ResidualBlock(channels, width), ResidualBlock(width, width), nn.Conv2d(width, 2 * latent, 1)
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent, width, 1), ResidualBlock(width, width), ResidualBlock(width, channels)
+        )
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> mean and log-variance of a Gaussian a latent value, each (B, latent, H, W)."""
+        mean, log_variance = self.encoder(x).chunk(2, 1)
+        return mean, log_variance.clamp(-30, 20)  # as in latent diffusion's autoencoder: exp stays finite
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the posterior's mean (B, latent, H, W): what the repository stores."""
+        return self.posterior(x)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, latent, H, W) -> (B, C, H, W)."""
+        return self.decoder(z)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, C, H, W) -> reconstruction (of a sample in training, of the mean in evaluation), mean, log-variance."""
+        mean, log_variance = self.posterior(x)
+        z = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
+        return self.decode(z), mean, log_variance
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """From N(mean, exp(log_variance)) to N(0, 1), in nats, value by value: the inputs' shape."""
+    return (mean.square() + log_variance.exp() - 1 - log_variance) / 2
+
+
+def vae_loss(
+    reconstruction: Tensor, target: Tensor, mean: Tensor, log_variance: Tensor, kl: float, reduction: str
+) -> dict[str, Tensor]:
+    """Section IV-A: MSE and KL divergence, the latter with weight `kl`; the paper does not say how they are reduced.
+
+    An image has D values and L latent values, D / L = 8. With mse = mean over all values of (reconstruction - target)^2
+    and kl_mean = mean over all latent values of (mean^2 + variance - 1 - log variance) / 2, "loss" is for
+
+        "sum":   D mse + kl L kl_mean   summed over an image, averaged over the batch: the negative evidence bound of
+                                        the likelihood N(reconstruction, 1/2), up to constants
+        "mean":  mse + kl kl_mean       both averaged over values: "sum" with an 8 times heavier KL
+        "mixed": mse + kl L kl_mean     an averaged MSE, as `nn.MSELoss` has it, beside an image's KL: "sum" with a D
+                                        times heavier KL, for which the posterior collapses
+
+    Args:
+        reconstruction, target: (B, C, H, W). mean, log_variance: (B, latent, H, W).
+
+    Returns:
+        "loss", "mse" and "kl" (nats a latent value: kl_mean), scalars. ValueError for an unknown reduction.
+    """
+    mse = functional.mse_loss(reconstruction, target)
+    kl_mean = kl_divergence(mean, log_variance).mean()
+    values, latents = target[0].numel(), mean[0].numel()
+    weights = {"sum": (values, latents), "mean": (1, 1), "mixed": (1, latents)}
+    if reduction not in weights:
+        raise ValueError(f"unknown reduction {reduction!r}: use one of {', '.join(weights)}")
+    of_mse, of_kl = weights[reduction]
+    return {"loss": of_mse * mse + kl * of_kl * kl_mean, "mse": mse, "kl": kl_mean}
+
+
+# --- PCA (Table III) -------------------------------------------------------------------------------------------------
+
+
+class PCALevel(nn.Module):
+    """Principal components "by channel" (section IV-B3): the same linear maps of channel vectors at every pixel."""
+
+    def __init__(self, channels: int, latent: int):
+        super().__init__()
+        # parameters, though not learnt by gradients: weights that a deployed network has, and is counted with
+        self.components = nn.Parameter(torch.eye(latent, channels), requires_grad=False)  # orthonormal rows
+        self.mean = nn.Parameter(torch.zeros(channels), requires_grad=False)
+
+    def fit(self, chunks: Iterable[Tensor]) -> None:
+        """By scikit-learn's incremental PCA, on channel vectors that come as chunks (M, C), each with M >= latent."""
+        pca = IncrementalPCA(len(self.components))
+        for chunk in chunks:
+            pca.partial_fit(chunk.double().cpu().numpy())
+        self.components.copy_(torch.from_numpy(pca.components_))
+        self.mean.copy_(torch.from_numpy(pca.mean_))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, latent, H, W)."""
+        return torch.einsum("lc,bchw->blhw", self.components, x - self.mean.view(1, -1, 1, 1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, latent, H, W) -> (B, C, H, W)."""
+        return torch.einsum("lc,blhw->bchw", self.components, z) + self.mean.view(1, -1, 1, 1)
+
+
+# --- All levels ------------------------------------------------------------------------------------------------------
+
+
+class Level(nn.Module):
+    """A codec (None: features are only centred) of standardised features; `shape` (C, H, W) is that of a map."""
+
+    def __init__(self, codec: ResVAE | PCALevel | None, shape: Shape):
+        super().__init__()
+        self.codec = codec
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("deviation", torch.ones(shape[0], 1, 1))
+
+    def fit_standardisation(self, x: Tensor) -> None:
+        """From (N, C, H, W) of any float type: the mean of each channel and place, and each channel's deviation from
+        it. A channel that does not vary is only centred."""
+        mean = sum(part.double().sum(0) for part in x.split(CHUNK)) / len(x)
+        squares = sum((part.double() - mean).square().sum((0, 2, 3)) for part in x.split(CHUNK))
+        deviation = (squares[:, None, None] / (x.numel() / x.shape[1])).sqrt()
+        if not deviation.isfinite().all():
+            raise ValueError("the features hold NaN or infinite values (beyond fp16?): look at the diffusion model")
+        self.mean.copy_(mean)
+        self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1))
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in the features' units -> float32, mean 0 at each place and variance 1 a channel."""
+        return (x.float() - self.mean) / self.deviation
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.codec.encode(self.standardise(x)).float() if self.codec else x.float() - self.mean
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.codec.decode(z.float()).float() * self.deviation if self.codec else z.float()
+
+
+class Compressor(nn.Module):
+    """Features to latents (section III-B) and back ("feature mapping" by fixed parameters, section III-C).
+
+    It stays frozen and in evaluation mode, also inside a network that trains.
+    """
+
+    def __init__(self, levels: Iterable[Level]):
+        super().__init__()
+        self.levels = nn.ModuleList(levels)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Compressor":
+        return super().train(False)
+
+    def encode(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """A map (B, C_k, H_k, W_k) a level -> (B, C_k / ratio, H_k, W_k) float32 a level."""
+        return [level.encode(x) for level, x in zip(self.levels, maps, strict=True)]
+
+    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """The way back: (B, C_k, H_k, W_k) float32 a level, differences from the mean map in the features' units."""
+        return [level.decode(z) for level, z in zip(self.levels, latents, strict=True)]
+
+
+def build_compressor(settings: CompressionSettings, shapes: Sequence[Shape]) -> Compressor:
+    """Not fitted, to be loaded, for maps of these shapes (C_k, H_k, W_k). ValueError: an unknown method, a ratio that
+    does not divide the channels."""
+    if settings.method not in METHODS:
+        raise ValueError(f"unknown method {settings.method!r}: use one of {', '.join(METHODS)}")
+    if settings.method == "none":
+        return Compressor(Level(None, shape) for shape in shapes)
+    channels = [shape[0] for shape in shapes]
+    if settings.ratio < 1 or any(width % settings.ratio for width in channels):
+        raise ValueError(f"ratio {settings.ratio} does not divide the channels {list(channels)}: use one that does")
+    codec = ResVAE if settings.method == "resvae" else PCALevel
+    return Compressor(Level(codec(shape[0], shape[0] // settings.ratio), shape) for shape in shapes)

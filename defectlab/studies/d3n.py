@@ -1,0 +1,260 @@
+"""D3N: the power of a diffusion model in a detector that costs nothing more.
+
+Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845. In the paper's order:
+`preparation` and `compression` (section III-B), `fusion` (III-C), `hybrid` (Figs 4 and 7), `transfer` (III-D); and what
+its tables add up to (`arithmetic`). Here: the three profiles, the rows of all tables, and how a row is run.
+"""
+
+from dataclasses import replace
+from defectlab.data.boxes import DetectionData
+from defectlab.data.instances import InstanceData
+from defectlab.data.instances import LABELS as MASKED
+from defectlab.data.instances import instance_fingerprint
+from defectlab.data.instances import load_instances
+from defectlab.networks.diffusion import DiffusionSettings
+from defectlab.networks.torchvision_detectors import TorchvisionSettings
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.papers.d3n.hybrid import HybridSettings
+from defectlab.papers.d3n.hybrid import InstanceSettings
+from defectlab.papers.d3n.hybrid import StudentSettings
+from defectlab.papers.d3n.resvae import CompressionSettings
+from defectlab.runs import Result
+from defectlab.runs import Session
+from defectlab.studies import detector as baselines
+from defectlab.training.cost_rows import CostSettings
+from defectlab.training.cost_rows import NoData
+from defectlab.training.cost_rows import run_costs
+from defectlab.training.d3n import run_hybrid
+from defectlab.training.d3n import run_student
+from defectlab.training.d3n import run_with_masks
+from defectlab.training.d3n_features import run_compression
+from defectlab.training.diffusion import run_ddpm
+from defectlab.training.torchvision_detectors import run_torchvision
+from functools import lru_cache
+from typing import Any
+
+
+TITLE = "D3N (arXiv 2408.13845): features of a diffusion model, fused into YOLOv5s and distilled back"
+
+# --- Settings of the three profiles ----------------------------------------------------------------------------------
+
+DIFFUSION = {
+    "smoke": {
+        "size": 32,
+        "channels": (8, 16, 24),
+        "layers": 1,
+        "epochs": 2,
+        "batch": 8,
+        "learning_rate": 1e-3,
+        "average": 0.9,
+    },
+    # ours: a batch of 2 at 5e-6 learns nothing in the hours that a CPU has
+    "quick": {"channels": (32, 64, 128), "layers": 1, "epochs": 60, "batch": 16, "learning_rate": 5e-4},
+    # ours: at the paper's batch of 2 a GPU idles (`ddpm_printed` has its batch and rate)
+    "paper": {"epochs": 400, "batch": 64, "learning_rate": 2e-4},
+}
+# ours: fewer epochs; 2000 are printed
+COMPRESSION = {
+    "smoke": {"epochs": 2, "batch": 16},
+    "quick": {"epochs": 20, "learning_rate": 3e-3},
+    "paper": {"epochs": 200},
+}
+SHARED = {"family": "v5", "mosaic": 0.0, "close_mosaic": 0}  # flips and scale: features follow them
+DETECTOR = {
+    "smoke": {**baselines.SMOKE, "close_mosaic": 0, "dataset": "synthetic_steel"},
+    "quick": {"scale": "n", "size": 192, "epochs": 40, "batch": 16, **baselines.ADAMW},
+    # section IV-A, but for AdamW at 0.001, which is ours
+    "paper": {"scale": "s", "size": 512, "epochs": 100, "batch": 16, **baselines.ADAMW},
+}
+SETTINGS = {
+    profile: DetectorSettings(**{**DETECTOR[profile], **SHARED, "flip_up_down": 0.5}) for profile in DETECTOR
+}  # ours: rolled steel has no up
+
+
+# --- Rows of the tables ----------------------------------------------------------------------------------------------
+
+
+def stages(profile: str, dataset: str) -> dict[str, Any]:
+    """The diffusion model of a set and both compressors of its features."""
+    diffusion = DiffusionSettings(dataset=dataset, **DIFFUSION[profile])
+    resvae = CompressionSettings(dataset=dataset, ddpm=diffusion, **COMPRESSION[profile])
+    printed = replace(diffusion, batch=2, learning_rate=5e-6, epochs=min(diffusion.epochs, 200))  # section IV-A
+    return {"ddpm": diffusion, "ddpm_printed": printed, "resvae": resvae, "pca": replace(resvae, method="pca")}
+
+
+def hybrid_of(detector: DetectorSettings, compression: CompressionSettings, **switches: Any) -> HybridSettings:
+    """The hybrid around a detector: the same recipe."""
+    return HybridSettings(**vars(detector), compression=compression, **switches)
+
+
+def student_of(hybrid: HybridSettings, **changes: Any) -> StudentSettings:
+    """The student of a hybrid: the same detector and recipe."""
+    own = {name: getattr(hybrid, name) for name in vars(DetectorSettings())}
+    return StudentSettings(**(own | changes), teacher=hybrid)
+
+
+def rows(profile: str) -> dict[str, Any]:
+    """Every row of notebooks 30 to 33 at one profile; "student" is the whole method, "baseline" its own baseline."""
+    base = SETTINGS[profile]
+    prepared = stages(profile, base.dataset)
+    resvae = prepared["resvae"]
+    whole = hybrid_of(base, resvae)
+    sums = {"dual": False, "weighted": False, "residual": False, "norm": False}
+    student = student_of(whole)
+    found = prepared | {
+        "baseline": base,
+        "baseline_mosaic": replace(base, mosaic=1.0, close_mosaic=min(10, base.epochs // 4)),
+        "hybrid": whole,
+        "student": student,
+        # Table I
+        "fusion_cross": replace(whole, **sums),
+        "fusion_dual": replace(whole, **(sums | {"dual": True})),
+        "fusion_dual_weighted": replace(whole, residual=False, norm=False),
+        "fusion_weighted_residual": replace(whole, dual=False, norm=False),
+        "fusion_dual_weighted_residual": replace(whole, norm=False),
+        # Table II
+        "fusion_concat": replace(whole, fuse="concat"),
+        "fusion_sum": replace(whole, fuse="sum"),
+        "fusion_weighted_sum": replace(whole, fuse="weighted_sum"),
+        # Table III
+        "plain_pca": replace(whole, fuse="sum", noise_filter=False, compression=prepared["pca"]),
+        "plain_resvae": replace(whole, fuse="sum", noise_filter=False),
+        # section III-C, IV-B.2 and IV-A
+        "fusion_printed_scale": replace(whole, printed_scale=True),
+        "fusion_positional": replace(whole, positional="sine"),
+        "student_bce": replace(student, distance="bce"),
+    }
+    longer = 3 * base.epochs
+    found |= {"baseline_300": replace(base, epochs=longer), "student_300": replace(student, epochs=longer)}
+    return found | board_rows(profile) | mask_rows(profile) | table6_rows(profile) | cost_rows(profile)
+
+
+def board_rows(profile: str) -> dict[str, Any]:
+    """The whole method on circuit boards: ours."""
+    dataset = baselines.on("deep_pcb", profile)
+    base = replace(SETTINGS[profile], dataset=dataset)
+    prepared = stages(profile, dataset)
+    hybrid = hybrid_of(base, prepared["resvae"])
+    found = {"ddpm": prepared["ddpm"], "resvae": prepared["resvae"], "baseline": base, "hybrid": hybrid}
+    return {f"pcb_{name}": row for name, row in (found | {"student": student_of(hybrid)}).items()}
+
+
+def mask_rows(profile: str) -> dict[str, Any]:
+    """Table IV: boxes and masks on NEU-Seg, and the baseline on that set's own split, which tests on turned pictures of
+    its training part."""
+    sets = {"smoke": ("synthetic_steel_masks",) * 2}.get(profile, ("neu_seg", "neu_seg_published"))
+    base = replace(SETTINGS[profile], dataset=sets[0])
+    prepared = stages(profile, sets[0])
+    hybrid = hybrid_of(base, prepared["resvae"])
+    baseline = InstanceSettings(**vars(base))
+    return {
+        "seg_ddpm": prepared["ddpm"],
+        "seg_resvae": prepared["resvae"],
+        "multitask_baseline": baseline,
+        "multitask_hybrid": hybrid,
+        "multitask_student": student_of(hybrid),
+        "multitask_baseline_published": replace(baseline, dataset=sets[1]),
+    }
+
+
+def table6_rows(profile: str) -> dict[str, Any]:
+    """Other detectors on NEU-DET, with the recipe of the baseline."""
+    base = SETTINGS[profile]
+    scales = {"v5": ("m", "l"), "v8": ("n", "s", "m", "l")}
+    own = {
+        f"{family}{scale}": replace(base, family=family, scale="t" if profile == "smoke" else scale)
+        for family in scales
+        for scale in scales[family]
+    }
+    common = {"dataset": base.dataset, "size": base.size, "epochs": base.epochs}
+    others = ("faster_rcnn", "retinanet", "ssd", "fcos")
+    return own | {name: TorchvisionSettings(architecture=name, **common) for name in others}
+
+
+def cost_rows(profile: str) -> dict[str, CostSettings]:
+    """Table V's costs, which need no data."""
+    size = 96 if profile == "smoke" else 640
+    models = (*(("v5", scale) for scale in "nsml"), *(("v8", scale) for scale in "nsml"))
+    return {f"cost_{family}{scale}": CostSettings(family=family, scale=scale, size=size) for family, scale in models}
+
+
+ROWS = {profile: rows(profile) for profile in SETTINGS}
+OPTIONAL = (*board_rows("paper"), *mask_rows("paper"))  # their data are not everywhere
+PRIMARY = ("ddpm", "resvae", "baseline", "hybrid", "student")
+TABLES = {
+    "table1": "Table I: parts of the dynamic cross-fusion",
+    "table2": "Table II: ways to fuse",
+    "table3": "Table III: parts of the method",
+    "table4": "Table IV: detection and segmentation on NEU-Seg",
+    "table5": "Table V: costs, and Tianchi fabric as printed",
+    "table6": "Table VI: detectors on NEU-DET",
+    "table7": "Table VII: GC10-DET as printed",
+    "text": "Experiments in the text, and ours",
+}
+METRICS = (
+    ("map50", "map50_95", "map33"),
+    ("precision_dev", "recall_dev", "f1_dev", "f1_oracle"),
+    ("mask_map50", "mask_map50_95", "mask_precision_dev", "mask_recall_dev"),
+    ("parameters_m", "gflops", "size_mb", "latency_ms", "fps", "images_per_second_32"),
+    ("noise_error", "unexplained", "kl", "compression_ratio"),
+)
+QUICK = (*PRIMARY, "pca", "fusion_weighted_sum", "baseline_mosaic", *cost_rows("quick"))
+
+
+def planned_seeds(row: str, profile: str) -> int:
+    """How many seeds a row gets: five in the paper profile for what the primary claims compare; the stages one, which
+    serves all; in quick none for the ablations but one, each of which takes as long as the hybrid."""
+    settings = ROWS[profile][row]
+    if isinstance(settings, DiffusionSettings | CompressionSettings | CostSettings):
+        return int(profile != "quick" or row in QUICK)
+    if isinstance(settings, TorchvisionSettings):  # SSD refuses small pictures, the others take hours on a CPU
+        return 3 if profile == "paper" else 0
+    if profile == "paper":
+        return 5 if row in ("baseline", "hybrid", "student") else 3
+    return int(profile == "smoke" or row in QUICK)
+
+
+# --- Data, fingerprints, one run -------------------------------------------------------------------------------------
+
+
+def load(settings: Any, device: str) -> DetectionData | NoData:
+    """A set at the size that the row looks at: the stages at the diffusion model's."""
+    if isinstance(settings, CostSettings):
+        return NoData()
+    looking = settings.ddpm if isinstance(settings, CompressionSettings) else settings
+    if settings.dataset in MASKED:
+        return _load_instances(settings.dataset, looking.size, str(device))
+    return baselines.load(looking, device)
+
+
+@lru_cache(maxsize=2)
+def _load_instances(dataset: str, size: int, device: str) -> InstanceData:
+    return load_instances(dataset, size, device)
+
+
+def fingerprints(settings: Any) -> dict[str, str]:
+    """Of the data; every weight here starts from chance."""
+    if isinstance(settings, CostSettings):
+        return {"data": "none", "weights": "random"}
+    if settings.dataset in MASKED:
+        return {"data": instance_fingerprint(settings.dataset), "weights": "random"}
+    return baselines.fingerprints(settings)
+
+
+def run_row(settings: Any, seed: int, data: Any, device: str, session: Session) -> Result:
+    """One row and seed, by the kind of its settings."""
+    if isinstance(settings, CostSettings):
+        return run_costs(settings, device)
+    if isinstance(settings, DiffusionSettings):
+        return run_ddpm(settings, seed, data, device, session)
+    if isinstance(settings, CompressionSettings):
+        return run_compression(settings, seed, data, device, session)
+    if isinstance(settings, HybridSettings):
+        return run_hybrid(settings, seed, data, load(settings.compression, device), device, session)
+    if isinstance(settings, StudentSettings):
+        return run_student(settings, seed, data, load(settings.teacher.compression, device), device, session)
+    if isinstance(settings, InstanceSettings):
+        return run_with_masks(settings, seed, data, device, session)
+    if isinstance(settings, TorchvisionSettings):
+        return run_torchvision(settings, seed, data, device, session)
+    return baselines.run_row(settings, seed, data, device, session)

@@ -1,0 +1,294 @@
+"""From settings to a result: teacher features computed once, a student trained on them, maps, scores, metrics."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from defectlab.data.anomaly import AnomalyData
+from defectlab.data.anomaly import AnomalySplit
+from defectlab.metrics.anomaly import anomaly_metrics
+from defectlab.metrics.anomaly import pixel_histograms
+from defectlab.metrics.costs import parameters
+from defectlab.metrics.ranking import best_f1_threshold
+from defectlab.networks import resnet as teachers
+from defectlab.networks.reverse_distillation import LOSSES
+from defectlab.networks.reverse_distillation import RD4ADSettings
+from defectlab.networks.reverse_distillation import ReverseDistillation
+from defectlab.networks.reverse_distillation import anomaly_map
+from defectlab.networks.reverse_distillation import gaussian_smooth
+from defectlab.networks.reverse_distillation import image_scores
+from defectlab.networks.reverse_distillation import initialise
+from defectlab.precision import autocast
+from defectlab.precision import precision_of
+from defectlab.runs import Result
+from defectlab.runs import Session
+from defectlab.training.loop import Trained
+from defectlab.training.loop import train
+from functools import partial
+from torch import Tensor
+from torch import nn
+from torch.nn import functional
+from typing import Any
+import numpy as np
+import torch
+
+
+THUMBNAIL, COLOUR_THUMBNAIL = 96, 72  # pixels a side of the cases kept in a record, whose size is limited
+CASES = 12
+FLIPS = ((-1,), (-2,), (-2, -1))  # axes of (N, 3, H, W): horizontal, vertical, both
+
+_features: dict[tuple, list[Tensor]] = {}
+
+
+def cached_features(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> list[Tensor]:
+    """Teacher features of one split, computed once a process; another data set or teacher takes their place.
+
+    What tells data sets apart is `data.fingerprint`: images made from a set (crops) need one of their own.
+    """
+    key = _cache_key(data, part, settings, device)
+    if key not in _features:
+        _features[key] = compute_features(settings, getattr(data, part).images)
+    return [f[: len(getattr(data, part))] for f in _features[key]]
+
+
+def flipped_features(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> list[Tensor]:
+    """The same of the images and of their flips, (4 N, C, h, w): as they are, then in the order of `FLIPS`.
+
+    Features of a flipped image are not flipped features: stride-2 layers sample other pixels, kernels have sides.
+    """
+    key = _cache_key(data, part, settings, device)
+    plain = cached_features(data, part, settings, device)
+    images = getattr(data, part).images
+    if len(_features[key][0]) == len(images):
+        layers = zip(plain, *(compute_features(settings, images.flip(axes)) for axes in FLIPS), strict=True)
+        _features[key] = [torch.cat(layer).contiguous(memory_format=torch.channels_last) for layer in layers]
+    return _features[key]
+
+
+def _cache_key(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> tuple:
+    """The cache's key of a split, after anything of another family is gone from the cache."""
+    family = (data.fingerprint, settings.teacher, settings.size, precision_of(settings, device), str(device))
+    for key in [k for k in _features if k[0] != family]:
+        del _features[key]
+    return family, part
+
+
+def compute_features(settings: Any, images: Tensor) -> list[Tensor]:
+    """Teacher features of uint8 images (N, 3, size, size), on their device, in the dtype in which runs cache them."""
+    dtype = torch.bfloat16 if precision_of(settings, images.device) == "bf16" else torch.float32
+    teacher = teachers.load_teacher(settings.teacher, images.device).to(memory_format=torch.channels_last)
+    return teachers.extract(teacher, images, dtype)
+
+
+@torch.inference_mode()
+def compare(
+    network: nn.Module, features: list[Tensor], of: Callable[[list[Tensor], Any], Any], precision: str, batch: int = 32
+) -> list[Any]:
+    """`of`(teacher features, the network's outputs), a batch after the other."""
+    found = []
+    for start in range(0, len(features[0]), batch):
+        chunk = [f[start : start + batch] for f in features]
+        with autocast(chunk[0].device, precision):
+            outputs = network(chunk)
+        found.append(of(chunk, outputs))
+    return found
+
+
+def score_features(
+    network: nn.Module,
+    features: list[Tensor],
+    to_maps: Callable[[list[Tensor], Any], Tensor],
+    precision: str,
+    batch: int = 32,
+) -> Tensor:
+    """Cached features -> smoothed anomaly maps (N, 256, 256) float32."""
+    smoothed = compare(network, features, lambda t, outputs: gaussian_smooth(to_maps(t, outputs)), precision, batch)
+    return torch.cat(smoothed)
+
+
+@dataclass
+class Student:
+    """A trained network in eval mode, with its loss, what `train` returned, and the precision it computes in."""
+
+    network: nn.Module
+    loss: Callable[..., dict[str, Tensor]]
+    trained: Trained
+    precision: str
+
+
+def train_student(
+    settings: Any,
+    seed: int,
+    data: AnomalyData,
+    device: str | torch.device,
+    session: Session,
+    build: Callable[..., nn.Module],
+    make_loss: Callable[..., Callable],
+) -> Student:
+    """Train a student on the teacher's features of `data.train`; with `settings.flips`, of each image as it is or
+    flipped, drawn anew every epoch, both flips with probability 1/2.
+
+    Args:
+        build: (settings, teacher's channels, its bottleneck) -> network.
+        make_loss: settings -> (teacher features, outputs) -> named scalars.
+    """
+    precision = precision_of(settings, device)
+    teacher = teachers.load_teacher(settings.teacher, "cpu")
+    torch.manual_seed(seed)
+    network = build(settings, teacher.channels, teacher.bottleneck)
+    initialise(network)
+    network.to(device, memory_format=torch.channels_last)
+    loss = make_loss(settings)
+    parts = nn.ModuleList([network, loss.to(device)]) if isinstance(loss, nn.Module) else network
+
+    def step(teacher: list[Tensor]) -> dict[str, Tensor]:
+        with autocast(teacher[0].device, precision):
+            outputs = network(teacher)
+        return loss(teacher, outputs)
+
+    draw = None
+    if settings.flips:
+        flipped, count = flipped_features(data, "train", settings, device), len(data.train)
+
+        def draw(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
+            which = torch.randint(1 + len(FLIPS), (len(indices),), generator=generator).to(indices.device)
+            chosen = which * count + indices
+            return [f[chosen] for f in flipped]
+
+    trained = train(
+        parts,
+        step,
+        cached_features(data, "train", settings, device),
+        epochs=settings.epochs,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        betas=settings.betas,
+        seed=seed,
+        session=session,
+        schedule=settings.schedule,
+        draw=draw,
+    )
+    return Student(network, loss, trained, precision)
+
+
+def result_of(student: Student, data: AnomalyData, dev_maps: Tensor, test_maps: Tensor) -> Result:
+    """`evaluate`, and what the student's training has to tell."""
+    result = evaluate(data, dev_maps, test_maps)
+    result.curve = student.trained.curve
+    result.precision = student.precision
+    result.model = student.network.state_dict()
+    result.costs = {"parameters": parameters(student.network)} | student.trained.costs
+    return result
+
+
+def distil(
+    settings: Any,
+    seed: int,
+    data: AnomalyData,
+    device: str | torch.device,
+    session: Session,
+    build: Callable[..., nn.Module],
+    make_loss: Callable[..., Callable],
+    to_maps: Callable[..., Tensor],
+) -> Result:
+    """Train a student and evaluate its last epoch, once.
+
+    Args:
+        build, make_loss: as in `train_student`.
+        to_maps: (settings, teacher features, outputs) -> anomaly maps (B, 256, 256).
+    """
+    student = train_student(settings, seed, data, device, session, build, make_loss)
+    maps = [
+        score_features(
+            student.network,
+            cached_features(data, part, settings, device),
+            partial(to_maps, settings),
+            student.precision,
+        )
+        for part in ("dev", "test")
+    ]
+    return result_of(student, data, *maps)
+
+
+def evaluate(
+    data: AnomalyData,
+    dev_maps: Tensor,
+    test_maps: Tensor,
+    dev_scores: Tensor | None = None,
+    test_scores: Tensor | None = None,
+) -> Result:
+    """Metrics of dev and test; the image threshold comes from dev. Scores default to the maxima of the maps."""
+    dev_scores = image_scores(dev_maps) if dev_scores is None else dev_scores
+    test_scores = image_scores(test_maps) if test_scores is None else test_scores
+    threshold = best_f1_threshold(dev_scores, data.dev.labels)
+    dev, _ = _metrics(data, data.dev, dev_maps, dev_scores, threshold)
+    metrics, per_class = _metrics(data, data.test, test_maps, test_scores, threshold)
+    test = data.test
+    histograms = pixel_histograms(test_maps, test.masks, test.has_mask)
+    predictions = {
+        "scores": test_scores.float().cpu().numpy(),
+        "labels": test.labels.cpu().numpy(),
+        "types": test.types.cpu().numpy(),
+        "names": np.array(test.names),
+        "type_names": np.array(data.type_names),
+        "dev_scores": dev_scores.float().cpu().numpy(),
+        "dev_labels": data.dev.labels.cpu().numpy(),
+    }
+    predictions |= {f"histogram_{k}": v for k, v in histograms.items()}
+    predictions |= telling_cases(test, test_maps, test_scores)
+    dev["threshold"] = threshold
+    return Result(metrics, per_class, dev, {}, predictions, {}, {}, "fp32")
+
+
+def _metrics(
+    data: AnomalyData, split: AnomalySplit, maps: Tensor, scores: Tensor, threshold: float
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    found = anomaly_metrics(
+        maps, split.masks, split.labels, split.types, split.has_mask, data.type_names, scores, threshold
+    )
+    present = {data.type_names[t] for t in split.types.unique().tolist()}  # "pasted" is in dev only
+    rounded = {t: {k: round(v, 4) for k, v in m.items()} for t, m in found.per_class.items() if t in present}
+    return {k: round(v, 4) for k, v in found.overall.items()}, rounded
+
+
+def telling_cases(split: AnomalySplit, maps: Tensor, scores: Tensor) -> dict[str, np.ndarray]:
+    """A dozen small cases for the pictures: the defects that scored lowest, the good parts that scored highest, and
+    the defects that scored highest, four of each: images, maps (scaled to the whole test set's range) and masks.
+
+    All are uint8 and (K, 96, 96); where the pictures have colour, (K, 72, 72) and case_images (K, 72, 72, 3).
+    """
+    order = scores.argsort().cpu()
+    bad = order[split.labels.cpu()[order] == 1]
+    good = order[split.labels.cpu()[order] == 0]
+    each = CASES // 3
+    chosen = torch.cat([bad[:each], good.flip(0)[:each], bad.flip(0)[:each]])
+    low, high = maps.amin(), maps.amax()
+
+    picked = chosen.to(maps.device)
+    images = split.images[picked]
+    grey = bool((images[:, :1] == images).all())
+    side = THUMBNAIL if grey else COLOUR_THUMBNAIL
+
+    def small(x: Tensor) -> np.ndarray:
+        """(K, C, H, W) -> (K, side, side) for one channel, (K, side, side, 3) for three."""
+        thumbnails = functional.interpolate(x.float(), (side, side), mode="area").movedim(1, -1)
+        return (thumbnails[..., 0] if x.shape[1] == 1 else thumbnails).cpu().numpy()
+
+    return {
+        "case_index": chosen.numpy(),
+        "case_images": small(images[:, :1] if grey else images).round().astype(np.uint8),
+        "case_maps": small((maps[picked, None] - low) / (high - low).clamp(min=1e-12) * 255).round().astype(np.uint8),
+        "case_masks": (small(split.masks[picked, None]) > 0).astype(np.uint8),
+    }
+
+
+def build(settings: RD4ADSettings, channels: tuple[int, int, int], bottleneck: int) -> ReverseDistillation:
+    return ReverseDistillation(channels, bottleneck)
+
+
+def make_loss(settings: RD4ADSettings):
+    """One of `LOSSES` as (teacher, students) -> named scalars."""
+    loss = LOSSES[settings.loss]
+    return lambda teacher, students: {"loss": sum(loss(teacher, maps) for maps in students)}
+
+
+def to_maps(settings: RD4ADSettings, teacher: list[torch.Tensor], students: list[list[torch.Tensor]]) -> torch.Tensor:
+    return sum(anomaly_map(teacher, maps) for maps in students)

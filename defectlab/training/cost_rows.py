@@ -1,0 +1,46 @@
+"""What a detector costs, as a row that needs no data: parameters, FLOPs, size and speed follow from the network."""
+
+from dataclasses import dataclass
+from defectlab.metrics.costs import model_costs
+from defectlab.networks.yolo.blocks import folded
+from defectlab.networks.yolo.model import Detector
+from defectlab.runs import Result
+from typing import ClassVar
+import torch
+
+
+
+@dataclass(frozen=True)
+class CostSettings:
+    """A detector as it is published: for the 80 classes of COCO, on pictures of 640 px."""
+
+    model: ClassVar[str] = "detector_costs"
+    version: ClassVar[int] = 1
+    alone: ClassVar[bool] = True  # it is timed: nothing else may run beside it
+
+    dataset: str = "none"
+    family: str = "v5"  # "v5" anchor-based, "v8" anchor-free
+    scale: str = "s"
+    size: int = 640  # px a side, of FLOPs and speed
+    classes: int = 80
+
+
+@dataclass(frozen=True)
+class NoData:
+    """Stands where a row's data would."""
+
+    label: str = "none (no data needed)"
+
+
+def run_costs(settings: CostSettings, device: str | torch.device) -> Result:
+    """Costs of an untrained detector as deployed (folded, fp32, before decoding and suppression); no metrics.
+
+    costs: those of `model_costs` at `size`, one by one, and fps, pictures a second. ValueError for an unknown detector
+    or a size that is not divisible by 32.
+    """
+    torch.manual_seed(0)
+    detector = folded(Detector(settings.family, settings.scale, settings.classes))
+    detector = detector.to(device, memory_format=torch.channels_last)
+    costs = model_costs(detector, settings.size, device, batches=False)
+    costs["fps"] = round(1000 / costs["latency_ms"], 1)
+    return Result({}, {}, {}, {}, {}, {}, costs, "fp32")

@@ -1,0 +1,297 @@
+"""Section III-B of D3N, feature preparation: from pictures to a repository of compressed features.
+
+Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845, section III-B and Fig. 3. The
+training pictures go through the frozen diffusion model once; their decoder features are the first repository, on which
+the compressor is trained; its latents are the second one, which the detector's training reads. Both hold training
+pictures alone, as in the paper, which leaves open how a test picture is then queried. Ours: features of dev and test
+pictures are computed on the fly by the same frozen models. No label is used anywhere here.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from defectlab.data.boxes import DetectionData
+from defectlab.files import DataError
+from defectlab.networks.diffusion import decoder_channels
+from defectlab.networks.diffusion import decoder_features
+from defectlab.networks.diffusion import noise_schedule
+from defectlab.papers.d3n.resvae import CompressionSettings
+from defectlab.papers.d3n.resvae import Compressor
+from defectlab.papers.d3n.resvae import Level
+from defectlab.papers.d3n.resvae import ResVAE
+from defectlab.papers.d3n.resvae import Shape
+from defectlab.papers.d3n.resvae import build_compressor
+from defectlab.papers.d3n.resvae import kl_divergence
+from defectlab.papers.d3n.resvae import vae_loss
+from defectlab.precision import autocast
+from defectlab.precision import full_float32
+from defectlab.precision import precision_of
+from defectlab.runs import Record
+from defectlab.runs import Result
+from defectlab.runs import Session
+from defectlab.runs import load_weights
+from defectlab.training.diffusion import load_ddpm
+from defectlab.training.feature_store import Repository
+from defectlab.training.feature_store import build_repository
+from defectlab.training.loop import Trained
+from defectlab.training.loop import train
+from functools import cache
+from torch import Tensor
+from torch import nn
+import hashlib
+import math
+import torch
+
+CHUNK = 64  # images that are float32 at once outside of training
+PCA_VECTORS, PCA_CHUNK = 200_000, 4096  # channel vectors that a PCA sees: in all, and at once
+
+
+def channel_vectors(level: "Level", x: Tensor, seed: int) -> Iterable[Tensor]:
+    """The standardised channel vectors of all pixels of (N, C, H, W), in chunks of about 4096: (M, C) float32.
+
+    Of more than 200,000 so many are drawn without repetition (ours: some 400 for each of 512 channels will do).
+    """
+    count, _, height, width = x.shape
+    pixels = torch.randperm(count * height * width, generator=torch.Generator().manual_seed(seed))[:PCA_VECTORS]
+    for part in pixels.to(x.device).tensor_split(math.ceil(len(pixels) / PCA_CHUNK)):
+        row, column = part // width % height, part % width
+        centred = x[part // (height * width), :, row, column].float() - level.mean[:, row, column].T  # (M, C)
+        yield centred / level.deviation.flatten()
+
+
+def fit_compressor(
+    settings: CompressionSettings, features: list[Tensor], seed: int, session: Session
+) -> tuple[Compressor, Trained | None]:
+    """Fit on training features: ResVAEs in one loop, on the sum of the levels' losses; PCA level by level.
+
+    Args:
+        features: (N, C_k, H_k, W_k) a level, finest first, fp16 or wider, whole on the device that trains.
+
+    Returns:
+        The compressor on the features' device; what `train` returned (curve: "loss", then "mse_level_k" in units of
+        variance and "kl_level_k" in nats a latent value), None where nothing is trained by gradients.
+
+    Raises:
+        ValueError: settings, features that are not finite or too few for a PCA; OutOfTime, NonFiniteLoss of `train`.
+    """
+    torch.manual_seed(seed)
+    device, precision = features[0].device, precision_of(settings, features[0].device)
+    compressor = build_compressor(settings, [tuple(x.shape[1:]) for x in features])
+    compressor.to(device, memory_format=torch.channels_last)
+    for level, x in zip(compressor.levels, features, strict=True):
+        level.fit_standardisation(x)
+        if settings.method == "pca":
+            level.codec.fit(channel_vectors(level, x, seed))
+    if settings.method != "resvae":
+        return compressor, None
+
+    codecs = nn.ModuleList(level.codec for level in compressor.levels).requires_grad_(True)
+
+    def draw(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))  # of the posterior's samples: resumable
+        return [x[indices] for x in features]
+
+    def step(batch: list[Tensor]) -> dict[str, Tensor]:
+        losses = []
+        for level, x in zip(compressor.levels, batch, strict=True):
+            target = level.standardise(x).contiguous(memory_format=torch.channels_last)
+            with autocast(device, precision):
+                outputs = level.codec(target)
+            reconstruction, mean, log_variance = (y.float() for y in outputs)
+            losses.append(vae_loss(reconstruction, target, mean, log_variance, settings.kl, settings.reduction))
+        scalars = {"loss": sum(loss["loss"] for loss in losses)}
+        return scalars | {f"{name}_level_{k}": loss[name] for name in ("mse", "kl") for k, loss in enumerate(losses)}
+
+    trained = train(
+        codecs,
+        step,
+        features,
+        epochs=settings.epochs,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        betas=(0.9, 0.999),
+        seed=seed,
+        session=session,
+        draw=draw,
+    )
+    codecs.requires_grad_(False)
+    return compressor, trained
+
+
+@torch.inference_mode()
+def reconstruction_error(compressor: Compressor, features: list[Tensor]) -> dict[str, float]:
+    """What features (N, C_k, H_k, W_k) a level lose on the way through latents in fp16, as the repository holds them.
+
+    Returns:
+        "unexplained_level_k": per cent of the variance about the mean map: 100 times squared errors by squares, both
+        summed over the standardised features. "unexplained": mean over levels.
+        "latent_std": of the latent values, mean over levels.
+        "kl" (ResVAE only): nats a latent value, mean over levels; near 0 the posterior has collapsed to the prior.
+        "compression_ratio": feature values per latent value.
+    """
+    levels = [level_error(level, x) for level, x in zip(compressor.levels, features, strict=True)]
+    found = {name: sum(level[name] for level in levels) / len(levels) for name in levels[0]}
+    found |= {f"unexplained_level_{k}": level["unexplained"] for k, level in enumerate(levels)}
+    found["compression_ratio"] = found.pop("values") / found.pop("latents")
+    return found
+
+
+def level_error(level: Level, x: Tensor) -> dict[str, float]:
+    """Of one level: "unexplained", "latent_std", "kl", and how many "values" became how many "latents"."""
+    variational, latents = isinstance(level.codec, ResVAE), 0
+    sums = torch.zeros(5, dtype=torch.float64, device=x.device)  # errors^2, features^2, latents, latents^2, KL
+    for part in x.split(CHUNK):
+        target = level.standardise(part)
+        with full_float32():
+            z = level.encode(part).half()
+            error = level.decode(z) / level.deviation - target
+            kl = kl_divergence(*level.codec.posterior(target)) if variational else torch.zeros_like(z)
+        sums += torch.stack([y.double().sum() for y in (error.square(), target.square(), z, z.double().square(), kl)])
+        latents += z.numel()
+    lost, total, first, second, nats = sums.tolist()
+    std = math.sqrt(max(second / latents - (first / latents) ** 2, 0.0))
+    found = {"unexplained": 100 * lost / total, "latent_std": std, "values": x.numel(), "latents": latents}
+    return found | ({"kl": nats / latents} if variational else {})
+
+PARTS = ("dev", "test")
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """The frozen diffusion model of a run, as a function from pictures to features."""
+
+    unet: nn.Module
+    settings: CompressionSettings
+    record: Record
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, batch: int = 64) -> list[Tensor]:
+        """uint8 (N, C, 64, 64) -> three levels (N, C_k, H_k, W_k) float32, finest first."""
+        alpha_hat = noise_schedule(self.settings.ddpm.steps).to(images.device)
+        options = {"timesteps": self.settings.timesteps, "combine": self.settings.combine, "alpha_hat": alpha_hat}
+        with autocast(images.device, precision_of(self.settings.ddpm, images.device)):
+            chunks = [decoder_features(self.unet, part, **options) for part in images.split(batch)]
+        return [torch.cat(level) for level in zip(*chunks, strict=True)]
+
+    def made_of(self, data: DetectionData) -> str:
+        """What the training pictures' features follow from: weights, pictures, settings and precision."""
+        precision = precision_of(self.settings.ddpm, next(self.unet.parameters()).device)
+        how = f"{self.settings.timesteps} {self.settings.combine} {precision}"
+        return f"{self.record.model_sha256} {data.fingerprint} {how}"
+
+
+def feature_shapes(settings: CompressionSettings) -> list[Shape]:
+    """(C_k, H_k, W_k) of the features of one picture, finest first."""
+    times, side = len(settings.timesteps) if settings.combine == "concat" else 1, settings.ddpm.size
+    return [(times * c, side >> k, side >> k) for k, c in enumerate(decoder_channels(settings.ddpm))]
+
+
+def extractor(settings: CompressionSettings, data: DetectionData, device: str, session: Session) -> Extractor:
+    """The diffusion model that `settings` name, trained first if this machine has not run it."""
+    record = session.need(settings.ddpm, 0)  # ours: one diffusion model for all seeds of what follows
+    return Extractor(load_ddpm(record, settings.ddpm, data.train.images.shape[1], device), settings, record)
+
+
+def feature_repository(extract: Extractor, data: DetectionData, session: Session) -> Repository:
+    """The first repository: features of the training pictures at native scales, fp16, beside the model's run."""
+    settings = extract.settings
+    identity = hashlib.sha256(extract.made_of(data).encode()).hexdigest()
+    folder = extract.record.path.parent / "features" / f"{extract.record.key}-{identity[:8]}"
+
+    def compute(indices: list[int]) -> list[Tensor]:
+        return extract(data.train.images[indices])
+
+    return build_repository(folder, data.train.names, feature_shapes(settings), compute, identity, say=session.say)
+
+
+def latent_repository(
+    record: Record, compressor: Compressor, extract: Extractor, data: DetectionData, session: Session
+) -> Repository:
+    """The second repository: the latents of the compressor whose run is `record`, on training pictures alone."""
+    settings, device = extract.settings, next(extract.unet.parameters()).device
+    identity = hashlib.sha256(f"{record.model_sha256} {extract.made_of(data)}".encode()).hexdigest()
+    folder = record.path.parent / "features" / f"{record.key}-{identity[:8]}"
+    raw = cache(lambda: feature_repository(extract, data, session))  # needed only where a latent is missing
+
+    def compute(indices: list[int]) -> list[Tensor]:
+        return encode(compressor, [level.to(device) for level in raw().read(indices)])
+
+    ratio = 1 if settings.method == "none" else settings.ratio
+    shapes = [(channels // ratio, *sides) for channels, *sides in feature_shapes(settings)]
+    return build_repository(folder, data.train.names, shapes, compute, identity, say=session.say)
+
+
+@torch.no_grad()
+def encode(compressor: Compressor, features: list[Tensor]) -> list[Tensor]:
+    """Features of a few pictures -> their latents in fp16, computed alike for training pictures and for new ones."""
+    with full_float32():
+        return [latents.half() for latents in compressor.encode([level.float() for level in features])]
+
+
+def latents_of(extract: Extractor, compressor: Compressor, images: Tensor, batch: int = 64) -> list[Tensor]:
+    """Pictures uint8 (N, C, 64, 64) -> their latents, on the fly: three levels (N, C_k / 8, H_k, W_k) fp16."""
+    chunks = [encode(compressor, extract(part)) for part in images.split(batch)]
+    return [torch.cat(level) for level in zip(*chunks, strict=True)]
+
+
+def load_compressor(record: Record, settings: CompressionSettings, device: str) -> Compressor:
+    """The compressor of a finished run, frozen."""
+    compressor = build_compressor(settings, feature_shapes(settings))
+    load_weights(record, compressor)
+    return compressor.to(device).eval().requires_grad_(False)
+
+
+def run_compression(
+    settings: CompressionSettings, seed: int, data: DetectionData, device: str, session: Session
+) -> Result:
+    """Build the first repository, train the compressor on it, and measure what it loses, on dev and test pictures.
+
+    Costs: seconds of training; memory of the training pictures' features before and after (MB, fp16).
+    """
+    extract = extractor(settings, data, device, session)
+    raw = feature_repository(extract, data, session)
+    features = raw.load(device)
+    compressor, trained = fit_compressor(settings, features, seed, session)
+    compressor = compressor.eval().requires_grad_(False)
+    found = {"train": reconstruction_error(compressor, features)}
+    for part in PARTS:
+        fresh = [[level.half() for level in extract(few)] for few in getattr(data, part).images.split(64)]
+        found[part] = reconstruction_error(compressor, [torch.cat(level) for level in zip(*fresh, strict=True)])
+    rounded = {part: {k: round(v, 4) for k, v in values.items()} for part, values in found.items()}
+    ratio = found["train"]["compression_ratio"]
+    before = raw.bytes / 1e6
+    costs = {"features_mb": round(before, 3), "latents_mb": round(before / ratio, 3)}
+    if trained:
+        costs |= trained.costs
+    notes = {"ddpm": extract.record.key, "ddpm_sha256": extract.record.model_sha256}
+    notes["unexplained_train"] = f"{found['train']['unexplained']:.2f} %"
+    curve = trained.curve if trained else {}
+    precision = precision_of(settings, device) if trained else "fp32"
+    return Result(
+        rounded["test"], {}, rounded["dev"], curve, {}, compressor.state_dict(), costs, precision, notes=notes
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a hybrid detector's training and test read."""
+
+    compressor: Compressor
+    latents: list[Tensor]  # of the training pictures: three levels (N, C_k / 8, H_k, W_k) fp16 on the device
+    unseen: dict[str, list[Tensor]]  # "dev", "test": the same, computed on the fly
+    extract: Extractor
+    notes: dict[str, str]
+
+
+def prepare(
+    settings: CompressionSettings, data: DetectionData, device: str, session: Session, parts: tuple[str, ...] = PARTS
+) -> Prepared:
+    """Latents of a set, `data` at the diffusion model's size; runs the stages that this machine has not run yet."""
+    record = session.need(settings, 0)  # ours: one compressor for all seeds of what follows
+    compressor = load_compressor(record, settings, device)
+    extract = extractor(settings, data, device, session)
+    if record.notes["ddpm_sha256"] != extract.record.model_sha256:
+        raise DataError(f"{record.path} was made from another diffusion model than {extract.record.path}: delete it")
+    latents = latent_repository(record, compressor, extract, data, session).load(device)
+    unseen = {part: latents_of(extract, compressor, getattr(data, part).images) for part in parts}
+    notes = {"compressor": record.key, "compressor_sha256": record.model_sha256, "ddpm": extract.record.key}
+    return Prepared(compressor, latents, unseen, extract, notes)

@@ -1,0 +1,224 @@
+"""Denoising diffusion: the noise schedule, the network that predicts the noise, its training, samples, its error.
+
+Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239. A picture x_0 loses its signal over
+`steps` steps of
+
+    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                                       (their eq. 2)
+
+so that, with alpha_hat_t the product of (1 - beta_s) over s up to t, any step is reached at once:
+
+    x_t = sqrt(alpha_hat_t) x_0 + sqrt(1 - alpha_hat_t) noise,  noise ~ N(0, I)                    (their eq. 4)
+
+A U-Net learns to tell the noise from x_t and t (their eq. 14), which gives the mean of the way back, q(x_{t-1} | x_t)
+(their eqs. 3 and 11). Timesteps count from 0 here: alpha_hat[0] holds one factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from defectlab.data.boxes import DetectionData
+from defectlab.metrics.costs import parameters
+from defectlab.networks.diffusion import DiffusionSettings
+from defectlab.networks.diffusion import TIMESTEPS
+from defectlab.networks.diffusion import as_inputs
+from defectlab.networks.diffusion import build_unet
+from defectlab.networks.diffusion import check_size
+from defectlab.networks.diffusion import decoder_features
+from defectlab.networks.diffusion import noise_loss
+from defectlab.networks.diffusion import noise_schedule
+from defectlab.networks.diffusion import q_sample
+from defectlab.networks.diffusion import sample_ddim
+from defectlab.precision import autocast
+from defectlab.precision import precision_of
+from defectlab.runs import Record
+from defectlab.runs import Result
+from defectlab.runs import Session
+from defectlab.runs import load_weights
+from defectlab.training.loop import MovingAverage
+from defectlab.training.loop import Trained
+from defectlab.training.loop import train
+from einops import rearrange
+from torch import Tensor
+from torch import nn
+from typing import TYPE_CHECKING
+import numpy as np
+import torch
+
+
+if TYPE_CHECKING:  # diffusers takes seconds to import: where it is needed, not for every table that names a row
+    from diffusers import UNet2DModel
+# of a finished network: the error at so many timesteps, on so many pictures of a split (a hundred settle it, and the
+# whole set would take a CPU longer than other rows train), and so many drawn pictures in its record
+ERROR_TIMESTEPS, ERROR_PICTURES, SAMPLES, CASES = 20, 120, 16, 6
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+class Averaging(nn.Module):
+    """A network in training beside the moving average of its weights: both, and the count of steps, in a checkpoint."""
+
+    def __init__(self, network: nn.Module, settings: DiffusionSettings):
+        super().__init__()
+        self.network = network
+        self.moving = MovingAverage(network, settings.average, settings.average_ramp)
+        self.average = self.moving.model
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # stays on the CPU: read in every step
+
+    def follow(self) -> None:
+        """Take in the weights that the last step left."""
+        self.moving.update(self.network, int(self.steps))
+        self.steps += 1
+
+
+def random_flips(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Each of (B, C, H, W) flipped upside down or left to right or both or not, with equal probability."""
+    for axis in (-2, -1):
+        flipped = (torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5).to(pictures.device)
+        pictures = torch.where(flipped, pictures.flip(axis), pictures)
+    return pictures
+
+
+def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, session: Session) -> tuple[UNet2DModel, Trained]:
+    """Train on uint8 pictures (N, C, size, size), on their device. -> (moving average of the U-Net, curve and speed).
+
+    Timesteps, noise and flips of a step are drawn on the CPU from seed and epoch alone: the same on every device, and
+    in a training that was interrupted. Raises ValueError for pictures of another size, and as `train`.
+    """
+    check_size(images, settings.size)
+    device, precision = images.device, precision_of(settings, images.device)
+    alpha_hat = noise_schedule(settings.steps).to(device)
+    torch.manual_seed(seed)
+    unet = build_unet(settings, images.shape[1]).to(device, memory_format=torch.channels_last)
+    parts = Averaging(unet, settings)
+
+    def draw(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
+        clean = as_inputs(images[indices])
+        if settings.flips:
+            clean = random_flips(clean, generator)
+        timesteps = torch.randint(settings.steps, (len(indices),), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        return [clean, timesteps.to(device), noise.to(device)]
+
+    def step(batch: list[Tensor]) -> dict[str, Tensor]:
+        parts.follow()
+        with autocast(device, precision):
+            return noise_loss(unet, *batch, alpha_hat)
+
+    trained = train(
+        parts,
+        step,
+        [images],
+        epochs=settings.epochs,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        betas=(0.9, 0.999),  # Adam's usual ones
+        seed=seed,
+        session=session,
+        schedule="cosine",
+        draw=draw,
+        final=settings.final_rate,
+    )
+    parts.follow()
+    return parts.average, trained
+
+
+@torch.no_grad()
+def error_per_timestep(
+    unet: UNet2DModel, images: Tensor, timesteps: Sequence[int], seed: int, batch: int = 64
+) -> Tensor:
+    """Mean squared error of the predicted noise at each timestep, (len(timesteps),) float64 on the CPU.
+
+    1 is as bad as predicting nothing. Each of the uint8 pictures (N, C, S, S) has one noise map at all timesteps, drawn
+    from the seed; the network computes in the caller's autocast. Raises ValueError for pictures of another size.
+    """
+    check_size(images, unet.config.sample_size)
+    alpha_hat = noise_schedule(unet.config.num_train_timesteps).to(images.device)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    total = torch.zeros(len(timesteps), dtype=torch.float64)
+    for pictures, drawn in zip(images.split(batch), noise.split(batch), strict=True):
+        clean, drawn = as_inputs(pictures), drawn.to(images.device)
+        for index, timestep in enumerate(timesteps):
+            at = torch.full((len(clean),), int(timestep), device=images.device)
+            total[index] += len(clean) * noise_loss(unet, clean, at, drawn, alpha_hat)["loss"].item()
+    return total / len(images)
+
+
+def middles(steps: int, count: int) -> list[int]:
+    """The timesteps in the middles of `count` equal parts of 0 .. steps - 1: their mean is that of all timesteps."""
+    return [(2 * part + 1) * steps // (2 * count) for part in range(count)]
+
+
+def spread(images: Tensor, count: int) -> Tensor:
+    """At most `count` of the pictures, evenly spaced: a set is sorted by name, which is by class in the steel sets."""
+    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).round().long().to(images.device)]
+
+
+def run_ddpm(
+    settings: DiffusionSettings, seed: int, data: DetectionData, device: str | torch.device, session: Session
+) -> Result:
+    """Train on the training pictures, measure on 120 of each split; no label is looked at.
+
+    -> metrics and dev {"noise_error": per cent of the noise's power that is mispredicted, mean over 20 timesteps};
+    predictions "timesteps" (20,), "errors" (20,) on test, "errors_train" on training pictures, "samples" uint8
+    (16, S, S), with colours (16, S, S, 3), and `telling_maps` of six test pictures. Raises ValueError for pictures of
+    another size, and as `train`.
+    """
+    pass  # that module builds on this one
+
+    unet, trained = train_ddpm(data.train.images, settings, seed, session)
+    precision, timesteps = precision_of(settings, device), middles(settings.steps, ERROR_TIMESTEPS)
+    with autocast(torch.device(device), precision):
+        errors = {
+            part: error_per_timestep(unet, spread(getattr(data, part).images, ERROR_PICTURES), timesteps, seed)
+            for part in ("train", "dev", "test")
+        }
+        samples = sample_ddim(unet, SAMPLES, seed, device=device)  # (16, C, S, S)
+        kept = telling_maps(unet, spread(data.test.images, CASES))
+    samples = samples[:, 0] if samples.shape[1] == 1 else rearrange(samples, "n c h w -> n h w c")
+    return Result(
+        metrics={"noise_error": round(100 * errors["test"].mean().item(), 4)},
+        per_class={},
+        dev={"noise_error": round(100 * errors["dev"].mean().item(), 4)},
+        curve=trained.curve,
+        predictions={
+            "timesteps": torch.tensor(timesteps).numpy(),
+            "errors": errors["test"].float().numpy(),
+            "errors_train": errors["train"].float().numpy(),
+            "samples": samples.cpu().numpy(),
+            **kept,
+        },
+        model=unet.state_dict(),
+        costs={"parameters_m": round(parameters(unet) / 1e6, 4)} | trained.costs,
+        precision=precision,
+    )
+
+
+def load_ddpm(record: Record, settings: DiffusionSettings, colours: int, device: str | torch.device) -> UNet2DModel:
+    """The averaged U-Net of a finished run, frozen. ValueError where its weights are missing or do not fit."""
+    unet = build_unet(settings, colours)
+    load_weights(record, unet)
+    return unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def telling_maps(unet: UNet2DModel, images: Tensor, channels: int = 3) -> dict[str, np.ndarray]:
+    """What a record keeps of a few uint8 pictures (B, C, S, S), all uint8: case_images and case_told (B, S, S) or with
+    colours (B, S, S, 3), the picture and what one step from the last of `TIMESTEPS` makes of it; case_features_k
+    (B, channels, h, w), some channels of level k, darkest to brightest over the pictures.
+    """
+    alpha_hat, last = noise_schedule(unet.config.num_train_timesteps).to(images.device), TIMESTEPS[-1]
+    at = torch.full((len(images),), last, device=images.device)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+    noisy = q_sample(as_inputs(images), at, noise, alpha_hat)
+    left = alpha_hat[last].float()
+    told = (noisy - (1 - left).sqrt() * unet(noisy, at).sample.float()) / left.sqrt()  # x_0 of eq. 2
+    found = {"case_images": images, "case_told": ((told + 1) * 127.5).round().clamp(0, 255)}
+    for level, maps in enumerate(decoder_features(unet, images, alpha_hat=alpha_hat)):
+        chosen = maps[:, torch.linspace(0, maps.shape[1] - 1, channels).round().long()]  # (B, channels, h, w)
+        low, high = chosen.amin((0, 2, 3), keepdim=True), chosen.amax((0, 2, 3), keepdim=True)
+        found[f"case_features_{level}"] = (255 * (chosen - low) / (high - low).clamp(min=1e-9)).round()
+    arrays = {name: values.to(torch.uint8).cpu().numpy() for name, values in found.items()}
+    for name in ("case_images", "case_told"):
+        arrays[name] = arrays[name][:, 0] if images.shape[1] == 1 else arrays[name].transpose(0, 2, 3, 1)
+    return arrays

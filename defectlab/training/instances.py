@@ -1,0 +1,237 @@
+"""Instance masks on the anchor-based detector: prototypes and coefficients, their loss, prediction and evaluation.
+
+Bolya, Zhou, Xiao, Lee, "YOLACT: Real-time Instance Segmentation", ICCV 2019, arXiv 1904.02689. A picture gets M
+prototype maps (section 3.1), each anchor M coefficients (section 3.2); a mask is sigmoid(prototypes x coefficients),
+cropped to its box (section 3.3). What differs is marked "ours".
+"""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from defectlab.data.augment import plain
+from defectlab.data.boxes import DetectionData
+from defectlab.data.instances import InstanceData
+from defectlab.data.instances import InstanceSplit
+from defectlab.data.instances import to_square
+from defectlab.metrics.detection import Boxes
+from defectlab.metrics.detection import COCO_IOUS
+from defectlab.metrics.detection import RECALLS
+from defectlab.metrics.detection import best_f1_threshold
+from defectlab.metrics.detection import evaluate
+from defectlab.metrics.detection import pack
+from defectlab.metrics.detection import take_truths
+from defectlab.networks.yolo.blocks import folded
+from defectlab.networks.yolo.decode import CANDIDATES
+from defectlab.networks.yolo.decode import decode_anchor_based
+from defectlab.networks.yolo.masks import with_masks
+from defectlab.networks.yolo.model import Detector
+from defectlab.networks.yolo.model import build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.precision import full_float32
+from defectlab.runs import Result
+from defectlab.training.detection import CASE_SIDE
+from defectlab.training.detection import cases
+from defectlab.training.detection import result_of
+from einops import einsum
+from einops import rearrange
+from torch import Tensor
+from torch import nn
+from torch.nn.functional import interpolate
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import batched_nms
+from typing import Any
+from typing import NamedTuple
+import numpy as np
+import torch
+
+MOST = 100  # detections of a picture that get a mask, at most: as many as COCO counts
+Instances = dict[str, Tensor]  # of a picture: boxes (n, 4), labels (n,), masks (n, H, W) bool; scores (n,) if predicted
+
+
+def build_instance_detector(settings: DetectorSettings, data: DetectionData, **parts: Any) -> Detector:
+    """A fresh detector with masks for `data`; arguments as `build_detector`."""
+    return with_masks(build_detector(settings, data, **parts))
+
+
+# --- Prediction ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict_instances(
+    detector: nn.Module,
+    split: InstanceSplit,
+    latents: Sequence[Tensor] = (),
+    indices: Sequence[int] | None = None,
+    batch: int = 32,
+    confidence: float = 0.001,
+    iou: float = 0.7,
+    most: int = MOST,
+) -> Iterator[Instances]:
+    """Picture after picture of a split: boxes by descending score and masks, in pixels of the originals, on the CPU.
+
+    Args:
+        latents: further inputs of the detector, one entry a picture in each.
+        indices: the pictures, by default all.
+        confidence, iou, most: as `decode.select`, whose boxes these are.
+
+    Raises:
+        ValueError: outputs that are not finite.
+    """
+    model = folded(detector).to(memory_format=torch.channels_last)
+    indices = torch.tensor(range(len(split)) if indices is None else indices, device=split.images.device)
+    for chunk in indices.split(batch):
+        pictures = plain(split.images, chunk).contiguous(memory_format=torch.channels_last)
+        with full_float32():
+            output = model(pictures, *(level[chunk] for level in latents))
+        boxes, scores = decode_anchor_based(output.raw, detector.anchors)  # (B, A, 4), (B, A, C)
+        channels = output.prototypes.shape[1]
+        vectors = [rearrange(x, "b (k m) h w -> b (k h w) m", m=channels) for x in output.coefficients]
+        vectors = torch.cat(vectors, 1).tanh()  # (B, A, M), in the order of the boxes
+        if not all(values.isfinite().all() for values in (boxes, scores, vectors, output.prototypes)):
+            raise ValueError("predictions are not finite: the training diverged; lower its learning rate")
+        best, pairs = scores.flatten(1).topk(min(CANDIDATES, scores[0].numel()), dim=1)
+        for i, index in enumerate(chunk.tolist()):
+            enough = best[i] > confidence
+            values, labels = best[i][enough], pairs[i][enough] % scores.shape[2]
+            anchors = pairs[i][enough] // scores.shape[2]
+            kept = batched_nms(boxes[i, anchors], values, labels, iou)[:most]
+            chosen = anchors[kept]
+            probability = einsum(vectors[i, chosen], output.prototypes[i], "n m, m h w -> n h w").sigmoid()
+            own, masks = _to_original(split, index, boxes[i, chosen], probability)
+            yield {"boxes": own, "scores": values[kept].cpu(), "labels": labels[kept].cpu(), "masks": masks}
+
+
+def _to_original(split: InstanceSplit, index: int, boxes: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes (n, 4) px of the input and probabilities (n, h, w) -> boxes px of the original, masks (n, H, W), CPU."""
+    (height, width), scale = split.sizes[index].tolist(), split.scale[index]
+    offset = split.offset[index]
+    boxes = ((boxes.cpu() - offset.repeat(2)) / scale).clamp(min=0)
+    boxes = boxes.minimum(torch.tensor([width, height, width, height]).to(boxes))
+    side, (left, top) = max(height, width), (offset / scale).round().int().tolist()
+    masks = probability.new_zeros((0, side, side))
+    if len(probability):
+        masks = interpolate(probability[:, None], (side, side), mode="bilinear")[:, 0]
+    masks = (masks[:, top : top + height, left : left + width] > 0.5).cpu()
+    x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)  # (n, 1) each
+    return boxes, masks & ((y > y1) & (y < y2))[:, :, None] & ((x > x1) & (x < x2))[:, None]
+
+
+# --- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def instance_truths(split: InstanceSplit, indices: Sequence[int] | None = None) -> Iterator[Instances]:
+    """Picture after picture of a split, or those of `indices`: boxes, labels and masks in pixels of the originals."""
+    truths = split.truths()
+    for index in range(len(split)) if indices is None else indices:
+        yield truths[index] | {"masks": split.masks(index)}
+
+
+def right_masks(predicted: Instances, truth: Instances, ious: Sequence[float] = (0.5,)) -> Tensor:
+    """(n, T) bool: by descending score each prediction takes the free truth of its class that its mask overlaps most,
+    if by at least the IoU; the rule of `evaluation.match`."""
+    masks, true = predicted["masks"].flatten(1).float(), truth["masks"].flatten(1).float()
+    both = masks @ true.T  # (n, m) pixels
+    overlap = both.double() / (masks.sum(1)[:, None] + true.sum(1) - both).clamp(min=1)
+    overlap = overlap.masked_fill(predicted["labels"][:, None] != truth["labels"], -1.0)
+    order = predicted["scores"].argsort(descending=True, stable=True)
+    right = torch.zeros(len(masks), len(ious), dtype=torch.bool)
+    right[order] = torch.from_numpy(take_truths(overlap[order].numpy(), ious))
+    return right
+
+
+class Scored(NamedTuple):
+    """What evaluation needs of the pictures of a split, without their masks."""
+
+    found: Boxes
+    truths: Boxes
+    right: list[Tensor]  # (n, T) bool a picture, by `right_masks` at COCO's IoUs, the first 0.5
+    per_class: dict[str, dict[str, float]]  # mask_map50 and mask_map50_95 in per cent of classes that have truths
+
+
+def score(predictions: Iterable[Instances], truths: Iterable[Instances], class_names: Sequence[str]) -> Scored:
+    """Both streams are read once, so that the masks of one picture at a time are in memory. Average precision is
+    torchmetrics' (faster-coco-eval), as `evaluate` has it for boxes."""
+    metric = MeanAveragePrecision(
+        iou_type="segm",
+        iou_thresholds=list(COCO_IOUS),
+        rec_thresholds=RECALLS.tolist(),
+        extended_summary=True,
+        backend="faster_coco_eval",
+    )
+    metric.warn_on_many_detections = False
+    scored = Scored([], [], [], {})
+    for predicted, truth in zip(predictions, truths, strict=True):
+        metric.update([_without(predicted, "boxes")], [_without(truth, "boxes")])
+        scored.right.append(right_masks(predicted, truth, COCO_IOUS))
+        scored.found.append(_without(predicted, "masks"))
+        scored.truths.append(_without(truth, "masks"))
+    result = metric.compute()
+    classes = result["classes"].reshape(-1).tolist()
+    for label in torch.cat([truth["labels"] for truth in scored.truths]).unique().tolist():
+        curves = result["precision"][:, :, classes.index(label), 0, -1].double()  # (T, 101): all areas, 100 predictions
+        means = {"mask_map50": 100 * float(curves[0].mean()), "mask_map50_95": 100 * float(curves.mean())}
+        scored.per_class[class_names[label]] = means
+    return scored
+
+
+def instance_metrics(
+    scored: Scored, class_names: Sequence[str], threshold: float
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """(metrics of the set, metrics of each class), in per cent: `evaluate`'s for the boxes, and for the masks
+    mask_map50, mask_map50_95, mask_precision_dev and mask_recall_dev (of "score >= threshold", all classes together).
+
+    ValueError where there is no truth.
+    """
+    if not scored.per_class:
+        raise ValueError("no truth to evaluate masks by: give pictures that have defects")
+    metrics, per_class = evaluate(scored.found, scored.truths, class_names, threshold)
+    for name in ("mask_map50", "mask_map50_95"):
+        metrics[name] = float(np.mean([values[name] for values in scored.per_class.values()]))
+    kept = torch.cat([found["scores"] for found in scored.found]) >= threshold
+    right = int((torch.cat(scored.right)[:, 0] & kept).sum())
+    metrics["mask_precision_dev"] = 100 * right / int(kept.sum()) if kept.any() else np.nan
+    metrics["mask_recall_dev"] = 100 * right / sum(len(truth["labels"]) for truth in scored.truths)
+    return metrics, {name: values | scored.per_class.get(name, {}) for name, values in per_class.items()}
+
+
+def evaluate_instances(
+    detector: nn.Module, data: InstanceData, latents: Mapping[str, Sequence[Tensor]] | None = None
+) -> Result:
+    """Metrics of the test set, boxes and masks; the score threshold is the one of the best F1 of boxes on dev.
+
+    `latents`: further inputs for "dev" and "test". The arrays are those of a detector, and of its telling cases
+    case_found and case_true (K, side, side) uint8: 1 + class of a pixel, 0 for background.
+    """
+    latents = latents or {"dev": (), "test": ()}
+    dev, test = (
+        score(predict_instances(detector, split, latents[part]), instance_truths(split), data.class_names)
+        for part, split in (("dev", data.dev), ("test", data.test))
+    )
+    threshold = best_f1_threshold(dev.found, dev.truths)
+    on_dev, _ = instance_metrics(dev, data.class_names, threshold)
+    on_test = instance_metrics(test, data.class_names, threshold)
+    arrays = pack(test.found, test.truths, data.test.names, data.class_names, test.right)
+    arrays |= cases(data.test, test.found, test.truths)
+    chosen = arrays["case_index"].tolist()
+    found = predict_instances(detector, data.test, latents["test"], chosen)
+    arrays["case_found"] = _painted(found, threshold)
+    arrays["case_true"] = _painted(instance_truths(data.test, chosen))
+    return result_of(on_test, on_dev, threshold, arrays, detector)
+
+
+def _painted(pictures: Iterable[Instances], threshold: float = 0.0) -> np.ndarray:
+    """(K, side, side) uint8: 1 + class of the best instance at each pixel, 0 where none scores `threshold` or more."""
+    painted = []
+    for instances in pictures:
+        picture = torch.zeros(instances["masks"].shape[1:], dtype=torch.uint8)
+        for index in reversed(range(len(instances["labels"]))):  # the best one is painted last
+            if "scores" not in instances or instances["scores"][index] >= threshold:
+                picture[instances["masks"][index]] = int(instances["labels"][index]) + 1
+        painted.append(to_square(picture[None], CASE_SIDE)[0])
+    return torch.stack(painted).numpy()
+
+
+def _without(values: Instances, name: str) -> Instances:
+    return {key: value for key, value in values.items() if key != name}

@@ -1,0 +1,85 @@
+"""A trained detector looked at through spoilt pictures: motion blur and noise at five strengths each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from defectlab.data.boxes import DetectionData
+from defectlab.data.corruption import resized
+from defectlab.data.corruption import spoil
+from defectlab.data.detection import load_detection
+from defectlab.metrics.detection import evaluate
+from defectlab.metrics.robustness import KINDS
+from defectlab.metrics.robustness import pack_matches
+from defectlab.metrics.robustness import summary
+from defectlab.networks.yolo.model import Detector
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.runs import Result
+from defectlab.runs import Session
+from defectlab.training.detection import frozen
+from defectlab.training.detection import predict
+from defectlab.training.detection import rounded
+from typing import ClassVar
+import numpy as np
+import torch
+
+PLAIN = DetectorSettings()
+
+
+@dataclass(frozen=True)
+class RobustnessSettings:
+    """The trained network of another row, looked at pictures that are blurred or noisy; nothing is trained."""
+
+    model: ClassVar[str] = "robustness"
+    version: ClassVar[int] = 1
+
+    of: DetectorSettings = PLAIN  # the row whose network it is
+    blur: tuple[int, ...] = (3, 6, 9, 12, 15)  # ours: px of the original picture; the angle differs by picture
+    noise: tuple[int, ...] = (5, 10, 20, 30, 40)  # ours: standard deviation in grey levels of 255
+
+    @property
+    def dataset(self) -> str:
+        return self.of.dataset
+
+    @property
+    def size(self) -> int:
+        return self.of.size
+
+
+def run_robustness(
+    settings: RobustnessSettings,
+    seed: int,
+    data: DetectionData,
+    device: str | torch.device,
+    session: Session,
+    build: Callable[[DetectorSettings, DetectionData], Detector],
+) -> Result:
+    """mAP50 at each strength of blur and of noise; strength 0 is the clean picture.
+
+    The pictures are spoilt at their own size, as in a camera, and then brought to the network's; every row and seed
+    sees the same ones. metrics: "map50_blur_0" .. "map50_blur_5", "map50_blur" (mean of 1 to 5), "kept_blur" (that
+    mean in per cent of the clean value), and the same for noise.
+    """
+    record = session.need(settings.of, seed)
+    detector = frozen(record, build(settings.of, data), device)
+    split, truths = data.test, data.test.truths()
+    native = load_detection(settings.dataset, int(split.sizes.max()), device).test.images
+    metrics: dict[str, float] = {}
+    classes = len(data.class_names)
+    counts = np.stack([np.bincount(t["labels"].numpy(), minlength=classes) for t in truths]).astype(np.uint8)
+    arrays = {"names": np.array(split.names), "class_names": np.array(data.class_names), "truths": counts}
+
+    def look(condition: str, images: torch.Tensor) -> float:
+        found = predict(detector, split, resized(images, settings.size))
+        value = evaluate(found, truths, data.class_names)[0]["map50"]
+        arrays.update(pack_matches(condition, found, truths, classes))
+        session.say(f"  {condition}: mAP50 {value:.1f}")
+        return value
+
+    clean = look("clean", native)
+    for kind in KINDS:
+        values = [clean]
+        for step, strength in enumerate(getattr(settings, kind), 1):
+            generator = torch.Generator().manual_seed(step)
+            values.append(look(f"{kind}_{step}", spoil(native, kind, strength, generator)))
+        metrics |= {f"map50_{kind}_{step}": value for step, value in enumerate(values)} | summary(kind, values)
+    notes = {"of": record.key, "of_sha256": record.model_sha256}
+    return Result(rounded(metrics), {}, {}, {}, arrays, {}, {}, "fp32", notes=notes)

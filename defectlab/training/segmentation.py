@@ -1,0 +1,203 @@
+"""Training and evaluation of segmentation networks: recipe, flips on the device, one evaluation of the last epoch."""
+
+from collections.abc import Callable
+from defectlab.data.masks import SegmentationData
+from defectlab.data.masks import SegmentationSplit
+from defectlab.data.masks import subset
+from defectlab.metrics.costs import model_costs
+from defectlab.metrics.segmentation import best_threshold
+from defectlab.metrics.segmentation import segmentation_metrics
+from defectlab.networks.segmentation import SegmentationSettings
+from defectlab.networks.segmentation import Segmenter
+from defectlab.networks.segmentation import segmentation_loss
+from defectlab.precision import autocast
+from defectlab.precision import full_float32
+from defectlab.precision import precision_of
+from defectlab.runs import Record
+from defectlab.runs import Result
+from defectlab.runs import Session
+from defectlab.runs import load_weights
+from defectlab.training.loop import train
+from torch import Tensor
+from torch.nn import functional
+import numpy as np
+import torch
+
+
+THUMBNAIL = 80  # pixels a side of the cases kept in a record: three colours and a map of twelve fit into it
+CASES = 12
+
+
+def flip(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    """Images or masks (B, ..., H, W), each mirrored left to right where `across` (B,), top to bottom where `down`."""
+    shape = (-1, *[1] * (x.ndim - 1))
+    x = torch.where(across.view(shape), x.flip(-1), x)
+    return torch.where(down.view(shape), x.flip(-2), x)
+
+
+def draw_flipped(split: SegmentationSplit) -> Callable[[Tensor, torch.Generator], list[Tensor]]:
+    """`draw` of `train`: images and masks at the indices, flipped at random in both directions (paper section 4.1).
+
+    The decisions come from the CPU generator, so that every device sees the same images; so does the seed of dropout,
+    so that a resumed training takes the same course.
+    """
+
+    def draw(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        across, down = (torch.rand(2, len(indices), generator=generator) < 0.5).to(indices.device)
+        return [flip(x[indices], across, down) for x in (split.images, split.masks)]
+
+    return draw
+
+
+def steps_an_epoch(images: int, batch: int) -> int:
+    """Optimiser steps that `train` takes in an epoch: it drops a last batch of a single image."""
+    full, rest = divmod(images, batch)
+    return full + (rest > 1)
+
+
+def epochs_of(settings: SegmentationSettings, images: int, kept: int) -> int:
+    """Epochs on `kept` of all training images; with `equal_steps`, so many that the steps are as many as on all of them
+    (to the nearest epoch)."""
+    if not settings.equal_steps:
+        return settings.epochs
+    wanted = settings.epochs * steps_an_epoch(images, settings.batch)
+    return round(wanted / steps_an_epoch(kept, settings.batch))
+
+
+@torch.inference_mode()
+def segment(network: Segmenter, images: Tensor, precision: str = "fp32", batch: int = 32) -> Tensor:
+    """uint8 images (N, 3, S, S) -> foreground probabilities (N, S, S) float32, by a network in eval mode."""
+    found = []
+    for chunk in images.split(batch):
+        with full_float32(), autocast(images.device, precision):
+            logits = network(chunk)
+        found.append(logits.float().sigmoid())
+    return torch.cat(found)
+
+
+def run_segmentation(
+    settings: SegmentationSettings,
+    seed: int,
+    data: SegmentationData,
+    device: str | torch.device,
+    session: Session,
+    build: Callable[[SegmentationSettings], Segmenter],
+) -> Result:
+    """Train a network and evaluate its last epoch, once; the threshold comes from dev.
+
+    Raises OutOfTime, NonFiniteLoss and ValueError of `train`, errors of `build`.
+    """
+    precision = precision_of(settings, device)
+    torch.manual_seed(seed)
+    network = build(settings).to(device, memory_format=torch.channels_last)
+    split = subset(data.train, settings.share, seed)
+    epochs = epochs_of(settings, len(data.train), len(split))
+
+    def step(batch: list[Tensor]) -> dict[str, Tensor]:
+        images, masks = batch
+        with autocast(images.device, precision):
+            logits = network(images)
+        return segmentation_loss(logits, masks)
+
+    trained = train(
+        network,
+        step,
+        [split.images, split.masks],
+        epochs=epochs,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        betas=settings.betas,
+        seed=seed,
+        session=session,
+        schedule="cosine",
+        draw=draw_flipped(split),
+    )
+    result = evaluate(network, data, precision)
+    result.curve = trained.curve
+    result.costs = model_costs(network, settings.size, device) | trained.costs
+    result.notes = {"train_images": str(len(split)), "epochs": str(epochs)}
+    return result
+
+
+def evaluate(network: Segmenter, data: SegmentationData, precision: str) -> Result:
+    """Metrics of test and dev at the threshold that is best on dev, arrays of the test images; no curve, no costs."""
+    found = {part: segment(network, getattr(data, part).images, precision) for part in ("dev", "test")}
+    threshold = best_threshold(found["dev"], data.dev.masks)
+    measured = {}
+    for part, probabilities in found.items():
+        split = getattr(data, part)
+        measured[part] = segmentation_metrics(probabilities, split.masks, split.types, data.type_names, threshold)
+    test, predictions = measured["test"], record_arrays(data, measured["test"].images)
+    predictions |= telling_cases(data.test, found["test"], test.images)
+    return Result(
+        rounded(test.overall),
+        {name: rounded(values) for name, values in test.per_class.items()},
+        rounded(measured["dev"].overall) | {"threshold": threshold},
+        {},
+        predictions,
+        network.state_dict(),
+        {},
+        precision,
+    )
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    """Without NaN, which JSON does not know: a part without any foreground has no Dice."""
+    return {key: round(value, 4) for key, value in values.items() if value == value}
+
+
+def record_arrays(data: SegmentationData, images: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a record keeps of each test image: name, type, and what its metrics are made of, as image_<name>."""
+    arrays = {
+        "names": np.array(data.test.names),
+        "types": data.test.types.cpu().numpy(),
+        "type_names": np.array(data.type_names),
+    }
+    return arrays | {f"image_{name}": values for name, values in images.items()}
+
+
+def telling_cases(
+    split: SegmentationSplit, probabilities: Tensor, images: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """A dozen small cases: of the images with foreground the four of the lowest and of the highest IoU, and of all
+    others the four with most wrong pixels.
+
+    -> case_index (K,), case_why (K,), case_images (K, side, side, 3), case_masks (K, side, side) 0 or 1,
+    case_probabilities (K, side, side) 0..255, all uint8; side at most 80 px.
+    """
+    tp, wrong = images["tp"], images["fp"] + images["fn"]
+    iou = tp / np.maximum(tp + wrong, 1)
+    each = CASES // 3
+    by_iou = [i for i in np.argsort(iou, kind="stable") if images["nonempty"][i]]
+    worst, best = by_iou[:each], by_iou[each:][-each:]
+    taken = {*worst, *best}
+    rest = [i for i in np.argsort(-wrong, kind="stable") if i not in taken][:each]
+    chosen = torch.tensor([*worst, *rest, *best], dtype=torch.long)
+    why = ["lowest IoU"] * len(worst) + ["most wrong pixels of the others"] * len(rest) + ["highest IoU"] * len(best)
+    side = min(THUMBNAIL, split.images.shape[-1])
+
+    def small(x: Tensor) -> np.ndarray:
+        x = functional.interpolate(x.float(), (side, side), mode="area")
+        return x.movedim(1, -1).round().byte().cpu().numpy()  # (K, side, side, C)
+
+    picked = chosen.to(split.images.device)
+    return {
+        "case_index": chosen.numpy(),
+        "case_why": np.array(why),
+        "case_images": small(split.images[picked]),
+        "case_masks": small(split.masks[picked, None])[..., 0],
+        "case_probabilities": small(255 * probabilities[picked, None])[..., 0],
+    }
+
+
+def load_segmenter(
+    record: Record,
+    settings: SegmentationSettings,
+    build: Callable[[SegmentationSettings], Segmenter],
+    device: str | torch.device,
+) -> Segmenter:
+    """The network of a finished run, for inference only. Errors of `runs.load_weights`."""
+    network = build(settings)
+    load_weights(record, network)
+    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

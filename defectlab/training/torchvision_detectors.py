@@ -1,0 +1,71 @@
+"""The field's older detectors as rows beside our own: Faster R-CNN, RetinaNet, SSD and FCOS, all torchvision's.
+
+Ren et al., "Faster R-CNN", NeurIPS 2015; Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; Liu et al.,
+"SSD", ECCV 2016; Tian et al., "FCOS", ICCV 2019. Networks, assignment, losses, decoding and suppression are the
+library's; pictures, augmentation, schedule, moving average, evaluation and costs are those of our own detectors. Meant
+for a GPU.
+"""
+
+from defectlab.data.augment import plain
+from defectlab.data.boxes import DetectionData
+from defectlab.data.boxes import DetectionSplit
+from defectlab.metrics.costs import model_costs
+from defectlab.metrics.detection import Boxes
+from defectlab.networks.torchvision_detectors import TorchvisionSettings
+from defectlab.networks.torchvision_detectors import build_torchvision
+from defectlab.networks.torchvision_detectors import torchvision_loss
+from defectlab.precision import full_float32
+from defectlab.precision import precision_of
+from defectlab.runs import Result
+from defectlab.runs import Session
+from defectlab.training.detection import evaluate_found
+from defectlab.training.detection import probe_on
+from defectlab.training.detector import train_detector
+from torch import nn
+import torch
+
+
+
+# --- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict_torchvision(model: nn.Module, split: DetectionSplit, batch: int = 16) -> Boxes:
+    """Detections of every picture of a split by a model in eval mode, boxes in pixels of the original pictures, fp32.
+
+    Suppression is the library's, with each architecture's own IoU.
+    """
+    found: Boxes = []
+    for chunk in torch.arange(len(split.images), device=split.images.device).split(batch):
+        with full_float32():
+            raw = model(list(plain(split.images, chunk)))
+        for index, picture in zip(chunk.tolist(), raw, strict=True):
+            picture = {name: values.cpu() for name, values in picture.items()}
+            real = picture["labels"] > 0  # RetinaNet and FCOS have an output for the background, too
+            boxes = (picture["boxes"][real] - split.offset[index].repeat(2)) / split.scale[index]  # (n, 4)
+            limits = split.sizes[index].flip(0).repeat(2).to(boxes)  # width, height, width, height
+            boxes = boxes.clamp(min=0).minimum(limits)
+            found.append({"boxes": boxes, "scores": picture["scores"][real], "labels": picture["labels"][real] - 1})
+    return found
+
+
+def run_torchvision(
+    settings: TorchvisionSettings, seed: int, data: DetectionData, device: str | torch.device, session: Session
+) -> Result:
+    """Train one of torchvision's detectors and evaluate the moving average of its last epoch, once.
+
+    Costs are those at `settings.size`, not folded; unlike our own detectors' they hold decoding and suppression, and
+    Faster R-CNN's GFLOPs the proposals that one picture of noise gives.
+    """
+    torch.manual_seed(seed)
+    model = build_torchvision(settings, len(data.class_names)).to(device, memory_format=torch.channels_last)
+    recipe = settings.recipe
+    probe = probe_on(data.dev, data.class_names, predict_torchvision)
+    average, trained = train_detector(model, torchvision_loss(model), data.train, recipe, seed, session, probe=probe)
+    found = {part: predict_torchvision(average, getattr(data, part)) for part in ("dev", "test")}
+    result = evaluate_found(found, data, average)
+    result.curve = trained.curve
+    result.precision = precision_of(recipe, device)
+    result.costs = model_costs(average, settings.size, device) | trained.costs
+    result.notes = {"costs": f"at {settings.size} px, not folded, with decoding and suppression"}
+    return result

@@ -1,0 +1,221 @@
+"""Claims and their verdicts: what a paper's sentences say, as comparisons that recorded runs can test.
+
+Claims are data (`results/papers/<study>/claims.toml`). Three kinds:
+
+- "gain": metric of row `a` less that of row `b`, in points;
+- "order": the same at some defect `types`, less the gain at all types;
+- "bound": a cost of `a`, or its ratio to that of `b`, is `at_most` or `at_least` a number.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from dataclasses import replace
+from defectlab.files import project_root
+from defectlab.runs import Record
+from defectlab.verdicts import stats
+from defectlab.verdicts.measured import BOOTSTRAPPED
+from defectlab.verdicts.measured import COSTS
+from defectlab.verdicts.measured import METRIC_NAMES
+from defectlab.verdicts.measured import image_statistic
+from defectlab.verdicts.measured import over_images
+from defectlab.verdicts.measured import value_of
+from defectlab.verdicts.measured import written
+from functools import partial
+from typing import Any
+import math
+import numpy as np
+import tomllib
+
+
+Claim = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One claim, measured, and what follows.
+
+    A gain or order has `difference` over seeds and, where there is a bootstrap, `images` over test images; a bound has
+    `value` and, where it was timed, `device`.
+    """
+
+    claim: Claim
+    n: int
+    verdict: str
+    difference: stats.Difference | None = None
+    images: stats.Interval | None = None
+    value: float | None = None
+    device: str = ""
+
+
+def claims_of(study_name: str) -> list[Claim]:
+    path = project_root() / "results" / "papers" / study_name / "claims.toml"
+    return tomllib.loads(path.read_text())["claim"] if path.exists() else []
+
+
+def claim_value(claim: Claim, record: Record) -> float:
+    """What a claim compares, of one record: the metric, or (kind "order") its mean over the claim's defect types
+    less its mean over all types, so that the difference of two rows is the extra gain at those types."""
+    if claim["kind"] != "order":
+        return value_of(record, claim["metric"])
+    missing = set(claim["types"]) - set(record.per_class)
+    if missing:
+        raise ValueError(f"claim {claim['id']!r} names defect types that {record.key} lacks: {sorted(missing)}")
+    values = {t: m.get(claim["metric"], math.nan) for t, m in record.per_class.items()}
+    return float(np.mean([values[t] for t in claim["types"]]) - np.mean(list(values.values())))
+
+
+def _claim_statistic(claim: Claim, record: Record):
+    """`claim_value` of one record as a function of the weight of each test image."""
+    if claim["kind"] != "order":
+        return image_statistic(record, claim["metric"])
+    chosen = image_statistic(record, claim["metric"], claim["types"])
+    every = image_statistic(record, claim["metric"], list(record.per_class))
+    return lambda weights: chosen(weights) - every(weights)
+
+
+def bootstrap_difference(a: list[Record], b: list[Record], claim: Claim) -> stats.Interval | None:
+    """Paired bootstrap over test images of mean(a) - mean(b); None for a metric that arrays do not give again."""
+    if claim["metric"] not in BOOTSTRAPPED:
+        return None
+    asked = (str(claim), *(str(r.path) for r in a), "against", *(str(r.path) for r in b))
+    if asked in _MEASURED:
+        return _MEASURED[asked]
+    first = a[0].arrays
+    if any(list(r.arrays["names"]) != list(first["names"]) for r in [*a, *b]):
+        raise ValueError(f"claim {claim['id']!r}: the records were not tested on the same images")
+    of_a, of_b = ([_claim_statistic(claim, r) for r in side] for side in (a, b))
+
+    def difference(weights: np.ndarray) -> float:
+        return float(np.mean([f(weights) for f in of_a]) - np.mean([f(weights) for f in of_b]))
+
+    _MEASURED[asked] = over_images(difference, first)
+    return _MEASURED[asked]
+
+
+_MEASURED: dict[tuple[str, ...], stats.Interval] = {}  # a notebook asks for the same claim several times
+
+
+# --- Judging ---------------------------------------------------------------------------------------------------------
+
+
+def judge(
+    claims: list[Claim], found: dict[str, list[Record]], profile: str, unplanned: Collection[str] = ()
+) -> list[Judged]:
+    """Every claim, from `found`: row -> its records, all of one profile. Quick runs get a direction, no verdict.
+
+    `unplanned`: rows that the profile leaves out.
+    """
+    measured = []
+    for claim in claims:
+        sides = [claim["a"], claim["b"]] if "b" in claim else [claim["a"]]
+        lacking = [row for row in sides if not found[row]]
+        left_out = [row for row in lacking if row in unplanned]
+        if left_out:
+            measured.append(Judged(claim, 0, f"not run: time ({', '.join(left_out)}: not part of {profile})"))
+        elif lacking:
+            measured.append(Judged(claim, 0, f"not run yet: {', '.join(lacking)}"))
+        elif claim["kind"] == "bound":
+            measured.append(_bound(claim, [found[row] for row in sides], profile))
+        else:
+            measured.append(_gain(claim, found))
+    return _with_verdicts(measured, profile)
+
+
+def _gain(claim: Claim, found: dict[str, list[Record]]) -> Judged:
+    """A gain or order without its verdict, or why it cannot be judged.
+
+    The spread over seeds is pooled over all trained rows of the study on the claim's data and weights (PatchCore has
+    hardly any spread, and would make the others' look smaller than it is). Where these lack the metric (only rows that
+    look at finished networks have it), it is that of the two rows.
+    """
+    a, b = found[claim["a"]], found[claim["b"]]
+    n, prints = min(len(a), len(b)), a[0].fingerprints
+    if not _alike(b[0].fingerprints, prints):
+        return Judged(claim, n, "cannot be judged (records differ in data or weights)")
+    value = partial(claim_value, claim)
+    of_a, of_b = ([value(r) for r in side] for side in (a, b))
+    if not np.isfinite([*of_a, *of_b]).all():
+        return Judged(claim, n, "cannot be judged (the records lack the metric)")
+    trained = [rows for rows in found.values() if rows and rows[0].curve and _alike(rows[0].fingerprints, prints)]
+    groups = [[v for v in map(value, rows) if not math.isnan(v)] for rows in trained]
+    difference = stats.pooled_difference(of_a, of_b, groups if any(groups) else [of_a, of_b])
+    return Judged(claim, n, "", difference, bootstrap_difference(a, b, claim))
+
+
+def _alike(a: dict[str, str], b: dict[str, str]) -> bool:
+    """Whether fingerprints agree wherever both name a thing: a row may need more than another (the masks that its first
+    stage learnt from), and is compared with it all the same."""
+    return all(a[name] == b[name] for name in a.keys() & b.keys())
+
+
+def _bound(claim: Claim, sides: list[list[Record]], profile: str) -> Judged:
+    """A bound with its verdict. One run is enough: a cost that is not timed follows from the model alone. A timed one
+    holds for its device, and a quick run says no more than what was seen there."""
+    n, metric = min(len(side) for side in sides), claim["metric"]
+    means = [float(np.mean([value_of(r, metric) for r in side])) for side in sides]
+    if not np.isfinite(means).all():
+        return Judged(claim, n, "cannot be judged (the records lack the cost)")
+    timed = COSTS[metric].timed
+    devices = sorted({r.device for side in sides for r in side}) if timed else []
+    if len(devices) > 1:
+        return Judged(claim, n, f"cannot be judged (timed on different devices: {'; '.join(devices)})")
+    if timed and not all(r.timed_alone for side in sides for r in side):
+        return Judged(claim, n, "cannot be judged (timed while other runs shared the device)")
+    value = means[0] / means[1] if "b" in claim else means[0]
+    holds = value <= claim["at_most"] if "at_most" in claim else value >= claim["at_least"]
+    where = " here" if timed and profile != "paper" else ""
+    verdict = f"holds{where}" if holds else f"does not hold{where}"
+    return Judged(claim, n, verdict, value=value, device="".join(devices))
+
+
+def _with_verdicts(measured: list[Judged], profile: str) -> list[Judged]:
+    primary = [
+        m.difference.p for m in measured if m.difference and m.claim["primary"] and not math.isnan(m.difference.p)
+    ]
+    corrected = iter(stats.holm(primary) if primary else [])
+    result = []
+    for m in measured:
+        if m.difference is None:
+            result.append(m)
+            continue
+        adjusted = None
+        if m.claim["primary"] and not math.isnan(m.difference.p):
+            adjusted = float(next(corrected))
+        reason = stats.verdict_allowed(m.n, profile)
+        if reason:
+            verdict = f"{stats.direction(m.difference)}  ({reason})"
+        elif not m.claim["primary"]:
+            verdict = f"{stats.direction(m.difference)}  (not primary: interval only)"
+        elif "printed" in m.claim:
+            verdict = stats.judge_gain(m.difference, m.claim["printed"], adjusted)
+        else:
+            verdict = stats.judge_reconstruction(m.difference, adjusted)
+        result.append(replace(m, verdict=verdict))
+    return result
+
+
+# --- In words --------------------------------------------------------------------------------------------------------
+
+
+def compared(judged: Judged) -> str:
+    """'bsdrd − rd4ad, image AUROC at crack' or 'small / large, latency (ms, batch 1), on <device>'."""
+    claim = judged.claim
+    sign = " / " if claim["kind"] == "bound" else " − "
+    rows = sign.join([claim["a"], claim["b"]] if "b" in claim else [claim["a"]])
+    types = f" at {', '.join(claim['types'])}" if "types" in claim else ""
+    return f"{rows}, {METRIC_NAMES[claim['metric']]}{types}" + (f", on {judged.device}" if judged.device else "")
+
+
+def outcome(judged: Judged) -> str:
+    """'+0.4' (points), '×1.12 (at most ×1.25)' or '3.16 M (at most 3.5 M)'; '–' where nothing could be measured."""
+    claim = judged.claim
+    if judged.difference:
+        return f"{judged.difference.mean:+.1f}"
+    if judged.value is None:
+        return "–"
+    side = "at most" if "at_most" in claim else "at least"
+    limit = claim["at_most"] if "at_most" in claim else claim["at_least"]
+    if "b" in claim:
+        return f"×{judged.value:.2f} ({side} ×{limit:g})"
+    unit = COSTS[claim["metric"]].unit
+    return f"{written(judged.value, claim['metric'])} {unit} ({side} {limit:g} {unit})"

@@ -1,0 +1,183 @@
+"""What records say: the names and units of metrics and costs, a record's value, its interval over test images.
+
+Metrics are in per cent, but for those of `UNITS`. Costs (`COSTS`) have units of their own and stand in a record's
+`costs`, not in its `metrics`.
+"""
+
+from collections.abc import Callable
+from defectlab.metrics.anomaly import metrics_from_histograms
+from defectlab.metrics.ranking import auroc
+from defectlab.metrics.ranking import average_precision
+from defectlab.runs import Record
+from defectlab.verdicts import stats
+from functools import partial
+from types import ModuleType
+from typing import Any
+from typing import NamedTuple
+import math
+import numpy as np
+
+
+METRIC_NAMES = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "aupro": "AUPRO",
+    "image_f1_dev": "image F1, dev threshold",
+    "image_f1_oracle": "image F1 (oracle threshold)",
+    "pixel_f1_oracle": "pixel F1 (oracle threshold)",
+    "map50": "mAP50",
+    "map50_95": "mAP50:95",
+    "map33": "mAP33 (IoU 0.33)",
+    "precision_dev": "precision, dev threshold",
+    "recall_dev": "recall, dev threshold",
+    "f1_dev": "F1, dev threshold",
+    "f1_oracle": "F1 (oracle threshold)",
+    "map50_blur": "mAP50 under blur",
+    "map50_noise": "mAP50 under noise",
+    "kept_blur": "mAP50 kept under blur",
+    "kept_noise": "mAP50 kept under noise",
+    "miou": "mIoU",
+    "iou": "IoU of the foreground",
+    "dice": "Dice",
+    "accuracy": "pixel accuracy",
+    "mae": "MAE",
+    "weighted_f": "weighted F",
+    "s_measure": "S-measure",
+    "e_measure": "mean E-measure",
+    "dice_nonempty": "mean Dice of non-empty images",
+    "mae_nonempty": "MAE of non-empty images",
+    "weighted_f_nonempty": "weighted F of non-empty images",
+    "s_measure_nonempty": "S-measure of non-empty images",
+    "e_measure_nonempty": "mean E-measure of non-empty images",
+    "image_auroc_crop": "image AUROC, crop only",
+    "pixel_auroc_crop": "pixel AUROC, crop only",
+    "aupro_crop": "AUPRO, crop only",
+    "crop_share": "crop's share of the image",
+    "noise_error": "noise error (% of its power)",
+    "unexplained": "unexplained variance",
+    "kl": "KL (nats a latent value)",
+    "compression_ratio": "compression ratio",
+    "mask_map50": "mask mAP50",
+    "mask_map50_95": "mask mAP50:95",
+    "mask_precision_dev": "mask precision, dev threshold",
+    "mask_recall_dev": "mask recall, dev threshold",
+    "parameters_m": "parameters (M)",
+    "gflops": "GFLOPs",
+    "size_mb": "size (MB, fp16)",
+    "latency_ms": "latency (ms, batch 1)",
+    "fps": "FPS (batch 1)",
+    "images_per_second_32": "images/s (batch 32)",
+}
+
+
+class Cost(NamedTuple):
+    """How a cost is written. Costs that are not `timed` follow from the model alone: every seed gives the same."""
+
+    unit: str
+    digits: int  # after the point
+    higher_is_better: bool = False
+    timed: bool = False  # then it depends on the device
+
+
+COSTS = {
+    "parameters_m": Cost("M", 2),
+    "gflops": Cost("GFLOPs", 1),
+    "size_mb": Cost("MB", 1),
+    "latency_ms": Cost("ms", 2, timed=True),
+    "fps": Cost("1/s", 0, higher_is_better=True, timed=True),
+    "images_per_second_32": Cost("images/s", 0, higher_is_better=True, timed=True),
+}
+METRIC_GROUPS = (  # of studies that name none of their own: the tables of the page
+    ("image_auroc", "pixel_auroc", "aupro"),
+    ("image_ap", "pixel_ap", "image_f1_dev", "image_f1_oracle", "pixel_f1_oracle"),
+)
+BOOTSTRAP_REPEATS = 300
+DETECTION = ("map50", "map50_95", "map33", "mask_map50", "mask_map50_95")
+ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
+ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
+OF_IMAGES = ("mae", "weighted_f", "s_measure", "e_measure")  # means over images
+SEGMENTATION = ("miou", "iou", "dice", "accuracy", *OF_IMAGES, "dice_nonempty", *(f"{m}_nonempty" for m in OF_IMAGES))
+LOWER_IS_BETTER = ("mae", "mae_nonempty", "crop_share", "noise_error", "unexplained")  # costs say so themselves
+BOOTSTRAPPED = (*ANOMALY, *DETECTION, *ROBUSTNESS, *SEGMENTATION)  # a record's arrays give these again
+
+
+UNITS = {"kl": "nats", "compression_ratio": "ratio"}  # of the metrics that are not in per cent
+
+
+def metric_groups(module: ModuleType | Any) -> tuple[tuple[str, ...], ...]:
+    """The groups of metrics that a study's tables show, the headline first: its `METRICS`, else `METRIC_GROUPS`."""
+    return getattr(module, "METRICS", METRIC_GROUPS)
+
+
+def value_of(record: Record, metric: str) -> float:
+    """A metric in per cent, or a cost in its unit; NaN where the record has none."""
+    return (record.costs if metric in COSTS else record.metrics).get(metric, math.nan)
+
+
+def written(value: float, metric: str) -> str:
+    """A value with the digits that its metric or cost is shown with, without unit."""
+    return f"{value:.{COSTS[metric].digits if metric in COSTS else 1}f}"
+
+
+# --- Bootstrap over test images --------------------------------------------------------------------------------------
+
+
+def image_statistic(record: Record, metric: str, types: list[str] | None = None) -> Callable[[np.ndarray], float]:
+    """(weight of each test image, shape (N,)) -> one of `BOOTSTRAPPED` in per cent, from the record's arrays.
+
+    With `types`: the mean over these defect types, each against all normals (anomaly), its AP (detection), or its
+    images alone (segmentation).
+    """
+    arrays = record.arrays
+    if metric in DETECTION:
+        from defectlab.metrics.detection import statistic  # anomaly studies need no detector
+
+        return statistic(arrays, metric, types)
+    if metric in ROBUSTNESS:
+        from defectlab.metrics.robustness import robustness_statistic
+
+        return robustness_statistic(arrays, metric)
+    if metric in SEGMENTATION:
+        from defectlab.metrics.segmentation import statistic as of_masks
+
+        return _over_types(of_masks(arrays, metric), arrays, types, with_normals=False)
+    if metric in ("image_auroc", "image_ap"):
+        measure = auroc if metric == "image_auroc" else average_precision
+        whole = partial(measure, arrays["scores"], arrays["labels"])
+    else:
+        histogram = {k.removeprefix("histogram_"): v for k, v in arrays.items() if k.startswith("histogram_")}
+
+        def whole(weights: np.ndarray) -> float:
+            return metrics_from_histograms(histogram, weights)[metric]
+
+    return _over_types(whole, arrays, types)
+
+
+def _over_types(
+    whole: Callable[[np.ndarray], float],
+    arrays: dict[str, np.ndarray],
+    types: list[str] | None,
+    with_normals: bool = True,
+) -> Callable[[np.ndarray], float]:
+    """`whole` as it is, or its mean over these types, each with all normals (type 0) or, for masks, alone."""
+    if types is None:
+        return whole
+    names = arrays["type_names"].tolist()
+    members = [np.isin(arrays["types"], [names.index(t), *([0] if with_normals else [])]) for t in types]
+    return lambda weights: float(np.mean([whole(weights * chosen) for chosen in members]))
+
+
+def over_images(statistic: Callable[[np.ndarray], float], arrays: dict[str, np.ndarray]) -> stats.Interval:
+    """Bootstrap over the test images of a record's arrays; where they have types (anomaly), in their proportions."""
+    return stats.paired_bootstrap(statistic, len(arrays["names"]), arrays.get("types"), BOOTSTRAP_REPEATS)
+
+
+def bootstrap_level(records: list[Record], metric: str, kind: str | None = None) -> stats.Interval:
+    """Bootstrap over test images of the mean over seeds of one metric; of one defect type where `kind` is given."""
+    of_seed = [image_statistic(r, metric, None if kind is None else [kind]) for r in records]
+    found = over_images(lambda weights: float(np.mean([f(weights) for f in of_seed])), records[0].arrays)
+    exact = [value_of(r, metric) if kind is None else r.per_class[kind][metric] for r in records]
+    mean = float(np.mean(exact))  # arrays round
+    return stats.Interval(mean, min(found.low, mean), max(found.high, mean), found.n)

@@ -1,0 +1,243 @@
+"""Intervals, tests and verdicts: how a measured number is compared with a printed one.
+
+Everything here is a pure function of numbers. Metrics are in per cent, so differences are in points. Two
+kinds of spread are kept apart: between seeds (`mean_interval`, `pooled_difference`) and between test images
+(`paired_bootstrap`). The verdicts read an interval and never look at single seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from defectlab.metrics.ranking import _values
+from scipy import stats as distributions
+import math
+import numpy as np
+
+
+MINUS = "−"  # the sign, not the hyphen
+MIN_SEEDS = 3
+NO_VERDICT = {
+    "smoke": "synthetic data get no verdict",
+    "quick": "quick runs show a direction only",
+    "seeds": f"needs at least {MIN_SEEDS} seeds",
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point estimate and its two-sided interval; `n` counts the values (seeds or images) it rests on."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """mean(a) − mean(b), its two-sided interval, the two-sided p value of "no difference", degrees of
+    freedom."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    df: int
+
+
+# ---------------------------------------------------------------------------------------------- between seeds
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean of the values of independent seeds with Student's t interval (n − 1 degrees of freedom).
+
+    One value has no spread: low and high are NaN. No value at all is a ValueError. A NaN value gives NaN.
+    """
+    values = _values(values, "values")
+    mean, n = float(values.mean()), values.size
+    if n == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    half = _t_quantile(confidence, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def pooled_difference(
+    a: Sequence[float], b: Sequence[float], groups: Sequence[Sequence[float]], confidence: float = 0.95
+) -> Difference:
+    """Unpaired difference mean(a) − mean(b), with one residual spread for the whole table.
+
+    `groups` holds the seed values of every row of the table, those of a and b among them. The residual
+    variance is pooled over all rows (as in a one-way analysis of variance), df = Σ(n − 1): with few seeds a
+    row, this is far steadier than the spread of two rows alone, and it assumes that the rows spread alike.
+    With groups = [a, b] it is Student's two-sample t test with equal variances.
+
+    df = 0 (one seed everywhere) gives a NaN interval and p. No residual spread at all gives an interval of
+    width zero, p = 0 for a difference and 1 for none. A NaN value gives NaN. An empty a or b is a
+    ValueError.
+    """
+    a, b = _values(a, "a"), _values(b, "b")
+    rows = [np.asarray(row, dtype=np.float64) for row in groups if len(row) > 0]
+    difference = float(a.mean() - b.mean())
+    df = sum(row.size - 1 for row in rows)
+    if df == 0:
+        return Difference(difference, math.nan, math.nan, math.nan, 0)
+    variance = sum(float(((row - row.mean()) ** 2).sum()) for row in rows) / df
+    error = math.sqrt(variance * (1 / a.size + 1 / b.size))
+    if error == 0:
+        return Difference(difference, difference, difference, float(difference == 0), df)
+    half = _t_quantile(confidence, df) * error
+    p = 2 * float(distributions.t.sf(abs(difference) / error, df))
+    return Difference(difference, difference - half, difference + half, p, df)
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Holm's step-down adjusted p values (Holm, 1979), in the order given; reject where they are ≤ the level.
+
+    A p value outside [0, 1] or NaN is a ValueError: a claim without a test must be left out before.
+    """
+    p = np.asarray(p_values, dtype=np.float64).reshape(-1)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p values must lie in [0, 1], got {p.tolist()}: leave out claims without a test")
+    order = np.argsort(p, kind="stable")
+    stepped = p[order] * np.arange(p.size, 0, -1)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(stepped), 1.0)
+    return adjusted
+
+
+# --------------------------------------------------------------------------------------------- between images
+
+
+def paired_bootstrap(
+    statistic: Callable[[np.ndarray], float],
+    n_images: int,
+    strata: Sequence | np.ndarray | None = None,
+    repeats: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile interval of `statistic` under resampling of the test images with replacement.
+
+    statistic(weights) gets the integer multiplicity of each image, shape (n_images,), summing to n_images.
+    To compare two models, let it return the difference of their metrics under the same weights: that is the
+    pairing. `strata` (n_images,) names each image's stratum, for example its label or defect type; the
+    number of images of each stratum then stays fixed. `mean` of the result is the statistic on the real set
+    (all weights 1).
+
+    Repeats in which the statistic is NaN (a class was not drawn) are left out; if all are, low and high are
+    NaN.
+    """
+    if n_images < 1 or repeats < 1:
+        raise ValueError(f"a bootstrap needs images and repeats, got n_images={n_images}, repeats={repeats}")
+    _check_confidence(confidence)
+    strata = np.zeros(n_images, dtype=np.int64) if strata is None else np.asarray(strata)
+    if strata.shape != (n_images,):
+        raise ValueError(f"strata must have shape ({n_images},), got {strata.shape}")
+    members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+    generator = np.random.default_rng(seed)
+    sampled = np.empty(repeats)
+    for repeat in range(repeats):
+        weights = np.zeros(n_images, dtype=np.int64)
+        for index in members:
+            drawn = generator.integers(index.size, size=index.size)
+            weights[index] = np.bincount(drawn, minlength=index.size)
+        sampled[repeat] = statistic(weights)
+    value = float(statistic(np.ones(n_images, dtype=np.int64)))
+    sampled = sampled[~np.isnan(sampled)]
+    if sampled.size == 0:
+        return Interval(value, math.nan, math.nan, n_images)
+    low, high = np.quantile(sampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value, float(low), float(high), n_images)
+
+
+# --------------------------------------------------------------------------------------------------- verdicts
+
+
+def verdict_allowed(n: int, profile: str) -> str | None:
+    """None if rows with (at least) n seeds of this profile may get a verdict, else the reason why not."""
+    if profile not in ("smoke", "quick", "paper"):
+        raise ValueError(f"unknown profile {profile!r}: use 'smoke', 'quick' or 'paper'")
+    return NO_VERDICT.get(profile) or (NO_VERDICT["seeds"] if n < MIN_SEEDS else None)
+
+
+def judge_level(interval: Interval, printed: float) -> str:
+    """'agrees' if the interval contains the printed number (its ends included), else where our interval lies
+    relative to it: 'above' or 'below'. NaN ends are a ValueError (ask `verdict_allowed` first)."""
+    low, high = _ends(interval)
+    if not math.isfinite(printed):
+        raise ValueError(f"the printed number must be finite, got {printed}")
+    return "above" if low > printed else "below" if high < printed else "agrees"
+
+
+def judge_gain(interval: Interval | Difference, printed: float, adjusted_p: float | None = None) -> str:
+    """Verdict on a printed gain g > 0 from the interval of ours (better minus baseline, higher is better).
+
+    | interval          | contains g  | below g          | above g               |
+    |-------------------|-------------|------------------|-----------------------|
+    | above 0           | reproduced  | direction only   | larger than printed   |
+    | contains 0        | undecided   | no gain seen     | (cannot be)           |
+    | below 0           | (cannot be) | opposite         | (cannot be)           |
+
+    An end that touches 0 or g counts as containing it. `adjusted_p` is the p value after `holm`: above 0.05
+    the interval is widened to reach 0, so a difference that does not survive the correction is not called a
+    gain (nor opposite). A printed gain ≤ 0 is a ValueError: swap the two rows, or judge it as a level.
+    """
+    if not (printed > 0 and math.isfinite(printed)):
+        raise ValueError(f"a printed gain must be positive, got {printed}: swap the rows or use judge_level")
+    low, high = _corrected_ends(interval, adjusted_p)
+    if high < 0:
+        return "opposite"
+    if low > 0:
+        if low > printed:
+            return "larger than printed"
+        return "direction only" if high < printed else "reproduced"
+    return "undecided" if high >= printed else "no gain seen"
+
+
+def judge_reconstruction(interval: Interval | Difference, adjusted_p: float | None = None) -> str:
+    """'supports' if the whole interval is above 0, 'contradicts' if below, else 'no evidence' (touching 0
+    counts as containing it). For claims whose printed number is not at hand; `adjusted_p` as in
+    `judge_gain`."""
+    low, high = _corrected_ends(interval, adjusted_p)
+    return "supports" if low > 0 else "contradicts" if high < 0 else "no evidence"
+
+
+def direction(difference: Difference) -> str:
+    """'+', '0' or '−' for a quick table, in which nothing gets a verdict.
+
+    '0' when the interval contains 0 (touching counts). Without an interval (one seed a row: its ends are
+    NaN) the rule is a convention, not a test: '0' when |difference| is below 0.5 points. A NaN difference is
+    a ValueError.
+    """
+    if math.isnan(difference.mean):
+        raise ValueError("a NaN difference has no direction: a metric of one of the rows is undefined")
+    without_interval = math.isnan(difference.low) or math.isnan(difference.high)
+    zero = abs(difference.mean) < 0.5 if without_interval else difference.low <= 0 <= difference.high
+    return "0" if zero else "+" if difference.mean > 0 else MINUS
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+
+
+def _t_quantile(confidence: float, df: int) -> float:
+    _check_confidence(confidence)
+    return float(distributions.t.ppf((1 + confidence) / 2, df))
+
+
+def _ends(interval: Interval | Difference) -> tuple[float, float]:
+    if not interval.low <= interval.high:  # also catches NaN
+        raise ValueError(f"no verdict from ({interval.low}, {interval.high}): the interval needs more seeds")
+    return interval.low, interval.high
+
+
+def _corrected_ends(interval: Interval | Difference, adjusted_p: float | None) -> tuple[float, float]:
+    low, high = _ends(interval)
+    if adjusted_p is not None and not 0 <= adjusted_p <= 1:
+        raise ValueError(f"adjusted_p must lie in [0, 1], got {adjusted_p}")
+    if adjusted_p is not None and adjusted_p > 0.05:
+        return min(low, 0.0), max(high, 0.0)
+    return low, high

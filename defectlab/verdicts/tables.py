@@ -1,0 +1,336 @@
+"""Tables and verdicts: the printed number, the recorded ones, and this run's, side by side.
+
+Printed numbers and claims are data (`results/papers/<study>/*.csv`, `claims.toml`); recorded ones are read from
+`results/runs`, this machine's from `runs/<profile>`. The rules are those of `defectlab.stats`.
+"""
+
+from dataclasses import dataclass
+from dataclasses import field
+from defectlab import runs
+from defectlab.batch import fingerprints_here
+from defectlab.files import project_root
+from defectlab.runs import Record
+from defectlab.studies import study
+from defectlab.verdicts import claims
+from defectlab.verdicts import stats
+from defectlab.verdicts.claims import Judged
+from defectlab.verdicts.measured import BOOTSTRAPPED
+from defectlab.verdicts.measured import COSTS
+from defectlab.verdicts.measured import METRIC_NAMES
+from defectlab.verdicts.measured import UNITS
+from defectlab.verdicts.measured import bootstrap_level
+from defectlab.verdicts.measured import value_of
+from defectlab.verdicts.measured import written
+from typing import Any
+import csv
+import hashlib
+import math
+import numpy as np
+import pandas as pd
+
+
+NEAR_100 = 98.0  # per cent: from here on seeds say less than images
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The records that a table may show: the committed ones of one profile, and this machine's of its own."""
+
+    profile: str  # of this machine's runs
+    recorded_profile: str  # of the committed records: the same, or in smoke the best there is
+    recorded: list[Record]
+    here: list[Record]
+    prints: dict[Any, dict[str, str] | None] = field(default_factory=dict)  # settings -> fingerprints, read once
+
+    def of(self, module: Any, key: str) -> tuple[list[Record], list[Record]]:
+        """(recorded, this machine's) records of the row `key` of a study's module; this machine's are those made from
+        the data and weights that lie here now."""
+        recorded = runs.find(self.recorded, module.ROWS[self.recorded_profile][key], self.recorded_profile)
+        settings = module.ROWS[self.profile][key]
+        if self.here and settings not in self.prints:
+            self.prints[settings] = fingerprints_here(module, settings)
+        prints = self.prints.get(settings)
+        here = [r for r in self.here if prints in (None, r.fingerprints)]
+        return recorded, runs.find(here, settings, self.profile)
+
+
+def shelf(profile: str, rows: dict[str, dict[str, Any]] | None = None) -> Shelf:
+    """Read the records once for all tables of a page. In smoke the recorded column shows `paper` records where the
+    study `rows` has any, else `quick` ones: one profile a table."""
+    recorded = runs.read_records(runs.recorded_dir())
+    shown = profile
+    if runs.check_profile(profile) == "smoke":
+        ids = {runs.row_identity(s, "paper") for s in (rows or {}).get("paper", {}).values()}
+        shown = "paper" if any(r.row in ids for r in recorded) else "quick"
+    recorded = [r for r in recorded if r.profile == shown]
+    return Shelf(profile, shown, recorded, runs.read_records(runs.runs_dir(profile)))
+
+
+# --- Printed numbers beside ours -------------------------------------------------------------------------------------
+
+
+def printed_table(study_name: str, table: str) -> list[dict[str, str]]:
+    """The rows of `results/papers/<study>/<table>.csv`; ValueError where there is no such table."""
+    path = project_root() / "results" / "papers" / study_name / f"{table}.csv"
+    if not path.exists():
+        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv"))) or "none"
+        raise ValueError(f"{study_name} has no table {table!r}: there is {names}")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def show(values: list[float], metric: str = "") -> str:
+    """'87.3 [85.1, 89.5] n=3': mean over seeds, 95 % interval, number of seeds; one seed has no interval, and neither
+    has a cost on which all seeds agree. `metric` decides the digits; what is in per cent ends at 0 and at 100."""
+    values = [v for v in values if not math.isnan(v)]
+    if not values:
+        return "–"
+    found = stats.mean_interval(values)
+    low, high = found.low, found.high
+    if metric in METRIC_NAMES and metric not in COSTS and metric not in UNITS:
+        low, high = max(low, 0.0), min(high, 100.0)
+    mean, low, high = (written(v, metric) for v in (found.mean, low, high))
+    if found.n == 1 or (metric in COSTS and len(set(values)) == 1):
+        return f"{mean} n={found.n}"
+    return f"{mean} [{low}, {high}] n={found.n}"
+
+
+def show_records(records: list[Record], metric: str, kind: str | None = None) -> str:
+    """`show`, of one defect type where `kind` is given; near 100 the interval is the bootstrap over test images, marked
+    ‡, since Student's would pass 100."""
+    values = [value_of(r, metric) if kind is None else r.per_class[kind].get(metric, math.nan) for r in records]
+    if not values or metric not in BOOTSTRAPPED or not np.mean(values) >= NEAR_100:
+        return show(values, metric)
+    found = bootstrap_level(records, metric, kind)
+    return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]‡ n={len(values)}"
+
+
+def judge_printed(line: dict[str, str], records: list[Record], profile: str) -> str:
+    """The verdict on one printed level: why it cannot be judged, or agrees / above / below.
+
+    A cost that is not timed follows from the model alone: it needs no seeds, and agrees when it rounds to the printed
+    number.
+    """
+    if not line["value"] or not line["key"]:  # nothing printed, or another's number, shown for comparison only
+        return ""
+    if line["not_comparable"]:
+        return f"cannot be judged ({line['not_comparable']})"
+    if not records:
+        return "not run yet"
+    metric, printed = line["metric"], line["value"]
+    values = [value_of(r, metric) for r in records]
+    if not np.isfinite(values).all():
+        return "cannot be judged (the records lack it)"
+    cost = COSTS.get(metric)
+    if cost and cost.timed:
+        return "cannot be judged (timed on another device)"
+    reason = stats.verdict_allowed(len(records), profile)
+    if reason and not cost:
+        return reason
+    interval = stats.mean_interval(values)
+    if cost:
+        half = 0.5 / 10 ** len(printed.partition(".")[2])  # what rounding to the printed digits hides
+        interval = stats.Interval(interval.mean, interval.mean - half, interval.mean + half, interval.n)
+    elif interval.mean >= NEAR_100 and metric in BOOTSTRAPPED:
+        interval = bootstrap_level(records, metric)
+    return stats.judge_level(interval, float(printed))
+
+
+def results_table(
+    study_name: str, table: str, profile: str, metrics: list[str] | None = None, books: Shelf | None = None
+) -> pd.DataFrame:
+    """One row a row of the paper's table; for each metric the columns paper | recorded | this run | verdict.
+
+    The verdict column is there for metrics of which a number was printed for a row that is run here. Rows without any
+    number say why in the last column; rows with a speed say there on what it was measured. In smoke this machine's
+    column is headed "synthetic". Where the table has none of `metrics` (default: all of its own), the frame is empty.
+    A printed table with columns of its own (data sets) keeps them, and has these four as lines: see `_by_column`.
+    """
+    lines = printed_table(study_name, table)
+    module = study(study_name)
+    books = books or shelf(profile, module.ROWS)
+    metrics = metrics or list(dict.fromkeys(line["metric"] for line in lines))
+    if {line["column"] for line in lines} != {"all"}:
+        return _by_column([line for line in lines if line["metric"] in metrics], module, books)
+    printed = {line["metric"] for line in lines if line["value"] and line["key"]}
+    here_name = "synthetic" if profile == "smoke" else "this run"
+    content: dict[str, dict[tuple[str, str], str]] = {}
+    for line in lines:
+        metric = line["metric"]
+        if metric not in metrics:
+            continue
+        cells = content.setdefault(line["row"], {})
+        recorded, here = books.of(module, line["key"]) if line["key"] else ([], [])
+        title = METRIC_NAMES[metric]
+        cells[title, "paper"] = line["value"] or "–"
+        cells[title, f"recorded ({books.recorded_profile})"] = show_records(recorded, metric)
+        cells[title, here_name] = show_records(here, metric)
+        if metric in printed:
+            cells[title, "verdict"] = judge_printed(line, recorded, books.recorded_profile)
+        cells["", "note"] = cells.get(("", "note")) or _note(line, recorded, module, books.recorded_profile)
+    if not content:
+        return pd.DataFrame()
+    frame = pd.DataFrame.from_dict(content, orient="index").fillna("–")  # rows need not have a line for every metric
+    frame.index.name = "row"
+    titles = [*(METRIC_NAMES[m] for m in metrics), ""]
+    frame = frame[sorted(frame.columns, key=lambda column: titles.index(column[0]))]
+    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    return frame
+
+
+def _by_column(lines: list[dict[str, str]], module: Any, books: Shelf) -> pd.DataFrame:
+    """A table of one metric with a column a data set: for each method a line of what was printed, one of what is
+    recorded, one of this machine's runs where there are any; the last column says what follows for recorded ones."""
+    columns = list(dict.fromkeys(line["column"] for line in lines))
+    content: dict[str, dict[str, str]] = {}
+    for method in dict.fromkeys(line["row"] for line in lines):
+        of_method = {line["column"]: line for line in lines if line["row"] == method}
+        found = {c: books.of(module, x["key"]) if x["key"] else ([], []) for c, x in of_method.items()}
+        metric = next(iter(of_method.values()))["metric"]
+        content[f"{method}: paper"] = {c: x["value"] or "–" for c, x in of_method.items()}
+        sides = (f"recorded ({books.recorded_profile})", "synthetic" if books.profile == "smoke" else "this run")
+        for side, name in enumerate(sides):
+            if any(records[side] for records in found.values()):
+                content[f"{method}: {name}"] = {c: show_records(r[side], metric) for c, r in found.items()}
+        content[next(reversed(content))]["verdict"] = _column_verdict(of_method, found, books.recorded_profile)
+    frame = pd.DataFrame.from_dict(content, orient="index")
+    frame = frame.reindex(columns=[*columns, "verdict"]).fillna("–")
+    frame.index.name = METRIC_NAMES[lines[0]["metric"]] if lines else "row"
+    return frame
+
+
+def _column_verdict(
+    lines: dict[str, dict[str, str]], found: dict[str, tuple[list[Record], list[Record]]], profile: str
+) -> str:
+    """What follows for one method of `_by_column`: column -> its printed line, column -> its records."""
+    runnable = [c for c, line in lines.items() if line["key"]]
+    if not runnable:
+        return next(iter(lines.values()))["status"]
+    verdicts = {c: judge_printed(lines[c], recorded, profile) for c, (recorded, _) in found.items() if recorded}
+    if not verdicts:
+        return "not run yet"
+    said = [f"{c}: {verdict}" for c, verdict in verdicts.items() if verdict]
+    if any(line["value"] and not line["key"] for line in lines.values()):  # printed means over data sets
+        where = f"{len(verdicts)} of {len(runnable)} data sets" if len(runnable) > 1 else f"{runnable[0]} alone"
+        said.append(f"means: cannot be judged ({where})")
+    return "; ".join(said)
+
+
+def _note(line: dict[str, str], recorded: list[Record], module: Any, profile: str) -> str:
+    if not recorded and line["key"]:
+        return "not run yet" if module.planned_seeds(line["key"], profile) else f"not run: time (not part of {profile})"
+    if not recorded:
+        return line["status"]
+    timed = line["metric"] in COSTS and COSTS[line["metric"]].timed
+    timings = [r for r in recorded if timed and not math.isnan(value_of(r, line["metric"]))]
+    if not timings:
+        return ""
+    beside = "" if all(r.timed_alone for r in timings) else ", which other runs shared"
+    return f"timed on {'; '.join(sorted({r.device for r in timings}))}{beside}"
+
+
+def per_class_table(study_name: str, keys: list[str], metric: str, profile: str) -> pd.DataFrame:
+    """Mean over seeds of one metric for each defect type, recorded runs: a row for each of `keys`, a column a type."""
+    module = study(study_name)
+    books = shelf(profile, module.ROWS)
+    content = {}
+    for key in keys:
+        found, _ = books.of(module, key)
+        if found:
+            content[key] = {kind: show_records(found, metric, kind) for kind in found[0].per_class}
+            content[key]["all"] = show_records(found, metric)
+    return pd.DataFrame.from_dict(content, orient="index")
+
+
+# --- Claims ----------------------------------------------------------------------------------------------------------
+
+
+def judge_claims(study_name: str, books: Shelf) -> list[Judged]:
+    """Every claim of a study, from the recorded runs."""
+    module, profile = study(study_name), books.recorded_profile
+    found = {key: books.of(module, key)[0] for key in module.ROWS[profile]}
+    unplanned = [key for key in found if not module.planned_seeds(key, profile)]
+    return claims.judge(claims.claims_of(study_name), found, profile, unplanned)
+
+
+def claims_table(study_name: str, profile: str, books: Shelf | None = None) -> pd.DataFrame:
+    """The study's claims with what the recorded runs say: difference (a bound: the cost or ratio and its limit),
+    interval over seeds, over images, verdict."""
+    books = books or shelf(profile, study(study_name).ROWS)
+    lines = []
+    for m in judge_claims(study_name, books):
+        d, images = m.difference, m.images
+        lines.append(
+            {
+                "claim": m.claim["id"].replace("_", " ") + (" (primary)" if m.claim["primary"] else ""),
+                "compared": claims.compared(m),
+                "difference": claims.outcome(m),
+                "95 % over seeds": "–" if d is None or math.isnan(d.low) else f"[{d.low:+.1f}, {d.high:+.1f}]",
+                "95 % over images": "–" if images is None else f"[{images.low:+.1f}, {images.high:+.1f}]",
+                "n": m.n or "–",
+                f"outcome ({books.recorded_profile})": m.verdict,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def findings(study_name: str, profile: str) -> str:
+    """What we found and what it cost, in sentences, from the committed records: for the head of a notebook."""
+    module = study(study_name)
+    books = shelf(profile, module.ROWS)
+    lines = []
+    for m in judge_claims(study_name, books):
+        if not m.claim["primary"]:
+            continue
+        measured = m.verdict
+        if m.difference:
+            d = m.difference
+            interval = "" if math.isnan(d.low) else f" [{d.low:+.1f}, {d.high:+.1f}]"
+            measured = f"{claims.outcome(m)}{interval} points with {m.n} seed(s): {m.verdict}"
+        elif m.value is not None:
+            device = f" on {m.device}" if m.device else ""
+            measured = f"{claims.outcome(m)}{device} with {m.n} seed(s): {m.verdict}"
+        rows = " against ".join(m.claim[side] for side in ("a", "b") if side in m.claim)
+        lines.append(f"{m.claim['id'].replace('_', ' ')}: {rows}, {METRIC_NAMES[m.claim['metric']]}: {measured}")
+    used = {r.key: r for key in module.ROWS[books.recorded_profile] for r in books.of(module, key)[0]}
+    hours = sum(r.seconds for r in used.values()) / 3600
+    devices = "; ".join(sorted({r.device for r in used.values()})) or "none"
+    lines.append(f"cost: {len(used)} recorded {books.recorded_profile} runs, {hours:.1f} hours on {devices}")
+    return "\n".join(lines)
+
+
+def agreement(study_name: str, key: str, metric: str, profile: str) -> str:
+    """Whether this run agrees with the record: |difference| <= the larger of 2 seed spreads and 0.5 points (a cost: 2
+    seed spreads alone)."""
+    module = study(study_name)
+    recorded, here = shelf(profile, module.ROWS).of(module, key)
+    if profile == "smoke" or not recorded or not here:
+        return f"{key}: nothing to compare (this run: {len(here)}, recorded: {len(recorded)}, profile {profile})"
+    old, new = ([value_of(r, metric) for r in side] for side in (recorded, here))
+    if not np.isfinite([*old, *new]).all():
+        return f"{key}: nothing to compare (a record or this run has no {METRIC_NAMES[metric]})"
+    spread = float(np.std(old, ddof=1)) if len(old) > 1 else 0.0
+    least, unit = (0.0, COSTS[metric].unit) if metric in COSTS else (0.5, "points")
+    allowed, gap = max(2 * spread, least), abs(float(np.mean(new)) - float(np.mean(old)))
+    word = "agrees" if gap <= allowed else "does NOT agree"
+    return f"{key}: {METRIC_NAMES[metric]} {word} with the record: off by {gap:.2f}, allowed {allowed:.2f} {unit}"
+
+
+# --- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def styled(frame: pd.DataFrame) -> Any:
+    """A table for notebooks and pages: left-aligned text, the synthetic column grey."""
+    grey = [c for c in frame.columns if "synthetic" in (c if isinstance(c, tuple) else (c,))]
+    look = [
+        {"selector": "th, td", "props": "text-align: left; vertical-align: top; padding: 2px 10px; font-size: 13px"},
+        {"selector": "thead th", "props": "border-bottom: 1px solid #888"},
+    ]
+    name = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]  # the style's own, and the same in every run
+    style = frame.style.set_table_styles(look).set_uuid(name)
+    if grey:
+        style = style.set_properties(subset=grey, **{"color": "#999"})
+    lines = [label for label in frame.index if str(label).endswith(": synthetic")]  # of tables with a column a data set
+    if lines:
+        style = style.set_properties(subset=pd.IndexSlice[lines, :], **{"color": "#999"})
+    return style.hide(axis="index") if isinstance(frame.index, pd.RangeIndex) else style
