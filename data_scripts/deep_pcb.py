@@ -19,7 +19,6 @@ from defectlab.data import fetch as store
 from defectlab.files import DataError
 
 
-
 def _check(folder: Path) -> str:
     """DataError unless there are 1,500 inspected pictures with boxes, 1,501 templates and lists of 1,000 and 500."""
     data = folder / "PCBData"

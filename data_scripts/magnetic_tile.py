@@ -13,7 +13,6 @@ import sys
 
 from defectlab.data import fetch as store
 
-
 COMMIT = "cc4eb530b57b9cb7225bf76023873043ffd50655"  # 2020-05-09
 SIZE = 55_000_000  # about
 

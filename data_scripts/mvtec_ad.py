@@ -18,7 +18,6 @@ from PIL import Image
 from defectlab.data import fetch as store
 from defectlab.files import DataError
 
-
 # category: (train good, test good, test anomalous, image side, share and file of its archive). The counts and sides
 # are those of Bergmann et al., IJCV 129, 2021; they add up to the 3,629 + 467 + 1,258 images of the whole set.
 CATEGORIES = {

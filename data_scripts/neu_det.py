@@ -20,8 +20,6 @@ from defectlab.data import fetch as store
 from defectlab.data.detection import NEU_CLASSES
 from defectlab.files import DataError
 
-
-
 FILE = rf"(?:{'|'.join(NEU_CLASSES)})_\d+"
 
 

@@ -30,12 +30,8 @@ from scipy.sparse.csgraph import connected_components
 
 from defectlab.data import fetch as store
 from defectlab.data.annotations import decode
-from defectlab.data.instances import CLASSES
-from defectlab.data.instances import NEU_SEG_PIXELS
+from defectlab.data.instances import CLASSES, NEU_SEG_PIXELS
 from defectlab.files import DataError
-
-
-
 
 COUNTS = {"training": 3630, "test": 840}
 SIZE = (200, 200)

@@ -19,7 +19,6 @@ from pathlib import Path
 from defectlab.data import fetch as store
 from defectlab.files import DataError
 
-
 FOLDERS = ("Missing_hole", "Mouse_bite", "Open_circuit", "Short", "Spur", "Spurious_copper")
 EXPECTED = 693  # Huang & Wei, arXiv:1901.08204
 CLASS = "|".join(FOLDERS)

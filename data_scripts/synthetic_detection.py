@@ -10,10 +10,7 @@ import sys
 from functools import partial
 
 from defectlab.data import fetch as store
-from defectlab.data.detection import SYNTHETIC
-from defectlab.data.detection import ensure_synthetic
-
-
+from defectlab.data.detection import SYNTHETIC, ensure_synthetic
 
 
 def main(argv: list[str] | None = None) -> int:

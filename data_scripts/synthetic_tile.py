@@ -9,10 +9,7 @@ The same layout as the real set, so that the same reader reads both. Its numbers
 import sys
 
 from defectlab.data import fetch as store
-from defectlab.data.anomaly import SYNTHETIC_TILE
-from defectlab.data.anomaly import ensure_synthetic
-
-
+from defectlab.data.anomaly import SYNTHETIC_TILE, ensure_synthetic
 
 
 def main(argv: list[str] | None = None) -> int:

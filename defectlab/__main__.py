@@ -1,22 +1,15 @@
 """The command line, without Jupyter: `python -m defectlab run|status|record|report|score|detect|reproduce|bench`."""
 
-from defectlab import runs
-from defectlab.batch import RowsFailed
-from defectlab.batch import Task
-from defectlab.batch import pick_device
-from defectlab.batch import run_parallel
-from defectlab.batch import run_tasks
-from defectlab.batch import status_lines
-from defectlab.batch import tasks
-from defectlab.files import DataError
-from defectlab.networks.resnet import WeightsError
-from defectlab.runs import NonFiniteLoss
-from defectlab.runs import PROFILES
-from defectlab.studies import STUDIES
-from pathlib import Path
 import argparse
 import sys
+from pathlib import Path
 
+from defectlab import runs
+from defectlab.batch import RowsFailed, Task, run_parallel, run_tasks, status_lines, tasks
+from defectlab.files import DataError, WeightsError
+from defectlab.provenance import pick_device
+from defectlab.runs import PROFILES, NonFiniteLoss
+from defectlab.studies import STUDIES
 
 
 def names(text: str) -> list[str]:
@@ -102,7 +95,7 @@ def chosen(options: argparse.Namespace) -> list[Task]:
             raise ValueError(f"--tasks takes ROW:SEED,ROW:SEED,..., got {','.join(options.tasks)}")
         wanted = [(row, int(seed)) for row, seed in pairs]
         listed = {
-            (t.row, t.seed): t for row, seed in wanted for t in tasks(options.study, options.profile, [row], [seed])
+            (t.name, t.seed): t for row, seed in wanted for t in tasks(options.study, options.profile, [row], [seed])
         }
         return [listed[pair] for pair in wanted]
     return tasks(options.study, options.profile, options.rows, options.seeds)
@@ -127,7 +120,7 @@ def status(options: argparse.Namespace) -> int:
 def record(options: argparse.Namespace) -> int:
     here = runs.read_records(runs.runs_dir(options.profile))
     if options.study:
-        wanted = {(runs.row_identity(t.settings, options.profile), t.seed) for t in chosen(options)}
+        wanted = {(runs.row_identity(t.row.settings, options.profile), t.seed) for t in chosen(options)}
         here = [r for r in here if (r.row, r.seed) in wanted]
     elif options.rows or options.seeds:
         raise ValueError("--rows and --seeds need a study: python -m defectlab record STUDY --rows ...")
@@ -146,8 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.command in ("run", "status", "record"):
             return {"run": run, "status": status, "record": record}[options.command](options)
         if options.command == "report":
-            from defectlab.verdicts.page import update_generated
-            from defectlab.verdicts.page import write_page
+            from defectlab.verdicts.page import update_generated, write_page
 
             update_generated()
             print(f"wrote {write_page(options.profile)}")

@@ -1,118 +1,159 @@
-"""Batches of runs: which rows and seeds of a study, in which order, within how many minutes."""
+"""Running rows: one row and seed, and batches of them: which, in which order, within how many minutes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from defectlab import runs
-from defectlab.files import DataError
-from defectlab.networks.resnet import WeightsError
-from defectlab.runs import NonFiniteLoss
-from defectlab.runs import OutOfTime
-from defectlab.runs import Record
-from defectlab.runs import Session
-from defectlab.runs import first_line
-from defectlab.studies import pick_rows
-from defectlab.studies import study
-from defectlab.verdicts.measured import COSTS
-from defectlab.verdicts.measured import metric_groups
-from defectlab.verdicts.measured import value_of
-from defectlab.verdicts.measured import written
-from typing import Any
+import dataclasses
+import json
 import math
 import os
 import subprocess
 import sys
 import time
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from defectlab import runs
+from defectlab.files import locked
+from defectlab.provenance import JOBS, peak_memory_mb, pick_device, provenance, reset_peak_memory
+from defectlab.runs import Context, OutOfTime, Record, first_line
+from defectlab.studies import Row, Study, study
+from defectlab.verdicts.measured import COSTS, value_of, written
 
 
 class RowsFailed(RuntimeError):
-    """Rows of a batch that could not be trained; the others ran."""
+    """Rows of a batch that could not be computed; the others ran."""
+
+
+# --- One row ---------------------------------------------------------------------------------------------------------
+
+
+def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> Record:
+    """Compute one row and seed unless `runs/<profile>/` has it already, and keep the result there.
+
+    An interrupted training leaves a checkpoint and is continued by the next call. `seconds` of the record are those of
+    all sittings, without those of other rows, which have records of their own.
+    """
+    folder, settings = runs.runs_dir(runs.check_profile(profile)), row.settings
+    prints = row.fingerprints(settings)
+    identity = runs.row_identity(settings, profile)
+    key = runs.make_key(settings.model, settings.dataset, profile, seed, identity, prints)
+    path, checkpoint = folder / f"{key}.json", folder / "checkpoints" / f"{key}.safetensors"
+    made = provenance(context.device)
+    elsewhere = 0.0  # seconds spent on other rows
+
+    def require(other: Any, its_seed: int) -> Record:
+        nonlocal elsewhere
+        began = time.monotonic()
+        found = run_row(of, of.row_with(other, profile), its_seed, profile, context)
+        elsewhere += time.monotonic() - began
+        reset_peak_memory(context.device)
+        return found
+
+    def load(other: Any) -> Any:
+        return of.row_with(other, profile).load(other, context.device)
+
+    with locked(folder / "locks" / key, context.log):
+        if path.exists():
+            return runs.read_record(path)
+        own = replace(context, checkpoint=checkpoint, require=require, load=load)
+        reset_peak_memory(context.device)
+        earlier, started = _seconds_before(checkpoint), time.monotonic()
+        data = row.load(settings, context.device)
+        result = row.run(settings, seed, data, own)
+        described = {
+            "key": key,
+            "model": settings.model,
+            "version": settings.version,
+            "profile": profile,
+            "seed": seed,
+            "dataset": settings.dataset,
+            "data_label": data.label,
+            "settings": dataclasses.asdict(settings),
+            "changed": runs.changed(settings),
+            "seconds": round(earlier + time.monotonic() - started - elsewhere, 1),
+            "peak_memory_mb": peak_memory_mb(context.device),
+            "fingerprints": prints,
+        }
+        record = runs.write_run(path, described | made, result)
+        checkpoint.unlink(missing_ok=True)
+    return record
+
+
+def _seconds_before(checkpoint: Any) -> float:
+    """Seconds of training in earlier sittings, from the checkpoint that they left."""
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            return float(json.loads(file.metadata()["header"])["seconds"])
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError):  # none, or none that can be continued
+        return 0.0
+
+
+# --- Batches ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Task:
     """One row and seed of a study, and whether it is recorded (committed) or has been run here."""
 
-    row: str
+    name: str  # of the row
     seed: int
-    settings: Any
+    row: Row
     recorded: bool
     here: bool
-
-
-def pick_device(name: str) -> str:
-    """'auto' -> 'cuda' where there is one, else 'cpu'. ValueError for a device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
-    if (index and not index.isdigit()) or int(index or 0) >= there:
-        raise ValueError(f"device {name!r} is not available here: use auto, cpu or (with a GPU) cuda")
-    return name
-
-
-def fingerprints_here(module: Any, settings: Any) -> dict[str, str] | None:
-    """What a row would be computed from on this machine; None where data or weights are not there."""
-    try:
-        return module.fingerprints(settings)
-    except (DataError, WeightsError):
-        return None
 
 
 def tasks(name: str, profile: str, rows: list[str] | None = None, seeds: list[int] | None = None) -> list[Task]:
     """Rows x seeds in the order in which to run them: the first seed of every row, then the second, and so on, so
     that a batch that is cut short has touched the headline rows first. `seeds` None: as the study plans them.
-    Its `OPTIONAL` rows (further data sets and weights) that cannot be run here are listed only where named."""
+    Its optional rows (further data sets and weights) that cannot be run here are listed only where named."""
     if seeds is not None and (len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0):
         raise ValueError(f"seeds must be different and not negative, got {seeds}")
-    module = study(name)
-    chosen = pick_rows(name, profile, rows)
+    chosen = study(name).pick(profile, rows)
     recorded, here = runs.read_records(runs.recorded_dir()), runs.read_records(runs.runs_dir(profile))
     listed = []
-    for position, (row, settings) in enumerate(chosen.items()):
-        wanted = range(module.planned_seeds(row, profile)) if seeds is None else seeds
-        mark = runs.row_identity(settings, profile)
-        prints = fingerprints_here(module, settings)
-        if prints is None and not rows and row in getattr(module, "OPTIONAL", ()):
+    for position, (row_name, row) in enumerate(chosen.items()):
+        identity = runs.row_identity(row.settings, profile)
+        prints = row.fingerprints_here()
+        if prints is None and not rows and row.optional:
             continue
-        mine = {r.seed for r in here if r.row == mark and prints in (None, r.fingerprints)}
-        kept = {r.seed for r in recorded if r.row == mark}
-        for turn, seed in enumerate(wanted):
-            task = Task(row, seed, settings, seed in kept, seed in mine)
-            listed.append(((row not in module.PRIMARY, turn, position), task))
+        mine = {r.seed for r in here if r.row == identity and prints in (None, r.fingerprints)}
+        kept = {r.seed for r in recorded if r.row == identity}
+        for turn, seed in enumerate(range(row.seeds) if seeds is None else seeds):
+            task = Task(row_name, seed, row, seed in kept, seed in mine)
+            listed.append(((not row.primary, turn, position), task))
     return [task for _, task in sorted(listed, key=lambda item: item[0])]
 
 
 def run_tasks(
-    name: str, listed: list[Task], profile: str, device: str, minutes: float | None, say: Callable[[str], None] = print
+    name: str, listed: list[Task], profile: str, device: str, minutes: float | None, log: Callable[[str], None] = print
 ) -> list[Record]:
     """Run what `runs/<profile>/` lacks, one after the other; stops cleanly when the minutes are used up.
 
-    -> the finished records of the list, those from earlier calls included. A row whose loss is not finite, or that the
-    device has no memory for, does not keep the others from running: RowsFailed names all of them at the end.
+    -> the finished records of the list, those from earlier calls included. A row that fails, for whatever reason, does
+    not keep the others from running: RowsFailed names all of them at the end.
     """
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    started, finished, failed = time.monotonic(), [], []
+    started = time.monotonic()
+    deadline = None if minutes is None else started + 60 * minutes
+    context = Context(device=device, deadline=deadline, log=log)
+    finished, failed = [], []
     for number, task in enumerate(listed, 1):
-        if deadline is not None and time.monotonic() > deadline:
-            say(
-                f"{minutes:g} minutes are used up: {len(listed) - number + 1} of {len(listed)} left; run again to go on"
-            )
+        if context.out_of_time():
+            left = len(listed) - number + 1
+            log(f"{minutes:g} minutes are used up: {left} of {len(listed)} left; run again to go on")
             break
-        say(f"[{number}/{len(listed)}] {name} {task.row} seed {task.seed} ({profile}, {device})")
+        log(f"[{number}/{len(listed)}] {name} {task.name} seed {task.seed} ({profile}, {device})")
         try:
-            session = Session(deadline=deadline, say=say)
-            record = runs.run(study(name), task.settings, task.seed, profile, device, session)
+            record = run_row(study(name), task.row, task.seed, profile, context)
         except OutOfTime as stop:
-            say(f"  {stop}")
+            log(f"  {stop}")
             break
-        except (NonFiniteLoss, torch.OutOfMemoryError) as error:
-            failed.append(f"{task.row} seed {task.seed}: {first_line(error)}")
-            say(f"  failed: {first_line(error)}")
+        except Exception as error:
+            failed.append(f"{task.name} seed {task.seed}: {first_line(error)}")
+            log(f"  failed ({type(error).__name__}): {first_line(error)}")
             continue
         finished.append(record)
-        say(f"  {headline(record, name)}  ({record.seconds:.0f} s; {time.monotonic() - started:.0f} s so far)")
+        log(f"  {headline(record, name)}  ({record.seconds:.0f} s; {time.monotonic() - started:.0f} s so far)")
     if failed:
         raise RowsFailed("; ".join(failed))
     return finished
@@ -121,7 +162,7 @@ def run_tasks(
 def headline(record: Record, name: str) -> str:
     """The first group of the study's metrics, then of its costs, that the record has any of, on a line: a stage or a
     row that is only timed has not the headline's."""
-    groups = sorted(metric_groups(study(name)), key=lambda group: group[0] in COSTS)
+    groups = sorted(study(name).metrics, key=lambda group: group[0] in COSTS)
     for group in groups:
         values = {metric: value_of(record, metric) for metric in group}
         shown = [f"{metric} {written(v, metric)}" for metric, v in values.items() if not math.isnan(v)]
@@ -137,10 +178,10 @@ def run_rows(
     seeds: list[int] | None = None,
     device: str = "auto",
     minutes: float | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> list[Record]:
     """What a notebook's training cell calls: `tasks` and `run_tasks` in one."""
-    return run_tasks(name, tasks(name, profile, rows, seeds), profile, pick_device(device), minutes, say)
+    return run_tasks(name, tasks(name, profile, rows, seeds), profile, pick_device(device), minutes, log)
 
 
 def run_parallel(name: str, listed: list[Task], profile: str, device: str, minutes: float | None, jobs: int) -> int:
@@ -150,19 +191,19 @@ def run_parallel(name: str, listed: list[Task], profile: str, device: str, minut
     runs shared the device: what was timed then is no speed of the network's own.
     """
     began = time.monotonic()
-    alone = [task for task in listed if getattr(task.settings, "alone", False)]
+    alone = [task for task in listed if getattr(task.row.settings, "alone", False)]
     shared = [task for task in listed if task not in alone]
     jobs = min(jobs, len(shared))
     children = []
 
     def start(mine: list[Task], beside: int, minutes: float | None) -> None:
         threads = str(max(1, (os.cpu_count() or 1) // beside))
-        pairs = ",".join(f"{t.row}:{t.seed}" for t in mine)
+        pairs = ",".join(f"{t.name}:{t.seed}" for t in mine)
         command = [sys.executable, "-m", "defectlab", "run", name, "--tasks", pairs]
         command += ["--profile", profile, "--device", device]
         if minutes is not None:
             command += ["--minutes", str(minutes)]
-        environment = {"OMP_NUM_THREADS": threads} | os.environ | {runs.JOBS: str(beside)}
+        environment = {"OMP_NUM_THREADS": threads} | os.environ | {JOBS: str(beside)}
         children.append(subprocess.Popen(command, env=environment))
 
     try:
@@ -181,17 +222,23 @@ def run_parallel(name: str, listed: list[Task], profile: str, device: str, minut
 
 
 def status_lines(name: str, profile: str, rows: list[str] | None = None, seeds: list[int] | None = None) -> list[str]:
-    """A line a row: seeds recorded, run here, missing; in the order in which to run them."""
+    """A line for each row: seeds recorded, run here, missing; in the order in which to run them. Rows that the profile
+    plans no seed of are listed where they are named."""
     by_row: dict[str, list[Task]] = {}
     for task in tasks(name, profile, rows, seeds):
-        by_row.setdefault(task.row, []).append(task)
-    width = max(map(len, by_row))
+        by_row.setdefault(task.name, []).append(task)
+    unplanned = [row for row in rows or [] if row not in by_row]
+    width = max(map(len, [*by_row, *unplanned, "row"]))
     lines = [f"{name} ({profile}): {'row':{width}}  recorded  here      missing"]
     indent = " " * (len(f"{name} ({profile}): "))
     for row, listed in by_row.items():
-        seeds = [
+        columns = [
             ",".join(str(t.seed) for t in listed if test(t)) or "-"
             for test in (lambda t: t.recorded, lambda t: t.here, lambda t: not (t.recorded or t.here))
         ]
-        lines.append(f"{indent}{row:{width}}  {seeds[0]:8}  {seeds[1]:8}  {seeds[2]}")
-    return lines
+        lines.append(f"{indent}{row:{width}}  {columns[0]:8}  {columns[1]:8}  {columns[2]}")
+    return lines + [f"{indent}{row:{width}}  {unplanned_note(profile)}" for row in unplanned]
+
+
+def unplanned_note(profile: str) -> str:
+    return f"not part of {profile}: name its seeds to run it, as in --seeds 0"

@@ -1,38 +1,33 @@
 """Speed on this machine: what `make bench` prints."""
 
+import argparse
 from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from scipy import ndimage
+
 from defectlab import bench_detectors as detector_bench
-from defectlab.batch import pick_device
 from defectlab.metrics.anomaly import anomaly_metrics
 from defectlab.metrics.costs import seconds_per_call
 from defectlab.networks import resnet as teachers
+from defectlab.networks.reverse_distillation import build, make_loss, to_maps
 from defectlab.networks.yolo.model import build_detector
-from defectlab.papers import bsdrd
-from defectlab.papers import yolo_dcf
-from defectlab.precision import autocast
-from defectlab.precision import precision_of
-from defectlab.runs import device_name
-from defectlab.runs import peak_memory_mb
+from defectlab.papers import bsdrd, yolo_dcf
+from defectlab.precision import autocast, precision_of
+from defectlab.provenance import device_name, peak_memory_mb, pick_device
+from defectlab.studies import bsdrd as bsdrd_rows
 from defectlab.studies import detector as detectors
-from defectlab.studies.bsdrd import SETTINGS
-from defectlab.studies.reverse_distillation import SETTINGS
-from defectlab.studies.yolo_dcf import SETTINGS
-from defectlab.training.anomaly import build
-from defectlab.training.anomaly import make_loss
+from defectlab.studies import yolo_dcf as dcf_rows
+from defectlab.studies.reverse_distillation import RD4AD
 from defectlab.training.anomaly import score_features
-from defectlab.training.anomaly import to_maps
-from functools import partial
-from scipy import ndimage
-import argparse
-import numpy as np
-import torch
-
 
 BATCH = 16
 DETECTORS = {  # of the quick profile, at the scale n
     "v8n": (detectors.SETTINGS["quick"], build_detector),
-    "v5n": (detectors.ROWS["quick"]["v5n"], build_detector),
-    "yolo_dcf n": (SETTINGS["quick"], yolo_dcf.build),
+    "v5n": (detectors.STUDY.rows["quick"]["v5n"].settings, build_detector),
+    "yolo_dcf n": (dcf_rows.SETTINGS["quick"], yolo_dcf.build),
 }
 
 
@@ -58,7 +53,7 @@ def bench(options: argparse.Namespace) -> int:
 def bench_anomaly(device: str, teacher_name: str) -> None:
     """Print images/s of training steps, of inference and of the teacher, and the share of a step spent on fetching its
     batch."""
-    settings = SETTINGS["quick"]
+    settings = RD4AD["quick"]
     precision = precision_of(settings, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     print(f"anomaly detection: {settings.size} px, batch {BATCH}, {precision}, teacher {teacher_name}")
@@ -70,7 +65,7 @@ def bench_anomaly(device: str, teacher_name: str) -> None:
     extract = seconds(lambda: teachers.extract(teacher, images[:BATCH], dtype), device)
     print(f"teacher                            {BATCH / extract:8.1f} images/s")
     rows = {"rd4ad": (settings, build, make_loss, to_maps)}
-    rows["bsdrd"] = (SETTINGS["quick"], bsdrd.build, bsdrd.make_loss, bsdrd.to_maps)
+    rows["bsdrd"] = (bsdrd_rows.SETTINGS["quick"], bsdrd.build, bsdrd.make_loss, bsdrd.to_maps)
     for name, (row, make_network, loss_of, maps_of) in rows.items():
         network = make_network(row, teacher.channels, teacher.bottleneck).to(device, memory_format=torch.channels_last)
         loss = loss_of(row)

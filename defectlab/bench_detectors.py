@@ -1,29 +1,23 @@
-"""Speed of detectors on a device: steps of training, and inference folded and not, at several picture sizes."""
+"""Speed of detectors on a device: steps of training, and inference fused and not, at several picture sizes."""
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+
 from defectlab.data.augment import augment
-from defectlab.data.boxes import DetectionData
-from defectlab.data.boxes import DetectionSplit
-from defectlab.metrics.costs import inference_seconds
-from defectlab.metrics.costs import parameters
-from defectlab.metrics.costs import seconds_per_call
-from defectlab.networks.yolo.blocks import folded
+from defectlab.data.boxes import DetectionData, DetectionSplit
+from defectlab.metrics.costs import inference_seconds, parameters, seconds_per_call
+from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.losses import detection_loss
 from defectlab.networks.yolo.model import Detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.precision import precision_of
-from defectlab.runs import peak_memory_mb
-from defectlab.training.detector import make_optimizer
-from defectlab.training.detector import train_epoch
+from defectlab.provenance import peak_memory_mb
+from defectlab.training.detection import fresh
+from defectlab.training.detector import augmentation_of, make_optimizer, train_epoch
 from defectlab.training.loop import MovingAverage
-from types import SimpleNamespace
-import torch
-
 
 CLASSES, BOXES = 6, 4  # as NEU-DET has them: classes, boxes a picture
 Row = tuple[DetectorSettings, Callable[[DetectorSettings, DetectionData], Detector]]
@@ -35,14 +29,14 @@ class Speed:
 
     name: str
     size: int  # px a side
-    parameters_m: float  # millions, not folded
+    parameters_m: float  # millions, not fused
     precision: str  # of training; inference is fp32
     train: float  # images/s of whole training steps
     batch_share: float  # 0..1: of such a step, what drawing and augmenting its batch takes
     single: float  # ms a picture at batch 1
-    single_folded: float
+    single_fused: float
     many: float  # images/s at batch `inference_batch`
-    many_folded: float
+    many_fused: float
     memory_mb: float  # highest so far: of this row on a GPU, of the whole process on a CPU
 
 
@@ -76,7 +70,7 @@ def measure(
     torch.manual_seed(0)
     split = random_split(2 * batch, size, device)  # two steps an epoch
     data = SimpleNamespace(class_names=tuple(f"class {index}" for index in range(CLASSES)), train=split)
-    detector = row[1](settings, data).to(where, memory_format=torch.channels_last)
+    detector = fresh(row[1], settings, data).to(where, memory_format=torch.channels_last)
     average = MovingAverage(detector, settings.average, settings.average_ramp)
     optimizer = make_optimizer(detector, settings)
     criterion = detection_loss(detector, size)
@@ -89,13 +83,13 @@ def measure(
         train_epoch(detector, detector, average, loss, split, settings, 0, 0, optimizer)
 
     def make_batch():
-        augment(split.images, split.boxes, split.labels, indices, settings.augmentation, generator)
+        augment(split.images, split.boxes, split.labels, indices, augmentation_of(settings), generator)
 
     step = seconds_per_call(steps, where, repeats, 1) / 2
     making = seconds_per_call(make_batch, where, repeats, 1)
     times = {}
     model = detector.eval()
-    for kind, network in (("plain", model), ("folded", folded(model).to(memory_format=torch.channels_last))):
+    for kind, network in (("plain", model), ("fused", fused(model).to(memory_format=torch.channels_last))):
         for count in (1, inference_batch):
             images = torch.rand(count, 3, size, size, device=where).contiguous(memory_format=torch.channels_last)
             times[kind, count] = inference_seconds(network, images, "fp32", repeats)
@@ -107,9 +101,9 @@ def measure(
         batch / step,
         min(making / step, 1.0),  # each is a median of its own
         1000 * times["plain", 1],
-        1000 * times["folded", 1],
+        1000 * times["fused", 1],
         inference_batch / times["plain", inference_batch],
-        inference_batch / times["folded", inference_batch],
+        inference_batch / times["fused", inference_batch],
         peak_memory_mb(where),
     )
 
@@ -129,7 +123,7 @@ def table(
     many = f"batch {inference_batch}"
     columns = "{:10} {:>4} {:>7}  {:>8} {:>7}  {:>8} {:>8}  {:>8} {:>8}  {:>8}"
     yield columns.format(
-        "detector", "px", "weights", "training", "batches", "batch 1", "folded", many, "folded", "memory"
+        "detector", "px", "weights", "training", "batches", "batch 1", "fused", many, "fused", "memory"
     )
     yield columns.format("", "", "M", "images/s", "% time", "ms", "ms", "images/s", "images/s", "MB")
     precision = ""
@@ -139,7 +133,7 @@ def table(
             precision = s.precision
             yield (
                 f"{s.name:10} {s.size:4} {s.parameters_m:7.2f}  {s.train:8.1f} {100 * s.batch_share:7.1f}  "
-                f"{s.single:8.1f} {s.single_folded:8.1f}  {s.many:8.1f} {s.many_folded:8.1f}  {s.memory_mb:8.0f}"
+                f"{s.single:8.1f} {s.single_fused:8.1f}  {s.many:8.1f} {s.many_fused:8.1f}  {s.memory_mb:8.0f}"
             )
     yield (
         f"training: batch {batch}, {precision}, with augmentation and moving average; "

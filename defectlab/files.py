@@ -1,23 +1,29 @@
-"""TODO files."""
+"""Where things lie, files that are whole or not there, and locks between processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from pathlib import Path
-from safetensors import SafetensorError
-from typing import Any
 import contextlib
-import fcntl
 import json
 import os
-import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+
+class DataError(RuntimeError):
+    """Data that are missing, damaged or not what they claim; the message names the file and the remedy."""
+
+
+class WeightsError(RuntimeError):
+    """Pretrained weights are missing or do not fit; the message names the file and where to put it."""
 
 
 def project_root() -> Path:
     """The repository, from wherever it is called; the current folder where the package is installed without it."""
-    repository = Path(__file__).resolve().parents[2]
+    repository = Path(__file__).resolve().parents[1]
     return Path.cwd() if repository.name in ("site-packages", "dist-packages") else repository
 
 
@@ -30,10 +36,6 @@ def weights_dir() -> Path | None:
     """Where weights lie that cannot be downloaded: DEFECTLAB_WEIGHTS, else None."""
     chosen = os.environ.get("DEFECTLAB_WEIGHTS")
     return Path(chosen).expanduser() if chosen else None
-
-
-class DataError(RuntimeError):
-    """Data that are missing, damaged or not what they claim; the message names the file and the remedy."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -52,18 +54,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1, sort_keys=True)
+    """Sorted and indented. ValueError for NaN or infinity, which JSON does not know."""
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     write_atomically(path, lambda aside: aside.write_text(text + "\n"))
 
 
 @contextlib.contextmanager
-def locked(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def locked(path: Path, log: Callable[[str], None] = print) -> Iterator[None]:
     """One process at a time, the others say that they wait; the lock goes with the process, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"  waits for another process that is at {path.parent.name}/{path.name}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log(f"  waits for another process that is at {path.parent.name}/{path.name}")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from einops import einsum
 from torch import Tensor
 from torch.nn.functional import grid_sample
-import torch
-
 
 
 def warp(features: Tensor, matrices: Tensor, size: int, ground: float = 0.0) -> Tensor:

@@ -1,16 +1,22 @@
-"""TODO precision."""
+"""Number formats: where bf16 pays, and where a computation has to stay in float32."""
 
-from torch import Tensor
 from typing import Any
-import torch
 
+import torch
+from torch import Tensor
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 pays here: on a GPU, and on CPUs with AVX-512-BF16 or AMX."""
-    if device.type != "cpu":
-        return True
+    """Whether bf16 pays here: on GPUs with bf16 units, and on CPUs with AVX-512-BF16 or AMX."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def precision_of(settings: Any, device: str | torch.device) -> str:
+    """The precision a run really uses: bf16 where settings ask for it and the device is fast at it, else fp32."""
+    return "bf16" if settings.precision == "bf16" and fast_bf16(torch.device(device)) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -18,13 +24,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def full_float32():
-    """A context in which float32 convolutions are just that: on a GPU cuDNN would round their inputs to TF32."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    """A context in which float32 convolutions are just that: on a GPU cuDNN would round their inputs to TF32.
 
-
-def precision_of(settings: Any, device: str | torch.device) -> str:
-    """The precision a run really uses: bf16 where settings ask for it and the device is fast at it, else fp32."""
-    return "bf16" if settings.precision == "bf16" and fast_bf16(torch.device(device)) else "fp32"
+    What else cuDNN is set to (autotuning, determinism) stays as it is.
+    """
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

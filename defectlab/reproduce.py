@@ -3,15 +3,6 @@
 A module of its own so that it starts fast: it needs papermill, not torch.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from defectlab import runs
-from defectlab.batch import pick_device
-from defectlab.files import write_json
-from defectlab.verdicts import page
-from pathlib import Path
-from typing import Any
-from typing import TextIO
 import argparse
 import ast
 import contextlib
@@ -19,15 +10,24 @@ import fcntl
 import hashlib
 import json
 import logging
-import nbformat
 import os
-import papermill
 import re
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
 
+import nbformat
+import papermill
+
+from defectlab import runs
+from defectlab.files import write_json
+from defectlab.provenance import pick_device
+from defectlab.verdicts import page
 
 
 def end_with_parent() -> None:

@@ -1,42 +1,31 @@
-"""Runs and records: profiles, keys, provenance, and the files in which a result is kept.
+"""Runs and records: what one run is given and gives, its key, and the files in which a result is kept.
 
 A run is keyed by what is computed. `runs/<profile>/` holds this machine's runs (ignored by git), `results/runs/` the
 recorded ones (committed). A record is `<key>.json` and `<key>.npz`; a run has its weights beside it as
 `<key>.safetensors`. The JSON is written last and atomically, so a record is whole or it is not there.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import field
-from defectlab.files import data_dir
-from defectlab.files import locked
-from defectlab.files import project_root
-from defectlab.files import write_atomically
-from defectlab.files import write_json
-from importlib import metadata
-from pathlib import Path
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from torch import Tensor
-from torch import nn
-from typing import Any
-import contextlib
 import dataclasses
-import datetime
-import functools
 import hashlib
 import json
-import numpy as np
-import os
-import platform
-import resource
+import math
 import shutil
-import subprocess
-import sys
 import time
-import torch
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from defectlab.files import project_root, write_atomically, write_json
+
+PROFILES = ("smoke", "quick", "paper")
+NPZ_LIMIT = 300_000  # bytes: what a committed record may weigh
 
 
 class OutOfTime(RuntimeError):
@@ -47,54 +36,38 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the message names epoch and batch."""
 
 
-@dataclass
-class Session:
+@dataclass(frozen=True)
+class Context:
     """What one run may use and where it leaves traces: the same for every training in a row.
 
+    device: "cpu", "cuda" or "cuda:1".
     checkpoint: file that an interrupted training continues from; None: do not write one.
     deadline: `time.monotonic()` value after which training stops at the end of an epoch with OutOfTime; None: none.
-    say: where the line an epoch goes.
-    need: (settings, seed) -> record of another row of the study at the same profile, run first if it has not been run
-        here: a teacher, or the network that a row looks at. `runs.run` sets it.
+    log: where the line of an epoch goes.
+    require: (settings, seed) -> record of another row of the study at the same profile, run first if it has not been
+        run here: a teacher, or the network that a row looks at. `batch.run_row` gives it, and `load`.
+    load: settings of another row -> its data.
     """
 
+    device: str = "cpu"
     checkpoint: Path | None = None
     deadline: float | None = None
-    say: Callable[[str], None] = print
-    need: Callable[[Any, int], Any] | None = None
+    log: Callable[[str], None] = print
+    require: Callable[[Any, int], "Record"] | None = None
+    load: Callable[[Any], Any] | None = None
     every_seconds: float = 60.0  # between two checkpoints
-    _last: float = field(default_factory=time.monotonic)
-
-    def due(self) -> bool:
-        if time.monotonic() - self._last < self.every_seconds:
-            return False
-        self._last = time.monotonic()
-        return True
 
     def out_of_time(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
 
-def first_line(error: Exception) -> str:
-    """What torch says of a checkpoint that does not fit runs over pages: the first line will do."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-PROFILES = ("smoke", "quick", "paper")
-PACKAGES = (
-    *("torch", "torchvision", "numpy", "scipy", "scikit-learn", "PyWavelets", "safetensors"),
-    *("torchmetrics", "faster-coco-eval", "diffusers"),
-)
-NPZ_LIMIT = 300_000  # bytes: what a committed record may weigh
-JOBS = "DEFECTLAB_JOBS"  # environment: how many runs share the device
-
-
 @dataclass
 class Result:
-    """What `run_row` of a study returns.
+    """What a row's `run` returns.
 
-    metrics: of the test set, in per cent; per_class: the same a defect type; dev: the same on dev, with its threshold.
-    curve: name -> a value an epoch. predictions: arrays for the .npz. model: tensors for the .safetensors.
-    costs: parameters, images/s, seconds of training ...; precision: what the network computed in.
+    metrics: of the test set, in per cent; per_class: the same for each defect type; dev: the same on dev, with its
+    threshold. curve: name -> a value for each epoch. predictions: arrays for the .npz. model: tensors for the
+    .safetensors. costs: parameters, images/s, seconds of training ...; precision: what the network computed in.
     notes: what else a reader must know, such as the key and hash of the teacher that a student learnt from.
     """
 
@@ -106,8 +79,12 @@ class Result:
     model: dict[str, Tensor]
     costs: dict[str, float]
     precision: str
-    fingerprints: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+
+
+def first_line(error: Exception) -> str:
+    """What torch says of a checkpoint that does not fit runs over pages: the first line will do."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def runs_dir(profile: str) -> Path:
@@ -162,66 +139,6 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-# --- Provenance ------------------------------------------------------------------------------------------------------
-
-
-def device_name(device: str | torch.device) -> str:
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"CPU {model}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
-
-
-@functools.cache  # once a process: a run is made by the code that was imported, wherever HEAD moves meanwhile
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None  # not a checkout, or no git: the record says "unknown"
-    return done.stdout.strip()
-
-
-def _versions() -> dict[str, str]:
-    """Package -> version, of those of `PACKAGES` that are installed."""
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def provenance(device: str | torch.device) -> dict[str, Any]:
-    status = _git(project_root(), "status", "--porcelain", "--untracked-files=no", "--", "defectlab")
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "jobs": int(os.environ.get(JOBS, 1)),
-        "versions": {"python": platform.python_version()} | _versions(),
-        "commit": _git(project_root(), "rev-parse", "HEAD") or "unknown",
-        "dirty": None if status is None else bool(status),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def reset_peak_memory(device: str | torch.device) -> None:
-    """Where it can be reset: on a GPU."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.init()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory_mb(device: str | torch.device) -> float:
-    """Peak memory in MB: of the run on a GPU, of the whole process so far on a CPU."""
-    if torch.device(device).type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    scale = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1)
-
-
 # --- Records ---------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +150,8 @@ class Record:
     path: Path
 
     def __getattr__(self, name: str) -> Any:
+        if name == "content":  # asked before it is there, by `copy` and `pickle`
+            raise AttributeError(name)
         try:
             return self.content[name]
         except KeyError:
@@ -259,7 +178,10 @@ class RecordError(ValueError):
 
 def read_record(path: Path) -> Record:
     try:
-        return Record(json.loads(path.read_text()), path)
+        content = json.loads(path.read_text())
+        curve = content.get("curve", {})  # null: the value was not finite
+        content["curve"] = {name: [math.nan if v is None else v for v in values] for name, values in curve.items()}
+        return Record(content, path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecordError(f"{path} is not a readable record ({error}); delete it and run again") from error
 
@@ -269,14 +191,23 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def find(records: list[Record], settings: Any, profile: str) -> list[Record]:
-    """The records of one row, by seed. Where data or weights differ between them, those of the largest group."""
+    """The records of one row, by seed.
+
+    Records made from other data or weights cannot stand in one mean: where there are several groups, that of the most
+    seeds is taken (of the latest date, where these are equal), and a warning names what is left out.
+    """
     row = row_identity(settings, profile)
     groups: dict[str, list[Record]] = {}
     for record in records:
         if record.row == row:
             groups.setdefault(_digest(record.fingerprints), []).append(record)
-    best = max(groups.values(), key=len, default=[])
-    return sorted(best, key=lambda r: r.seed)
+    ordered = sorted(groups.values(), key=lambda group: (len(group), max(r.date for r in group)))
+    if len(ordered) > 1:
+        others = ", ".join(record.key for group in ordered[:-1] for record in group)
+        warnings.warn(
+            f"left out, since made from other data or weights than {ordered[-1][0].key}: {others}", stacklevel=2
+        )
+    return sorted(ordered[-1], key=lambda r: r.seed) if ordered else []
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -287,72 +218,35 @@ def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomically(path, write)
 
 
-# --- Running a row ---------------------------------------------------------------------------------------------------
+def write_run(path: Path, identity: dict[str, Any], result: Result) -> Record:
+    """The files of a finished run: weights, arrays, and last the JSON, `identity` and what the result says.
 
-
-def run(study: Any, settings: Any, seed: int, profile: str, device: str, session: Session) -> Record:
-    """Compute one row and seed unless `runs/<profile>/` has it already, and keep the result there.
-
-    `study` is a module with `load(settings, device)`, `fingerprints(settings)` and `run_row(settings, seed, data,
-    device, session)`. An interrupted training leaves a checkpoint and is continued by the next call.
+    A value that is NaN or infinite has no place in JSON: a metric or cost is left out, in a curve it stands as null.
     """
-    folder = runs_dir(check_profile(profile))
-    prints = study.fingerprints(settings)
-    key = make_key(settings.model, settings.dataset, profile, seed, row_identity(settings, profile), prints)
-    path = folder / f"{key}.json"
-    code = provenance(device)
-    with locked(folder / "locks" / key, session.say):
-        if path.exists():
-            return read_record(path)
-        session.checkpoint = folder / "checkpoints" / f"{key}.safetensors"
-        elsewhere = 0.0  # seconds spent on other rows, which have records of their own
-
-        def need(other: Any, its_seed: int) -> Record:
-            nonlocal elsewhere
-            began = time.monotonic()
-            found = run(study, other, its_seed, profile, device, Session(deadline=session.deadline, say=session.say))
-            elsewhere += time.monotonic() - began
-            reset_peak_memory(device)
-            return found
-
-        session.need = need
-        reset_peak_memory(device)
-        started = time.monotonic()
-        data = study.load(settings, device)
-        result = study.run_row(settings, seed, data, device, session)
-        content = {
-            "key": key,
-            "model": settings.model,
-            "version": settings.version,
-            "profile": profile,
-            "seed": seed,
-            "dataset": settings.dataset,
-            "data_label": data.label,
-            "settings": dataclasses.asdict(settings),
-            "changed": changed(settings),
-            "metrics": result.metrics,
-            "per_class": result.per_class,
-            "dev": result.dev,
-            "curve": result.curve,
-            "costs": result.costs,
-            "precision": result.precision,
-            "seconds": round(time.monotonic() - started - elsewhere, 1),
-            "peak_memory_mb": peak_memory_mb(device),
-            "fingerprints": prints,
-        } | code
-        if result.notes:
-            content["notes"] = result.notes
-        if result.model:
-            weights = path.with_suffix(".safetensors")
-            header = {"key": key, "settings": json.dumps(content["settings"]), "model": settings.model}
-            header["dev"] = json.dumps(result.dev)
-            tensors = {k: v.detach().cpu().contiguous() for k, v in result.model.items()}
-            write_atomically(weights, lambda aside: save_file(tensors, aside, header))
-            content["model_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-        _write_npz(path.with_suffix(".npz"), result.predictions)
-        write_json(path, content)
-        session.checkpoint.unlink(missing_ok=True)
+    content = identity | {
+        "metrics": _finite(result.metrics),
+        "per_class": {name: _finite(values) for name, values in result.per_class.items()},
+        "dev": _finite(result.dev),
+        "curve": {name: [v if math.isfinite(v) else None for v in values] for name, values in result.curve.items()},
+        "costs": _finite(result.costs),
+        "precision": result.precision,
+    }
+    if result.notes:
+        content["notes"] = result.notes
+    if result.model:
+        weights = path.with_suffix(".safetensors")
+        header = {"key": content["key"], "settings": json.dumps(content["settings"]), "model": content["model"]}
+        header["dev"] = json.dumps(content["dev"])
+        tensors = {k: v.detach().cpu().contiguous() for k, v in result.model.items()}
+        write_atomically(weights, lambda aside: save_file(tensors, aside, header))
+        content["model_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    _write_npz(path.with_suffix(".npz"), result.predictions)
+    write_json(path, content)
     return read_record(path)
+
+
+def _finite(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def load_weights(record: Record, network: nn.Module) -> None:
@@ -386,9 +280,3 @@ def promote(records: list[Record]) -> list[str]:
         doubt = "" if record.dirty is False else "  (made with uncommitted changes, or outside a checkout)"
         lines.append(f"recorded: {record.key}{doubt}")
     return lines
-
-
-def where() -> str:
-    """One line on this machine for notebooks and logs."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"torch {torch.__version__}, {device_name('cpu')}, {gpu}; data in {data_dir().name}/"

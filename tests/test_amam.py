@@ -7,28 +7,17 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d
 
-from defectlab.networks.segmentation import AttentionUNet
-from defectlab.networks.segmentation import SegmentationSettings
-from defectlab.papers.amam_kd.segmentation import AMAM
-from defectlab.papers.amam_kd.segmentation import GateAttention
-from defectlab.papers.amam_kd.segmentation import LowestSkip
-from defectlab.papers.amam_kd.segmentation import SeparableDilation
-from defectlab.papers.amam_kd.segmentation import Settings
-from defectlab.papers.amam_kd.segmentation import UShapedNetwork
-from defectlab.papers.amam_kd.segmentation import build
-from defectlab.papers.amam_kd.segmentation import taps_inside
-
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.networks.segmentation import AttentionUNet, SegmentationSettings
+from defectlab.papers.amam_kd.segmentation import (
+    AMAM,
+    GateAttention,
+    LowestSkip,
+    SeparableDilation,
+    Settings,
+    UShapedNetwork,
+    build,
+    taps_inside,
+)
 
 SMALL = Settings(encoder="resnet18_random")
 

@@ -11,41 +11,22 @@ from torchvision import models
 from toy_anomaly import fake_split
 
 from defectlab.data.anomaly import AnomalyData
-from defectlab.networks.resnet import Teacher
-from defectlab.networks.resnet import WeightsError
-from defectlab.networks.resnet import load_teacher
+from defectlab.networks.resnet import Teacher, WeightsError, load_teacher
 from defectlab.networks.reverse_distillation import ResidualBlock
-from defectlab.papers.amam_kd.distillation import DistillationLoss
-from defectlab.papers.amam_kd.distillation import DistillationSettings
-from defectlab.papers.amam_kd.distillation import FeatureAggregation
-from defectlab.papers.amam_kd.distillation import LOSSES
-from defectlab.papers.amam_kd.distillation import ViTBlock
-from defectlab.papers.amam_kd.distillation import build
-from defectlab.papers.amam_kd.distillation import discrepancies
-from defectlab.papers.amam_kd.distillation import to_maps
+from defectlab.papers.amam_kd.distillation import (
+    LOSSES,
+    DistillationLoss,
+    DistillationSettings,
+    FeatureAggregation,
+    ViTBlock,
+    build,
+    discrepancies,
+    to_maps,
+)
 from defectlab.precision import autocast
 from defectlab.runs import Session
 from defectlab.training import anomaly as distil
-from defectlab.training.amam_kd import make_loss
-from defectlab.training.amam_kd import map_split
-from defectlab.training.amam_kd import run_distillation
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.training.amam_kd import make_loss, map_split, run_distillation
 
 CHANNELS = (8, 16, 32)  # of a pretended teacher
 SMALL = DistillationSettings(teacher="resnet18_random", size=64, epochs=1, batch=4)

@@ -7,9 +7,6 @@ from defectlab.papers.amam_kd.two_stage import TwoStageSettings
 from defectlab.studies import amam_kd
 
 
-
-
-
 def test_rows_are_the_same_in_every_profile() -> None:
     smoke, quick, paper = (list(amam_kd.ROWS[profile]) for profile in ("smoke", "quick", "paper"))
     assert smoke == quick == paper

@@ -9,32 +9,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 
-from defectlab.data.anomaly import AnomalyData
-from defectlab.data.anomaly import AnomalySplit
+from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.data.masks import PAPER_LIST
-from defectlab.papers.amam_kd import distillation
-from defectlab.papers.amam_kd import segmentation
-from defectlab.papers.amam_kd import two_stage
+from defectlab.papers.amam_kd import distillation, segmentation, two_stage
 from defectlab.papers.amam_kd.distillation import DistillationSettings
-from defectlab.papers.amam_kd.two_stage import TwoStageSettings
-from defectlab.papers.amam_kd.two_stage import cut
-from defectlab.papers.amam_kd.two_stage import paste_back
-from defectlab.papers.amam_kd.two_stage import square_boxes
-from defectlab.runs import Result
-from defectlab.runs import Session
+from defectlab.papers.amam_kd.two_stage import TwoStageSettings, cut, paste_back, square_boxes
+from defectlab.runs import Result, Session
 from defectlab.studies.amam_kd import ROWS
-from defectlab.training.amam_kd import cut_split
-from defectlab.training.amam_kd import outside
-from defectlab.training.amam_kd import run_distillation
-from defectlab.training.amam_kd import run_two_stage
+from defectlab.training.amam_kd import cut_split, outside, run_distillation, run_two_stage
 from defectlab.training.anomaly import result_of
-
-
-
-
-
-
-
 
 
 def rectangle(top: int, left: int, bottom: int, right: int, side: int = 100) -> torch.Tensor:

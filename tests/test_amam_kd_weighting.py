@@ -6,17 +6,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from defectlab.metrics.anomaly import anomaly_metrics
-from defectlab.networks.reverse_distillation import anomaly_map
-from defectlab.networks.reverse_distillation import gaussian_smooth
+from defectlab.networks.reverse_distillation import anomaly_map, gaussian_smooth
 from defectlab.papers.amam_kd.distillation import discrepancies
-from defectlab.papers.amam_kd.weighting import MapWeighting
-from defectlab.papers.amam_kd.weighting import every_second
-from defectlab.papers.amam_kd.weighting import fit_weighting
-from defectlab.papers.amam_kd.weighting import tap_maps
-
-
-
-
+from defectlab.papers.amam_kd.weighting import MapWeighting, every_second, fit_weighting, tap_maps
 
 
 def random_maps(count: int = 4, seed: int = 0) -> list[Tensor]:

@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defectlab.data.annotations import Annotations
-from defectlab.data.annotations import decode
-from defectlab.data.annotations import read_coco
-from defectlab.data.annotations import read_deep_pcb
-from defectlab.data.annotations import read_voc
-from defectlab.data.annotations import read_yolo
+from defectlab.data.annotations import Annotations, decode, read_coco, read_deep_pcb, read_voc, read_yolo
 from defectlab.files import DataError
-
-
 
 NAMES = ("dent", "scratch")
 # width 40, height 20; the second box of "two" stands twice

@@ -7,11 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from defectlab.data.augment import Augmentation
-from defectlab.data.augment import _move_boxes
-from defectlab.data.augment import augment
-from defectlab.data.augment import plain
-
+from defectlab.data.augment import Augmentation, _move_boxes, augment, plain
 
 SIZE = 32
 OFF = Augmentation(

@@ -9,12 +9,9 @@ import torch
 from scipy import ndimage
 from test_augment import GEOMETRY, NO_COLOUR, SIZE, make_split, only, seeded
 
-from defectlab.data.augment import Augmentation
-from defectlab.data.augment import augment
-from defectlab.data.augment import plain
+from defectlab.data.augment import Augmentation, augment, plain
 from defectlab.data.images import GROUND
 from defectlab.geometry import warp
-
 
 
 def one_box(box, channels=1, size=SIZE, paint=255, background=0):

@@ -12,35 +12,20 @@ from toy_anomaly import fake_split
 
 from defectlab.data.anomaly import AnomalyData
 from defectlab.papers import bsdrd
-from defectlab.papers.bsdrd import DetailStudent
-from defectlab.papers.bsdrd import DynamicFusion
-from defectlab.papers.bsdrd import MDGFLoss
-from defectlab.papers.bsdrd import Settings
-from defectlab.papers.bsdrd import TwoStudents
-from defectlab.papers.bsdrd import Wavelet
-from defectlab.papers.bsdrd import dimension_discrepancies
-from defectlab.papers.bsdrd import gated_fusion
-from defectlab.papers.bsdrd import student_maps
+from defectlab.papers.bsdrd import (
+    DetailStudent,
+    DynamicFusion,
+    MDGFLoss,
+    Settings,
+    TwoStudents,
+    Wavelet,
+    dimension_discrepancies,
+    gated_fusion,
+    student_maps,
+)
 from defectlab.runs import Session
-from defectlab.studies.bsdrd import PRIMARY
-from defectlab.studies.bsdrd import ROWS
-from defectlab.studies.bsdrd import run_row
+from defectlab.studies.bsdrd import PRIMARY, ROWS, run_row
 from defectlab.training import anomaly as distil
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 CHANNELS = (8, 16, 32)  # of a pretended teacher
 NARROW = Settings(low_channels=8, high_channels=4)

@@ -11,27 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from defectlab import batch
-from defectlab import runs
+from defectlab import batch, runs
 from defectlab.__main__ import main
 from defectlab.data.synthetic import tiles as synthetic
 from defectlab.data.synthetic.pasted import add_defect
 from defectlab.files import DataError
 from defectlab.own.score import read_model
 from defectlab.papers import bsdrd
-from defectlab.runs import NonFiniteLoss
-from defectlab.runs import OutOfTime
-from defectlab.runs import Result
+from defectlab.runs import NonFiniteLoss, OutOfTime, Result
 from defectlab.studies import bsdrd as bsdrd_
-from defectlab.studies.bsdrd import PRIMARY
-from defectlab.studies.bsdrd import ROWS
-
-
-
-
-
-
-
+from defectlab.studies.bsdrd import PRIMARY, ROWS
 
 
 @pytest.fixture

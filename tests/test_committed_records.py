@@ -4,10 +4,7 @@ import dataclasses
 import json
 
 from defectlab import runs
-from defectlab.studies import STUDIES
-from defectlab.studies import study
-
-
+from defectlab.studies import STUDIES, study
 
 COMMITTED = runs.recorded_dir()
 

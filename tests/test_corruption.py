@@ -6,12 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from defectlab.data.corruption import gaussian_noise
-from defectlab.data.corruption import line_kernel
-from defectlab.data.corruption import motion_blur
-from defectlab.data.corruption import resized
-from defectlab.data.corruption import spoil
-
+from defectlab.data.corruption import gaussian_noise, line_kernel, motion_blur, resized, spoil
 
 ANGLES = [0.0, math.pi / 6, math.pi / 4, math.pi / 2, 2.5]
 

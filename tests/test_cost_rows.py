@@ -8,32 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from defectlab import batch
-from defectlab import runs
+from defectlab import batch, runs
 from defectlab.batch import Task
 from defectlab.metrics import costs
-from defectlab.metrics.costs import flops
-from defectlab.metrics.costs import parameters
-from defectlab.networks.yolo.blocks import folded
+from defectlab.metrics.costs import flops, parameters
+from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.model import Detector
 from defectlab.runs import Session
-from defectlab.training.cost_rows import CostSettings
-from defectlab.training.cost_rows import NoData
-from defectlab.training.cost_rows import run_costs
-from defectlab.verdicts import claims
-from defectlab.verdicts import measured
+from defectlab.training.cost_rows import CostSettings, NoData, run_costs
+from defectlab.verdicts import claims, measured
 from defectlab.verdicts import tables as report
 from defectlab.verdicts.claims import judge
 from defectlab.verdicts.measured import value_of
-
-
-
-
-
-
-
-
-
 
 # (parameters in millions, GFLOPs at 640 px) for 80 classes, as the makers of YOLOv5 6.x and YOLOv8 state them
 PUBLISHED = {
@@ -53,7 +39,7 @@ SMALL = CostSettings(scale="t", size=64)
 def test_published_counts(family: str, scale: str) -> None:
     settings = CostSettings(family=family, scale=scale)
     with torch.device("meta"):
-        detector = folded(Detector(family, scale, settings.classes))
+        detector = fused(Detector(family, scale, settings.classes))
         counted = flops(detector, torch.zeros(1, 3, settings.size, settings.size))
     weights, gflops = PUBLISHED[family, scale]
     assert parameters(detector) / 1e6 == pytest.approx(weights, rel=0.02)
@@ -76,7 +62,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def test_costs_by_hand(clock: list[tuple[int, ...]]) -> None:
     result = run_costs(SMALL, "cpu")
-    weights = parameters(folded(Detector("v5", "t", 80)))
+    weights = parameters(fused(Detector("v5", "t", 80)))
     assert result.costs["parameters_m"] == pytest.approx(weights / 1e6, abs=1e-4)
     assert result.costs["size_mb"] == pytest.approx(2 * weights / 1e6, abs=0.01)
     timed = [result.costs[name] for name in ("latency_ms", "fps")]

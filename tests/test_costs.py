@@ -6,12 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from defectlab.metrics.costs import flops
-from defectlab.metrics.costs import inference_seconds
-from defectlab.metrics.costs import model_costs
-from defectlab.metrics.costs import parameters
-from defectlab.metrics.costs import seconds_per_call
-
+from defectlab.metrics.costs import flops, inference_seconds, model_costs, parameters, seconds_per_call
 
 
 def test_flops_of_attention_by_hand() -> None:

@@ -14,32 +14,17 @@ from torch.autograd import gradcheck
 from torch.distributions import Normal, kl_divergence
 
 from defectlab.papers.d3n import resvae as compression
-from defectlab.papers.d3n.resvae import CompressionSettings
-from defectlab.papers.d3n.resvae import Compressor
-from defectlab.papers.d3n.resvae import Level
-from defectlab.papers.d3n.resvae import PCALevel
-from defectlab.papers.d3n.resvae import ResVAE
-from defectlab.papers.d3n.resvae import build_compressor
-from defectlab.papers.d3n.resvae import vae_loss
-from defectlab.runs import OutOfTime
-from defectlab.runs import Session
-from defectlab.training.d3n_features import channel_vectors
-from defectlab.training.d3n_features import fit_compressor
-from defectlab.training.d3n_features import reconstruction_error
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.papers.d3n.resvae import (
+    CompressionSettings,
+    Compressor,
+    Level,
+    PCALevel,
+    ResVAE,
+    build_compressor,
+    vae_loss,
+)
+from defectlab.runs import OutOfTime, Session
+from defectlab.training.d3n_features import channel_vectors, fit_compressor, reconstruction_error
 
 SHAPES = ((8, 8, 8), (16, 4, 4))
 SMALL = CompressionSettings(epochs=2, batch=8, precision="fp32")

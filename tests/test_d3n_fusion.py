@@ -4,30 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from defectlab.papers.d3n.fusion import CrossModelFusion
-from defectlab.papers.d3n.fusion import DynamicCrossFusion
-from defectlab.papers.d3n.fusion import LevelFusion
-from defectlab.papers.d3n.fusion import MultiHeadAttention
-from defectlab.papers.d3n.fusion import NoiseFilter
-from defectlab.papers.d3n.fusion import WeightedSum
-from defectlab.papers.d3n.fusion import attention
-from defectlab.papers.d3n.fusion import attention_memory
-from defectlab.papers.d3n.fusion import pixel_norm
-from defectlab.papers.d3n.fusion import resized
-from defectlab.papers.d3n.fusion import wrapped
-
-
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.papers.d3n.fusion import (
+    CrossModelFusion,
+    DynamicCrossFusion,
+    LevelFusion,
+    MultiHeadAttention,
+    NoiseFilter,
+    WeightedSum,
+    attention,
+    attention_memory,
+    pixel_norm,
+    resized,
+    wrapped,
+)
 
 NOTHING = {"dual": False, "weighted": False, "residual": False, "norm": False}
 ROWS = {

@@ -11,35 +11,20 @@ from torch import Tensor
 from toy_detection import recorded, runs_of, toy_data
 
 from defectlab import runs
-from defectlab.data.augment import Augmentation
-from defectlab.data.augment import augment
+from defectlab.data.augment import Augmentation, augment
 from defectlab.files import DataError
 from defectlab.geometry import warp
 from defectlab.networks.diffusion import DiffusionSettings
 from defectlab.networks.yolo.model import build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers.d3n import hybrid
-from defectlab.papers.d3n.hybrid import HybridSettings
-from defectlab.papers.d3n.hybrid import StudentSettings
-from defectlab.papers.d3n.resvae import CompressionSettings
-from defectlab.papers.d3n.resvae import build_compressor
+from defectlab.papers.d3n.hybrid import HybridSettings, StudentSettings
+from defectlab.papers.d3n.resvae import CompressionSettings, build_compressor
 from defectlab.runs import Record
 from defectlab.studies import d3n
 from defectlab.training import d3n_features as preparation
-from defectlab.training.d3n import check_recipe
-from defectlab.training.d3n import with_latents
+from defectlab.training.d3n import check_recipe, with_latents
 from defectlab.training.detection import deployed_costs
-
-
-
-
-
-
-
-
-
-
-
 
 RECIPE = {
     "dataset": "toy", "family": "v5", "scale": "t", "size": 64, "epochs": 1, "batch": 4, "warm_up": 0.0,

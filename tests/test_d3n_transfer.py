@@ -10,23 +10,14 @@ from torchvision.ops import box_iou, complete_box_iou_loss
 from defectlab.networks.yolo import assignment
 from defectlab.networks.yolo.decode import decode_anchor_based
 from defectlab.networks.yolo.losses import AnchorBasedLoss
-from defectlab.papers.d3n.transfer import PowerTransfer
-from defectlab.papers.d3n.transfer import box_distance
-from defectlab.papers.d3n.transfer import logit_distance
-from defectlab.papers.d3n.transfer import object_scaled_terms
-from defectlab.papers.d3n.transfer import per_place
-from defectlab.papers.d3n.transfer import temperature_table
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.papers.d3n.transfer import (
+    PowerTransfer,
+    box_distance,
+    logit_distance,
+    object_scaled_terms,
+    per_place,
+    temperature_table,
+)
 
 STRIDES = (8, 16, 32)
 ANCHORS = torch.tensor([[[6.0, 8], [12, 10]], [[20.0, 22], [34, 18]], [[48.0, 40], [60, 70]]])

@@ -9,13 +9,9 @@ from PIL import Image
 
 from defectlab.data import anomaly
 from defectlab.data import fetch as store
-from defectlab.data.anomaly import load_anomaly
-from defectlab.data.anomaly import load_folder
+from defectlab.data.anomaly import load_anomaly, load_folder
 from defectlab.data.images import resize_mask
 from defectlab.files import DataError
-
-
-
 
 SIZE = 32
 

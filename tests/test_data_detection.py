@@ -9,20 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from defectlab.data import annotations
-from defectlab.data import detection
+from defectlab.data import annotations, detection
 from defectlab.data import fetch as store
 from defectlab.data.boxes import DetectionData
-from defectlab.data.detection import detection_fingerprint
-from defectlab.data.detection import load_detection
+from defectlab.data.detection import detection_fingerprint, load_detection
 from defectlab.data.images import letterbox
 from defectlab.data.splits import draw_split
 from defectlab.data.synthetic import steel as synthetic_detection
 from defectlab.files import DataError
-
-
-
-
 
 SIZE = 64
 

@@ -14,9 +14,6 @@ from defectlab.data.own_folder import load_folder
 from defectlab.data.synthetic.steel import write_steel
 from defectlab.files import DataError
 
-
-
-
 SIZE = 64
 
 

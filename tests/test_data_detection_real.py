@@ -7,14 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defectlab.data import annotations
-from defectlab.data import detection
+from defectlab.data import annotations, detection
 from defectlab.data import fetch as store
 from defectlab.data.boxes import DetectionData
-from defectlab.data.detection import draw_test
-from defectlab.data.detection import load_detection
-
-
+from defectlab.data.detection import draw_test, load_detection
 
 pytestmark = pytest.mark.real_data
 SIZE = 64

@@ -10,18 +10,10 @@ from PIL import Image
 
 from defectlab.data import fetch as store
 from defectlab.data import instances
-from defectlab.data.augment import Augmentation
-from defectlab.data.augment import augment
-from defectlab.data.instances import SPECK
-from defectlab.data.instances import instance_fingerprint
-from defectlab.data.instances import load_instances
-from defectlab.data.instances import move_instances
+from defectlab.data.augment import Augmentation, augment
+from defectlab.data.instances import SPECK, instance_fingerprint, load_instances, move_instances
 from defectlab.files import DataError
 from defectlab.geometry import warp_maps
-
-
-
-
 
 SYNTHETIC, SIZE = "synthetic_steel_masks", 64
 

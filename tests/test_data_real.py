@@ -8,9 +8,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import avg_pool2d, normalize
 
-from defectlab.data.anomaly import AnomalyData
-from defectlab.data.anomaly import load_anomaly
-
+from defectlab.data.anomaly import AnomalyData, load_anomaly
 
 pytestmark = pytest.mark.real_data
 TILE = ("magnetic_tile", "magnetic_tile", "magnetic-tile.zip")

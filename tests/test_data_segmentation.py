@@ -12,34 +12,20 @@ from PIL import Image, ImageDraw
 
 from defectlab.data import fetch as store
 from defectlab.data import masks as segmentation
-from defectlab.data.anomaly import ensure_synthetic
-from defectlab.data.anomaly import load_anomaly
+from defectlab.data.anomaly import ensure_synthetic, load_anomaly
 from defectlab.data.foreground import nut_mask
-from defectlab.data.masks import METAL_NUT
-from defectlab.data.masks import PAPER_LIST
-from defectlab.data.masks import PARTS
-from defectlab.data.masks import SegmentationData
-from defectlab.data.masks import draw_parts
-from defectlab.data.masks import list_of_parts
-from defectlab.data.masks import load_segmentation
-from defectlab.data.masks import segmentation_fingerprint
-from defectlab.data.masks import subset
+from defectlab.data.masks import (
+    METAL_NUT,
+    PAPER_LIST,
+    PARTS,
+    SegmentationData,
+    draw_parts,
+    list_of_parts,
+    load_segmentation,
+    segmentation_fingerprint,
+    subset,
+)
 from defectlab.files import DataError
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 SIZE = 32
 NUT = ("mvtec_ad/metal_nut", "mvtec_ad", "mvtec_metal_nut_512.zip", "--category", "metal_nut")

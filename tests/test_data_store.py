@@ -17,13 +17,8 @@ import pytest
 
 from defectlab.data import fetch as store
 from defectlab.data import unpacking
-from defectlab.data.fetch import DataSet
-from defectlab.data.fetch import Source
-from defectlab.files import DataError
-from defectlab.files import data_dir
-from defectlab.files import weights_dir
-
-
+from defectlab.data.fetch import DataSet, Source
+from defectlab.files import DataError, data_dir, weights_dir
 
 FILES = {"a/1.txt": b"one", "a/2.txt": b"two", "b/3.txt": b"three" * 100}
 DATASET = DataSet(

@@ -22,18 +22,9 @@ from defectlab.data.detection import NEU_CLASSES
 from defectlab.data.own_folder import load_folder
 from defectlab.files import DataError
 from defectlab.own import detect as detect_command
-from defectlab.own.detect import draw
-from defectlab.own.detect import listed
-from defectlab.own.detect import read_model
+from defectlab.own.detect import draw, listed, read_model
 from defectlab.papers import yolo_dcf
 from defectlab.training.detection import predict
-
-
-
-
-
-
-
 
 SIZE, WIDTH, HEIGHT = 64, 80, 50
 NAMES = ("dent", "deep scratch")

@@ -10,9 +10,6 @@ from defectlab.figures import detection as figures
 from defectlab.metrics.detection import pack
 from defectlab.runs import Record
 
-
-
-
 CLASSES = ("crazing", "patches")
 TRUTHS = [
     {"boxes": torch.tensor([[10.0, 10, 50, 50], [100, 100, 160, 180]]), "labels": torch.tensor([0, 1])},

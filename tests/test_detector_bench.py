@@ -6,20 +6,10 @@ import torch
 from defectlab import bench as command
 from defectlab import bench_detectors as bench
 from defectlab.__main__ import main
-from defectlab.bench_detectors import Speed
-from defectlab.bench_detectors import measure
-from defectlab.bench_detectors import random_split
-from defectlab.bench_detectors import table
+from defectlab.bench_detectors import Speed, measure, random_split, table
 from defectlab.networks.yolo.model import build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers import yolo_dcf
-
-
-
-
-
-
-
 
 ROWS = {
     "v8t": (DetectorSettings(scale="t", optimizer="adamw"), build_detector),
@@ -33,7 +23,7 @@ def test_plausible_numbers(name: str) -> None:
     speed = measure(name, ROWS[name], 64, "cpu", **SMALL)
     assert (speed.name, speed.size) == (name, 64)
     assert 0 < speed.batch_share < 1
-    assert min(speed.train, speed.single, speed.single_folded, speed.many, speed.many_folded) > 0
+    assert min(speed.train, speed.single, speed.single_fused, speed.many, speed.many_fused) > 0
     assert speed.train < speed.many  # a step is more than a forward pass
     assert 0.2 < speed.parameters_m < 2
     assert speed.memory_mb > 50
@@ -58,7 +48,7 @@ def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "inference_seconds", timed)
     speed = measure("v8t", ROWS["v8t"], 64, "cpu", batch=4, inference_batch=8)
     assert (speed.train, speed.batch_share) == (2.0, 0.25)
-    assert (speed.single, speed.single_folded, speed.many, speed.many_folded) == (500.0, 250.0, 16.0, 32.0)
+    assert (speed.single, speed.single_fused, speed.many, speed.many_fused) == (500.0, 250.0, 16.0, 32.0)
     assert sorted(seen) == [(kind, (count, 3, 64, 64), "fp32") for kind in (False, True) for count in (1, 8)]
 
 

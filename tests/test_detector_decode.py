@@ -5,19 +5,13 @@ import torch
 from torchvision.ops import box_iou
 
 from defectlab.networks.yolo import decode
-from defectlab.networks.yolo.decode import anchor_centres
-from defectlab.networks.yolo.decode import decode_anchor_based
-from defectlab.networks.yolo.decode import decode_anchor_free
-from defectlab.networks.yolo.decode import expected_distances
-from defectlab.networks.yolo.decode import select
-
-
-
-
-
-
-
-
+from defectlab.networks.yolo.decode import (
+    anchor_centres,
+    decode_anchor_based,
+    decode_anchor_free,
+    expected_distances,
+    select,
+)
 
 
 def test_centres_go_level_by_level_and_row_by_row():

@@ -9,30 +9,19 @@ import pytest
 import torch
 from torchmetrics.detection import MeanAveragePrecision
 
-from defectlab.metrics.detection import COCO_IOUS
-from defectlab.metrics.detection import average_precision
-from defectlab.metrics.detection import best_f1_threshold
-from defectlab.metrics.detection import confusion_matrix
-from defectlab.metrics.detection import evaluate
-from defectlab.metrics.detection import match
-from defectlab.metrics.detection import pack
-from defectlab.metrics.detection import precision_recall
-from defectlab.metrics.detection import statistic
-from defectlab.metrics.detection import telling_cases
-from defectlab.metrics.detection import unpack
-
-
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.metrics.detection import (
+    COCO_IOUS,
+    average_precision,
+    best_f1_threshold,
+    confusion_matrix,
+    evaluate,
+    match,
+    pack,
+    precision_recall,
+    statistic,
+    telling_cases,
+    unpack,
+)
 
 CLASSES = ("crazing", "inclusion", "patches", "pitted_surface")
 

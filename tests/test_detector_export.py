@@ -10,21 +10,13 @@ import onnxruntime
 import pytest
 import torch
 
-from defectlab.networks.yolo.blocks import folded
+from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import decode
-from defectlab.networks.yolo.model import Detector
-from defectlab.networks.yolo.model import build_detector
+from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.own import export
 from defectlab.own.export import to_onnx
 from defectlab.papers import yolo_dcf
-
-
-
-
-
-
-
 
 SIZE, DATA = 96, SimpleNamespace(class_names=("dent", "scratch"))
 PLAIN = DetectorSettings(size=SIZE, scale="t")
@@ -65,7 +57,7 @@ def test_exported_detector_equals_torch(name: str, tmp_path: Path) -> None:
     anchors = sum((SIZE // stride) ** 2 for stride in (8, 16, 32)) * (3 if name == "v5" else 1)
     assert boxes.shape == (5, anchors, 4) and scores.shape == (5, anchors, 2)
     with torch.no_grad():
-        wanted = decode(detector, detector(pictures))  # not folded
+        wanted = decode(detector, detector(pictures))  # not fused
     np.testing.assert_allclose(boxes, wanted[0], atol=1e-3)
     np.testing.assert_allclose(scores, wanted[1], atol=1e-5)
 
@@ -83,7 +75,7 @@ def test_the_difference_is_that_of_the_file(tmp_path: Path, monkeypatch: pytest.
             return [(boxes + 0.5).numpy(), (scores - 0.25).numpy()]
 
     detector = stirred("v8")
-    model = folded(detector)
+    model = fused(detector)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Off)
     monkeypatch.setattr(torch.onnx, "export", lambda model, inputs, path, **options: Path(path).write_bytes(b"onnx"))
     difference = to_onnx(detector, tmp_path / "detector.onnx", SIZE)

@@ -7,62 +7,27 @@ import pytest
 import torch
 from torch import nn
 
-from defectlab.data.augment import Augmentation
-from defectlab.data.augment import augment
-from defectlab.data.augment import plain
-from defectlab.data.instances import load_instances
-from defectlab.data.instances import move_instances
-from defectlab.metrics.detection import match
-from defectlab.metrics.detection import pack
-from defectlab.metrics.detection import statistic
-from defectlab.networks.yolo.assignment import Matched
-from defectlab.networks.yolo.assignment import match_anchors
-from defectlab.networks.yolo.blocks import folded
-from defectlab.networks.yolo.decode import decode_anchor_based
-from defectlab.networks.yolo.decode import select
-from defectlab.networks.yolo.losses import AnchorBasedLoss
-from defectlab.networks.yolo.losses import detection_loss
-from defectlab.networks.yolo.masks import InstanceMaps
-from defectlab.networks.yolo.masks import MASK_GAIN
-from defectlab.networks.yolo.masks import add_masks
-from defectlab.networks.yolo.masks import mask_terms
-from defectlab.networks.yolo.masks import with_masks
-from defectlab.networks.yolo.model import ANCHORS
-from defectlab.networks.yolo.model import Detector
+from defectlab.data.augment import Augmentation, augment, plain
+from defectlab.data.instances import load_instances, move_instances
+from defectlab.metrics.detection import match, pack, statistic
+from defectlab.networks.yolo.assignment import Matched, match_anchors
+from defectlab.networks.yolo.blocks import fused
+from defectlab.networks.yolo.decode import decode_anchor_based, select
+from defectlab.networks.yolo.losses import AnchorBasedLoss, detection_loss
+from defectlab.networks.yolo.masks import MASK_GAIN, InstanceMaps, add_masks, mask_terms, with_masks
+from defectlab.networks.yolo.model import ANCHORS, Detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.runs import Session
 from defectlab.training import instances
 from defectlab.training.detector import train_detector
-from defectlab.training.instances import evaluate_instances
-from defectlab.training.instances import instance_metrics
-from defectlab.training.instances import instance_truths
-from defectlab.training.instances import predict_instances
-from defectlab.training.instances import right_masks
-from defectlab.training.instances import score
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.training.instances import (
+    evaluate_instances,
+    instance_metrics,
+    instance_truths,
+    predict_instances,
+    right_masks,
+    score,
+)
 
 SIZE = 64
 CLASSES = ("inclusion", "patches", "scratches")
@@ -90,7 +55,7 @@ def test_head_adds_masks_and_leaves_the_boxes():
     assert all(torch.equal(a, b) for a, b in zip(before, output.raw, strict=True))
     assert [tuple(x.shape) for x in output.coefficients] == [(2, 24, 8, 8), (2, 24, 4, 4), (2, 24, 2, 2)]
     assert output.prototypes.shape == (2, 8, 16, 16) and (output.prototypes >= 0).all()
-    lean = folded(detector)(images)
+    lean = fused(detector)(images)
     torch.testing.assert_close(lean.prototypes, output.prototypes, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="use v5"):
         with_masks(Detector("v8", "t", 3))
@@ -231,7 +196,7 @@ def test_boxes_are_those_of_select(data):
     found = list(predict_instances(detector, data.dev, batch=len(data.dev)))
     with torch.inference_mode():  # to the last bit as predict_instances does it: scores of a fresh detector nearly tie
         pictures = plain(data.dev.images, torch.arange(len(data.dev))).contiguous(memory_format=torch.channels_last)
-        output = folded(detector).to(memory_format=torch.channels_last)(pictures)
+        output = fused(detector).to(memory_format=torch.channels_last)(pictures)
         boxes, scores = decode_anchor_based(output.raw, detector.anchors)
     split = data.dev
     places = {"scale": split.scale, "offset": split.offset, "sizes": split.sizes}

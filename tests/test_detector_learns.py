@@ -9,16 +9,9 @@ from toy_detection import CLASSES, SHORT, fit, toy_data, toy_split
 
 from defectlab.metrics.detection import evaluate
 from defectlab.networks.yolo.assignment import kmeans_anchors
-from defectlab.networks.yolo.model import ANCHORS
-from defectlab.networks.yolo.model import Detector
-from defectlab.networks.yolo.model import build_detector
+from defectlab.networks.yolo.model import ANCHORS, Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.training.detection import predict
-
-
-
-
-
 
 # --- Building, predicting --------------------------------------------------------------------------------------------
 

@@ -8,23 +8,10 @@ from torch.autograd import gradcheck
 from torchvision.ops import box_iou, complete_box_iou_loss
 
 from defectlab.files import DataError
-from defectlab.networks.yolo import assignment
-from defectlab.networks.yolo import losses
-from defectlab.networks.yolo.assignment import box_iou_aligned
-from defectlab.networks.yolo.assignment import kmeans_anchors
-from defectlab.networks.yolo.assignment import match_anchors
-from defectlab.networks.yolo.assignment import task_aligned
-from defectlab.networks.yolo.decode import anchor_centres
-from defectlab.networks.yolo.decode import decode_anchor_based
-from defectlab.networks.yolo.decode import decode_anchor_free
-from defectlab.networks.yolo.losses import AnchorBasedLoss
-from defectlab.networks.yolo.losses import AnchorFreeLoss
-from defectlab.networks.yolo.losses import distribution_focal_loss
-
-
-
-
-
+from defectlab.networks.yolo import assignment, losses
+from defectlab.networks.yolo.assignment import box_iou_aligned, kmeans_anchors, match_anchors, task_aligned
+from defectlab.networks.yolo.decode import anchor_centres, decode_anchor_based, decode_anchor_free
+from defectlab.networks.yolo.losses import AnchorBasedLoss, AnchorFreeLoss, distribution_focal_loss
 
 STRIDES = (8, 16, 32)
 ANCHORS = torch.tensor(

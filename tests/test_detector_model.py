@@ -7,25 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defectlab.metrics.costs import flops
-from defectlab.metrics.costs import parameters
-from defectlab.networks.yolo.blocks import Bottleneck
-from defectlab.networks.yolo.blocks import C2f
-from defectlab.networks.yolo.blocks import C3
-from defectlab.networks.yolo.blocks import Concatenation
-from defectlab.networks.yolo.blocks import ConvBlock
-from defectlab.networks.yolo.blocks import SPPF
-from defectlab.networks.yolo.blocks import folded
-from defectlab.networks.yolo.losses import AnchorBasedLoss
-from defectlab.networks.yolo.losses import AnchorFreeLoss
-from defectlab.networks.yolo.model import ANCHORS
-from defectlab.networks.yolo.model import Detector
-from defectlab.networks.yolo.model import SCALES
-from defectlab.networks.yolo.model import STRIDES
-
-
-
-
+from defectlab.metrics.costs import flops, parameters
+from defectlab.networks.yolo.blocks import C3, SPPF, Bottleneck, C2f, Concatenation, ConvBlock, fused
+from defectlab.networks.yolo.losses import AnchorBasedLoss, AnchorFreeLoss
+from defectlab.networks.yolo.model import ANCHORS, SCALES, STRIDES, Detector
 
 CLASSES = 6
 FAMILIES = tuple(SCALES)
@@ -255,7 +240,7 @@ def relative(found: list[Tensor], wanted: list[Tensor]) -> float:
 def test_folded_is_the_same_function(family: str, dtype: torch.dtype, limit: float) -> None:
     torch.manual_seed(0)
     detector = lively(Detector(family, "t", CLASSES)).to(dtype)
-    small = folded(detector)
+    small = fused(detector)
     images = pictures(2, 3, 64, 64, dtype=dtype)
     with torch.no_grad():
         wanted = detector(images)
@@ -270,7 +255,7 @@ def test_folding_leaves_the_original_untouched(family: str) -> None:
     detector = lively(Detector(family, "t", CLASSES)).train()
     before = {name: value.clone() for name, value in detector.state_dict().items()}
     modules = [type(module) for module in detector.modules()]
-    small = folded(detector)
+    small = fused(detector)
     with torch.no_grad():
         for values in small.parameters():
             values.zero_()

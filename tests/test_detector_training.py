@@ -15,19 +15,10 @@ from defectlab.data import augment as augment_
 from defectlab.data.augment import Batch
 from defectlab.networks.yolo.model import Detector
 from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.runs import NonFiniteLoss
-from defectlab.runs import OutOfTime
-from defectlab.runs import Session
+from defectlab.runs import NonFiniteLoss, OutOfTime, Session
 from defectlab.training import detector as training
-from defectlab.training.detector import learning_rate
-from defectlab.training.detector import make_optimizer
-from defectlab.training.detector import train_detector
+from defectlab.training.detector import learning_rate, make_optimizer, train_detector
 from defectlab.training.loop import MovingAverage
-
-
-
-
-
 
 
 @pytest.fixture(autouse=True, scope="module")

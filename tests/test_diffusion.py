@@ -17,50 +17,31 @@ from torch import Tensor, nn
 from toy_detection import equal, toy_data
 
 from defectlab.data.detection import load_detection
-from defectlab.networks.diffusion import DiffusionSettings
-from defectlab.networks.diffusion import as_inputs
-from defectlab.networks.diffusion import build_unet
-from defectlab.networks.diffusion import decoder_channels
-from defectlab.networks.diffusion import decoder_features
-from defectlab.networks.diffusion import level_outputs
-from defectlab.networks.diffusion import noise_loss
-from defectlab.networks.diffusion import noise_schedule
-from defectlab.networks.diffusion import q_sample
-from defectlab.networks.diffusion import sample_ddim
+from defectlab.networks.diffusion import (
+    DiffusionSettings,
+    as_inputs,
+    build_unet,
+    decoder_channels,
+    decoder_features,
+    level_outputs,
+    noise_loss,
+    noise_schedule,
+    q_sample,
+    sample_ddim,
+)
 from defectlab.precision import autocast
-from defectlab.runs import OutOfTime
-from defectlab.runs import Record
-from defectlab.runs import Session
-from defectlab.runs import changed
+from defectlab.runs import OutOfTime, Record, Session, changed
 from defectlab.training import diffusion as ddpm
-from defectlab.training.diffusion import error_per_timestep
-from defectlab.training.diffusion import load_ddpm
-from defectlab.training.diffusion import middles
-from defectlab.training.diffusion import random_flips
-from defectlab.training.diffusion import run_ddpm
-from defectlab.training.diffusion import spread
-from defectlab.training.diffusion import train_ddpm
+from defectlab.training.diffusion import (
+    error_per_timestep,
+    load_ddpm,
+    middles,
+    random_flips,
+    run_ddpm,
+    spread,
+    train_ddpm,
+)
 from defectlab.training.loop import schedule_factor
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 SPLITS = ("train", "dev", "test")
 TOY = DiffusionSettings(

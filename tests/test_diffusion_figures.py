@@ -10,9 +10,6 @@ from defectlab.figures import diffusion as figures
 from defectlab.networks.diffusion import noise_schedule
 from defectlab.runs import Record
 
-
-
-
 SIDE = 8
 
 

@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from defectlab.data.anomaly import AnomalyData
-from defectlab.data.anomaly import AnomalySplit
+from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.figures import anomaly as figures
-
-
 
 RED, GREY = (200, 20, 30), (90, 90, 90)
 

@@ -12,10 +12,6 @@ from defectlab.metrics.detection import pack
 from defectlab.papers.d3n.fusion import NoiseFilter
 from defectlab.runs import Record
 
-
-
-
-
 CURVE = {
     "loss": [3.0, 2.0, 1.0, 0.5],
     "probe_epoch": [2, 4],

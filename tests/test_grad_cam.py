@@ -8,13 +8,9 @@ import torch
 from torch.nn.functional import interpolate
 from toy_detection import equal, toy_split
 
-from defectlab.figures.grad_cam import heat_maps
-from defectlab.figures.grad_cam import points_into
+from defectlab.figures.grad_cam import heat_maps, points_into
 from defectlab.networks.yolo.decode import decode
 from defectlab.networks.yolo.model import Detector
-
-
-
 
 
 @pytest.fixture(params=["v5", "v8"])

@@ -12,11 +12,6 @@ from defectlab.figures.detection import CLASS_COLOURS
 from defectlab.metrics.detection import pack
 from defectlab.runs import Record
 
-
-
-
-
-
 CLASSES = ("inclusion", "patches", "scratches")
 TRUTHS = [
     {"boxes": torch.tensor([[0.0, 0, 40, 40], [60, 60, 100, 80]]), "labels": torch.tensor([0, 2])},

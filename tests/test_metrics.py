@@ -12,11 +12,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from defectlab.metrics import anomaly as metrics_module
-from defectlab.metrics.anomaly import anomaly_metrics
-from defectlab.metrics.anomaly import metrics_from_histograms
-from defectlab.metrics.anomaly import pixel_histograms
-
-
+from defectlab.metrics.anomaly import anomaly_metrics, metrics_from_histograms, pixel_histograms
 
 NAMES = ("good", "scratch", "stain")
 

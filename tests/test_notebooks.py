@@ -11,7 +11,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from defectlab.reproduce import PARAMETERS
 
-
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE = re.compile(r"(?<![\w.:/<>~*+)\]}$])/[A-Za-z][\w.-]*/[\w.-]+|\b[A-Z]:\\+\w")

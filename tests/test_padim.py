@@ -10,20 +10,11 @@ from toy_anomaly import fake_split
 
 from defectlab.data.anomaly import AnomalyData
 from defectlab.networks import feature_baselines as padim
-from defectlab.networks.feature_baselines import PaDiMSettings
-from defectlab.networks.feature_baselines import draw_channels
-from defectlab.networks.feature_baselines import embedding
-from defectlab.networks.feature_baselines import fit_gaussians
-from defectlab.networks.feature_baselines import mahalanobis
+from defectlab.networks.feature_baselines import PaDiMSettings, draw_channels, embedding, fit_gaussians, mahalanobis
 from defectlab.networks.resnet import WeightsError
 from defectlab.runs import Session
 from defectlab.studies import reverse_distillation as baselines
 from defectlab.training import anomaly as distil
-
-
-
-
-
 
 
 def samples(positions: int, count: int, width: int, seed: int = 0) -> Tensor:

@@ -7,18 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from defectlab.networks.feature_baselines import PROJECTION
-from defectlab.networks.feature_baselines import greedy_coreset
-from defectlab.networks.feature_baselines import nearest_distances
-from defectlab.networks.feature_baselines import patch_features
-from defectlab.networks.feature_baselines import reweighted_score
-
-
-
-
-
-
-
+from defectlab.networks.feature_baselines import (
+    PROJECTION,
+    greedy_coreset,
+    nearest_distances,
+    patch_features,
+    reweighted_score,
+)
 
 
 def points(count: int, channels: int, seed: int = 0) -> Tensor:

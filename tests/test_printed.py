@@ -7,30 +7,14 @@ import pytest
 
 from defectlab import runs
 from defectlab.data.anomaly import TILE_TYPES
-from defectlab.data.detection import DEEP_PCB_CLASSES
-from defectlab.data.detection import NEU_CLASSES
-from defectlab.data.detection import PKU_CLASSES
+from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, PKU_CLASSES
 from defectlab.files import project_root
-from defectlab.studies import STUDIES
-from defectlab.studies import study
+from defectlab.studies import STUDIES, study
 from defectlab.studies.bsdrd import planned_seeds
 from defectlab.verdicts import stats
 from defectlab.verdicts.claims import claims_of
-from defectlab.verdicts.measured import COSTS
-from defectlab.verdicts.measured import LOWER_IS_BETTER
-from defectlab.verdicts.measured import METRIC_NAMES
-from defectlab.verdicts.measured import UNITS
-from defectlab.verdicts.measured import metric_groups
+from defectlab.verdicts.measured import COSTS, LOWER_IS_BETTER, METRIC_NAMES, UNITS, metric_groups
 from defectlab.verdicts.tables import printed_table
-
-
-
-
-
-
-
-
-
 
 # fields of a claim: all kinds have the first; then by kind what it needs and what it may have
 EVERY_CLAIM = {"id", "sentence", "place", "kind", "a", "metric", "primary", "rule", "date_set"}

@@ -11,11 +11,6 @@ from defectlab.verdicts.audit_amam_kd import printed
 from defectlab.verdicts.claims import claims_of
 from defectlab.verdicts.tables import printed_table
 
-
-
-
-
-
 lines_of = partial(printed_table, "amam_kd")
 METRIC_TABLES = [f"table{n}" for n in (2, 4, 5, 6, 7, 8, 9, 10, 11)] + ["audit/table7_originals", "text"]
 TWICE = ["table2", "table4", "table5", "table6"]

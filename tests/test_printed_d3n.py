@@ -9,10 +9,6 @@ from defectlab.verdicts.audit_d3n import printed
 from defectlab.verdicts.claims import claims_of
 from defectlab.verdicts.tables import printed_table
 
-
-
-
-
 lines_of = partial(printed_table, "d3n")
 TABLES = [f"table{n}" for n in range(1, 8)] + ["text"]
 ROWS = {

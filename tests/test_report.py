@@ -9,34 +9,13 @@ import numpy as np
 import pytest
 
 from defectlab import runs
-from defectlab.files import project_root
-from defectlab.files import write_json
+from defectlab.files import project_root, write_json
 from defectlab.metrics.anomaly import metrics_from_histograms
 from defectlab.papers import bsdrd
 from defectlab.studies.bsdrd import ROWS
-from defectlab.verdicts import claims
-from defectlab.verdicts import measured
+from defectlab.verdicts import claims, measured
 from defectlab.verdicts import tables as report
-from defectlab.verdicts.tables import agreement
-from defectlab.verdicts.tables import claims_table
-from defectlab.verdicts.tables import judge_claims
-from defectlab.verdicts.tables import per_class_table
-from defectlab.verdicts.tables import results_table
-from defectlab.verdicts.tables import shelf
-from defectlab.verdicts.tables import show
-
-
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.verdicts.tables import agreement, claims_table, judge_claims, per_class_table, results_table, shelf, show
 
 PAPERS = project_root() / "results" / "papers"
 METRICS = ("image_auroc", "pixel_auroc", "aupro")

@@ -15,20 +15,17 @@ import torch
 from defectlab import runs
 from defectlab.files import write_json
 from defectlab.metrics import detection as evaluation
-from defectlab.verdicts import claims
-from defectlab.verdicts import measured
-from defectlab.verdicts import page
+from defectlab.verdicts import claims, measured, page
 from defectlab.verdicts import tables as report
-from defectlab.verdicts.tables import agreement
-from defectlab.verdicts.tables import claims_table
-from defectlab.verdicts.tables import findings
-from defectlab.verdicts.tables import judge_claims
-from defectlab.verdicts.tables import per_class_table
-from defectlab.verdicts.tables import results_table
-from defectlab.verdicts.tables import shelf
-
-
-
+from defectlab.verdicts.tables import (
+    agreement,
+    claims_table,
+    findings,
+    judge_claims,
+    per_class_table,
+    results_table,
+    shelf,
+)
 
 CLASSES = ("crazing", "patches")
 HEADER = "row,column,metric,unit,value,higher_is_better,status,key,not_comparable,source"

@@ -18,11 +18,7 @@ from torch import Tensor
 from defectlab import files as files_
 from defectlab.files import DataError
 from defectlab.training import feature_store as repository
-from defectlab.training.feature_store import Repository
-from defectlab.training.feature_store import build_repository
-
-
-
+from defectlab.training.feature_store import Repository, build_repository
 
 SHAPES = ((4, 8, 8), (6, 4, 4))
 NAMES = [f"plate_{i}" for i in range(7)]  # in shards of three: 3, 3, 1

@@ -10,16 +10,10 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from defectlab import reproduce
-from defectlab import runs
-from defectlab.reproduce import Progress
-from defectlab.reproduce import clock
-from defectlab.reproduce import numbered_notebooks
+from defectlab import reproduce, runs
+from defectlab.reproduce import Progress, clock, numbered_notebooks
 from defectlab.verdicts import page
 from defectlab.verdicts.page import Outcome
-
-
-
 
 LITERALS = 'profile = "smoke"\ndevice = "auto"\nminutes = None'
 

@@ -8,35 +8,23 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from defectlab.metrics.ranking import best_f1_threshold
-from defectlab.networks.resnet import Teacher
-from defectlab.networks.resnet import load_teacher
-from defectlab.networks.reverse_distillation import LOSSES
-from defectlab.networks.reverse_distillation import MAP_SIZE
-from defectlab.networks.reverse_distillation import MultiScaleFusion
-from defectlab.networks.reverse_distillation import OneClassEmbedding
-from defectlab.networks.reverse_distillation import ResidualBlock
-from defectlab.networks.reverse_distillation import ReverseDecoder
-from defectlab.networks.reverse_distillation import ReverseDistillation
-from defectlab.networks.reverse_distillation import anomaly_map
-from defectlab.networks.reverse_distillation import gaussian_smooth
-from defectlab.networks.reverse_distillation import image_scores
-from defectlab.networks.reverse_distillation import per_pixel_loss
-from defectlab.networks.reverse_distillation import per_position_discrepancy
-from defectlab.networks.reverse_distillation import upsample
-from defectlab.networks.reverse_distillation import whole_map_loss
-
-
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.networks.resnet import Teacher, load_teacher
+from defectlab.networks.reverse_distillation import (
+    LOSSES,
+    MAP_SIZE,
+    MultiScaleFusion,
+    OneClassEmbedding,
+    ResidualBlock,
+    ReverseDecoder,
+    ReverseDistillation,
+    anomaly_map,
+    gaussian_smooth,
+    image_scores,
+    per_pixel_loss,
+    per_position_discrepancy,
+    upsample,
+    whole_map_loss,
+)
 
 SMALL = (8, 16, 32)  # channels of a pretended teacher
 

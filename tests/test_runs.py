@@ -21,17 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from defectlab import runs
-from defectlab.files import locked
-from defectlab.files import write_atomically
-from defectlab.files import write_json
-from defectlab.runs import OutOfTime
-from defectlab.runs import Record
-from defectlab.runs import RecordError
-from defectlab.runs import Result
-from defectlab.runs import Session
-
-
-
+from defectlab.files import locked, write_atomically, write_json
+from defectlab.runs import OutOfTime, Record, RecordError, Result, Session
 
 COMMITTED = runs.recorded_dir()
 

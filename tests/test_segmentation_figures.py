@@ -8,20 +8,12 @@ import torch
 from matplotlib.colors import to_hex
 from torch import Tensor, nn
 
-from defectlab.data.masks import SegmentationData
-from defectlab.data.masks import SegmentationSplit
+from defectlab.data.masks import SegmentationData, SegmentationSplit
 from defectlab.figures import segmentation as figures
 from defectlab.metrics.segmentation import segmentation_metrics
 from defectlab.networks.segmentation import Segmenter
 from defectlab.runs import Record
-from defectlab.training.segmentation import record_arrays
-from defectlab.training.segmentation import telling_cases
-
-
-
-
-
-
+from defectlab.training.segmentation import record_arrays, telling_cases
 
 TYPES = ("good", "bent", "color")
 SIZE = 16

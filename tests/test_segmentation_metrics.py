@@ -8,14 +8,8 @@ import pytest
 import torch
 from torchmetrics.classification import BinaryAccuracy, BinaryF1Score, BinaryJaccardIndex
 
-from defectlab.metrics.segmentation import METRICS
-from defectlab.metrics.segmentation import OF_IMAGES
-from defectlab.metrics.segmentation import best_threshold
-from defectlab.metrics.segmentation import segmentation_metrics
-from defectlab.metrics.segmentation import statistic
+from defectlab.metrics.segmentation import METRICS, OF_IMAGES, best_threshold, segmentation_metrics, statistic
 from defectlab.verdicts.measured import image_statistic
-
-
 
 TYPES = ("good", "bent", "flip")
 

@@ -5,29 +5,19 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from defectlab.networks.resnet import IMAGENET_MEAN
-from defectlab.networks.resnet import IMAGENET_STD
-from defectlab.networks.resnet import load_teacher
-from defectlab.networks.segmentation import AttentionGate
-from defectlab.networks.segmentation import AttentionUNet
-from defectlab.networks.segmentation import COMPARATORS
-from defectlab.networks.segmentation import DilatedDepthwise
-from defectlab.networks.segmentation import Segmenter
-from defectlab.networks.segmentation import as_dilated_depthwise
-from defectlab.networks.segmentation import build_comparator
-from defectlab.networks.segmentation import deeplabv3plus
-from defectlab.networks.segmentation import freeze_norms
-from defectlab.networks.segmentation import load_encoder
-
-
-
-
-
-
-
-
-
-
+from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD, load_teacher
+from defectlab.networks.segmentation import (
+    COMPARATORS,
+    AttentionGate,
+    AttentionUNet,
+    DilatedDepthwise,
+    Segmenter,
+    as_dilated_depthwise,
+    build_comparator,
+    deeplabv3plus,
+    freeze_norms,
+    load_encoder,
+)
 
 ENCODER = "resnet18_random"
 SIZE = 64

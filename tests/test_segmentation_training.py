@@ -13,41 +13,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from defectlab.data.masks import SegmentationData
-from defectlab.data.masks import SegmentationSplit
-from defectlab.data.masks import load_segmentation
-from defectlab.networks.segmentation import SegmentationSettings
-from defectlab.networks.segmentation import Segmenter
-from defectlab.networks.segmentation import segmentation_loss
-from defectlab.runs import NPZ_LIMIT
-from defectlab.runs import OutOfTime
-from defectlab.runs import Record
-from defectlab.runs import Session
+from defectlab.data.masks import SegmentationData, SegmentationSplit, load_segmentation
+from defectlab.networks.segmentation import SegmentationSettings, Segmenter, segmentation_loss
+from defectlab.runs import NPZ_LIMIT, OutOfTime, Record, Session
 from defectlab.training.loop import epoch_order
-from defectlab.training.segmentation import draw_flipped
-from defectlab.training.segmentation import epochs_of
-from defectlab.training.segmentation import flip
-from defectlab.training.segmentation import load_segmenter
-from defectlab.training.segmentation import run_segmentation
-from defectlab.training.segmentation import segment
-from defectlab.training.segmentation import steps_an_epoch
-from defectlab.training.segmentation import telling_cases
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.training.segmentation import (
+    draw_flipped,
+    epochs_of,
+    flip,
+    load_segmenter,
+    run_segmentation,
+    segment,
+    steps_an_epoch,
+    telling_cases,
+)
 
 SMALL = SegmentationSettings(size=32, epochs=6, batch=4, learning_rate=0.02, precision="fp32")
 

@@ -6,18 +6,10 @@ from torch import Tensor
 from toy_anomaly import fake_split
 
 from defectlab.data.anomaly import AnomalyData
-from defectlab.networks.feature_baselines import SPADESettings
-from defectlab.networks.feature_baselines import descriptors
-from defectlab.networks.feature_baselines import nearest_images
-from defectlab.networks.feature_baselines import pixel_distances
-from defectlab.networks.feature_baselines import pyramid
+from defectlab.networks.feature_baselines import SPADESettings, descriptors, nearest_images, pixel_distances, pyramid
 from defectlab.runs import Session
 from defectlab.studies import reverse_distillation as baselines
 from defectlab.training import anomaly as distil
-
-
-
-
 
 
 def features(count: int, seed: int = 0) -> list[Tensor]:

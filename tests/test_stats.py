@@ -8,38 +8,20 @@ import pytest
 from scipy import stats as distributions
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from defectlab.metrics.ranking import auroc
-from defectlab.metrics.ranking import average_precision
-from defectlab.metrics.ranking import f1_max
-from defectlab.metrics.ranking import overlap
-from defectlab.verdicts.stats import Difference
-from defectlab.verdicts.stats import Interval
-from defectlab.verdicts.stats import direction
-from defectlab.verdicts.stats import holm
-from defectlab.verdicts.stats import judge_gain
-from defectlab.verdicts.stats import judge_level
-from defectlab.verdicts.stats import judge_reconstruction
-from defectlab.verdicts.stats import mean_interval
-from defectlab.verdicts.stats import paired_bootstrap
-from defectlab.verdicts.stats import pooled_difference
-from defectlab.verdicts.stats import verdict_allowed
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.metrics.ranking import auroc, average_precision, f1_max, overlap
+from defectlab.verdicts.stats import (
+    Difference,
+    Interval,
+    direction,
+    holm,
+    judge_gain,
+    judge_level,
+    judge_reconstruction,
+    mean_interval,
+    paired_bootstrap,
+    pooled_difference,
+    verdict_allowed,
+)
 
 
 def interval(low, high):

@@ -8,12 +8,8 @@ import pytest
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-from defectlab.data.synthetic.pasted import KINDS
-from defectlab.data.synthetic.pasted import add_defect
-from defectlab.data.synthetic.tiles import draw_tile
-from defectlab.data.synthetic.tiles import write_magnetic_tile
-from defectlab.data.synthetic.tiles import write_mvtec
-
+from defectlab.data.synthetic.pasted import KINDS, add_defect
+from defectlab.data.synthetic.tiles import draw_tile, write_magnetic_tile, write_mvtec
 
 MEDIAN_AREA = {"blowhole": 0.0014, "crack": 0.0031, "break": 0.013, "fray": 0.16, "uneven": 0.24}
 SMALL_COUNTS = {"Free": 3, "Blowhole": 2, "Break": 2, "Crack": 2, "Fray": 2, "Uneven": 3}

@@ -9,28 +9,9 @@ import pytest
 from PIL import Image
 from scipy.ndimage import label
 
-from defectlab.data.annotations import read_deep_pcb
-from defectlab.data.annotations import read_voc
-from defectlab.data.synthetic.boards import BOARD_KINDS
-from defectlab.data.synthetic.boards import PKU_KINDS
-from defectlab.data.synthetic.boards import board_pair
-from defectlab.data.synthetic.boards import pku_pair
-from defectlab.data.synthetic.steel import STEEL_KINDS
-from defectlab.data.synthetic.steel import VISIBLE
-from defectlab.data.synthetic.steel import _steel_picture
-from defectlab.data.synthetic.steel import write_board
-from defectlab.data.synthetic.steel import write_pku
-from defectlab.data.synthetic.steel import write_steel
-
-
-
-
-
-
-
-
-
-
+from defectlab.data.annotations import read_deep_pcb, read_voc
+from defectlab.data.synthetic.boards import BOARD_KINDS, PKU_KINDS, board_pair, pku_pair
+from defectlab.data.synthetic.steel import STEEL_KINDS, VISIBLE, _steel_picture, write_board, write_pku, write_steel
 
 # What a kind does to the number of pieces of copper and of bare ground around it.
 PIECES = {"open": (1, -1), "short": (-1, 1), "mousebite": (0, 0), "spur": (0, 0), "copper": (1, 0), "pin-hole": (0, 1)}

@@ -9,13 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from defectlab.networks import resnet as teachers
-from defectlab.networks.resnet import Teacher
-from defectlab.networks.resnet import WeightsError
-from defectlab.networks.resnet import extract
-from defectlab.networks.resnet import fingerprint
-from defectlab.networks.resnet import load_teacher
-
-
+from defectlab.networks.resnet import Teacher, WeightsError, extract, fingerprint, load_teacher
 
 STEM = {"stem.0": "conv1", "stem.1": "bn1"}
 LOCAL = "resnet18_imagenet_layers1-3.safetensors"

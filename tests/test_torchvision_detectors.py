@@ -26,44 +26,23 @@ from torchvision.models.vgg import make_layers
 from torchvision.ops import FrozenBatchNorm2d
 from toy_detection import CLASSES, toy_data, toy_split
 
-from defectlab.data.augment import Batch
-from defectlab.data.augment import plain
+from defectlab.data.augment import Batch, plain
 from defectlab.data.boxes import DetectionData
 from defectlab.metrics import costs
 from defectlab.metrics.costs import parameters
 from defectlab.metrics.detection import unpack
-from defectlab.networks.resnet import IMAGENET_MEAN
-from defectlab.networks.resnet import IMAGENET_STD
-from defectlab.networks.resnet import WeightsError
-from defectlab.networks.torchvision_detectors import LEAST_SSD_SIZE
-from defectlab.networks.torchvision_detectors import RATES
-from defectlab.networks.torchvision_detectors import TorchvisionSettings
-from defectlab.networks.torchvision_detectors import build_torchvision
-from defectlab.networks.torchvision_detectors import to_targets
-from defectlab.networks.torchvision_detectors import torchvision_loss
-from defectlab.runs import OutOfTime
-from defectlab.runs import Session
+from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD, WeightsError
+from defectlab.networks.torchvision_detectors import (
+    LEAST_SSD_SIZE,
+    RATES,
+    TorchvisionSettings,
+    build_torchvision,
+    to_targets,
+    torchvision_loss,
+)
+from defectlab.runs import OutOfTime, Session
 from defectlab.training import torchvision_detectors
-from defectlab.training.torchvision_detectors import predict_torchvision
-from defectlab.training.torchvision_detectors import run_torchvision
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.training.torchvision_detectors import predict_torchvision, run_torchvision
 
 PUBLISHED = {
     "faster_rcnn": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
@@ -325,4 +304,4 @@ def test_one_architecture_from_end_to_end(small_backbones: None, no_clock: None)
     assert 5 < result.costs["parameters_m"] < 30 and result.costs["gflops"] > 1
     assert result.costs["train_images_per_second"] > 0
     assert "head.classification_head.cls_logits.weight" in result.model
-    assert result.notes == {"costs": "at 64 px, not folded, with decoding and suppression"}
+    assert result.notes == {"costs": "at 64 px, not fused, with decoding and suppression"}

@@ -11,26 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from defectlab.precision import autocast
-from defectlab.precision import fast_bf16
-from defectlab.runs import NonFiniteLoss
-from defectlab.runs import OutOfTime
-from defectlab.runs import Session
-from defectlab.training.loop import Trained
-from defectlab.training.loop import epoch_order
-from defectlab.training.loop import schedule_factor
-from defectlab.training.loop import train
-
-
-
-
-
-
-
-
-
-
-
+from defectlab.precision import autocast, fast_bf16
+from defectlab.runs import NonFiniteLoss, OutOfTime, Session
+from defectlab.training.loop import Trained, epoch_order, schedule_factor, train
 
 EPOCHS, BATCH, IMAGES = 4, 3, 8
 

@@ -9,47 +9,26 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from toy_detection import toy_data
 
-from defectlab.data.augment import Augmentation
-from defectlab.data.augment import augment
+from defectlab.data.augment import Augmentation, augment
 from defectlab.metrics.costs import parameters
-from defectlab.networks.yolo.blocks import folded
-from defectlab.networks.yolo.model import Detector
-from defectlab.networks.yolo.model import build_detector
-from defectlab.papers.yolo_dcf import BLOCKS
-from defectlab.papers.yolo_dcf import CBAMFusion
-from defectlab.papers.yolo_dcf import ContextGuidedFusion
-from defectlab.papers.yolo_dcf import DualDistillation
-from defectlab.papers.yolo_dcf import FUSIONS
-from defectlab.papers.yolo_dcf import MultiScaleResidualBlock
-from defectlab.papers.yolo_dcf import Settings
-from defectlab.papers.yolo_dcf import SqueezeExcitationFusion
-from defectlab.papers.yolo_dcf import block_relation_loss
-from defectlab.papers.yolo_dcf import block_relations
-from defectlab.papers.yolo_dcf import build
-from defectlab.papers.yolo_dcf import channel_emphasis
-from defectlab.papers.yolo_dcf import channel_loss
+from defectlab.networks.yolo.blocks import fused
+from defectlab.networks.yolo.model import Detector, build_detector
+from defectlab.papers.yolo_dcf import (
+    BLOCKS,
+    FUSIONS,
+    CBAMFusion,
+    ContextGuidedFusion,
+    DualDistillation,
+    MultiScaleResidualBlock,
+    Settings,
+    SqueezeExcitationFusion,
+    block_relation_loss,
+    block_relations,
+    build,
+    channel_emphasis,
+    channel_loss,
+)
 from defectlab.training.yolo_dcf import make_loss
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 TINY = Settings(dataset="toy", scale="t", size=64, precision="fp32")
 
@@ -153,7 +132,7 @@ def test_cbam_by_hand() -> None:
 def test_the_multi_scale_block_folds(shortcut: bool, kernels: tuple, dtype: torch.dtype, limit: float) -> None:
     block = lively(MultiScaleResidualBlock(8, shortcut, kernels)).to(dtype)
     x = maps(2, 8, 12, 9, dtype=dtype)
-    small = block.fold()
+    small = block.fuse()
     with torch.no_grad():
         assert relative([small(x)], [block(x)]) < limit
     assert parameters(small) == parameters(small.first) + parameters(small.dense) + 8 * (49 + 1)
@@ -195,7 +174,7 @@ def test_gradients_under_bf16_are_those_of_float32() -> None:
 def test_whole_networks_fold(family: str, fusion: str, dtype: torch.dtype, limit: float) -> None:
     blocks = {"fuse": FUSIONS[fusion], "bottleneck": BLOCKS["multi_scale"]}
     detector = lively(Detector(family, "t", 2, **blocks)).to(dtype)
-    small = folded(detector)
+    small = fused(detector)
     images = maps(1, 3, 64, 64, dtype=dtype).sigmoid()
     with torch.no_grad():
         assert relative(small(images), detector(images)) < limit

@@ -14,31 +14,15 @@ from toy_detection import recorded, runs_of, toy_data
 
 from defectlab import runs
 from defectlab.data.boxes import DetectionData
-from defectlab.metrics.robustness import KEPT
-from defectlab.metrics.robustness import robustness_statistic
-from defectlab.metrics.robustness import summary
+from defectlab.metrics.robustness import KEPT, robustness_statistic, summary
 from defectlab.networks.yolo.model import build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers import yolo_dcf
-from defectlab.runs import Record
-from defectlab.runs import Session
-from defectlab.studies.yolo_dcf import PRIMARY
-from defectlab.studies.yolo_dcf import ROWS
-from defectlab.studies.yolo_dcf import planned_seeds
-from defectlab.studies.yolo_dcf import run_row
+from defectlab.runs import Record, Session
+from defectlab.studies.yolo_dcf import PRIMARY, ROWS, planned_seeds, run_row
 from defectlab.training import robustness
-from defectlab.training.robustness import RobustnessSettings
-from defectlab.training.robustness import run_robustness
+from defectlab.training.robustness import RobustnessSettings, run_robustness
 from defectlab.training.yolo_dcf import teacher_settings
-
-
-
-
-
-
-
-
-
 
 TINY = {
     "dataset": "toy", "scale": "t", "size": 64, "epochs": 1, "batch": 4, "warm_up": 0.0, "close_mosaic": 0,

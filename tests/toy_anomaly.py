@@ -5,7 +5,6 @@ import torch
 from defectlab.data.anomaly import AnomalySplit
 
 
-
 def fake_split(good: int, bad: int, seed: int, size: int = 64) -> AnomalySplit:
     """Noise; a bad image has a bright square, and its mask says where."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,22 +11,13 @@ from torch import Tensor, nn
 
 from defectlab import runs
 from defectlab.data.augment import Batch
-from defectlab.data.boxes import DetectionData
-from defectlab.data.boxes import DetectionSplit
+from defectlab.data.boxes import DetectionData, DetectionSplit
 from defectlab.networks.yolo.losses import detection_loss
-from defectlab.networks.yolo.model import Detector
-from defectlab.networks.yolo.model import build_detector
+from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.runs import Session
 from defectlab.training.detector import train_detector
 from defectlab.training.loop import Trained
-
-
-
-
-
-
-
 
 CLASSES = ("rectangle", "ellipse")
 SHORT = DetectorSettings(

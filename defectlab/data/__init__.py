@@ -1,5 +1,1 @@
-"""Data sets: fetching and verifying (`store`), readers, and procedural stand-ins."""
-
-from defectlab.data.store import DataError, data_dir, weights_dir
-
-__all__ = ["DataError", "data_dir", "weights_dir"]
+"""Data sets: fetching and verifying, readers, augmentation, synthetic data."""

@@ -11,20 +11,19 @@ are 200. Both conventions would give that range.
 
 from __future__ import annotations
 
-from PIL import Image
-from PIL import UnidentifiedImageError
+import json
 from collections import defaultdict
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from defectlab.files import DataError
 from pathlib import Path
 from xml.etree import ElementTree
-import json
+
 import numpy as np
 import yaml
+from PIL import Image, UnidentifiedImageError
 
+from defectlab.files import DataError
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
 TOLERANCE = 1.0  # pixels that a box may lie outside: files count from 0 or from 1, and round

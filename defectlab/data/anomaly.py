@@ -6,24 +6,22 @@ held out as `dev`, where design choices are made, with a defect pasted on a copy
 
 from __future__ import annotations
 
-from PIL import Image
+import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from defectlab.data import fetch as store
-from defectlab.data.images import MASK_SIZE
-from defectlab.data.images import decode
-from defectlab.data.images import resize_mask
-from defectlab.data.images import to_square
-from defectlab.data.splits import _shuffled
-from defectlab.files import DataError
-from defectlab.files import data_dir
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from torch import Tensor
-import hashlib
+
 import numpy as np
-import os
 import torch
+from PIL import Image
+from torch import Tensor
+
+from defectlab.data import fetch as store
+from defectlab.data.images import MASK_SIZE, decode, resize_mask, to_square
+from defectlab.data.splits import _shuffled
+from defectlab.files import DataError, data_dir
 
 MAGNETIC_TILE = "magnetic_tile"
 SYNTHETIC_TILE, SYNTHETIC_NUT = "synthetic_tile", "synthetic_nut"
@@ -66,7 +64,8 @@ class AnomalySplit:
 class AnomalyData:
     """A set as the notebooks use it. `train` is normal only, `dev` half normal and half pasted defects.
 
-    `fingerprint` is the sha256 over the content of the set, the three lists of names and DEV_VERSION.
+    `fingerprint` is the sha256 over the content of the set, the three lists of names and DEV_VERSION. `derived` holds
+    what is computed from the images once, such as a teacher's features; a copy with other images starts without.
     """
 
     name: str  # as given to load_anomaly
@@ -76,6 +75,7 @@ class AnomalyData:
     dev: AnomalySplit
     test: AnomalySplit
     fingerprint: str
+    derived: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def ensure_synthetic(root: Path, name: str = SYNTHETIC_TILE) -> store.Manifest:
 
     nut = partial(synthetic.write_mvtec, category=".")  # the set's folder is the category's
     draw = {SYNTHETIC_TILE: synthetic.write_magnetic_tile, SYNTHETIC_NUT: nut}[name]
-    code = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()
+    code = store.code_digest(Path(synthetic.__file__).parent)
     source = f"defectlab.data.synthetic, seed 0, code {code[:12]}"
     return store.ensure_drawn(root / name, SYNTHETIC[name], source, draw)
 

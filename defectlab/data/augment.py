@@ -14,14 +14,15 @@ Beta(32, 32) as is usual for detectors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from defectlab.data.images import GROUND
-from defectlab.geometry import _grid
-from defectlab.geometry import enclose
+
+import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
-import math
-import torch
+
+from defectlab.data.images import GROUND
+from defectlab.geometry import _grid, enclose
 
 MIN_SIDE = 2.0  # px: boxes that are narrower or lower after clipping are dropped
 MAX_ASPECT = 100.0  # longer side over shorter side, above which a box is dropped

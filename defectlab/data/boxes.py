@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from defectlab.data.annotations import Annotations
-from defectlab.data.annotations import Picture
-from defectlab.data.annotations import decode
-from defectlab.data.images import letterbox
 from pathlib import Path
-from torch import Tensor
-import numpy as np
-import os
-import torch
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from defectlab.data.annotations import Annotations, Picture, decode
+from defectlab.data.images import letterbox
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Pictures spoilt as in a factory: motion blur and sensor noise, batched on the device."""
 
-from defectlab.precision import full_float32
+import math
+
+import torch
 from torch import Tensor
 from torch.nn import functional
-import math
-import torch
 
+from defectlab.precision import full_float32
 
 
 def line_kernel(length: float, angle: float, side: int) -> Tensor:

@@ -7,44 +7,21 @@ that are byte for byte the same stand on one side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from defectlab.data import fetch as store
-from defectlab.data.annotations import Annotations
-from defectlab.data.annotations import read_deep_pcb
-from defectlab.data.annotations import read_voc
-from defectlab.data.boxes import DetectionData
-from defectlab.data.boxes import DetectionSplit
-from defectlab.data.boxes import to_data
-from defectlab.data.own_folder import load_folder
-from defectlab.data.splits import _last_fifth
-from defectlab.data.splits import _number
-from defectlab.data.splits import draw_split
-from defectlab.data.splits import with_dev
-from defectlab.files import DataError
-from defectlab.files import data_dir
-from pathlib import Path
-import hashlib
 import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from defectlab.data import fetch as store
+from defectlab.data.annotations import Annotations, read_deep_pcb, read_voc
+from defectlab.data.boxes import DetectionData, to_data
+from defectlab.data.splits import _last_fifth, _number, draw_split, split_identity, with_dev
+from defectlab.files import DataError, data_dir
 
-__all__ = (
-    "DetectionData",
-    "DetectionSplit",
-    "detection_fingerprint",
-    "draw_split",
-    "draw_test",
-    "ensure_synthetic",
-    "load_detection",
-    "load_folder",
-)
 NEU_CLASSES = ("crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches")
 DEEP_PCB_CLASSES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")  # types 1 to 6 of its txt files
 PKU_CLASSES = ("missing_hole", "mouse_bite", "open_circuit", "short", "spur", "spurious_copper")
 NEU_TEST_LIST = Path(__file__).parent / "splits" / "neu_det_test.txt"
-SPLIT_VERSION = 1  # raise when `draw_split` or a reader changes what a set gives: it enters the fingerprint
 
 
 def _board_list(folder: Path, name: str, remedy: str) -> list[str]:
@@ -94,15 +71,15 @@ _SETS = {
 
 def ensure_synthetic(root: Path, name: str) -> store.Manifest:
     """Draw the stand-in "synthetic_steel" or "synthetic_board" into `root / name` unless this version is there."""
-    from defectlab.data.synthetic import steel as synthetic_detection  # here, because drawing needs scipy and reading does not
+    from defectlab.data.synthetic import (
+        steel as synthetic_detection,  # here, because drawing needs scipy and reading does not
+    )
 
     draw = {
         "synthetic_steel": synthetic_detection.write_steel,
         "synthetic_board": synthetic_detection.write_board,
     }[name]
-    files = sorted(Path(synthetic_detection.__file__).parent.glob("synthetic*.py"))  # they share pieces
-    drawing = b"".join(path.read_bytes() for path in files)
-    code = hashlib.sha256(drawing).hexdigest()
+    code = store.code_digest(Path(synthetic_detection.__file__).parent)
     source = f"defectlab.data.synthetic_detection, seed 0, code {code[:12]}"
     return store.ensure_drawn(root / name, SYNTHETIC[name], source, draw)
 
@@ -116,13 +93,6 @@ class _Plan:
     remedy: str
     splits: tuple[list[str], list[str], list[str]]  # train, dev, test
     fingerprint: str
-
-
-def _identity(content: str, splits: Sequence[Sequence[str]]) -> str:
-    identity = hashlib.sha256(f"{content} detection {SPLIT_VERSION}\n".encode())
-    for names in splits:
-        identity.update("".join(f"{name}\n" for name in names).encode() + b"\n")
-    return identity.hexdigest()
 
 
 def draw_test(dataset: str, strata: Mapping[str, str], content: Mapping[str, str]) -> list[str]:
@@ -166,7 +136,7 @@ def _plan(dataset: str, root: Path | None) -> _Plan:
     if unknown:
         raise DataError(f"the test list of {dataset} names {unknown[0]}, which {folder} does not hold: {remedy}")
     splits = with_dev(strata, test, content)
-    return _Plan(folder, label, remedy, splits, _identity(manifest.fingerprint, splits))
+    return _Plan(folder, label, remedy, splits, split_identity(manifest.fingerprint, splits))
 
 
 def detection_fingerprint(dataset: str, root: Path | None = None) -> str:

@@ -7,28 +7,24 @@ and sizes) at every load; `verify` reads every byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from dataclasses import dataclass
-from defectlab.data.unpacking import require_space
-from defectlab.data.unpacking import unpack
-from defectlab.files import DataError
-from defectlab.files import data_dir
-from filelock import FileLock
-from pathlib import Path
 import argparse
 import errno
 import hashlib
 import json
 import os
-import pooch
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import pooch
+from filelock import FileLock
+
+from defectlab.data.unpacking import require_space, unpack
+from defectlab.files import DataError, data_dir
 
 MANIFEST = "manifest.json"
 _SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # file managers leave these behind
@@ -211,6 +207,11 @@ def _create_folder(target: Path, fill: Callable[[Path], Manifest]) -> Manifest:
         return manifest
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def code_digest(folder: Path) -> str:
+    """sha256 over the Python files of a folder: which version of the drawing made a synthetic set."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
 
 
 def ensure_drawn(target: Path, name: str, source: str, draw: Callable[[Path], None]) -> Manifest:

@@ -4,11 +4,10 @@ The two-stage paper (Machines 2025, 13, 712, section 4.1) had the nuts of MVTec'
 release the outlines. All of this is ours; it was settled by eye on the pictures, before any network was trained.
 """
 
+import numpy as np
 from PIL import Image
 from scipy import ndimage
 from skimage.filters import threshold_otsu
-import numpy as np
-
 
 RECIPE_VERSION = 1  # raise when a mask changes: it enters the fingerprint of the data
 SMALLEST_PART = 0.005  # of the largest part's area: a bent lobe may lie apart, and dust is smaller

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from PIL import Image
-from PIL import UnidentifiedImageError
-from defectlab.files import DataError
 from pathlib import Path
-from torch.nn.functional import interpolate
+
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
+from torch.nn.functional import interpolate
 
+from defectlab.files import DataError
 
 MASK_SIZE = 256  # anomaly maps are compared with the masks at this size, whatever the images' size
 
@@ -40,6 +40,7 @@ def resize_mask(mask: np.ndarray, size: int = MASK_SIZE) -> np.ndarray:
     """(H, W) bool to (size, size) uint8."""
     resized = interpolate(torch.from_numpy(mask.astype(np.uint8))[None, None], (size, size), mode="nearest-exact")
     return resized[0, 0].numpy()
+
 
 GROUND = 114  # of 255: the grey outside any picture, as in the letterbox
 

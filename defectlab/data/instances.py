@@ -14,36 +14,30 @@ joined from two others with a blended seam, and 15 of them repeat a fifth or mor
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from defectlab.data import fetch as store
-from defectlab.data.annotations import Annotations
-from defectlab.data.annotations import Picture
-from defectlab.data.annotations import decode
-from defectlab.data.augment import Batch
-from defectlab.data.boxes import DetectionData
-from defectlab.data.boxes import DetectionSplit
-from defectlab.data.boxes import to_data
-from defectlab.data.splits import with_dev
-from defectlab.data.synthetic.steel import write_steel_masks
-from defectlab.files import DataError
-from defectlab.files import data_dir
-from defectlab.geometry import enclose
-from defectlab.geometry import warp_maps
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
 from scipy import ndimage
 from torch import Tensor
-from torch.nn.functional import interpolate
-from torch.nn.functional import pad
-from typing import NamedTuple
-import hashlib
-import numpy as np
-import os
-import torch
+from torch.nn.functional import interpolate, pad
 
+from defectlab.data import fetch as store
+from defectlab.data.annotations import Annotations, Picture, decode
+from defectlab.data.augment import Batch
+from defectlab.data.boxes import DetectionData, DetectionSplit, to_data
+from defectlab.data.splits import with_dev
+from defectlab.data.synthetic.steel import MASKED_KINDS, write_steel_masks
+from defectlab.files import DataError, data_dir
+from defectlab.geometry import enclose, warp_maps
 
-CLASSES = ("inclusion", "patches", "scratches")  # mask values 1, 2, 3; the names are those of the literature
+CLASSES = MASKED_KINDS  # mask values 1, 2, 3; the names are those of the literature
 SPECK = 16  # ours: px of the original; a smaller component is no instance
 NEU_SEG = "neu_seg"
 LABELS = {  # name: label in tables
@@ -253,7 +247,6 @@ def move_instances(split: InstanceSplit, batch: Batch) -> Tensor:
 
 def ensure_synthetic_masks(root: Path) -> store.Manifest:
     """Draw the stand-in into `root / "synthetic_steel_masks"` unless this version is there."""
-    files = [*sorted(Path(__file__).parent.glob("synthetic*.py")), Path(__file__)]
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    code = store.code_digest(Path(__file__).parent / "synthetic")
     name, source = "synthetic_steel_masks", f"defectlab.data.instances, seed 0, code {code[:12]}"
     return store.ensure_drawn(root / name, LABELS[name], source, write_steel_masks)

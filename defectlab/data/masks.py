@@ -4,29 +4,23 @@ The paper segments "the regions of the nuts", outlined by hand and not released,
 targets. So both are here: "nut" by the recipe of `foreground`, "defect" by MVTec's own masks.
 """
 
+import hashlib
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
 from defectlab.data import fetch as store
-from defectlab.data.anomaly import Plan
-from defectlab.data.anomaly import SYNTHETIC_NUT
-from defectlab.data.anomaly import Sample
-from defectlab.data.anomaly import plan_of
-from defectlab.data.foreground import RECIPE_VERSION
-from defectlab.data.foreground import nut_mask
-from defectlab.data.images import decode
-from defectlab.data.images import resize_mask
-from defectlab.data.images import to_square
+from defectlab.data.anomaly import SYNTHETIC_NUT, Plan, Sample, plan_of
+from defectlab.data.foreground import RECIPE_VERSION, nut_mask
+from defectlab.data.images import decode, resize_mask, to_square
 from defectlab.data.splits import draw_split
 from defectlab.files import DataError
-from pathlib import Path
-from pathlib import PurePosixPath
-from torch import Tensor
-import hashlib
-import numpy as np
-import os
-import torch
-
 
 METAL_NUT = "mvtec_ad/metal_nut"
 PAPER_LIST = Path(__file__).parent / "splits" / "metal_nut_segmentation.txt"

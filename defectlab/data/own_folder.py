@@ -1,26 +1,18 @@
-"""TODO data.own_folder."""
+"""A reader's own images with boxes (VOC, YOLO or COCO) as a detection set."""
 
 from __future__ import annotations
 
-from defectlab.data.annotations import Annotations
-from defectlab.data.annotations import PICTURES
-from defectlab.data.annotations import find_files
-from defectlab.data.annotations import read_coco
-from defectlab.data.annotations import read_voc
-from defectlab.data.annotations import read_yolo
-from defectlab.data.boxes import DetectionData
-from defectlab.data.boxes import to_data
-from defectlab.data.detection import _identity
-from defectlab.data.splits import draw_split
-from defectlab.data.splits import with_dev
-from defectlab.files import DataError
-from pathlib import Path
 import hashlib
+import re
+from pathlib import Path
+
 import numpy as np
 import pooch
-import re
 
-
+from defectlab.data.annotations import PICTURES, Annotations, find_files, read_coco, read_voc, read_yolo
+from defectlab.data.boxes import DetectionData, to_data
+from defectlab.data.splits import draw_split, split_identity, with_dev
+from defectlab.files import DataError
 
 # ---------------------------------------------------------------------------------------------- a reader's own folder
 
@@ -111,5 +103,5 @@ def load_folder(path: Path, format: str, size: int, device="cpu", test_share: fl
     for name, picture in sorted(by_name.items()):
         identity.update(f"{name} {content[name]}".encode() + picture.boxes.tobytes() + picture.labels.tobytes())
     fields = {"name": folder.name, "label": f"pictures of {folder.name}"}
-    fields["fingerprint"] = _identity(identity.hexdigest(), lists)
+    fields["fingerprint"] = split_identity(identity.hexdigest(), lists)
     return to_data(annotations, lists, folder, size, device, **fields)

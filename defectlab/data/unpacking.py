@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from defectlab.files import DataError
-from pathlib import Path
-from pathlib import PurePosixPath
-from pathlib import PureWindowsPath
-from typing import IO
 import gzip
 import lzma
 import re
@@ -20,7 +10,13 @@ import stat
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO
 
+from defectlab.files import DataError
 
 _DAMAGED = (zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, RuntimeError)
 

@@ -1,18 +1,19 @@
 """Figures that the notebooks share; each is drawn from arrays or from a record, so none needs a GPU."""
 
-from PIL import Image
-from collections.abc import Sequence
-from defectlab.data.anomaly import AnomalyData
-from defectlab.runs import Record
-from matplotlib.figure import Figure
-from matplotlib_inline.backend_inline import set_matplotlib_formats
-from torch import Tensor
-from torch.nn.functional import interpolate
 import io
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
 
+from defectlab.data.anomaly import AnomalyData
+from defectlab.runs import Record
 
 INK, GOOD, BAD = "#333333", "#4477aa", "#cc6677"
 

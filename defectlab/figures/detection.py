@@ -5,18 +5,11 @@ case_images (K, h, w) or (K, h, w, 3) uint8, case_index (K,) into the pictures, 
 case_offset (K, 2) x, y: pixel of the small picture = pixel of the original * scale + offset.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from defectlab.figures.anomaly import INK
-from defectlab.figures.anomaly import nothing_yet
-from defectlab.metrics.detection import METRIC_IOUS
-from defectlab.metrics.detection import average_precision
-from defectlab.metrics.detection import confusion_matrix
-from defectlab.metrics.detection import match
-from defectlab.metrics.detection import precision_recall
-from defectlab.metrics.detection import unpack
-from defectlab.runs import Record
+from collections.abc import Mapping, Sequence
 from itertools import count
+
+import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,9 +17,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.ops import box_iou
-import matplotlib.pyplot as plt
-import numpy as np
 
+from defectlab.figures.anomaly import INK, nothing_yet
+from defectlab.metrics.detection import (
+    METRIC_IOUS,
+    average_precision,
+    confusion_matrix,
+    match,
+    precision_recall,
+    unpack,
+)
+from defectlab.runs import Record
 
 # A colour a class; Paul Tol's "bright", which colour-blind readers can tell apart. White is for the truth.
 CLASS_COLOURS = ("#66ccee", "#ee6677", "#ccbb44", "#228833", "#4477aa", "#aa3377", "#ee8866", "#bbbbbb")

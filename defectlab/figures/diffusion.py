@@ -4,20 +4,18 @@ All are drawn from tensors, or from a record of `defectlab.diffusion.ddpm`, whos
 timesteps (T,), errors and errors_train (T,) and samples (N, S, S) or (N, S, S, 3) uint8.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from defectlab.figures.anomaly import INK
-from defectlab.figures.anomaly import nothing_yet
-from defectlab.figures.anomaly import picture_axes
-from defectlab.runs import Record
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 from torch import Tensor
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
 
+from defectlab.figures.anomaly import INK, nothing_yet, picture_axes
+from defectlab.runs import Record
 
 MARK = "#bbbbbb"
 

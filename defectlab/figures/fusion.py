@@ -5,25 +5,20 @@ A record's curve holds `probe_epoch` and, at each of these epochs, the mean over
 weight_ddpm, weight_det and weight_cross, whose sum is one, and weight_residual (`defectlab.papers.d3n.fusion`).
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from defectlab.figures.anomaly import BAD
-from defectlab.figures.anomaly import GOOD
-from defectlab.figures.anomaly import INK
-from defectlab.figures.anomaly import nothing_yet
-from defectlab.figures.detection import boxed
-from defectlab.metrics.detection import match
-from defectlab.metrics.detection import unpack
-from defectlab.runs import Record
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from torch import Tensor
-from torch import nn
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
+from defectlab.figures.anomaly import BAD, GOOD, INK, nothing_yet
+from defectlab.figures.detection import boxed
+from defectlab.metrics.detection import match, unpack
+from defectlab.runs import Record
 
 NAMES = {"det": "detector (Det)", "ddpm": "DDPM", "cross": "cross-attention (Cross)"}  # the figure's own in brackets
 SHORT = {"det": "Det", "ddpm": "DDPM", "cross": "Cross"}

@@ -11,17 +11,17 @@ where, and not how sure; `Y` goes with it.
 """
 
 from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pytorch_grad_cam import GradCAMPlusPlus
+from torch import Tensor, nn
+
 from defectlab.data.augment import plain
-from defectlab.networks.yolo.blocks import folded
+from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import decode
 from defectlab.networks.yolo.model import Detector
 from defectlab.precision import full_float32
-from pytorch_grad_cam import GradCAMPlusPlus
-from torch import Tensor
-from torch import nn
-import numpy as np
-import torch
-
 
 LEAST = 1e-12  # a sum of scores below it counts as this much: it has a logarithm
 
@@ -48,12 +48,12 @@ def heat_maps(detector: Detector, images: Tensor, label: int, batch: int = 8) ->
     """Grad-CAM++ of one class: images uint8 (N, C, S, S) -> heat maps (N, S, S) float32 in 0..1, and Y (N,).
 
     Y is the sum of the class's scores over all boxes of the picture, 0 or more. The detector stays as it is: what is
-    looked at is a folded copy. ValueError for a label outside the detector's classes, and for sides that are not
+    looked at is a fused copy. ValueError for a label outside the detector's classes, and for sides that are not
     divisible by 32.
     """
     if not 0 <= label < detector.class_count:
         raise ValueError(f"class {label}: the detector has the classes 0 to {detector.class_count - 1}")
-    evidence = ClassEvidence(folded(detector).requires_grad_(False)).eval()
+    evidence = ClassEvidence(fused(detector).requires_grad_(False)).eval()
     maps, sums = [], []
     with full_float32(), GradCAMPlusPlus(evidence, evidence.layers) as method:
         for chunk in torch.arange(len(images), device=images.device).split(batch):

@@ -5,28 +5,24 @@ case_images (K, side, side) uint8, and case_true and case_found (K, side, side) 
 background, what was found at the score threshold from dev. Colours are those of `defectlab.detection_figures`.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from defectlab.data.instances import InstanceSplit
-from defectlab.figures.anomaly import INK
-from defectlab.figures.anomaly import nothing_yet
-from defectlab.figures.anomaly import picture_axes
-from defectlab.figures.detection import CLASS_COLOURS
-from defectlab.metrics.detection import match
-from defectlab.metrics.detection import unpack
-from defectlab.runs import Record
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
 from einops import einsum
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
-from typing import NamedTuple
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
 
+from defectlab.data.instances import InstanceSplit
+from defectlab.figures.anomaly import INK, nothing_yet, picture_axes
+from defectlab.figures.detection import CLASS_COLOURS
+from defectlab.metrics.detection import match, unpack
+from defectlab.runs import Record
 
 STRENGTH = 0.4  # of a mask's colour over the picture: defects stay visible below it
 

@@ -6,25 +6,22 @@ picture: case_index (K,) into the test images, case_why (K,), case_images (K, si
 0 or 1, case_probabilities (K, side, side) 0..255.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from defectlab.data.masks import SegmentationData
-from defectlab.data.masks import SegmentationSplit
-from defectlab.figures.anomaly import INK
-from defectlab.figures.anomaly import nothing_yet
-from defectlab.figures.anomaly import picture_axes
-from defectlab.networks.segmentation import Segmenter
-from defectlab.runs import Record
-from defectlab.training.segmentation import segment
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from typing import NamedTuple
 import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from defectlab.data.masks import SegmentationData, SegmentationSplit
+from defectlab.figures.anomaly import INK, nothing_yet, picture_axes
+from defectlab.networks.segmentation import Segmenter
+from defectlab.runs import Record
+from defectlab.training.segmentation import segment
 
 MASK, OTHER = "#ff5566", "#ffd84d"  # outlines: both are seen on steel, on the dark ground, and beside each other
 

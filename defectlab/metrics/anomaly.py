@@ -11,16 +11,15 @@ AUPRO: Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, sectio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from defectlab.metrics.ranking import auroc
-from defectlab.metrics.ranking import average_precision
-from defectlab.metrics.ranking import f1_max
-from scipy import ndimage
-import math
+
 import numpy as np
 import torch
+from scipy import ndimage
 
+from defectlab.metrics.ranking import auroc, average_precision, f1_max
 
 EIGHT_CONNECTED = np.ones((3, 3), dtype=np.uint8)
 

@@ -1,18 +1,16 @@
 """What a network costs: parameters, FLOPs, size, latency; one function for all models, all counted alike."""
 
-from collections.abc import Callable
-from defectlab.precision import autocast
-from defectlab.precision import full_float32
-from torch import Tensor
-from torch import nn
-from torch.nn.attention import SDPBackend
-from torch.nn.attention import sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from typing import Any
 import statistics
 import time
-import torch
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from defectlab.precision import autocast, full_float32
 
 
 def parameters(model: nn.Module) -> int:
@@ -66,7 +64,7 @@ def model_costs(
     batches: bool = True,
 ) -> dict[str, float]:
     """Costs of a detector or another network of square RGB pictures, `size` px a side; the model as it is (fold it
-    before, if it is deployed folded). The modes of its parts are left as they were.
+    before, if it is deployed fused). The modes of its parts are left as they were.
 
     -> parameters_m (millions), gflops (1e9, 2 x MACs, one picture, of `flops_size` px where that is given), size_mb (MB
     of fp16 weights), latency_ms (one picture), and with `batches` images_per_second_32 (a batch of 32).

@@ -9,16 +9,15 @@ positives once, and `average_precision` then weighs the pictures. Both follow th
 predictions a picture and class, at every IoU.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
-import math
-import numpy as np
-import torch
-
 
 Boxes = list[dict[str, Tensor]]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from scipy import stats as distributions
-from torch import Tensor
 import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-
+from torch import Tensor
 
 
 def best_f1_threshold(scores: Tensor, labels: Tensor) -> float:

@@ -1,13 +1,10 @@
 """TODO metrics.robustness."""
 
-from collections.abc import Callable
-from collections.abc import Sequence
-from defectlab.metrics.detection import Boxes
-from defectlab.metrics.detection import Matches
-from defectlab.metrics.detection import average_precision
-from defectlab.metrics.detection import match
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
+from defectlab.metrics.detection import Boxes, Matches, average_precision, match
 
 KINDS = ("blur", "noise")
 KEPT = 2000  # predictions of a class in one condition that a record keeps at most

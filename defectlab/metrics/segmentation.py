@@ -4,19 +4,15 @@ What the two-stage paper (Machines 2025, 13, 712, Table 4) names without definin
 S-measure, mean E-measure. The last three and MAE by pysodmetrics; tests hold the counted ones against torchmetrics.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from py_sod_metrics import Emeasure
-from py_sod_metrics import MAE
-from py_sod_metrics import Smeasure
-from py_sod_metrics import WeightedFmeasure
-from torch import Tensor
-import math
+
 import numpy as np
 import torch
-
+from py_sod_metrics import MAE, Emeasure, Smeasure, WeightedFmeasure
+from torch import Tensor
 
 COUNTS = ("tp", "fp", "fn", "tn")
 OF_COUNTS: dict[str, Callable[..., float]] = {

@@ -8,18 +8,15 @@ scale; here they stay at their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from defectlab.precision import autocast
-from einops import rearrange
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
-from typing import ClassVar
-from typing import TYPE_CHECKING
 import contextlib
 import math
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
 
 FIRST_BETA, LAST_BETA = 1e-4, 0.02  # Ho et al. section 4: linear in between
 
@@ -150,6 +147,7 @@ def sample_ddim(
         noise = unet(pictures, timestep).sample.float()
         pictures = scheduler.step(noise, timestep, pictures).prev_sample
     return ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel

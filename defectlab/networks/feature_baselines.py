@@ -5,11 +5,11 @@ a test patch is as anomalous as it is far from the nearest one remembered.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 from torch.nn import functional
-from typing import ClassVar
-import torch
-
 
 PROJECTION = 128  # dimensions in which the coreset is chosen (official code)
 
@@ -71,6 +71,7 @@ def reweighted_score(patches: Tensor, distances: Tensor, indices: Tensor, bank: 
     to_neighbours = torch.cdist(patches[worst][None], bank[around])[0]
     weight = 1 - functional.softmax(to_neighbours, 0)[0]  # the nearest of its own neighbours is the patch itself
     return weight * distances[worst]
+
 
 REGULARISER = 0.01  # section IV-B: added to the covariance's diagonal
 CHANNELS = {

@@ -5,18 +5,18 @@ features of these three layers: at stride 4, 8 and 16, with (64, 128, 256) chann
 (256, 512, 1024) for ResNet-50 and WideResNet-50-2.
 """
 
-from defectlab.files import weights_dir
-from defectlab.precision import full_float32
-from pathlib import Path
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-from torch import nn
-from torchvision import models
 import hashlib
 import pickle
-import torch
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
+
+from defectlab.files import WeightsError, weights_dir
+from defectlab.precision import full_float32
 
 ARCHITECTURES = {
     "resnet18": (models.resnet18, models.ResNet18_Weights.IMAGENET1K_V1),
@@ -27,14 +27,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class WeightsError(RuntimeError):
-    """ImageNet weights are missing or do not fit; the message names the file and where to put it."""
-
-
 class Teacher(nn.Module):
     """Layers 1-3 of a torchvision ResNet, frozen; always in eval mode, whatever `train()` says.
 
-    Eval mode is not only a habit here: weights with folded batch norms (running mean 0 and variance 1 by
+    Eval mode is not only a habit here: weights with fused batch norms (running mean 0 and variance 1 by
     construction) would compute something else in train mode.
     """
 

@@ -8,15 +8,14 @@ what it fails to restore is the anomaly.
 """
 
 from dataclasses import dataclass
-from defectlab.precision import at_least_float32
-from defectlab.precision import full_float32
-from einops import rearrange
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
 from typing import ClassVar
-import torch
 
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.precision import at_least_float32, full_float32
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -232,3 +231,17 @@ class RD4ADSettings:
     schedule: str = "constant"  # RD4AD section 4.1
     flips: bool = False  # RD4AD section 4.1: no augmentation
     precision: str = "bf16"  # ours: where the device is fast at it, else fp32
+
+
+def build(settings: RD4ADSettings, channels: tuple[int, int, int], bottleneck: int) -> ReverseDistillation:
+    return ReverseDistillation(channels, bottleneck)
+
+
+def make_loss(settings: RD4ADSettings):
+    """One of `LOSSES` as (teacher, students) -> named scalars."""
+    loss = LOSSES[settings.loss]
+    return lambda teacher, students: {"loss": sum(loss(teacher, maps) for maps in students)}
+
+
+def to_maps(settings: RD4ADSettings, teacher: list[Tensor], students: list[list[Tensor]]) -> Tensor:
+    return sum(anomaly_map(teacher, maps) for maps in students)

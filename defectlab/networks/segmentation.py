@@ -1,22 +1,19 @@
 """What all segmentation networks share: the pretrained encoder, and the way from uint8 images to logits."""
 
 from dataclasses import dataclass
-from defectlab.networks.resnet import IMAGENET_MEAN
-from defectlab.networks.resnet import IMAGENET_STD
-from defectlab.networks.resnet import base_name
-from defectlab.networks.resnet import load_teacher
+from typing import ClassVar
+
+import segmentation_models_pytorch as smp
+import torch
 from segmentation_models_pytorch.decoders.deeplabv3.decoder import SeparableConv2d
 from segmentation_models_pytorch.encoders import get_encoder
 from segmentation_models_pytorch.encoders.resnet import ResNetEncoder
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import interpolate
 from torchvision.ops import FrozenBatchNorm2d
-from typing import ClassVar
-import segmentation_models_pytorch as smp
-import torch
 
+from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD, base_name, load_teacher
 
 ENCODERS = ("resnet18", "resnet50")
 
@@ -55,7 +52,7 @@ def load_encoder(name: str, output_stride: int = 32) -> ResNetEncoder:
 def freeze_norms(module: nn.Module) -> None:
     """Turn every batch norm inside `module` into a fixed affine map, in place.
 
-    Weights with folded norms (running mean 0 and variance 1 by construction, as in the file at hand) would compute
+    Weights with fused norms (running mean 0 and variance 1 by construction, as in the file at hand) would compute
     something else in train mode, and eight images are few for statistics.
     """
     for name, child in module.named_children():

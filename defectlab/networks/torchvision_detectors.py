@@ -1,23 +1,21 @@
 """TODO networks.torchvision_detectors."""
 
 from dataclasses import dataclass
-from defectlab.data.augment import Batch
-from defectlab.networks.resnet import IMAGENET_MEAN
-from defectlab.networks.resnet import IMAGENET_STD
-from defectlab.networks.resnet import WeightsError
-from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.training.detector import Loss
-from torch import Tensor
-from torch import nn
-from torchvision.models import ResNet50_Weights
-from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
-from torchvision.models.detection import fcos_resnet50_fpn
-from torchvision.models.detection import retinanet_resnet50_fpn_v2
-from torchvision.models.detection import ssd300_vgg16
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from typing import ClassVar
-import torch
 
+from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights
+from torchvision.models.detection import (
+    fasterrcnn_resnet50_fpn_v2,
+    fcos_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+    ssd300_vgg16,
+)
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from defectlab.files import WeightsError
+from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD
+from defectlab.networks.yolo.settings import DetectorSettings
 
 # Ours: the rates of the papers, all but SSD's stated for 16 pictures a step (SSD: 32); none was tried here.
 RATES = {
@@ -134,24 +132,3 @@ def _imagenet_resnet50() -> dict[str, Tensor]:
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
-
-
-def to_targets(boxes: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
-    """Padded boxes (B, M, 4) and labels (B, M), -1 where padded, real ones first -> torchvision's targets: per picture
-    {"boxes": (n, 4), "labels": (n,)}, labels from 1 on, since 0 is the background."""
-    counts = (labels >= 0).sum(1).tolist()  # one synchronisation a batch
-    return [{"boxes": b[:n], "labels": k[:n] + 1} for b, k, n in zip(boxes, labels, counts, strict=True)]
-
-
-def torchvision_loss(model: nn.Module) -> Loss:
-    """The library's own losses, named as there, and "loss", their sum.
-
-    Faster R-CNN draws its proposals by torch's global generator, so a training of it that was interrupted does not end
-    as one that was not, to the last digit.
-    """
-
-    def loss(batch: Batch) -> dict[str, Tensor]:
-        parts = model(list(batch.images), to_targets(batch.boxes, batch.labels))
-        return {"loss": sum(parts.values()), **parts}
-
-    return loss

@@ -1,57 +1,39 @@
 """A reader's own pictures: train a detector on a folder with boxes, or find defects in a folder with a trained one."""
 
-from PIL import Image
-from collections.abc import Iterator
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import replace
-from defectlab import runs
-from defectlab.batch import pick_device
-from defectlab.data.annotations import PICTURES
-from defectlab.data.annotations import decode
-from defectlab.data.annotations import find_files
-from defectlab.data.boxes import DetectionData
-from defectlab.data.boxes import DetectionSplit
-from defectlab.data.detection import DEEP_PCB_CLASSES
-from defectlab.data.detection import NEU_CLASSES
-from defectlab.data.detection import PKU_CLASSES
-from defectlab.data.images import letterbox
-from defectlab.data.own_folder import load_folder
-from defectlab.figures.detection import CLASS_COLOURS
-from defectlab.figures.detection import boxed
-from defectlab.files import DataError
-from defectlab.files import write_atomically
-from defectlab.files import write_json
-from defectlab.metrics.detection import Boxes
-from defectlab.metrics.detection import telling_cases
-from defectlab.networks.yolo.model import Detector
-from defectlab.networks.yolo.model import SCALES
-from defectlab.networks.yolo.model import build_detector
-from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.own.export import check_installed
-from defectlab.own.export import to_onnx
-from defectlab.papers import yolo_dcf
-from defectlab.runs import OutOfTime
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.studies import detector as baselines
-from defectlab.training.detection import predict
-from defectlab.training.detection import train_and_evaluate
-from pathlib import Path
-from safetensors import SafetensorError
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
-from types import SimpleNamespace
-from typing import Any
 import argparse
 import csv
 import json
-import matplotlib.pyplot as plt
 import time
-import torch
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes
+
+from defectlab import runs
+from defectlab.data.annotations import PICTURES, decode, find_files
+from defectlab.data.boxes import DetectionData, DetectionSplit
+from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, PKU_CLASSES
+from defectlab.data.images import letterbox
+from defectlab.data.own_folder import load_folder
+from defectlab.figures.detection import CLASS_COLOURS, boxed
+from defectlab.files import DataError, write_atomically, write_json
+from defectlab.metrics.detection import Boxes, telling_cases
+from defectlab.networks.yolo.model import SCALES, Detector, build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.own.export import check_installed, to_onnx
+from defectlab.papers import yolo_dcf
+from defectlab.provenance import pick_device
+from defectlab.runs import Context, OutOfTime, Result
+from defectlab.studies import detector as baselines
+from defectlab.training.detection import fresh, predict, train_and_evaluate
 
 CHUNK = 64  # pictures that are read and held at once
 LISTED = 0.01  # lowest score in predictions.json
@@ -123,13 +105,15 @@ def train(options: argparse.Namespace) -> int:
         export(options, out, trained.detector, settings.size)
         return 0
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    session = Session(checkpoint=out / f"checkpoint-{key.rsplit('-', 1)[-1]}.safetensors", deadline=deadline)
+    context = Context(
+        device=device, checkpoint=out / f"checkpoint-{key.rsplit('-', 1)[-1]}.safetensors", deadline=deadline
+    )
     try:
-        result = train_and_evaluate(settings, options.seed, data, device, session)
+        result = train_and_evaluate(settings, options.seed, data, context)
     except OutOfTime as stop:
         print(stop)
         return 0
-    detector = build_detector(settings, data)
+    detector = fresh(build_detector, settings, data)
     detector.load_state_dict(result.model)
     detector.to(device, memory_format=torch.channels_last).eval()
     write_findings(out, detector, data, result, settings, options.seed)
@@ -138,7 +122,7 @@ def train(options: argparse.Namespace) -> int:
     tensors = {name: value.detach().cpu().contiguous() for name, value in result.model.items()}
     export(options, out, detector, settings.size)
     write_atomically(path, lambda aside: save_file(tensors, aside, header))  # last: its presence means finished
-    session.checkpoint.unlink(missing_ok=True)
+    context.checkpoint.unlink(missing_ok=True)
     shown = ", ".join(f"{name} {result.metrics[name]:.1f}" for name in ("map50", "map50_95") if name in result.metrics)
     print(f"{len(data.test)} test pictures: {shown} %; threshold from dev {result.dev['threshold']:.3f}; saved {path}")
     return 0
@@ -202,7 +186,7 @@ def listed(predictions: Boxes, split: DetectionSplit, class_names: tuple[str, ..
 
 
 def read_model(path: Path, device: str) -> Trained:
-    """A detector of `detect --data` or of runs/, its batch norms not yet folded. DataError where it is none of ours."""
+    """A detector of `detect --data` or of runs/, its batch norms not yet fused. DataError where it is none of ours."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -212,7 +196,7 @@ def read_model(path: Path, device: str) -> Trained:
         names = json.loads(header["class_names"]) if "class_names" in header else CLASS_NAMES[settings.dataset]
         dev = json.loads(header["dev"])
         # The anchors of v5 are among the tensors: COCO's stand in until they are loaded.
-        detector = build(replace(settings, anchors="coco"), SimpleNamespace(class_names=names))
+        detector = build(settings, len(names))
         detector.load_state_dict(tensors)
         detector.to(device, memory_format=torch.channels_last).eval()
         return Trained(detector, settings, tuple(names), {"threshold": float(dev["threshold"]), **dev}, header["key"])

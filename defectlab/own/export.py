@@ -1,17 +1,17 @@
 """A trained detector as an ONNX file, for programs without torch; checked against torch as soon as it is written."""
 
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
 from defectlab.files import write_atomically
-from defectlab.networks.yolo.blocks import folded
+from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import decode
 from defectlab.networks.yolo.model import Detector
-from pathlib import Path
-from torch import Tensor
-from torch import nn
-from typing import NamedTuple
-import importlib.util
-import torch
-import warnings
-
 
 PACKAGES = ("onnx", "onnxruntime")
 TRACED, CHECKED = 2, (1, 3)  # pictures: traced with one batch, compared at others, since the batch is to be free
@@ -25,11 +25,11 @@ class Difference(NamedTuple):
 
 
 class Decoded(nn.Module):
-    """A folded detector and its decoding in one: images (B, 3, S, S) -> boxes (B, A, 4), scores (B, A, classes)."""
+    """A fused detector and its decoding in one: images (B, 3, S, S) -> boxes (B, A, 4), scores (B, A, classes)."""
 
     def __init__(self, detector: Detector):
         super().__init__()
-        self.detector = folded(detector).cpu().float()
+        self.detector = fused(detector).cpu().float()
         self.to(memory_format=torch.contiguous_format)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def check_installed() -> None:
 
 
 def to_onnx(detector: Detector, path: Path, size: int) -> Difference:
-    """Write `detector`, folded, to `path`, run the file on random pictures, -> its difference from torch.
+    """Write `detector`, fused, to `path`, run the file on random pictures, -> its difference from torch.
 
     Input "images": float32 (B, 3, size, size) in 0..1, letterboxed as in training; B is free. Outputs: "boxes" float32
     (B, A, 4), x1 y1 x2 y2 in pixels of the input, not clipped; "scores" float32 (B, A, classes) in 0..1.

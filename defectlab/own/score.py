@@ -1,43 +1,40 @@
 """A trained model on a reader's own pictures: scores and anomaly maps as files; or train on a folder of good ones."""
 
-from PIL import Image
-from defectlab.batch import pick_device
-from defectlab.data.anomaly import from_good_folder
-from defectlab.data.anomaly import load_folder
-from defectlab.files import DataError
-from defectlab.files import write_atomically
-from defectlab.networks import resnet as teachers
-from defectlab.networks.feature_baselines import PatchCoreSettings
-from defectlab.networks.reverse_distillation import MAP_SIZE
-from defectlab.networks.reverse_distillation import RD4ADSettings
-from defectlab.networks.reverse_distillation import image_scores
-from defectlab.papers import bsdrd
-from defectlab.precision import precision_of
-from defectlab.runs import Session
-from defectlab.training.anomaly import compute_features
-from defectlab.training.anomaly import score_features
-from defectlab.training.feature_baselines import score_patches
-from functools import partial
-from pathlib import Path
-from safetensors import SafetensorError
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from typing import Any
 import argparse
 import csv
 import dataclasses
 import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import matplotlib
 import numpy as np
 import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
+from defectlab.data.anomaly import from_good_folder, load_folder
+from defectlab.files import DataError, write_atomically
+from defectlab.networks import resnet as teachers
+from defectlab.networks import reverse_distillation
+from defectlab.networks.feature_baselines import PatchCoreSettings
+from defectlab.networks.reverse_distillation import MAP_SIZE, RD4ADSettings, image_scores
+from defectlab.papers import bsdrd
+from defectlab.precision import precision_of
+from defectlab.provenance import pick_device
+from defectlab.runs import Context
+from defectlab.training.anomaly import compute_features, run_rd4ad, score_features
+from defectlab.training.bsdrd import run_bsdrd
+from defectlab.training.feature_baselines import run_patchcore, score_patches
 
 CHUNK = 256  # pictures whose features are held at once: about 0.9 MB each at 256 px with a ResNet-18
-KINDS = {
-    "rd4ad": (RD4ADSettings, baselines),
-    "patchcore": (PatchCoreSettings, baselines),
-    "bsdrd": (bsdrd.Settings, bsdrd),
+KINDS = {  # settings, how it is trained, and the module with the network and its maps
+    "rd4ad": (RD4ADSettings, run_rd4ad, reverse_distillation),
+    "patchcore": (PatchCoreSettings, run_patchcore, None),
+    "bsdrd": (bsdrd.Settings, run_bsdrd, bsdrd),
 }
 
 
@@ -47,7 +44,7 @@ def read_model(path: Path) -> tuple[Any, dict[str, float], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        kind, _ = KINDS[header["model"]]
+        kind, *_ = KINDS[header["model"]]
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["settings"]).items()}
         return kind(**values), json.loads(header["dev"]), tensors
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -69,7 +66,7 @@ def score_pictures(path: Path, settings: Any, tensors: dict[str, Tensor], images
         bank = tensors["bank"].to(device)
         parts = [score_patches(compute_features(settings, chunk), bank) for chunk in images.split(CHUNK)]
         return torch.cat([maps for maps, _ in parts]), torch.cat([scores for _, scores in parts])
-    _, module = KINDS[settings.model]
+    *_, module = KINDS[settings.model]
     teacher = teachers.Teacher(settings.teacher)  # for its shapes only
     network = module.build(settings, teacher.channels, teacher.bottleneck)
     _check_tensors(path, tensors, set(network.state_dict()))
@@ -91,12 +88,12 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], wanted: set[str]) -> 
 
 def train_good(options: argparse.Namespace, device: str) -> Path:
     """Train `--method` on a folder of good pictures; the threshold comes from defects pasted on a tenth of them."""
-    kind, module = KINDS[options.method]
+    kind, run, _ = KINDS[options.method]
     settings = kind(dataset=f"folder {options.train_good.name}", teacher=options.teacher, size=options.size)
     if options.method != "patchcore":
         settings = dataclasses.replace(settings, epochs=options.epochs)
     data = from_good_folder(options.train_good, options.size, device)
-    result = module.run_row(settings, 0, data, device, Session())
+    result = run(settings, 0, data, Context(device=device))
     path = options.out / f"{options.method}.safetensors"
     header = {"model": options.method, "settings": json.dumps(dataclasses.asdict(settings))}
     header["dev"] = json.dumps(result.dev)

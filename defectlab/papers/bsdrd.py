@@ -9,24 +9,25 @@ feature gated fusion loss (MD-GFLoss)". All else is ours and marked so; two plau
 """
 
 from dataclasses import dataclass
-from defectlab.networks.reverse_distillation import LOSSES
-from defectlab.networks.reverse_distillation import OneClassEmbedding
-from defectlab.networks.reverse_distillation import RD4ADSettings
-from defectlab.networks.reverse_distillation import ReverseDecoder
-from defectlab.networks.reverse_distillation import downsample_to
-from defectlab.networks.reverse_distillation import per_position_discrepancy
-from defectlab.networks.reverse_distillation import stage
-from defectlab.networks.reverse_distillation import upsample
-from defectlab.precision import at_least_float32
-from defectlab.studies.bsdrd import rows
-from einops import rearrange
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
 from typing import ClassVar
+
 import pywt
 import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
 
+from defectlab.networks.reverse_distillation import (
+    LOSSES,
+    OneClassEmbedding,
+    RD4ADSettings,
+    ReverseDecoder,
+    downsample_to,
+    per_position_discrepancy,
+    stage,
+    upsample,
+)
+from defectlab.precision import at_least_float32
 
 
 @dataclass(frozen=True)

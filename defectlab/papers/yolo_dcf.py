@@ -10,24 +10,19 @@ stronger version of the same network guides a lighter one" by "the spatial relat
 emphasis within each channel". All else is ours and marked so, with the published neighbour that it follows.
 """
 
-from dataclasses import dataclass
-from defectlab.data.boxes import DetectionData
-from defectlab.networks.yolo.blocks import Bottleneck
-from defectlab.networks.yolo.blocks import Concatenation
-from defectlab.networks.yolo.blocks import ConvBlock
-from defectlab.networks.yolo.blocks import norm
-from defectlab.networks.yolo.model import Detector
-from defectlab.networks.yolo.model import build_detector
-from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.studies.yolo_dcf import rows
-from defectlab.training.detection import frozen
-from einops import rearrange
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
+from dataclasses import dataclass, replace
 from typing import ClassVar
-import torch
 
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.networks.yolo.blocks import Bottleneck, Concatenation, ConvBlock, norm
+from defectlab.networks.yolo.decode import DefectFinder
+from defectlab.networks.yolo.losses import detection_loss
+from defectlab.networks.yolo.model import Detector, build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ FUSIONS = {
 }
 
 
-# --- Multi-scale residual block: parallel paths in training, "folded into a simpler form for fast use" ---------------
+# --- Multi-scale residual block: parallel paths in training, "fused into a simpler form for fast use" ---------------
 
 
 class MultiScaleResidualBlock(nn.Module):
@@ -132,7 +127,7 @@ class MultiScaleResidualBlock(nn.Module):
 
     Dense local texture: a 3x3 convolution. Medium and large structure: depthwise 3x3 convolutions with dilation 2 and
     3, which reach 5 and 7 pixels (ours, after the dilated reparameterised block of UniRepLKNet, CVPR 2024). All paths
-    are linear with a norm of their own, so that their sum folds: see `fold`.
+    are linear with a norm of their own, so that their sum folds: see `fuse`.
     """
 
     def __init__(self, channels: int, shortcut: bool = True, kernels: tuple[int, int] = (3, 3), expansion: float = 1.0):
@@ -161,19 +156,19 @@ class MultiScaleResidualBlock(nn.Module):
         with torch.autocast("cpu", enabled=False):
             return self.medium(h.float()) + self.large(h.float())
 
-    def fold(self) -> nn.Module:
+    def fuse(self) -> nn.Module:
         """The same function with one 3x3 and one depthwise 7x7 convolution, no norms."""
-        return FoldedMultiScaleBlock(self)
+        return FusedMultiScaleBlock(self)
 
 
-class FoldedMultiScaleBlock(nn.Module):
+class FusedMultiScaleBlock(nn.Module):
     """What `MultiScaleResidualBlock` becomes for inference: the two dilated paths are one depthwise 7x7 kernel."""
 
     def __init__(self, block: MultiScaleResidualBlock):
         super().__init__()
-        self.first = block.first.fold()
-        self.dense = block.dense.fold()[0]
-        medium, large = block.medium.fold()[0], block.large.fold()[0]
+        self.first = block.first.fuse()
+        self.dense = block.dense.fuse()[0]
+        medium, large = block.medium.fuse()[0], block.large.fuse()[0]
         channels = medium.out_channels
         self.wide = nn.Conv2d(channels, channels, 7, padding=3, groups=channels).to(medium.weight)
         with torch.no_grad():
@@ -254,9 +249,41 @@ class DualDistillation(nn.Module):
         return terms
 
 
-# --- Network, teacher, losses of a row -------------------------------------------------------------------------------
+# --- Network and loss ------------------------------------------------------------------------------------------------
 
 
-def build(settings: Settings, data: DetectionData) -> Detector:
-    """The baseline with YOLO-DCF's fusion and block."""
-    return build_detector(settings, data, fuse=FUSIONS[settings.fusion], bottleneck=BLOCKS[settings.block])
+def build(settings: Settings, classes: int, anchors: Tensor | None = None) -> Detector:
+    """The baseline with YOLO-DCF's fusion and block; arguments as `build_detector`."""
+    return build_detector(settings, classes, anchors, fuse=FUSIONS[settings.fusion], bottleneck=BLOCKS[settings.block])
+
+
+def teacher_settings(settings: Settings) -> Settings:
+    """Of the network that teaches: the same recipe at the stronger scale, without distillation."""
+    return replace(settings, scale=settings.teacher_scale, teacher_scale="", relation=0.0, channel=0.0)
+
+
+class DistilledLoss(nn.Module):
+    """The detector's own loss and the terms of the dual distillation from a frozen teacher."""
+
+    def __init__(self, settings: Settings, student: Detector, teacher: Detector):
+        super().__init__()
+        self.criterion = detection_loss(student, settings.size)
+        self.dual = DualDistillation(student.widths, teacher.widths, settings)
+
+    def forward(
+        self, student: Detector, teacher: Detector, images: Tensor, boxes: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """images (B, 3, S, S) in 0..1, boxes (B, M, 4) xyxy px, labels (B, M), -1 where padded -> named scalars."""
+        maps = student.features(images)
+        with torch.no_grad():
+            taught = teacher.features(images)
+        scalars = self.criterion(student.head(maps), boxes, labels)
+        terms = self.dual(maps, taught)
+        return scalars | terms | {"loss": scalars["loss"] + sum(terms.values())}
+
+
+class YOLODCF(DefectFinder):
+    """Images -> boxes, by the whole method as deployed. `YOLODCF(Settings(size=320), classes=6)(images)`."""
+
+    def __init__(self, settings: Settings, classes: int):
+        super().__init__(build(settings, classes))

@@ -1,38 +1,29 @@
-"""The two-stage paper: small-sample segmentation (AMAM), then anomaly detection by knowledge distillation.
+"""The rows of the two-stage paper (notebooks 40 to 42). "kd_metal_nut" is the one stage, "two_stage" the two.
 
 Guo and Lv, "A Two-Stage Deep-Learning Framework for Industrial Anomaly Detection: Integrating Small-Sample Semantic
-Segmentation and Knowledge Distillation", Machines 13(8), 712 (2025), doi 10.3390/machines13080712. In the paper's
-order: `segmentation` (section 3.1), `distillation` and `weighting` (section 3.2), `two_stage` (section 4.3); and what
-its tables add up to (`arithmetic`). Here: the three profiles, the rows of all tables, and how a row is run.
+Segmentation and Knowledge Distillation", Machines 13(8), 712 (2025), doi 10.3390/machines13080712.
 """
 
 from dataclasses import replace
-from defectlab.batch import fingerprints_here
+from functools import lru_cache, partial
+from typing import Any
+
 from defectlab.data.anomaly import MVTEC_CATEGORIES
-from defectlab.data.masks import SegmentationData
-from defectlab.data.masks import load_segmentation
-from defectlab.data.masks import segmentation_fingerprint
-from defectlab.networks.feature_baselines import PaDiMSettings
-from defectlab.networks.feature_baselines import PatchCoreSettings
-from defectlab.networks.feature_baselines import SPADESettings
+from defectlab.data.masks import SegmentationData, load_segmentation, segmentation_fingerprint
+from defectlab.networks.feature_baselines import PaDiMSettings, PatchCoreSettings, SPADESettings
 from defectlab.networks.reverse_distillation import RD4ADSettings
-from defectlab.networks.segmentation import COMPARATORS
-from defectlab.networks.segmentation import SegmentationSettings
+from defectlab.networks.segmentation import COMPARATORS, SegmentationSettings
 from defectlab.papers.amam_kd import segmentation
 from defectlab.papers.amam_kd.distillation import DistillationSettings
 from defectlab.papers.amam_kd.segmentation import Settings
 from defectlab.papers.amam_kd.two_stage import TwoStageSettings
-from defectlab.runs import Result
-from defectlab.runs import Session
 from defectlab.studies import reverse_distillation as baselines
-from defectlab.training.amam_kd import run_distillation
-from defectlab.training.amam_kd import run_two_stage
+from defectlab.studies.study import FEW, MORE, PAPER_ONLY, Row, Study
+from defectlab.training.amam_kd import run_distillation, run_two_stage
+from defectlab.training.anomaly import run_rd4ad
+from defectlab.training.feature_baselines import run_padim, run_patchcore, run_spade
 from defectlab.training.segmentation import run_segmentation
-from functools import lru_cache
-from typing import Any
 
-
-TITLE = "AMAM + KD (Machines 2025): segmentation, distillation, and both in two stages on MVTec metal_nut"
 TARGETS = ("nut", "defect")  # what was segmented is not clear (notebook 40): both
 SHARES = {"10": 0.1, "20": 0.2, "50": 0.5}  # Table 6
 
@@ -57,7 +48,7 @@ SETTINGS = {profile: DistillationSettings(**DETECTION[profile]) for profile in D
 # --- Rows of the tables ----------------------------------------------------------------------------------------------
 
 
-def segmentation_rows(profile: str, target: str) -> dict[str, SegmentationSettings]:
+def segmentation_settings(profile: str, target: str) -> dict[str, SegmentationSettings]:
     """Tables 2, 4, 5 and 6 on one target."""
     common = {"target": target, **SEGMENTATION[profile]}
     full = Settings(**common)
@@ -86,7 +77,7 @@ def segmentation_rows(profile: str, target: str) -> dict[str, SegmentationSettin
     return {f"{name}_{target}": settings for name, settings in found.items()}
 
 
-def detection_rows(profile: str) -> dict[str, Any]:
+def detection_settings(profile: str) -> dict[str, Any]:
     """Tables 7 to 11 and the experiments in the text; beyond Table 7 on metal_nut alone."""
     base = SETTINGS[profile]
     plain = {name: getattr(base, name) for name in ("teacher", "size")}
@@ -123,19 +114,50 @@ def detection_rows(profile: str) -> dict[str, Any]:
     }
 
 
-def rows(profile: str) -> dict[str, Any]:
-    """Every row of notebooks 40 to 42 at one profile; "kd_metal_nut" is the one stage, "two_stage" the two."""
+def settings_of(profile: str) -> dict[str, Any]:
+    """Row name -> settings."""
     found = {}
     for target in TARGETS:
-        found |= segmentation_rows(profile, target)
+        found |= segmentation_settings(profile, target)
     longer = {"epochs": 8} if profile == "smoke" else {}  # after two epochs no nut is found, and nothing is cut
     found["nut_from_good"] = replace(found["amam_nut"], split="good", **longer)
-    found |= detection_rows(profile)
+    found |= detection_settings(profile)
     two = TwoStageSettings(segmenter=found["nut_from_good"], detector=found["kd_metal_nut"], **TWO_STAGE[profile])
     return found | {"two_stage": two, "two_stage_paper_split": replace(two, segmenter=found["amam_nut"])}
 
 
-ROWS = {profile: rows(profile) for profile in SETTINGS}
+# --- What a row is computed from, and how ----------------------------------------------------------------------------
+
+
+def load_masks(settings: SegmentationSettings, device: str) -> SegmentationData:
+    return _load_masks(settings.dataset, settings.target, settings.split, settings.size, str(device))
+
+
+@lru_cache(maxsize=2)  # both targets
+def _load_masks(dataset: str, target: str, split: str, size: int, device: str) -> SegmentationData:
+    return load_segmentation(dataset, target, split, size, device)
+
+
+def fingerprints_of_masks(settings: SegmentationSettings) -> dict[str, str]:
+    masks = segmentation_fingerprint(settings.dataset, settings.target, settings.split)
+    return {"data": masks, "weights": baselines.weights_fingerprint(settings.encoder)}
+
+
+def fingerprints_of_both(settings: TwoStageSettings) -> dict[str, str]:
+    return baselines.fingerprints(settings) | {"masks": fingerprints_of_masks(settings.segmenter)["data"]}
+
+
+run_stage_one = partial(run_segmentation, build=segmentation.build)
+KINDS = {  # of settings: how such a row is run, loaded and fingerprinted
+    Settings: (run_stage_one, load_masks, fingerprints_of_masks),
+    SegmentationSettings: (run_stage_one, load_masks, fingerprints_of_masks),
+    DistillationSettings: (run_distillation, baselines.load, baselines.fingerprints),
+    TwoStageSettings: (run_two_stage, baselines.load, fingerprints_of_both),
+    RD4ADSettings: (run_rd4ad, baselines.load, baselines.fingerprints),
+    PatchCoreSettings: (run_patchcore, baselines.load, baselines.fingerprints),
+    PaDiMSettings: (run_padim, baselines.load, baselines.fingerprints),
+    SPADESettings: (run_spade, baselines.load, baselines.fingerprints),
+}
 OPTIONAL = (  # their data or weights are not everywhere
     *(f"{name}_{c}" for name in ("kd", "padim", "spade", "patchcore") for c in MVTEC_CATEGORIES if c != "metal_nut"),
     *("kd_resnet50", "kd_wide_resnet50_2"),
@@ -145,81 +167,57 @@ PRIMARY = (
     *("amam_nut", "amam_defect", "unet_nut", "unet_defect"),
     *("rd4ad_metal_nut", "patchcore_metal_nut", "padim_metal_nut"),
 )
-QUICK = (*PRIMARY, "nut_from_good")  # the networks of stage one that quick trains
-TABLES = {
-    "table2": "Table 2: dilation rates",
-    "table4": "Table 4: segmentation networks",
-    "table5": "Table 5: parts of the segmentation network",
-    "table6": "Table 6: fewer training images",
-    "table7": "Table 7: anomaly localisation on MVTec AD",
-    "table8": "Table 8: teachers",
-    "table9": "Table 9: feature aggregation and filtering",
-    "table10": "Table 10: losses",
-    "table11": "Table 11: weighting of the maps",
-    "text": "Experiments in the text",
-}
-METRICS = (
-    ("miou", "image_auroc", "pixel_auroc"),
-    ("iou", "dice", "accuracy"),
-    ("mae", "weighted_f"),
-    ("s_measure", "e_measure"),
-    ("dice_nonempty", "weighted_f_nonempty"),
-    ("s_measure_nonempty", "e_measure_nonempty"),
-    ("image_ap", "pixel_ap", "aupro"),
-    ("image_auroc_crop", "pixel_auroc_crop", "aupro_crop", "crop_share"),
-    ("parameters_m", "gflops", "latency_ms"),
+IN_QUICK = (*PRIMARY, "nut_from_good")  # the networks of stage one that quick trains: all of them would take a night
+COMPARED = ("kd_metal_nut", "two_stage", "amam_10_nut", "gates_10_nut", "amam_10_defect", "gates_10_defect")
+
+
+def seeds_of(name: str, settings: Any) -> dict[str, int]:
+    """Profile -> how many seeds: most for what the primary claims compare."""
+    if name in COMPARED:
+        return MORE
+    return PAPER_ONLY if isinstance(settings, SegmentationSettings) and name not in IN_QUICK else FEW
+
+
+def rows(profile: str) -> dict[str, Row]:
+    found = {}
+    for name, settings in settings_of(profile).items():
+        planned = {"seeds": seeds_of(name, settings)[profile], "primary": name in PRIMARY, "optional": name in OPTIONAL}
+        found[name] = Row(settings, *KINDS[type(settings)], **planned)
+    return found
+
+
+STUDY = Study(
+    "AMAM + KD (Machines 2025): segmentation, distillation, and both in two stages on MVTec metal_nut",
+    {profile: rows(profile) for profile in SETTINGS},
+    {
+        "table2": "Table 2: dilation rates",
+        "table4": "Table 4: segmentation networks",
+        "table5": "Table 5: parts of the segmentation network",
+        "table6": "Table 6: fewer training images",
+        "table7": "Table 7: anomaly localisation on MVTec AD",
+        "table8": "Table 8: teachers",
+        "table9": "Table 9: feature aggregation and filtering",
+        "table10": "Table 10: losses",
+        "table11": "Table 11: weighting of the maps",
+        "text": "Experiments in the text",
+    },
+    (
+        ("miou", "image_auroc", "pixel_auroc"),
+        ("iou", "dice", "accuracy"),
+        ("mae", "weighted_f"),
+        ("s_measure", "e_measure"),
+        ("dice_nonempty", "weighted_f_nonempty"),
+        ("s_measure_nonempty", "e_measure_nonempty"),
+        ("image_ap", "pixel_ap", "aupro"),
+        ("image_auroc_crop", "pixel_auroc_crop", "aupro_crop", "crop_share"),
+        ("parameters_m", "gflops", "latency_ms"),
+    ),
 )
 
 
-def planned_seeds(row: str, profile: str) -> int:
-    """How many seeds a row gets: five in the paper profile for the primary claims; in quick none for the ablations of
-    stage one, since each would take as long as the network itself (all of them: a night)."""
-    if row in ("kd_metal_nut", "two_stage"):
-        return {"smoke": 1, "quick": 3, "paper": 5}[profile]
-    if row.startswith(("amam_10_", "gates_10_")) and "_steps_" not in row:
-        return {"smoke": 1, "quick": 3, "paper": 5}[profile]
-    if profile == "quick" and isinstance(ROWS["quick"][row], SegmentationSettings) and row not in QUICK:
-        return 0
-    return {"smoke": 1, "quick": 1, "paper": 3}[profile]
-
-
 def present(profile: str) -> list[str]:
-    """The MVTec categories that can be run here; in smoke the drawn nut alone."""
+    """The MVTec categories that can be run here; in smoke the synthetic nut alone."""
     if profile == "smoke":
         return ["metal_nut"]
-    return [c for c in MVTEC_CATEGORIES if fingerprints_here(baselines, ROWS[profile][f"patchcore_{c}"])]
-
-
-# --- Data, fingerprints, one run -------------------------------------------------------------------------------------
-
-
-def load(settings: Any, device: str) -> Any:
-    """AnomalyData, or SegmentationData for the rows of stage one."""
-    if isinstance(settings, SegmentationSettings):
-        return _load_masks(settings.dataset, settings.target, settings.split, settings.size, str(device))
-    return baselines.load(settings, device)
-
-
-@lru_cache(maxsize=2)  # both targets
-def _load_masks(dataset: str, target: str, split: str, size: int, device: str) -> SegmentationData:
-    return load_segmentation(dataset, target, split, size, device)
-
-
-def fingerprints(settings: Any) -> dict[str, str]:
-    if isinstance(settings, SegmentationSettings):
-        masks = segmentation_fingerprint(settings.dataset, settings.target, settings.split)
-        return {"data": masks, "weights": baselines.weights_fingerprint(settings.encoder)}
-    if isinstance(settings, TwoStageSettings):
-        return baselines.fingerprints(settings) | {"masks": fingerprints(settings.segmenter)["data"]}
-    return baselines.fingerprints(settings)
-
-
-def run_row(settings: Any, seed: int, data: Any, device: str, session: Session) -> Result:
-    """One row and seed, by the kind of its settings."""
-    if isinstance(settings, TwoStageSettings):
-        return run_two_stage(settings, seed, data, device, session)
-    if isinstance(settings, SegmentationSettings):
-        return run_segmentation(settings, seed, data, device, session, segmentation.build)
-    if isinstance(settings, DistillationSettings):
-        return run_distillation(settings, seed, data, device, session)
-    return baselines.run_row(settings, seed, data, device, session)
+    rows_here = STUDY.rows[profile]
+    return [c for c in MVTEC_CATEGORIES if rows_here[f"patchcore_{c}"].fingerprints_here()]

@@ -1,40 +1,28 @@
-"""D3N: the power of a diffusion model in a detector that costs nothing more.
+"""The rows of D3N (notebooks 30 to 33): Tables I to VI of the paper. "student" is the whole method.
 
-Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845. In the paper's order:
-`preparation` and `compression` (section III-B), `fusion` (III-C), `hybrid` (Figs 4 and 7), `transfer` (III-D); and what
-its tables add up to (`arithmetic`). Here: the three profiles, the rows of all tables, and how a row is run.
+Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845.
 """
 
 from dataclasses import replace
-from defectlab.data.boxes import DetectionData
-from defectlab.data.instances import InstanceData
-from defectlab.data.instances import LABELS as MASKED
-from defectlab.data.instances import instance_fingerprint
-from defectlab.data.instances import load_instances
-from defectlab.networks.diffusion import DiffusionSettings
-from defectlab.networks.torchvision_detectors import TorchvisionSettings
-from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.papers.d3n.hybrid import HybridSettings
-from defectlab.papers.d3n.hybrid import InstanceSettings
-from defectlab.papers.d3n.hybrid import StudentSettings
-from defectlab.papers.d3n.resvae import CompressionSettings
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.studies import detector as baselines
-from defectlab.training.cost_rows import CostSettings
-from defectlab.training.cost_rows import NoData
-from defectlab.training.cost_rows import run_costs
-from defectlab.training.d3n import run_hybrid
-from defectlab.training.d3n import run_student
-from defectlab.training.d3n import run_with_masks
-from defectlab.training.d3n_features import run_compression
-from defectlab.training.diffusion import run_ddpm
-from defectlab.training.torchvision_detectors import run_torchvision
 from functools import lru_cache
 from typing import Any
 
-
-TITLE = "D3N (arXiv 2408.13845): features of a diffusion model, fused into YOLOv5s and distilled back"
+from defectlab.data.boxes import DetectionData
+from defectlab.data.instances import LABELS as MASKED
+from defectlab.data.instances import InstanceData, instance_fingerprint, load_instances
+from defectlab.networks.diffusion import DiffusionSettings
+from defectlab.networks.torchvision_detectors import TorchvisionSettings
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.papers.d3n.hybrid import HybridSettings, InstanceSettings, StudentSettings
+from defectlab.papers.d3n.resvae import CompressionSettings
+from defectlab.studies import detector as baselines
+from defectlab.studies.study import FEW, MORE, ONCE, PAPER_ONLY, Row, Study
+from defectlab.training.cost_rows import CostSettings, NoData, run_costs
+from defectlab.training.d3n import run_hybrid, run_student, run_with_masks
+from defectlab.training.d3n_features import run_compression
+from defectlab.training.detection import run_detector
+from defectlab.training.diffusion import run_ddpm
+from defectlab.training.torchvision_detectors import run_torchvision
 
 # --- Settings of the three profiles ----------------------------------------------------------------------------------
 
@@ -93,8 +81,8 @@ def student_of(hybrid: HybridSettings, **changes: Any) -> StudentSettings:
     return StudentSettings(**(own | changes), teacher=hybrid)
 
 
-def rows(profile: str) -> dict[str, Any]:
-    """Every row of notebooks 30 to 33 at one profile; "student" is the whole method, "baseline" its own baseline."""
+def settings_of(profile: str) -> dict[str, Any]:
+    """Row name -> settings; "student" is the whole method, "baseline" its own baseline."""
     base = SETTINGS[profile]
     prepared = stages(profile, base.dataset)
     resvae = prepared["resvae"]
@@ -126,10 +114,10 @@ def rows(profile: str) -> dict[str, Any]:
     }
     longer = 3 * base.epochs
     found |= {"baseline_300": replace(base, epochs=longer), "student_300": replace(student, epochs=longer)}
-    return found | board_rows(profile) | mask_rows(profile) | table6_rows(profile) | cost_rows(profile)
+    return found | board_settings(profile) | mask_settings(profile) | table6_settings(profile) | cost_settings(profile)
 
 
-def board_rows(profile: str) -> dict[str, Any]:
+def board_settings(profile: str) -> dict[str, Any]:
     """The whole method on circuit boards: ours."""
     dataset = baselines.on("deep_pcb", profile)
     base = replace(SETTINGS[profile], dataset=dataset)
@@ -139,7 +127,7 @@ def board_rows(profile: str) -> dict[str, Any]:
     return {f"pcb_{name}": row for name, row in (found | {"student": student_of(hybrid)}).items()}
 
 
-def mask_rows(profile: str) -> dict[str, Any]:
+def mask_settings(profile: str) -> dict[str, Any]:
     """Table IV: boxes and masks on NEU-Seg, and the baseline on that set's own split, which tests on turned pictures of
     its training part."""
     sets = {"smoke": ("synthetic_steel_masks",) * 2}.get(profile, ("neu_seg", "neu_seg_published"))
@@ -157,7 +145,7 @@ def mask_rows(profile: str) -> dict[str, Any]:
     }
 
 
-def table6_rows(profile: str) -> dict[str, Any]:
+def table6_settings(profile: str) -> dict[str, Any]:
     """Other detectors on NEU-DET, with the recipe of the baseline."""
     base = SETTINGS[profile]
     scales = {"v5": ("m", "l"), "v8": ("n", "s", "m", "l")}
@@ -171,60 +159,21 @@ def table6_rows(profile: str) -> dict[str, Any]:
     return own | {name: TorchvisionSettings(architecture=name, **common) for name in others}
 
 
-def cost_rows(profile: str) -> dict[str, CostSettings]:
+def cost_settings(profile: str) -> dict[str, CostSettings]:
     """Table V's costs, which need no data."""
     size = 96 if profile == "smoke" else 640
     models = (*(("v5", scale) for scale in "nsml"), *(("v8", scale) for scale in "nsml"))
     return {f"cost_{family}{scale}": CostSettings(family=family, scale=scale, size=size) for family, scale in models}
 
 
-ROWS = {profile: rows(profile) for profile in SETTINGS}
-OPTIONAL = (*board_rows("paper"), *mask_rows("paper"))  # their data are not everywhere
-PRIMARY = ("ddpm", "resvae", "baseline", "hybrid", "student")
-TABLES = {
-    "table1": "Table I: parts of the dynamic cross-fusion",
-    "table2": "Table II: ways to fuse",
-    "table3": "Table III: parts of the method",
-    "table4": "Table IV: detection and segmentation on NEU-Seg",
-    "table5": "Table V: costs, and Tianchi fabric as printed",
-    "table6": "Table VI: detectors on NEU-DET",
-    "table7": "Table VII: GC10-DET as printed",
-    "text": "Experiments in the text, and ours",
-}
-METRICS = (
-    ("map50", "map50_95", "map33"),
-    ("precision_dev", "recall_dev", "f1_dev", "f1_oracle"),
-    ("mask_map50", "mask_map50_95", "mask_precision_dev", "mask_recall_dev"),
-    ("parameters_m", "gflops", "size_mb", "latency_ms", "fps", "images_per_second_32"),
-    ("noise_error", "unexplained", "kl", "compression_ratio"),
-)
-QUICK = (*PRIMARY, "pca", "fusion_weighted_sum", "baseline_mosaic", *cost_rows("quick"))
+# --- What a row is computed from, and how ----------------------------------------------------------------------------
 
 
-def planned_seeds(row: str, profile: str) -> int:
-    """How many seeds a row gets: five in the paper profile for what the primary claims compare; the stages one, which
-    serves all; in quick none for the ablations but one, each of which takes as long as the hybrid."""
-    settings = ROWS[profile][row]
-    if isinstance(settings, DiffusionSettings | CompressionSettings | CostSettings):
-        return int(profile != "quick" or row in QUICK)
-    if isinstance(settings, TorchvisionSettings):  # SSD refuses small pictures, the others take hours on a CPU
-        return 3 if profile == "paper" else 0
-    if profile == "paper":
-        return 5 if row in ("baseline", "hybrid", "student") else 3
-    return int(profile == "smoke" or row in QUICK)
-
-
-# --- Data, fingerprints, one run -------------------------------------------------------------------------------------
-
-
-def load(settings: Any, device: str) -> DetectionData | NoData:
-    """A set at the size that the row looks at: the stages at the diffusion model's."""
-    if isinstance(settings, CostSettings):
-        return NoData()
-    looking = settings.ddpm if isinstance(settings, CompressionSettings) else settings
+def load(settings: Any, device: str) -> DetectionData:
+    """A set at the size that the row sees."""
     if settings.dataset in MASKED:
-        return _load_instances(settings.dataset, looking.size, str(device))
-    return baselines.load(looking, device)
+        return _load_instances(settings.dataset, settings.size, str(device))
+    return baselines.load(settings, device)
 
 
 @lru_cache(maxsize=2)
@@ -232,29 +181,76 @@ def _load_instances(dataset: str, size: int, device: str) -> InstanceData:
     return load_instances(dataset, size, device)
 
 
+def load_for_compression(settings: CompressionSettings, device: str) -> DetectionData:
+    """A compressor sees what its diffusion model saw."""
+    return load(settings.ddpm, device)
+
+
 def fingerprints(settings: Any) -> dict[str, str]:
     """Of the data; every weight here starts from chance."""
-    if isinstance(settings, CostSettings):
-        return {"data": "none", "weights": "random"}
     if settings.dataset in MASKED:
         return {"data": instance_fingerprint(settings.dataset), "weights": "random"}
     return baselines.fingerprints(settings)
 
 
-def run_row(settings: Any, seed: int, data: Any, device: str, session: Session) -> Result:
-    """One row and seed, by the kind of its settings."""
-    if isinstance(settings, CostSettings):
-        return run_costs(settings, device)
-    if isinstance(settings, DiffusionSettings):
-        return run_ddpm(settings, seed, data, device, session)
-    if isinstance(settings, CompressionSettings):
-        return run_compression(settings, seed, data, device, session)
-    if isinstance(settings, HybridSettings):
-        return run_hybrid(settings, seed, data, load(settings.compression, device), device, session)
-    if isinstance(settings, StudentSettings):
-        return run_student(settings, seed, data, load(settings.teacher.compression, device), device, session)
-    if isinstance(settings, InstanceSettings):
-        return run_with_masks(settings, seed, data, device, session)
-    if isinstance(settings, TorchvisionSettings):
-        return run_torchvision(settings, seed, data, device, session)
-    return baselines.run_row(settings, seed, data, device, session)
+KINDS = {  # of settings: how such a row is run, loaded and fingerprinted
+    DiffusionSettings: (run_ddpm, load, fingerprints),
+    CompressionSettings: (run_compression, load_for_compression, fingerprints),
+    DetectorSettings: (run_detector, load, fingerprints),
+    HybridSettings: (run_hybrid, load, fingerprints),
+    StudentSettings: (run_student, load, fingerprints),
+    InstanceSettings: (run_with_masks, load, fingerprints),
+    TorchvisionSettings: (run_torchvision, load, fingerprints),
+    CostSettings: (
+        run_costs,
+        lambda settings, device: NoData(),
+        lambda settings: {"data": "none", "weights": "random"},
+    ),
+}
+STAGES = (DiffusionSettings, CompressionSettings, CostSettings)  # one run serves all seeds of what follows
+PRIMARY = ("ddpm", "resvae", "baseline", "hybrid", "student")
+IN_QUICK = (*PRIMARY, "pca", "fusion_weighted_sum", "baseline_mosaic")  # each of the others takes as long as the hybrid
+OPTIONAL = (*board_settings("paper"), *mask_settings("paper"))  # their data are not everywhere
+
+
+def seeds_of(name: str, settings: Any) -> dict[str, int]:
+    """Profile -> how many seeds: most for what the primary claims compare; a stage one."""
+    in_quick = name in IN_QUICK or isinstance(settings, CostSettings)
+    if isinstance(settings, STAGES):
+        return ONCE if in_quick else ONCE | {"quick": 0}
+    if isinstance(settings, TorchvisionSettings):  # SSD refuses small images, the others take hours on a CPU
+        return {"smoke": 0, "quick": 0, "paper": 3}
+    if name in ("baseline", "hybrid", "student"):
+        return MORE | {"quick": 1}
+    return FEW if in_quick else PAPER_ONLY
+
+
+def rows(profile: str) -> dict[str, Row]:
+    found = {}
+    for name, settings in settings_of(profile).items():
+        planned = {"seeds": seeds_of(name, settings)[profile], "primary": name in PRIMARY, "optional": name in OPTIONAL}
+        found[name] = Row(settings, *KINDS[type(settings)], **planned)
+    return found
+
+
+STUDY = Study(
+    "D3N (arXiv 2408.13845): features of a diffusion model, fused into YOLOv5s and distilled back",
+    {profile: rows(profile) for profile in SETTINGS},
+    {
+        "table1": "Table I: parts of the dynamic cross-fusion",
+        "table2": "Table II: ways to fuse",
+        "table3": "Table III: parts of the method",
+        "table4": "Table IV: detection and segmentation on NEU-Seg",
+        "table5": "Table V: costs, and Tianchi fabric as printed",
+        "table6": "Table VI: detectors on NEU-DET",
+        "table7": "Table VII: GC10-DET as printed",
+        "text": "Experiments in the text, and ours",
+    },
+    (
+        ("map50", "map50_95", "map33"),
+        ("precision_dev", "recall_dev", "f1_dev", "f1_oracle"),
+        ("mask_map50", "mask_map50_95", "mask_precision_dev", "mask_recall_dev"),
+        ("parameters_m", "gflops", "size_mb", "latency_ms", "fps", "images_per_second_32"),
+        ("noise_error", "unexplained", "kl", "compression_ratio"),
+    ),
+)

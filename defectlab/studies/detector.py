@@ -1,19 +1,17 @@
-"""The plain detectors that every detection paper here is measured against, as rows."""
+"""The plain detectors that every detection paper here is measured against, as rows (notebook 02)."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from defectlab.data.boxes import DetectionData
-from defectlab.data.detection import detection_fingerprint
-from defectlab.data.detection import load_detection
-from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.training.detection import train_and_evaluate
 from functools import lru_cache
+from typing import Any
 
+from defectlab.data.boxes import DetectionData
+from defectlab.data.detection import detection_fingerprint, load_detection
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.studies.study import FEW, MORE, Row, Study
+from defectlab.training.detection import run_detector
 
-TITLE = "YOLO from scratch: anchor-free (v8) and anchor-based (v5) detectors"
-
-# What a profile changes; "smoke" draws its data.
+# What a profile changes; "smoke" has synthetic data.
 SMOKE_DATA = {"neu_det": "synthetic_steel", "neu_det_index": "synthetic_steel", "deep_pcb": "synthetic_board"}
 ADAMW = {"optimizer": "adamw", "learning_rate": 0.001}  # ours: the first that was tried, see results/tried.md
 QUICK = {"size": 224, "epochs": 30, "batch": 16, **ADAMW}
@@ -26,41 +24,15 @@ SETTINGS = {
 }
 
 
+# --- What a row of this kind is computed from ------------------------------------------------------------------------
+
+
 def on(dataset: str, profile: str) -> str:
     """The name of a data set at a profile."""
     return SMOKE_DATA[dataset] if profile == "smoke" else dataset
 
 
-def rows(profile: str) -> dict[str, DetectorSettings]:
-    """The rows of notebook 02 at one profile."""
-    base = SETTINGS[profile]
-    small = base.scale if profile == "smoke" else "s"
-    return {
-        "v8n": base,
-        "v8n_index_split": replace(base, dataset=on("neu_det_index", profile)),
-        "v5n": replace(base, family="v5"),
-        "v8s": replace(base, scale=small),
-    }
-
-
-ROWS = {profile: rows(profile) for profile in SETTINGS}
-PRIMARY = ("v8n", "v8n_index_split", "v5n")
-METRICS = (
-    ("map50", "map50_95", "map33"),
-    ("precision_dev", "recall_dev", "f1_dev", "f1_oracle"),
-    ("parameters_m", "gflops", "size_mb", "latency_ms", "images_per_second_32"),
-)
-TABLES = {"neu_det": "Detectors from scratch on NEU-DET, beside published numbers"}
-
-
-def planned_seeds(row: str, profile: str) -> int:
-    """How many seeds a row gets: most for "v8n", the baseline of the papers' primary claims."""
-    if row == "v8n":
-        return {"smoke": 1, "quick": 3, "paper": 5}[profile]
-    return {"smoke": 1, "quick": 1, "paper": 3}[profile]
-
-
-def load(settings: DetectorSettings, device: str) -> DetectionData:
+def load(settings: Any, device: str) -> DetectionData:
     return _load(settings.dataset, settings.size, str(device))
 
 
@@ -69,10 +41,38 @@ def _load(dataset: str, size: int, device: str) -> DetectionData:
     return load_detection(dataset, size, device)
 
 
-def fingerprints(settings: DetectorSettings) -> dict[str, str]:
+def fingerprints(settings: Any) -> dict[str, str]:
     """Of the data; every weight here starts from chance."""
     return {"data": detection_fingerprint(settings.dataset), "weights": "random"}
 
 
-def run_row(settings: DetectorSettings, seed: int, data: DetectionData, device: str, session: Session) -> Result:
-    return train_and_evaluate(settings, seed, data, device, session)
+def row(settings: Any, run: Callable = run_detector, **options: Any) -> Row:
+    """A row on images with boxes."""
+    return Row(settings, run, load, fingerprints, **options)
+
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def rows(profile: str) -> dict[str, Row]:
+    base, few = SETTINGS[profile], {"seeds": FEW[profile]}
+    small = base.scale if profile == "smoke" else "s"
+    return {
+        "v8n": row(base, seeds=MORE[profile], primary=True),
+        "v8n_index_split": row(replace(base, dataset=on("neu_det_index", profile)), **few, primary=True),
+        "v5n": row(replace(base, family="v5"), **few, primary=True),
+        "v8s": row(replace(base, scale=small), **few),
+    }
+
+
+METRICS = (
+    ("map50", "map50_95", "map33"),
+    ("precision_dev", "recall_dev", "f1_dev", "f1_oracle"),
+    ("parameters_m", "gflops", "size_mb", "latency_ms", "images_per_second_32"),
+)
+STUDY = Study(
+    "YOLO from scratch: anchor-free (v8) and anchor-based (v5) detectors",
+    {profile: rows(profile) for profile in SETTINGS},
+    {"neu_det": "Detectors from scratch on NEU-DET, beside published numbers"},
+    METRICS,
+)

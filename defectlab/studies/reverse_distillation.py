@@ -1,34 +1,22 @@
-"""The baselines that anomaly papers here are measured against: RD4AD and PatchCore, as rows; PaDiM and SPADE."""
+"""The baselines that anomaly papers here are measured against, as rows: RD4AD and PatchCore (notebook 03)."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from defectlab.data.anomaly import AnomalyData
-from defectlab.data.anomaly import data_fingerprint
-from defectlab.data.anomaly import load_anomaly
-from defectlab.networks import resnet as teachers
-from defectlab.networks.feature_baselines import PaDiMSettings
-from defectlab.networks.feature_baselines import PatchCoreSettings
-from defectlab.networks.feature_baselines import SPADESettings
-from defectlab.networks.reverse_distillation import RD4ADSettings
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.training.anomaly import build
-from defectlab.training.anomaly import distil
-from defectlab.training.anomaly import make_loss
-from defectlab.training.anomaly import to_maps
-from defectlab.training.feature_baselines import run_padim
-from defectlab.training.feature_baselines import run_patchcore
-from defectlab.training.feature_baselines import run_spade
 from functools import lru_cache
 from typing import Any
 
+from defectlab.data.anomaly import AnomalyData, data_fingerprint, load_anomaly
+from defectlab.networks.feature_baselines import PatchCoreSettings
+from defectlab.networks.resnet import fingerprint, load_teacher
+from defectlab.networks.reverse_distillation import RD4ADSettings
+from defectlab.studies.study import FEW, MORE, Row, Study
+from defectlab.training.anomaly import run_rd4ad
+from defectlab.training.feature_baselines import run_patchcore
 
-TITLE = "Reverse distillation (CVPR 2022) and PatchCore (CVPR 2022): the baselines"
-
-
-# What a profile changes; "smoke" draws its data and asks for a random teacher by name.
-SMOKE_DATA = {"magnetic_tile": "synthetic_tile", "mvtec_ad/metal_nut": "synthetic_nut"}
-SMALL = {"size": 128, "teacher": "resnet18_random"}
-SETTINGS = {
+NUT = "mvtec_ad/metal_nut"
+SMOKE_DATA = {"magnetic_tile": "synthetic_tile", NUT: "synthetic_nut"}
+SMALL = {"size": 128, "teacher": "resnet18_random"}  # smoke: a random teacher has to be asked for by name
+RD4AD = {
     "smoke": RD4ADSettings(dataset="synthetic_tile", epochs=2, batch=8, **SMALL),
     "quick": RD4ADSettings(epochs=10),
     "paper": RD4ADSettings(),
@@ -40,32 +28,7 @@ PATCHCORE = {
 }
 
 
-def rows(profile: str) -> dict[str, Any]:
-    """The rows of notebook 03 at one profile."""
-    base, plain = SETTINGS[profile], PATCHCORE[profile]
-    nut = SMOKE_DATA["mvtec_ad/metal_nut"] if profile == "smoke" else "mvtec_ad/metal_nut"
-    return {
-        "rd4ad": base,
-        "rd4ad_per_pixel": replace(base, loss="per_pixel"),
-        "patchcore": plain,
-        "rd4ad_metal_nut": replace(base, dataset=nut),
-        "patchcore_metal_nut": replace(plain, dataset=nut),
-    }
-
-
-ROWS = {profile: rows(profile) for profile in SETTINGS}
-PRIMARY = ("rd4ad", "patchcore", "rd4ad_metal_nut", "patchcore_metal_nut")
-TABLES = {
-    "magnetic_tile": "RD4AD and PatchCore on magnetic tiles",
-    "metal_nut": "RD4AD and PatchCore on MVTec metal_nut (reduced copy), beside published values",
-}
-
-
-def planned_seeds(row: str, profile: str) -> int:
-    """How many seeds a row gets: most for "rd4ad", on which papers rest their primary claims."""
-    if row == "rd4ad":
-        return {"smoke": 1, "quick": 3, "paper": 5}[profile]
-    return {"smoke": 1, "quick": 1, "paper": 3}[profile]
+# --- What a row of this kind is computed from ------------------------------------------------------------------------
 
 
 def load(settings: Any, device: str) -> AnomalyData:
@@ -79,16 +42,44 @@ def _load(dataset: str, size: int, device: str) -> AnomalyData:
 
 @lru_cache(maxsize=4)
 def weights_fingerprint(teacher: str) -> str:
-    return teachers.fingerprint(teachers.load_teacher(teacher))
+    return fingerprint(load_teacher(teacher))
 
 
 def fingerprints(settings: Any) -> dict[str, str]:
     return {"data": data_fingerprint(settings.dataset), "weights": weights_fingerprint(settings.teacher)}
 
 
-def run_row(settings: Any, seed: int, data: AnomalyData, device: str, session: Session) -> Result:
-    """One row and seed: RD4AD, PatchCore, PaDiM or SPADE, by the kind of its settings."""
-    for kind, run in ((PatchCoreSettings, run_patchcore), (PaDiMSettings, run_padim), (SPADESettings, run_spade)):
-        if isinstance(settings, kind):
-            return run(settings, seed, data, device, session)
-    return distil(settings, seed, data, device, session, build, make_loss, to_maps)
+def row(settings: Any, run: Callable, **options: Any) -> Row:
+    """A row on images of an anomaly set and the features of a teacher."""
+    return Row(settings, run, load, fingerprints, **options)
+
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def rows(profile: str) -> dict[str, Row]:
+    base, plain = RD4AD[profile], PATCHCORE[profile]
+    nut = {"dataset": SMOKE_DATA[NUT] if profile == "smoke" else NUT}
+    few = {"seeds": FEW[profile]}
+    return {
+        "rd4ad": row(base, run_rd4ad, seeds=MORE[profile], primary=True),
+        "rd4ad_per_pixel": row(replace(base, loss="per_pixel"), run_rd4ad, **few),
+        "patchcore": row(plain, run_patchcore, **few, primary=True),
+        "rd4ad_metal_nut": row(replace(base, **nut), run_rd4ad, **few, primary=True),
+        "patchcore_metal_nut": row(replace(plain, **nut), run_patchcore, **few, primary=True),
+    }
+
+
+METRICS = (
+    ("image_auroc", "pixel_auroc", "aupro"),
+    ("image_ap", "pixel_ap", "image_f1_dev", "image_f1_oracle", "pixel_f1_oracle"),
+)
+STUDY = Study(
+    "Reverse distillation (CVPR 2022) and PatchCore (CVPR 2022): the baselines",
+    {profile: rows(profile) for profile in RD4AD},
+    {
+        "magnetic_tile": "RD4AD and PatchCore on magnetic tiles",
+        "metal_nut": "RD4AD and PatchCore on MVTec metal_nut (reduced copy), beside published values",
+    },
+    METRICS,
+)

@@ -1,45 +1,15 @@
-"""TODO studies.yolo_dcf."""
+"""The rows of YOLO-DCF (notebooks 10 to 13). "yolo_dcf" is the whole method, "baseline" the plain detector."""
 
 from dataclasses import replace
-from defectlab.data.boxes import DetectionData
-from defectlab.networks.yolo.model import build_detector
-from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.papers.yolo_dcf import Settings
-from defectlab.papers.yolo_dcf import build
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.studies import detector as baselines
-from defectlab.training.detection import frozen
-from defectlab.training.detection import train_and_evaluate
-from defectlab.training.robustness import RobustnessSettings
-from defectlab.training.robustness import run_robustness
-from defectlab.training.yolo_dcf import make_loss
-from defectlab.training.yolo_dcf import teacher_settings
 from functools import partial
 
-
-TITLE = "YOLO-DCF (Sci Rep 2026): context-guided fusion, foldable block, dual distillation"
-
-
-def run_row(settings, seed: int, data: DetectionData, device: str, session: Session) -> Result:
-    """One row and seed. Plain detectors are computed under the same key as in notebook 02; a distilled student has
-    its teacher trained first, if that has not been run here."""
-    if isinstance(settings, RobustnessSettings):
-        make = build if isinstance(settings.of, Settings) else build_detector
-        return run_robustness(settings, seed, data, device, session, make)
-    if not isinstance(settings, Settings):
-        return baselines.run_row(settings, seed, data, device, session)
-    if not settings.teacher_scale:
-        return train_and_evaluate(settings, seed, data, device, session, build)
-    own = teacher_settings(settings)
-    record = session.need(own, settings.teacher_seed)
-    teacher = frozen(record, build(own, data), device)
-    result = train_and_evaluate(settings, seed, data, device, session, build, partial(make_loss, teacher=teacher))
-    result.notes = {"teacher": record.key, "teacher_sha256": record.model_sha256}
-    return result
-
-
-# --- Settings of the three profiles, rows of the tables --------------------------------------------------------------
+from defectlab.networks.yolo.model import build_detector
+from defectlab.papers.yolo_dcf import Settings, build, teacher_settings
+from defectlab.studies import detector as baselines
+from defectlab.studies.detector import row
+from defectlab.studies.study import FEW, MORE, ONCE, Row, Study
+from defectlab.training.robustness import RobustnessSettings, run_robustness
+from defectlab.training.yolo_dcf import run_yolo_dcf
 
 DISTILLED = {"relation": 10.0, "channel": 1.0}  # ours: each term starts near a fifth of the detector's loss
 PCB = {"smoke": {}, "quick": {"size": 256, "epochs": 20}, "paper": {}}
@@ -48,53 +18,52 @@ SETTINGS = {
     "quick": Settings(**baselines.QUICK),
     "paper": Settings(**baselines.PAPER),
 }
+STRONGER = {"smoke": "t", "quick": "s", "paper": "s"}  # scale of the teacher
 
 
-def rows(profile: str) -> dict[str, DetectorSettings | RobustnessSettings]:
-    """Every row of notebooks 10 to 13 at one profile; "yolo_dcf" is the whole method."""
+def rows(profile: str) -> dict[str, Row]:
     plain, base = baselines.SETTINGS[profile], SETTINGS[profile]
-    stronger = {"smoke": "t", "quick": "s", "paper": "s"}[profile]
-    whole = replace(base, teacher_scale=stronger, **DISTILLED)
+    whole = replace(base, teacher_scale=STRONGER[profile], **DISTILLED)
     board = {"dataset": baselines.on("deep_pcb", profile), **PCB[profile]}
+    more, few, once = ({"seeds": seeds[profile]} for seeds in (MORE, FEW, ONCE))
+
+    def own(settings: Settings, **options) -> Row:
+        return row(settings, run_yolo_dcf, **options)
+
     steel = {
-        "baseline": plain,
-        "fusion": replace(base, block="plain"),
-        "block": replace(base, fusion="concat"),
-        "modules": base,
-        "relation": replace(whole, channel=0.0),
-        "channel": replace(whole, relation=0.0),
-        "yolo_dcf": whole,
-        "teacher": teacher_settings(whole),
+        "baseline": row(plain, **more, primary=True),
+        "fusion": own(replace(base, block="plain"), **few),
+        "block": own(replace(base, fusion="concat"), **few),
+        "modules": own(base, **few),
+        "relation": own(replace(whole, channel=0.0), **few),
+        "channel": own(replace(whole, relation=0.0), **few),
+        "yolo_dcf": own(whole, **more, primary=True),
+        "teacher": own(teacher_settings(whole), **once),
         # the field survey's advice, at the same four places
-        "se": replace(base, fusion="se", block="plain"),
-        "cbam": replace(base, fusion="cbam", block="plain"),
+        "se": own(replace(base, fusion="se", block="plain"), **few),
+        "cbam": own(replace(base, fusion="cbam", block="plain"), **few),
     }
-    pcb = {
-        "pcb_baseline": replace(plain, **board),
-        "pcb_modules": replace(base, **board),
-        "pcb_yolo_dcf": replace(whole, **board),
-        "pcb_teacher": teacher_settings(replace(whole, **board)),
+    boards = {
+        "pcb_baseline": row(replace(plain, **board), **few, primary=True),
+        "pcb_modules": own(replace(base, **board), **few),
+        "pcb_yolo_dcf": own(replace(whole, **board), **few, primary=True),
+        "pcb_teacher": own(teacher_settings(replace(whole, **board)), **once),
     }
-    robustness = {f"{name}_robustness": RobustnessSettings(of=steel[name]) for name in ("baseline", "yolo_dcf")}
-    return steel | pcb | robustness
+    robustness = {
+        "baseline_robustness": row(RobustnessSettings(of=plain), partial(run_robustness, build=build_detector), **more),
+        "yolo_dcf_robustness": row(RobustnessSettings(of=whole), partial(run_robustness, build=build), **more),
+    }
+    return steel | boards | robustness
 
 
-ROWS = {profile: rows(profile) for profile in SETTINGS}
-PRIMARY = ("baseline", "yolo_dcf", "pcb_baseline", "pcb_yolo_dcf")
-METRICS = (*baselines.METRICS, ("map50_blur", "kept_blur", "map50_noise", "kept_noise"))
-TABLES = {
-    "neu_det": "YOLO-DCF, its parts and its teacher on NEU-DET",
-    "ablation": "the same places filled with other attention",
-    "deep_pcb": "YOLO-DCF on DeepPCB",
-    "robustness": "under motion blur and noise",
-}
-load, fingerprints = baselines.load, baselines.fingerprints
-
-
-def planned_seeds(row: str, profile: str) -> int:
-    """How many seeds a row gets: the primary claims compare "yolo_dcf" with "baseline"."""
-    if row in ("baseline", "yolo_dcf", "baseline_robustness", "yolo_dcf_robustness"):
-        return {"smoke": 1, "quick": 3, "paper": 5}[profile]
-    if row in ("teacher", "pcb_teacher"):
-        return 1
-    return {"smoke": 1, "quick": 1, "paper": 3}[profile]
+STUDY = Study(
+    "YOLO-DCF (Sci Rep 2026): context-guided fusion, multi-scale block, dual distillation",
+    {profile: rows(profile) for profile in SETTINGS},
+    {
+        "neu_det": "YOLO-DCF, its parts and its teacher on NEU-DET",
+        "ablation": "the same places filled with other attention",
+        "deep_pcb": "YOLO-DCF on DeepPCB",
+        "robustness": "under motion blur and noise",
+    },
+    (*baselines.METRICS, ("map50_blur", "kept_blur", "map50_noise", "kept_noise")),
+)

@@ -1,56 +1,45 @@
-"""TODO training.amam_kd."""
+"""The two-stage paper's networks trained: the distillation (section 3.2), and both stages (section 4.3)."""
 
 from dataclasses import replace
-from defectlab.data.anomaly import AnomalyData
-from defectlab.data.anomaly import AnomalySplit
+from functools import partial
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.networks.reverse_distillation import MAP_SIZE
 from defectlab.papers.amam_kd import segmentation
-from defectlab.papers.amam_kd.distillation import DistillationLoss
-from defectlab.papers.amam_kd.distillation import DistillationSettings
-from defectlab.papers.amam_kd.distillation import KnowledgeDistillation
-from defectlab.papers.amam_kd.distillation import build
-from defectlab.papers.amam_kd.distillation import discrepancies
-from defectlab.papers.amam_kd.distillation import to_maps
-from defectlab.papers.amam_kd.two_stage import TwoStageSettings
-from defectlab.papers.amam_kd.two_stage import cut
-from defectlab.papers.amam_kd.two_stage import paste_back
-from defectlab.papers.amam_kd.two_stage import square_boxes
-from defectlab.papers.amam_kd.weighting import KERNELS
-from defectlab.papers.amam_kd.weighting import fit_weighting
+from defectlab.papers.amam_kd.distillation import (
+    DistillationLoss,
+    DistillationSettings,
+    KnowledgeDistillation,
+    build,
+    discrepancies,
+    to_maps,
+)
+from defectlab.papers.amam_kd.two_stage import TwoStageSettings, cut, paste_back, square_boxes
+from defectlab.papers.amam_kd.weighting import KERNELS, fit_weighting
 from defectlab.precision import precision_of
-from defectlab.runs import Record
-from defectlab.runs import Result
-from defectlab.runs import Session
+from defectlab.runs import Context, Record, Result
 from defectlab.training import anomaly as distil
-from defectlab.training.anomaly import evaluate
-from defectlab.training.anomaly import result_of
-from defectlab.training.segmentation import load_segmenter
-from defectlab.training.segmentation import segment
-from functools import partial
-from torch import Tensor
-from torch.nn import functional
-from torchvision.transforms import v2
-import torch
-
-
-
-def make_loss(settings: DistillationSettings) -> DistillationLoss:
-    return DistillationLoss(settings)
+from defectlab.training.anomaly import evaluate, result_of
+from defectlab.training.segmentation import load_segmenter, segment
 
 
 def train_distillation(
-    settings: DistillationSettings, seed: int, data: AnomalyData, device: str | torch.device, session: Session
+    settings: DistillationSettings, seed: int, data: AnomalyData, context: Context
 ) -> distil.Student:
     """Train on `data.train`, then fit the weighting of the maps on `data.dev` (held-out normals and pasted defects).
 
     `data` may hold crops: it needs a fingerprint of its own, and masks (of dev) that are the crops'.
     """
-    student = distil.train_student(settings, seed, data, device, session, build, make_loss)
+    student = distil.train_student(settings, seed, data, context, build, DistillationLoss)
     network = student.network
     if settings.weighting == "printed":
         network.weighting.kernels.copy_(student.loss.weights().detach().view(3, 1, 1))
     elif settings.weighting != "none":
-        dev = distil.cached_features(data, "dev", settings, device)
+        dev = distil.teacher_features(data, "dev", settings)
         maps = zip(*distil.compare(network, dev, discrepancies, student.precision), strict=True)
         network.weighting = fit_weighting([torch.cat(m) for m in maps], data.dev.masks, KERNELS[settings.weighting])
     return student
@@ -60,7 +49,7 @@ def map_split(
     student: distil.Student, settings: DistillationSettings, data: AnomalyData, part: str, device: str | torch.device
 ) -> Tensor:
     """Smoothed AL (ours: the Gaussian of RD4AD) of "dev" or "test": (N, 256, 256)."""
-    features = distil.cached_features(data, part, settings, device)
+    features = distil.teacher_features(data, part, settings)
     return distil.score_features(student.network, features, partial(to_maps, student.network), student.precision)
 
 
@@ -69,15 +58,14 @@ def weights_in_words(network: KnowledgeDistillation) -> str:
     return ", ".join(f"layer {k}: {w:.3g}" for k, w in enumerate(network.weighting.kernels.sum((1, 2)).tolist(), 1))
 
 
-def run_distillation(
-    settings: DistillationSettings, seed: int, data: AnomalyData, device: str | torch.device, session: Session
-) -> Result:
+def run_distillation(settings: DistillationSettings, seed: int, data: AnomalyData, context: Context) -> Result:
     """One row and seed; AD, the image score, is the maximum of AL (section 3.2.2)."""
-    student = train_distillation(settings, seed, data, device, session)
-    maps = [map_split(student, settings, data, part, device) for part in ("dev", "test")]
+    student = train_distillation(settings, seed, data, context)
+    maps = [map_split(student, settings, data, part, context.device) for part in ("dev", "test")]
     result = distil.result_of(student, data, *maps)
     result.notes = {"weighting": weights_in_words(student.network)}
     return result
+
 
 PARTS = ("train", "dev", "test")
 
@@ -105,19 +93,17 @@ def find_boxes(settings: TwoStageSettings, record: Record, split: AnomalySplit, 
     return square_boxes(found, settings.margin)
 
 
-def run_two_stage(
-    settings: TwoStageSettings, seed: int, data: AnomalyData, device: str | torch.device, session: Session
-) -> Result:
+def run_two_stage(settings: TwoStageSettings, seed: int, data: AnomalyData, context: Context) -> Result:
     """One row and seed: the usual metrics on whole pictures, those of the cut-outs as "..._crop", "crop_share"."""
-    record = session.need(settings.segmenter, seed)
-    boxes = {part: find_boxes(settings, record, getattr(data, part), device) for part in PARTS}
+    record = context.require(settings.segmenter, seed)
+    boxes = {part: find_boxes(settings, record, getattr(data, part), context.device) for part in PARTS}
     crops = replace(
         data,
         fingerprint=f"{data.fingerprint}, cut by {record.model_sha256} with margin {settings.margin}",
         **{part: cut_split(getattr(data, part), boxes[part], settings.detector.size) for part in PARTS},
     )
-    student = train_distillation(settings.detector, seed, crops, device, session)
-    maps = {part: map_split(student, settings.detector, crops, part, device) for part in ("dev", "test")}
+    student = train_distillation(settings.detector, seed, crops, context)
+    maps = {part: map_split(student, settings.detector, crops, part, context.device) for part in ("dev", "test")}
     fill = float(maps["dev"].min())  # what lies outside the box is called normal
     result = result_of(student, data, *(paste_back(maps[part], boxes[part], fill) for part in maps))
     alone = evaluate(crops, maps["dev"], maps["test"]).metrics

@@ -2,73 +2,63 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from defectlab.data.anomaly import AnomalyData
-from defectlab.data.anomaly import AnomalySplit
-from defectlab.metrics.anomaly import anomaly_metrics
-from defectlab.metrics.anomaly import pixel_histograms
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.metrics.anomaly import anomaly_metrics, pixel_histograms
 from defectlab.metrics.costs import parameters
 from defectlab.metrics.ranking import best_f1_threshold
 from defectlab.networks import resnet as teachers
-from defectlab.networks.reverse_distillation import LOSSES
-from defectlab.networks.reverse_distillation import RD4ADSettings
-from defectlab.networks.reverse_distillation import ReverseDistillation
-from defectlab.networks.reverse_distillation import anomaly_map
-from defectlab.networks.reverse_distillation import gaussian_smooth
-from defectlab.networks.reverse_distillation import image_scores
-from defectlab.networks.reverse_distillation import initialise
-from defectlab.precision import autocast
-from defectlab.precision import precision_of
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.training.loop import Trained
-from defectlab.training.loop import train
-from functools import partial
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
-from typing import Any
-import numpy as np
-import torch
-
+from defectlab.networks import reverse_distillation
+from defectlab.networks.reverse_distillation import (
+    RD4ADSettings,
+    gaussian_smooth,
+    image_scores,
+    initialise,
+)
+from defectlab.precision import autocast, precision_of
+from defectlab.runs import Context, Result
+from defectlab.training.loop import Trained, train
 
 THUMBNAIL, COLOUR_THUMBNAIL = 96, 72  # pixels a side of the cases kept in a record, whose size is limited
 CASES = 12
 FLIPS = ((-1,), (-2,), (-2, -1))  # axes of (N, 3, H, W): horizontal, vertical, both
 
-_features: dict[tuple, list[Tensor]] = {}
 
+def teacher_features(data: AnomalyData, part: str, settings: Any) -> list[Tensor]:
+    """Features of the images of "train", "dev" or "test" by the settings' teacher: three tensors (N, C, h, w).
 
-def cached_features(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> list[Tensor]:
-    """Teacher features of one split, computed once a process; another data set or teacher takes their place.
-
-    What tells data sets apart is `data.fingerprint`: images made from a set (crops) need one of their own.
+    Computed once and kept in `data.derived`, so they go when the set goes.
     """
-    key = _cache_key(data, part, settings, device)
-    if key not in _features:
-        _features[key] = compute_features(settings, getattr(data, part).images)
-    return [f[: len(getattr(data, part))] for f in _features[key]]
+    key = _key(data, part, settings)
+    if key not in data.derived:
+        data.derived[key] = compute_features(settings, getattr(data, part).images)
+    return data.derived[key]
 
 
-def flipped_features(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> list[Tensor]:
+def flipped_features(data: AnomalyData, part: str, settings: Any) -> list[Tensor]:
     """The same of the images and of their flips, (4 N, C, h, w): as they are, then in the order of `FLIPS`.
 
     Features of a flipped image are not flipped features: stride-2 layers sample other pixels, kernels have sides.
     """
-    key = _cache_key(data, part, settings, device)
-    plain = cached_features(data, part, settings, device)
-    images = getattr(data, part).images
-    if len(_features[key][0]) == len(images):
+    key = (*_key(data, part, settings), "flips")
+    if key not in data.derived:
+        images = getattr(data, part).images
+        plain = teacher_features(data, part, settings)
         layers = zip(plain, *(compute_features(settings, images.flip(axes)) for axes in FLIPS), strict=True)
-        _features[key] = [torch.cat(layer).contiguous(memory_format=torch.channels_last) for layer in layers]
-    return _features[key]
+        data.derived[key] = [torch.cat(layer).contiguous(memory_format=torch.channels_last) for layer in layers]
+        data.derived[key[:-1]] = [layer[: len(images)] for layer in data.derived[key]]
+    return data.derived[key]
 
 
-def _cache_key(data: AnomalyData, part: str, settings: Any, device: str | torch.device) -> tuple:
-    """The cache's key of a split, after anything of another family is gone from the cache."""
-    family = (data.fingerprint, settings.teacher, settings.size, precision_of(settings, device), str(device))
-    for key in [k for k in _features if k[0] != family]:
-        del _features[key]
-    return family, part
+def _key(data: AnomalyData, part: str, settings: Any) -> tuple[str, ...]:
+    return settings.teacher, precision_of(settings, getattr(data, part).images.device), part
 
 
 def compute_features(settings: Any, images: Tensor) -> list[Tensor]:
@@ -118,8 +108,7 @@ def train_student(
     settings: Any,
     seed: int,
     data: AnomalyData,
-    device: str | torch.device,
-    session: Session,
+    context: Context,
     build: Callable[..., nn.Module],
     make_loss: Callable[..., Callable],
 ) -> Student:
@@ -130,14 +119,14 @@ def train_student(
         build: (settings, teacher's channels, its bottleneck) -> network.
         make_loss: settings -> (teacher features, outputs) -> named scalars.
     """
-    precision = precision_of(settings, device)
+    precision = precision_of(settings, context.device)
     teacher = teachers.load_teacher(settings.teacher, "cpu")
     torch.manual_seed(seed)
     network = build(settings, teacher.channels, teacher.bottleneck)
     initialise(network)
-    network.to(device, memory_format=torch.channels_last)
+    network.to(context.device, memory_format=torch.channels_last)
     loss = make_loss(settings)
-    parts = nn.ModuleList([network, loss.to(device)]) if isinstance(loss, nn.Module) else network
+    parts = nn.ModuleList([network, loss.to(context.device)]) if isinstance(loss, nn.Module) else network
 
     def step(teacher: list[Tensor]) -> dict[str, Tensor]:
         with autocast(teacher[0].device, precision):
@@ -146,7 +135,7 @@ def train_student(
 
     draw = None
     if settings.flips:
-        flipped, count = flipped_features(data, "train", settings, device), len(data.train)
+        flipped, count = flipped_features(data, "train", settings), len(data.train)
 
         def draw(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
             which = torch.randint(1 + len(FLIPS), (len(indices),), generator=generator).to(indices.device)
@@ -156,13 +145,13 @@ def train_student(
     trained = train(
         parts,
         step,
-        cached_features(data, "train", settings, device),
+        teacher_features(data, "train", settings),
         epochs=settings.epochs,
         batch=settings.batch,
         learning_rate=settings.learning_rate,
         betas=settings.betas,
         seed=seed,
-        session=session,
+        context=context,
         schedule=settings.schedule,
         draw=draw,
     )
@@ -183,8 +172,7 @@ def distil(
     settings: Any,
     seed: int,
     data: AnomalyData,
-    device: str | torch.device,
-    session: Session,
+    context: Context,
     build: Callable[..., nn.Module],
     make_loss: Callable[..., Callable],
     to_maps: Callable[..., Tensor],
@@ -195,11 +183,11 @@ def distil(
         build, make_loss: as in `train_student`.
         to_maps: (settings, teacher features, outputs) -> anomaly maps (B, 256, 256).
     """
-    student = train_student(settings, seed, data, device, session, build, make_loss)
+    student = train_student(settings, seed, data, context, build, make_loss)
     maps = [
         score_features(
             student.network,
-            cached_features(data, part, settings, device),
+            teacher_features(data, part, settings),
             partial(to_maps, settings),
             student.precision,
         )
@@ -280,15 +268,14 @@ def telling_cases(split: AnomalySplit, maps: Tensor, scores: Tensor) -> dict[str
     }
 
 
-def build(settings: RD4ADSettings, channels: tuple[int, int, int], bottleneck: int) -> ReverseDistillation:
-    return ReverseDistillation(channels, bottleneck)
-
-
-def make_loss(settings: RD4ADSettings):
-    """One of `LOSSES` as (teacher, students) -> named scalars."""
-    loss = LOSSES[settings.loss]
-    return lambda teacher, students: {"loss": sum(loss(teacher, maps) for maps in students)}
-
-
-def to_maps(settings: RD4ADSettings, teacher: list[torch.Tensor], students: list[list[torch.Tensor]]) -> torch.Tensor:
-    return sum(anomaly_map(teacher, maps) for maps in students)
+def run_rd4ad(settings: RD4ADSettings, seed: int, data: AnomalyData, context: Context) -> Result:
+    """One row and seed of RD4AD."""
+    return distil(
+        settings,
+        seed,
+        data,
+        context,
+        reverse_distillation.build,
+        reverse_distillation.make_loss,
+        reverse_distillation.to_maps,
+    )

@@ -1,13 +1,14 @@
 """What a detector costs, as a row that needs no data: parameters, FLOPs, size and speed follow from the network."""
 
 from dataclasses import dataclass
-from defectlab.metrics.costs import model_costs
-from defectlab.networks.yolo.blocks import folded
-from defectlab.networks.yolo.model import Detector
-from defectlab.runs import Result
 from typing import ClassVar
+
 import torch
 
+from defectlab.metrics.costs import model_costs
+from defectlab.networks.yolo.blocks import fused
+from defectlab.networks.yolo.model import Detector
+from defectlab.runs import Context, Result
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ class NoData:
     label: str = "none (no data needed)"
 
 
-def run_costs(settings: CostSettings, device: str | torch.device) -> Result:
-    """Costs of an untrained detector as deployed (folded, fp32, before decoding and suppression); no metrics.
+def run_costs(settings: CostSettings, seed: int, data: NoData, context: Context) -> Result:
+    """Costs of an untrained detector as deployed (fused, fp32, before decoding and suppression); no metrics.
 
     costs: those of `model_costs` at `size`, one by one, and fps, pictures a second. ValueError for an unknown detector
     or a size that is not divisible by 32.
     """
     torch.manual_seed(0)
-    detector = folded(Detector(settings.family, settings.scale, settings.classes))
-    detector = detector.to(device, memory_format=torch.channels_last)
-    costs = model_costs(detector, settings.size, device, batches=False)
+    detector = fused(Detector(settings.family, settings.scale, settings.classes))
+    detector = detector.to(context.device, memory_format=torch.channels_last)
+    costs = model_costs(detector, settings.size, context.device, batches=False)
     costs["fps"] = round(1000 / costs["latency_ms"], 1)
     return Result({}, {}, {}, {}, {}, {}, costs, "fp32")

@@ -1,50 +1,31 @@
-"""TODO training.d3n."""
+"""D3N's hybrid detector and its student, trained and evaluated (sections III-C and III-D)."""
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
 from defectlab.data.augment import Batch
 from defectlab.data.boxes import DetectionData
-from defectlab.data.instances import InstanceData
-from defectlab.data.instances import move_instances
+from defectlab.data.instances import InstanceData, move_instances
 from defectlab.files import DataError
-from defectlab.metrics.costs import flops
-from defectlab.metrics.costs import parameters
-from defectlab.networks.yolo.blocks import folded
-from defectlab.networks.yolo.losses import AnchorBasedLoss
-from defectlab.networks.yolo.losses import detection_loss
-from defectlab.networks.yolo.masks import InstanceMaps
-from defectlab.networks.yolo.masks import add_masks
-from defectlab.networks.yolo.model import Detector
-from defectlab.networks.yolo.model import build_detector
+from defectlab.metrics.costs import flops, parameters
+from defectlab.networks.yolo.blocks import fused
+from defectlab.networks.yolo.losses import AnchorBasedLoss, detection_loss
+from defectlab.networks.yolo.masks import InstanceMaps, add_masks, build_instance_detector
+from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.papers.d3n.hybrid import HybridDetector
-from defectlab.papers.d3n.hybrid import HybridSettings
-from defectlab.papers.d3n.hybrid import InstanceSettings
-from defectlab.papers.d3n.hybrid import StudentSettings
-from defectlab.papers.d3n.hybrid import build_hybrid
-from defectlab.papers.d3n.resvae import build_compressor
+from defectlab.papers.d3n.hybrid import HybridDetector, HybridSettings, InstanceSettings, StudentSettings, build_hybrid
+from defectlab.papers.d3n.resvae import build_compressor, feature_shapes
 from defectlab.papers.d3n.transfer import PowerTransfer
 from defectlab.precision import precision_of
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.training.d3n_features import Prepared
-from defectlab.training.d3n_features import feature_shapes
-from defectlab.training.d3n_features import prepare
-from defectlab.training.detection import COST_SIZE
-from defectlab.training.detection import deployed_costs
-from defectlab.training.detection import evaluate_detector
-from defectlab.training.detection import frozen
-from defectlab.training.detection import predict
-from defectlab.training.detection import probe_on
+from defectlab.runs import Context, Result
+from defectlab.training.d3n_features import Prepared, prepare
+from defectlab.training.detection import COST_SIZE, deployed_costs, evaluate_detector, fresh, frozen, predict, probe_on
 from defectlab.training.detector import train_detector
-from defectlab.training.instances import build_instance_detector
 from defectlab.training.instances import evaluate_instances
-from functools import partial
-from torch import Tensor
-from typing import Any
-from typing import NamedTuple
-import torch
-
 
 
 class Task(NamedTuple):
@@ -59,14 +40,14 @@ class Task(NamedTuple):
 def task_of(data: DetectionData) -> Task:
     """By the kind of the set."""
     if not isinstance(data, InstanceData):
-        return Task(build_detector, lambda output: output, lambda terms, *_: terms, evaluate_detector)
+        return Task(partial(fresh, build_detector), lambda output: output, lambda terms, *_: terms, evaluate_detector)
 
     def whole(terms: dict[str, Tensor], criterion: AnchorBasedLoss, output: InstanceMaps, batch: Batch) -> dict:
         maps = move_instances(data.train, batch)
         return add_masks(terms, criterion, output, batch.boxes, batch.labels, maps)
 
     # masks are learnt from the truth alone (ours: equations 6 and 7 name boxes, objectness and classes)
-    return Task(build_instance_detector, lambda output: output.raw, whole, evaluate_instances)
+    return Task(partial(fresh, build_instance_detector), lambda output: output.raw, whole, evaluate_instances)
 
 
 def dev_probe(data: DetectionData, features: Sequence[Tensor] = ()) -> Callable[[Any], dict[str, float]]:
@@ -95,19 +76,20 @@ def with_latents(hybrid: HybridDetector, latents: list[Tensor]) -> Callable[[Bat
     return on_batch
 
 
-def run_hybrid(
-    settings: HybridSettings, seed: int, data: DetectionData, small: DetectionData, device: str, session: Session
-) -> Result:
-    """One row and seed of Tables I to III. `small`: the same set at the diffusion model's size.
+def run_hybrid(settings: HybridSettings, seed: int, data: DetectionData, context: Context) -> Result:
+    """One row and seed of Tables I to III.
 
     The curve holds the shares of Fig. 11 ("weight_det", ...) beside dev's mAP. Costs are those of all that a test
     picture needs, the diffusion model included.
     """
     check_recipe(settings)
-    prepared = prepare(settings.compression, small, device, session)
+    small = context.load(settings.compression)  # the same set at the diffusion model's size
+    prepared = prepare(settings.compression, small, context)
     torch.manual_seed(seed)
-    hybrid = build_hybrid(settings, data, prepared.compressor).to(device, memory_format=torch.channels_last)
-    task, criterion = task_of(data), detection_loss(hybrid.detector, settings.size)
+    task = task_of(data)
+    hybrid = build_hybrid(settings, task.build(settings, data), prepared.compressor)
+    hybrid.to(context.device, memory_format=torch.channels_last)
+    criterion = detection_loss(hybrid.detector, settings.size)
     forward = with_latents(hybrid, prepared.latents)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
@@ -120,10 +102,10 @@ def run_hybrid(
     def probe(average: HybridDetector) -> dict[str, float]:
         return dev(average) | {f"weight_{k}": v for k, v in average.fusion.mean_weights().items()}
 
-    average, trained = train_detector(hybrid, loss, data.train, settings, seed, session, probe=probe)
+    average, trained = train_detector(hybrid, loss, data.train, settings, seed, context, probe=probe)
     result = task.evaluate(average, data, prepared.unseen)
     result.curve, result.notes = trained.curve, prepared.notes
-    result.precision = precision_of(settings, device)
+    result.precision = precision_of(settings, context.device)
     result.costs = whole_costs(average, prepared, small) | trained.costs
     return result
 
@@ -137,29 +119,28 @@ def whole_costs(hybrid: HybridDetector, prepared: Prepared, small: DetectionData
     extraction = flops(prepared.extract, small.train.images[:1]) + flops(prepared.compressor.encode, features)
     return {
         "parameters_m": round((parameters(hybrid) + parameters(prepared.extract.unet)) / 1e6, 4),
-        "gflops": round((extraction + flops(folded(hybrid), picture, *latents)) / 1e9, 3),
+        "gflops": round((extraction + flops(fused(hybrid), picture, *latents)) / 1e9, 3),
     }
 
 
 def load_hybrid(record: Any, settings: HybridSettings, data: DetectionData, device: str) -> HybridDetector:
     """The hybrid of a finished run, frozen; its weights hold the compressor's, too."""
     compressor = build_compressor(settings.compression, feature_shapes(settings.compression))
-    return frozen(record, build_hybrid(settings, data, compressor), device)
+    detector = task_of(data).build(settings, data)
+    return frozen(record, build_hybrid(settings, detector, compressor), device)
 
 
-def run_student(
-    settings: StudentSettings, seed: int, data: DetectionData, small: DetectionData, device: str, session: Session
-) -> Result:
+def run_student(settings: StudentSettings, seed: int, data: DetectionData, context: Context) -> Result:
     """One row and seed of Table VI: the plain detector, taught by its hybrid (equations 6 and 7)."""
     check_recipe(settings)
-    record = session.need(settings.teacher, seed if settings.teacher_seed is None else settings.teacher_seed)
-    prepared = prepare(settings.teacher.compression, small, device, session, parts=())
+    record = context.require(settings.teacher, seed if settings.teacher_seed is None else settings.teacher_seed)
+    prepared = prepare(settings.teacher.compression, context.load(settings.teacher.compression), context, parts=())
     if record.notes["compressor_sha256"] != prepared.notes["compressor_sha256"]:
         raise DataError(f"{record.path} was trained with another compressor than this machine's now: delete it")
-    teacher = load_hybrid(record, settings.teacher, data, device)
+    teacher = load_hybrid(record, settings.teacher, data, context.device)
     torch.manual_seed(seed)
     task = task_of(data)
-    student = task.build(settings, data).to(device, memory_format=torch.channels_last)
+    student = task.build(settings, data).to(context.device, memory_format=torch.channels_last)
     criterion = detection_loss(student, settings.size)
     transfer = PowerTransfer(criterion, settings.transfer, settings.distance, settings.temperature, settings.box)
     taught = with_latents(teacher, prepared.latents)
@@ -171,16 +152,16 @@ def run_student(
         terms = transfer(task.raw(output), target, batch.boxes, batch.labels)
         return task.whole(terms, criterion, output, batch)
 
-    result = train_deployed(task, student, loss, settings, seed, data, device, session)
+    result = train_deployed(task, student, loss, settings, seed, data, context)
     result.notes = {"teacher": record.key, "teacher_sha256": record.model_sha256} | prepared.notes
     return result
 
 
-def run_with_masks(settings: InstanceSettings, seed: int, data: InstanceData, device: str, session: Session) -> Result:
+def run_with_masks(settings: InstanceSettings, seed: int, data: InstanceData, context: Context) -> Result:
     """The baseline of Table IV: the plain detector with masks."""
     torch.manual_seed(seed)
     task = task_of(data)
-    detector = task.build(settings, data).to(device, memory_format=torch.channels_last)
+    detector = task.build(settings, data).to(context.device, memory_format=torch.channels_last)
     criterion = detection_loss(detector, settings.size)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
@@ -188,7 +169,7 @@ def run_with_masks(settings: InstanceSettings, seed: int, data: InstanceData, de
         terms = criterion(task.raw(output), batch.boxes, batch.labels)
         return task.whole(terms, criterion, output, batch)
 
-    return train_deployed(task, detector, loss, settings, seed, data, device, session)
+    return train_deployed(task, detector, loss, settings, seed, data, context)
 
 
 def train_deployed(
@@ -198,13 +179,12 @@ def train_deployed(
     settings: DetectorSettings,
     seed: int,
     data: DetectionData,
-    device: str,
-    session: Session,
+    context: Context,
 ) -> Result:
     """Train and evaluate a detector that reads pictures alone; its costs are those of the deployed network."""
-    average, trained = train_detector(detector, loss, data.train, settings, seed, session, probe=dev_probe(data))
+    average, trained = train_detector(detector, loss, data.train, settings, seed, context, probe=dev_probe(data))
     result = task.evaluate(average, data)
-    result.curve, result.precision = trained.curve, precision_of(settings, device)
-    result.costs |= deployed_costs(average, settings.size, device)
+    result.curve, result.precision = trained.curve, precision_of(settings, context.device)
+    result.costs |= deployed_costs(average, settings.size, context.device)
     result.costs |= trained.costs
     return result

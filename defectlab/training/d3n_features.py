@@ -7,41 +7,35 @@ pictures alone, as in the paper, which leaves open how a test picture is then qu
 pictures are computed on the fly by the same frozen models. No label is used anywhere here.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from defectlab.data.boxes import DetectionData
-from defectlab.files import DataError
-from defectlab.networks.diffusion import decoder_channels
-from defectlab.networks.diffusion import decoder_features
-from defectlab.networks.diffusion import noise_schedule
-from defectlab.papers.d3n.resvae import CompressionSettings
-from defectlab.papers.d3n.resvae import Compressor
-from defectlab.papers.d3n.resvae import Level
-from defectlab.papers.d3n.resvae import ResVAE
-from defectlab.papers.d3n.resvae import Shape
-from defectlab.papers.d3n.resvae import build_compressor
-from defectlab.papers.d3n.resvae import kl_divergence
-from defectlab.papers.d3n.resvae import vae_loss
-from defectlab.precision import autocast
-from defectlab.precision import full_float32
-from defectlab.precision import precision_of
-from defectlab.runs import Record
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.runs import load_weights
-from defectlab.training.diffusion import load_ddpm
-from defectlab.training.feature_store import Repository
-from defectlab.training.feature_store import build_repository
-from defectlab.training.loop import Trained
-from defectlab.training.loop import train
-from functools import cache
-from torch import Tensor
-from torch import nn
 import hashlib
 import math
-import torch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 
-CHUNK = 64  # images that are float32 at once outside of training
+import torch
+from torch import Tensor, nn
+
+from defectlab.data.boxes import DetectionData
+from defectlab.files import DataError
+from defectlab.networks.diffusion import decoder_features, noise_schedule
+from defectlab.papers.d3n.resvae import (
+    CHUNK,
+    CompressionSettings,
+    Compressor,
+    Level,
+    ResVAE,
+    build_compressor,
+    feature_shapes,
+    kl_divergence,
+    vae_loss,
+)
+from defectlab.precision import autocast, full_float32, precision_of
+from defectlab.runs import Context, Record, Result, load_weights
+from defectlab.training.diffusion import load_ddpm
+from defectlab.training.feature_store import Repository, build_repository
+from defectlab.training.loop import Trained, train
+
 PCA_VECTORS, PCA_CHUNK = 200_000, 4096  # channel vectors that a PCA sees: in all, and at once
 
 
@@ -59,7 +53,7 @@ def channel_vectors(level: "Level", x: Tensor, seed: int) -> Iterable[Tensor]:
 
 
 def fit_compressor(
-    settings: CompressionSettings, features: list[Tensor], seed: int, session: Session
+    settings: CompressionSettings, features: list[Tensor], seed: int, context: Context
 ) -> tuple[Compressor, Trained | None]:
     """Fit on training features: ResVAEs in one loop, on the sum of the levels' losses; PCA level by level.
 
@@ -110,7 +104,7 @@ def fit_compressor(
         learning_rate=settings.learning_rate,
         betas=(0.9, 0.999),
         seed=seed,
-        session=session,
+        context=context,
         draw=draw,
     )
     codecs.requires_grad_(False)
@@ -152,6 +146,7 @@ def level_error(level: Level, x: Tensor) -> dict[str, float]:
     found = {"unexplained": 100 * lost / total, "latent_std": std, "values": x.numel(), "latents": latents}
     return found | ({"kl": nats / latents} if variational else {})
 
+
 PARTS = ("dev", "test")
 
 
@@ -179,19 +174,13 @@ class Extractor:
         return f"{self.record.model_sha256} {data.fingerprint} {how}"
 
 
-def feature_shapes(settings: CompressionSettings) -> list[Shape]:
-    """(C_k, H_k, W_k) of the features of one picture, finest first."""
-    times, side = len(settings.timesteps) if settings.combine == "concat" else 1, settings.ddpm.size
-    return [(times * c, side >> k, side >> k) for k, c in enumerate(decoder_channels(settings.ddpm))]
-
-
-def extractor(settings: CompressionSettings, data: DetectionData, device: str, session: Session) -> Extractor:
+def extractor(settings: CompressionSettings, data: DetectionData, context: Context) -> Extractor:
     """The diffusion model that `settings` name, trained first if this machine has not run it."""
-    record = session.need(settings.ddpm, 0)  # ours: one diffusion model for all seeds of what follows
-    return Extractor(load_ddpm(record, settings.ddpm, data.train.images.shape[1], device), settings, record)
+    record = context.require(settings.ddpm, 0)  # ours: one diffusion model for all seeds of what follows
+    return Extractor(load_ddpm(record, settings.ddpm, data.train.images.shape[1], context.device), settings, record)
 
 
-def feature_repository(extract: Extractor, data: DetectionData, session: Session) -> Repository:
+def feature_repository(extract: Extractor, data: DetectionData, context: Context) -> Repository:
     """The first repository: features of the training pictures at native scales, fp16, beside the model's run."""
     settings = extract.settings
     identity = hashlib.sha256(extract.made_of(data).encode()).hexdigest()
@@ -200,24 +189,24 @@ def feature_repository(extract: Extractor, data: DetectionData, session: Session
     def compute(indices: list[int]) -> list[Tensor]:
         return extract(data.train.images[indices])
 
-    return build_repository(folder, data.train.names, feature_shapes(settings), compute, identity, say=session.say)
+    return build_repository(folder, data.train.names, feature_shapes(settings), compute, identity, log=context.log)
 
 
 def latent_repository(
-    record: Record, compressor: Compressor, extract: Extractor, data: DetectionData, session: Session
+    record: Record, compressor: Compressor, extract: Extractor, data: DetectionData, context: Context
 ) -> Repository:
     """The second repository: the latents of the compressor whose run is `record`, on training pictures alone."""
     settings, device = extract.settings, next(extract.unet.parameters()).device
     identity = hashlib.sha256(f"{record.model_sha256} {extract.made_of(data)}".encode()).hexdigest()
     folder = record.path.parent / "features" / f"{record.key}-{identity[:8]}"
-    raw = cache(lambda: feature_repository(extract, data, session))  # needed only where a latent is missing
+    raw = cache(lambda: feature_repository(extract, data, context))  # needed only where a latent is missing
 
     def compute(indices: list[int]) -> list[Tensor]:
         return encode(compressor, [level.to(device) for level in raw().read(indices)])
 
     ratio = 1 if settings.method == "none" else settings.ratio
     shapes = [(channels // ratio, *sides) for channels, *sides in feature_shapes(settings)]
-    return build_repository(folder, data.train.names, shapes, compute, identity, say=session.say)
+    return build_repository(folder, data.train.names, shapes, compute, identity, log=context.log)
 
 
 @torch.no_grad()
@@ -240,17 +229,15 @@ def load_compressor(record: Record, settings: CompressionSettings, device: str) 
     return compressor.to(device).eval().requires_grad_(False)
 
 
-def run_compression(
-    settings: CompressionSettings, seed: int, data: DetectionData, device: str, session: Session
-) -> Result:
+def run_compression(settings: CompressionSettings, seed: int, data: DetectionData, context: Context) -> Result:
     """Build the first repository, train the compressor on it, and measure what it loses, on dev and test pictures.
 
     Costs: seconds of training; memory of the training pictures' features before and after (MB, fp16).
     """
-    extract = extractor(settings, data, device, session)
-    raw = feature_repository(extract, data, session)
-    features = raw.load(device)
-    compressor, trained = fit_compressor(settings, features, seed, session)
+    extract = extractor(settings, data, context)
+    raw = feature_repository(extract, data, context)
+    features = raw.load(context.device)
+    compressor, trained = fit_compressor(settings, features, seed, context)
     compressor = compressor.eval().requires_grad_(False)
     found = {"train": reconstruction_error(compressor, features)}
     for part in PARTS:
@@ -265,7 +252,7 @@ def run_compression(
     notes = {"ddpm": extract.record.key, "ddpm_sha256": extract.record.model_sha256}
     notes["unexplained_train"] = f"{found['train']['unexplained']:.2f} %"
     curve = trained.curve if trained else {}
-    precision = precision_of(settings, device) if trained else "fp32"
+    precision = precision_of(settings, context.device) if trained else "fp32"
     return Result(
         rounded["test"], {}, rounded["dev"], curve, {}, compressor.state_dict(), costs, precision, notes=notes
     )
@@ -283,15 +270,15 @@ class Prepared:
 
 
 def prepare(
-    settings: CompressionSettings, data: DetectionData, device: str, session: Session, parts: tuple[str, ...] = PARTS
+    settings: CompressionSettings, data: DetectionData, context: Context, parts: tuple[str, ...] = PARTS
 ) -> Prepared:
     """Latents of a set, `data` at the diffusion model's size; runs the stages that this machine has not run yet."""
-    record = session.need(settings, 0)  # ours: one compressor for all seeds of what follows
-    compressor = load_compressor(record, settings, device)
-    extract = extractor(settings, data, device, session)
+    record = context.require(settings, 0)  # ours: one compressor for all seeds of what follows
+    compressor = load_compressor(record, settings, context.device)
+    extract = extractor(settings, data, context)
     if record.notes["ddpm_sha256"] != extract.record.model_sha256:
         raise DataError(f"{record.path} was made from another diffusion model than {extract.record.path}: delete it")
-    latents = latent_repository(record, compressor, extract, data, session).load(device)
+    latents = latent_repository(record, compressor, extract, data, context).load(context.device)
     unseen = {part: latents_of(extract, compressor, getattr(data, part).images) for part in parts}
     notes = {"compressor": record.key, "compressor_sha256": record.model_sha256, "ddpm": extract.record.key}
     return Prepared(compressor, latents, unseen, extract, notes)

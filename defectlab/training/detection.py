@@ -1,40 +1,29 @@
 """From a trained detector to a result: prediction, evaluation, the telling cases; and the way from settings to both."""
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from defectlab.data.augment import plain
-from defectlab.data.boxes import DetectionData
-from defectlab.data.boxes import DetectionSplit
-from defectlab.metrics.costs import model_costs
-from defectlab.metrics.detection import Boxes
-from defectlab.metrics.detection import best_f1_threshold
-from defectlab.metrics.detection import evaluate
-from defectlab.metrics.detection import pack
-from defectlab.metrics.detection import telling_cases
-from defectlab.networks.yolo.blocks import folded
-from defectlab.networks.yolo.decode import decode
-from defectlab.networks.yolo.decode import select
-from defectlab.networks.yolo.losses import detection_loss
-from defectlab.networks.yolo.model import Detector
-from defectlab.networks.yolo.model import build_detector
-from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.precision import full_float32
-from defectlab.precision import precision_of
-from defectlab.runs import Record
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.runs import load_weights
-from defectlab.training.detector import train_detector
-from torch import Tensor
-from torch import nn
-from torch.nn.functional import interpolate
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
+from defectlab.data.augment import plain
+from defectlab.data.boxes import DetectionData, DetectionSplit
+from defectlab.metrics.costs import model_costs
+from defectlab.metrics.detection import Boxes, best_f1_threshold, evaluate, pack, telling_cases
+from defectlab.networks.yolo.assignment import kmeans_anchors
+from defectlab.networks.yolo.blocks import fused
+from defectlab.networks.yolo.decode import decode, select
+from defectlab.networks.yolo.losses import detection_loss
+from defectlab.networks.yolo.model import Detector, build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.precision import full_float32, precision_of
+from defectlab.runs import Context, Record, Result, load_weights
+from defectlab.training.detector import Loss, train_detector
 
 CASE_SIDE = 112  # pixels a side of the pictures that a record keeps
+Build = Callable[..., Detector]  # (settings, classes, anchors) -> detector
 COST_SIZE = 640  # px: GFLOPs are stated for this input, whatever the training used
 
 
@@ -55,7 +44,7 @@ def predict(
         options: `confidence`, `iou`, `most` of `decode.select`.
     """
     images = split.images if images is None else images
-    model = folded(detector).to(memory_format=torch.channels_last)
+    model = fused(detector).to(memory_format=torch.channels_last)
     found: Boxes = []
     for chunk in torch.arange(len(images), device=images.device).split(batch):
         pictures = plain(images, chunk).contiguous(memory_format=torch.channels_last)
@@ -82,42 +71,54 @@ def probe_on(
     return probe
 
 
+def fresh(build: Build, settings: DetectorSettings, data: DetectionData) -> Detector:
+    """A detector that is not trained, for the classes of `data`; v5 anchors are COCO's, or those of its boxes."""
+    anchors = None
+    if settings.family == "v5" and settings.anchors == "kmeans":
+        boxes = data.train.boxes[data.train.labels >= 0].cpu()
+        anchors = kmeans_anchors(boxes[:, 2:] - boxes[:, :2], 9, torch.Generator().manual_seed(0)).view(3, 3, 2)
+    return build(settings, len(data.class_names), anchors)
+
+
 def train_and_evaluate(
     settings: DetectorSettings,
     seed: int,
     data: DetectionData,
-    device: str | torch.device,
-    session: Session,
-    build: Callable[[DetectorSettings, DetectionData], Detector] = build_detector,
-    make_loss: Callable[..., tuple[Callable, nn.Module | None]] | None = None,
+    context: Context,
+    build: Build = build_detector,
+    make_loss: Callable[[Detector], tuple[Loss, nn.Module | None]] | None = None,
 ) -> Result:
     """Train a detector and evaluate the moving average of its last epoch, once.
 
     Args:
-        build: (settings, data) -> detector.
-        make_loss: (settings, data, detector, device) -> (loss of `train_detector`, its further weights or None);
-            None: the detector's own loss.
+        build: (settings, classes, anchors) -> detector.
+        make_loss: detector -> (loss of `train_detector`, its further weights or None); None: the detector's own loss.
     """
     torch.manual_seed(seed)
-    detector = build(settings, data).to(device, memory_format=torch.channels_last)
+    detector = fresh(build, settings, data).to(context.device, memory_format=torch.channels_last)
     if make_loss is None:
         criterion = detection_loss(detector, settings.size)
         loss, extra = (lambda batch: criterion(detector(batch.images), batch.boxes, batch.labels)), None
     else:
-        loss, extra = make_loss(settings, data, detector, device)
+        loss, extra = make_loss(detector)
     probe = probe_on(data.dev, data.class_names)
-    average, trained = train_detector(detector, loss, data.train, settings, seed, session, extra, probe)
+    average, trained = train_detector(detector, loss, data.train, settings, seed, context, extra, probe)
     result = evaluate_detector(average, data)
     result.curve = trained.curve
-    result.precision = precision_of(settings, device)
-    result.costs |= deployed_costs(average, settings.size, device)
+    result.precision = precision_of(settings, context.device)
+    result.costs |= deployed_costs(average, settings.size, context.device)
     result.costs |= trained.costs
     return result
 
 
+def run_detector(settings: DetectorSettings, seed: int, data: DetectionData, context: Context) -> Result:
+    """One row and seed of a plain detector."""
+    return train_and_evaluate(settings, seed, data, context)
+
+
 def deployed_costs(detector: Detector, size: int, device: str | torch.device) -> dict[str, float]:
-    """Costs as deployed, folded: parameters and GFLOPs at 640 px, latency at `size` in fp32."""
-    model = folded(detector).to(device, memory_format=torch.channels_last)
+    """Costs as deployed, fused: parameters and GFLOPs at 640 px, latency at `size` in fp32."""
+    model = fused(detector).to(device, memory_format=torch.channels_last)
     return model_costs(model, size, device, flops_size=COST_SIZE)
 
 

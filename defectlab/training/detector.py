@@ -1,30 +1,41 @@
 """Training a detector on device-resident data: recipe, schedule, moving average of the weights, the loop."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from defectlab.data.augment import Batch
-from defectlab.data.augment import augment
-from defectlab.data.boxes import DetectionSplit
-from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.precision import autocast
-from defectlab.precision import precision_of
-from defectlab.runs import OutOfTime
-from defectlab.runs import Session
-from defectlab.training.loop import MovingAverage
-from defectlab.training.loop import Trained
-from defectlab.training.loop import check_finite
-from defectlab.training.loop import epoch_order
-from defectlab.training.loop import resume
-from defectlab.training.loop import save_checkpoint
-from torch import Tensor
-from torch import nn
 import math
 import time
-import torch
+from collections.abc import Callable
+from dataclasses import replace
 
+import torch
+from torch import Tensor, nn
+
+from defectlab.data.augment import Augmentation, Batch, augment
+from defectlab.data.boxes import DetectionSplit
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.precision import autocast, precision_of
+from defectlab.runs import Context
+from defectlab.training.loop import (
+    Checkpoints,
+    MovingAverage,
+    Trained,
+    check_finite,
+    epoch_order,
+    resume,
+    save_checkpoint,
+)
 
 # an augmented batch, its images channels-last -> named scalars, of which "loss" is minimised
 Loss = Callable[[Batch], dict[str, Tensor]]
+
+
+def augmentation_of(settings: DetectorSettings) -> Augmentation:
+    return Augmentation(
+        mosaic=settings.mosaic,
+        mixup=settings.mixup,
+        degrees=settings.degrees,
+        translate=settings.translate,
+        scale=settings.zoom,
+        flip_up_down=settings.flip_up_down,
+    )
 
 
 def make_optimizer(parts: nn.Module, settings: DetectorSettings) -> torch.optim.Optimizer:
@@ -60,7 +71,7 @@ def train_detector(
     split: DetectionSplit,
     settings: DetectorSettings,
     seed: int,
-    session: Session,
+    context: Context,
     extra: nn.Module | None = None,
     probe: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> tuple[nn.Module, Trained]:
@@ -81,7 +92,8 @@ def train_detector(
     trained = nn.ModuleList([detector, *([extra] if extra is not None else [])])
     optimizer = make_optimizer(trained, settings)
     everything = nn.ModuleList([trained, average.model])  # what a checkpoint holds
-    done, earlier, curve = resume(session, everything, optimizer, settings.epochs)
+    done, earlier, curve = resume(context, everything, optimizer, settings.epochs)
+    checkpoints = Checkpoints(context)
     started, seen, probing, every = time.monotonic(), 0, 0.0, max(1, settings.epochs // 10)
     for epoch in range(done, settings.epochs):
         scalars = train_epoch(trained, detector, average, loss, split, settings, seed, epoch, optimizer)
@@ -96,11 +108,13 @@ def train_detector(
             probing += time.monotonic() - began
         seconds = time.monotonic() - started - probing
         shown = "  ".join(f"{name} {value:.3f}" for name, value in scalars.items())
-        session.say(f"  epoch {epoch + 1}/{settings.epochs}  {shown}  {seen / seconds:.1f} images/s")
-        if session.checkpoint and not last and (session.out_of_time() or session.due()):
-            save_checkpoint(session.checkpoint, everything, optimizer, epoch + 1, earlier + seconds, curve)
-        if session.out_of_time() and not last:
-            raise OutOfTime(f"time budget used up after epoch {epoch + 1} of {settings.epochs}; run again to go on")
+        context.log(f"  epoch {epoch + 1}/{settings.epochs}  {shown}  {seen / seconds:.1f} images/s")
+        spent = earlier + seconds
+        checkpoints.after(
+            epoch + 1,
+            settings.epochs,
+            lambda path: save_checkpoint(path, everything, optimizer, epoch + 1, spent, curve),  # noqa: B023
+        )
     seconds = time.monotonic() - started - probing
     return average.model, Trained(curve, earlier + seconds, seen / seconds if seen else 0.0)
 
@@ -121,7 +135,7 @@ def train_epoch(
     device, count = split.images.device, len(split.images)
     trained.train()
     weights = [p for p in trained.parameters() if p.requires_grad]
-    recipe = settings.augmentation
+    recipe = augmentation_of(settings)
     if epoch >= settings.epochs - settings.close_mosaic:
         recipe = replace(recipe, mosaic=0.0, mixup=0.0)
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)

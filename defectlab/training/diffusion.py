@@ -16,34 +16,30 @@ A U-Net learns to tell the noise from x_t and t (their eq. 14), which gives the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from defectlab.data.boxes import DetectionData
-from defectlab.metrics.costs import parameters
-from defectlab.networks.diffusion import DiffusionSettings
-from defectlab.networks.diffusion import TIMESTEPS
-from defectlab.networks.diffusion import as_inputs
-from defectlab.networks.diffusion import build_unet
-from defectlab.networks.diffusion import check_size
-from defectlab.networks.diffusion import decoder_features
-from defectlab.networks.diffusion import noise_loss
-from defectlab.networks.diffusion import noise_schedule
-from defectlab.networks.diffusion import q_sample
-from defectlab.networks.diffusion import sample_ddim
-from defectlab.precision import autocast
-from defectlab.precision import precision_of
-from defectlab.runs import Record
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.runs import load_weights
-from defectlab.training.loop import MovingAverage
-from defectlab.training.loop import Trained
-from defectlab.training.loop import train
-from einops import rearrange
-from torch import Tensor
-from torch import nn
 from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
+from einops import rearrange
+from torch import Tensor, nn
 
+from defectlab.data.boxes import DetectionData
+from defectlab.metrics.costs import parameters
+from defectlab.networks.diffusion import (
+    TIMESTEPS,
+    DiffusionSettings,
+    as_inputs,
+    build_unet,
+    check_size,
+    decoder_features,
+    noise_loss,
+    noise_schedule,
+    q_sample,
+    sample_ddim,
+)
+from defectlab.precision import autocast, precision_of
+from defectlab.runs import Context, Record, Result, load_weights
+from defectlab.training.loop import MovingAverage, Trained, train
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: where it is needed, not for every table that names a row
     from diffusers import UNet2DModel
@@ -79,7 +75,7 @@ def random_flips(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return pictures
 
 
-def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, session: Session) -> tuple[UNet2DModel, Trained]:
+def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, context: Context) -> tuple[UNet2DModel, Trained]:
     """Train on uint8 pictures (N, C, size, size), on their device. -> (moving average of the U-Net, curve and speed).
 
     Timesteps, noise and flips of a step are drawn on the CPU from seed and epoch alone: the same on every device, and
@@ -114,7 +110,7 @@ def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, session: 
         learning_rate=settings.learning_rate,
         betas=(0.9, 0.999),  # Adam's usual ones
         seed=seed,
-        session=session,
+        context=context,
         schedule="cosine",
         draw=draw,
         final=settings.final_rate,
@@ -154,9 +150,7 @@ def spread(images: Tensor, count: int) -> Tensor:
     return images[torch.linspace(0, len(images) - 1, min(count, len(images))).round().long().to(images.device)]
 
 
-def run_ddpm(
-    settings: DiffusionSettings, seed: int, data: DetectionData, device: str | torch.device, session: Session
-) -> Result:
+def run_ddpm(settings: DiffusionSettings, seed: int, data: DetectionData, context: Context) -> Result:
     """Train on the training pictures, measure on 120 of each split; no label is looked at.
 
     -> metrics and dev {"noise_error": per cent of the noise's power that is mispredicted, mean over 20 timesteps};
@@ -164,16 +158,14 @@ def run_ddpm(
     (16, S, S), with colours (16, S, S, 3), and `telling_maps` of six test pictures. Raises ValueError for pictures of
     another size, and as `train`.
     """
-    pass  # that module builds on this one
-
-    unet, trained = train_ddpm(data.train.images, settings, seed, session)
-    precision, timesteps = precision_of(settings, device), middles(settings.steps, ERROR_TIMESTEPS)
-    with autocast(torch.device(device), precision):
+    unet, trained = train_ddpm(data.train.images, settings, seed, context)
+    precision, timesteps = precision_of(settings, context.device), middles(settings.steps, ERROR_TIMESTEPS)
+    with autocast(torch.device(context.device), precision):
         errors = {
             part: error_per_timestep(unet, spread(getattr(data, part).images, ERROR_PICTURES), timesteps, seed)
             for part in ("train", "dev", "test")
         }
-        samples = sample_ddim(unet, SAMPLES, seed, device=device)  # (16, C, S, S)
+        samples = sample_ddim(unet, SAMPLES, seed, device=context.device)  # (16, C, S, S)
         kept = telling_maps(unet, spread(data.test.images, CASES))
     samples = samples[:, 0] if samples.shape[1] == 1 else rearrange(samples, "n c h w -> n h w c")
     return Result(

@@ -1,44 +1,44 @@
 """TODO training.feature_baselines."""
 
-from defectlab.data.anomaly import AnomalyData
-from defectlab.networks.feature_baselines import CHANNELS
-from defectlab.networks.feature_baselines import PaDiMSettings
-from defectlab.networks.feature_baselines import PatchCoreSettings
-from defectlab.networks.feature_baselines import SPADESettings
-from defectlab.networks.feature_baselines import descriptors
-from defectlab.networks.feature_baselines import draw_channels
-from defectlab.networks.feature_baselines import embedding
-from defectlab.networks.feature_baselines import fit_gaussians
-from defectlab.networks.feature_baselines import greedy_coreset
-from defectlab.networks.feature_baselines import mahalanobis
-from defectlab.networks.feature_baselines import nearest_distances
-from defectlab.networks.feature_baselines import nearest_images
-from defectlab.networks.feature_baselines import patch_features
-from defectlab.networks.feature_baselines import pixel_distances
-from defectlab.networks.feature_baselines import pyramid
-from defectlab.networks.feature_baselines import reweighted_score
-from defectlab.networks.reverse_distillation import gaussian_smooth
-from defectlab.networks.reverse_distillation import upsample
-from defectlab.precision import full_float32
-from defectlab.precision import precision_of
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.training.anomaly import cached_features
-from defectlab.training.anomaly import evaluate
 from functools import partial
-from torch import Tensor
+
 import torch
+from torch import Tensor
+
+from defectlab.data.anomaly import AnomalyData
+from defectlab.networks.feature_baselines import (
+    CHANNELS,
+    PaDiMSettings,
+    PatchCoreSettings,
+    SPADESettings,
+    descriptors,
+    draw_channels,
+    embedding,
+    fit_gaussians,
+    greedy_coreset,
+    mahalanobis,
+    nearest_distances,
+    nearest_images,
+    patch_features,
+    pixel_distances,
+    pyramid,
+    reweighted_score,
+)
+from defectlab.networks.reverse_distillation import gaussian_smooth, upsample
+from defectlab.precision import full_float32, precision_of
+from defectlab.runs import Context, Result
+from defectlab.training.anomaly import evaluate, teacher_features
 
 POSITIONS = 256  # whose Gaussians are held at once
 
 
 @torch.inference_mode()
-def run_padim(settings: PaDiMSettings, seed: int, data: AnomalyData, device: str, session: Session) -> Result:
+def run_padim(settings: PaDiMSettings, seed: int, data: AnomalyData, context: Context) -> Result:
     """Fit on the good images, score dev and test; the seed draws the channels.
 
     The Gaussians are not kept with the run: 125 MB with a ResNet-18, seconds to fit again.
     """
-    features = {part: cached_features(data, part, settings, device) for part in ("train", "dev", "test")}
+    features = {part: teacher_features(data, part, settings) for part in ("train", "dev", "test")}
     widths = [layer.shape[1] for layer in features["train"]]
     channels = draw_channels(sum(widths), CHANNELS[widths[0]], seed)
     embedded = {part: embedding(layers, channels) for part, layers in features.items()}
@@ -49,47 +49,47 @@ def run_padim(settings: PaDiMSettings, seed: int, data: AnomalyData, device: str
             mean, factor = fit_gaussians(embedded["train"][start : start + POSITIONS])
             for part, found in distances.items():
                 found.append(mahalanobis(embedded[part][start : start + POSITIONS], mean, factor))
-    session.say(f"  {height * width} Gaussians of {len(channels)} channels fitted to {len(data.train)} images")
+    context.log(f"  {height * width} Gaussians of {len(channels)} channels fitted to {len(data.train)} images")
     maps = {
         part: gaussian_smooth(upsample(torch.cat(found).T.unflatten(1, (height, width))))
         for part, found in distances.items()
     }
     result = evaluate(data, maps["dev"], maps["test"])
-    result.precision = precision_of(settings, device)
+    result.precision = precision_of(settings, context.device)
     result.costs = {"parameters": 0, "gaussians": height * width}
     return result
 
 
 @torch.inference_mode()
-def run_spade(settings: SPADESettings, seed: int, data: AnomalyData, device: str, session: Session) -> Result:
+def run_spade(settings: SPADESettings, seed: int, data: AnomalyData, context: Context) -> Result:
     """Score dev and test against the good images; nothing depends on the seed."""
-    good = cached_features(data, "train", settings, device)
+    good = teacher_features(data, "train", settings)
     described, pixels = descriptors(good), pyramid(good)
     maps, scores = {}, {}
     for part in ("dev", "test"):
-        features = cached_features(data, part, settings, device)
+        features = teacher_features(data, part, settings)
         scores[part], nearest = nearest_images(descriptors(features), described, settings.neighbours)
         maps[part] = gaussian_smooth(upsample(pixel_distances(pyramid(features), pixels, nearest)))
-    session.say(f"  {len(maps['dev']) + len(maps['test'])} images compared with {len(good[0])} good ones")
+    context.log(f"  {len(maps['dev']) + len(maps['test'])} images compared with {len(good[0])} good ones")
     result = evaluate(data, maps["dev"], maps["test"], scores["dev"], scores["test"])
-    result.precision = precision_of(settings, device)
+    result.precision = precision_of(settings, context.device)
     result.costs = {"parameters": 0, "remembered_images": len(good[0])}
     return result
 
 
 @torch.inference_mode()
-def run_patchcore(settings: PatchCoreSettings, seed: int, data: AnomalyData, device: str, session: Session) -> Result:
-    features = partial(cached_features, data, settings=settings, device=device)
+def run_patchcore(settings: PatchCoreSettings, seed: int, data: AnomalyData, context: Context) -> Result:
+    features = partial(teacher_features, data, settings=settings)
     chunks = zip(*(f.split(64) for f in features("train")), strict=True)  # the temporaries of all images are GBs
     patches = torch.cat([patch_features(list(chunk)).flatten(0, 2) for chunk in chunks])
     bank = patches[greedy_coreset(patches, max(1, round(settings.coreset * len(patches))), seed)]
     del patches
-    session.say(f"  {len(bank)} patches of {bank.shape[1]} channels remembered")
+    context.log(f"  {len(bank)} patches of {bank.shape[1]} channels remembered")
     maps, scores = {}, {}
     for part in ("dev", "test"):
         maps[part], scores[part] = score_patches(features(part), bank)
     result = evaluate(data, maps["dev"], maps["test"], scores["dev"], scores["test"])
-    result.precision = precision_of(settings, device)
+    result.precision = precision_of(settings, context.device)
     result.model = {"bank": bank}
     result.costs = {"parameters": 0, "remembered_patches": len(bank)}
     return result

@@ -7,28 +7,22 @@ shard that the index does not know counts as missing. Reading maps the files int
 not asked for.
 """
 
-from collections import Counter
-from collections.abc import Callable
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from defectlab.files import DataError
-from defectlab.files import locked
-from defectlab.files import write_atomically
-from defectlab.files import write_json
-from pathlib import Path
-from safetensors import SafetensorError
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
 import hashlib
 import json
 import math
 import shutil
 import time
-import torch
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from defectlab.files import DataError, locked, write_atomically, write_json
 
 INDEX = "index.json"
 SPARE = 0.05  # of the free disk: never filled
@@ -175,7 +169,7 @@ def build_repository(
     compute: Callable[[list[int]], list[Tensor]],
     identity: str,
     shard: int = 64,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Repository:
     """Fill `folder` with the features of `names` (N, unique), or what is missing or damaged of them.
 
@@ -193,39 +187,39 @@ def build_repository(
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{times} images are named {name!r}: each image needs a name of its own")
-    with locked(folder / ".lock", say):
+    with locked(folder / ".lock", log):
         for left in folder.glob(".*-shard-*.safetensors"):  # a killed builder's; no other builder is at work
             left.unlink()
         try:
             index = _read_index(folder)
         except DataError:
-            say(f"  {folder.name}/{INDEX} is damaged: every shard is computed again")
+            log(f"  {folder.name}/{INDEX} is damaged: every shard is computed again")
             index = None
         shapes = _as_shapes(shapes)
         index = index or Index(identity, [list(shape) for shape in shapes], shard)
         repository = Repository(folder, tuple(names), shapes, index)
         repository._check(identity)
         missing = repository.verify()
-        _say_size(repository, missing, say)
+        _say_size(repository, missing, log)
         started, done = time.monotonic(), 0
         for n in missing:
             images = repository.images(n)
             _write_shard(repository, n, compute(list(images)))
             done += len(images)
             rate = done / max(time.monotonic() - started, 1e-9)
-            say(f"  shard {n + 1} of {repository.shards}: {len(images)} images, {rate:.1f} images/s")
+            log(f"  shard {n + 1} of {repository.shards}: {len(images)} images, {rate:.1f} images/s")
     return repository
 
 
-def _say_size(repository: Repository, missing: list[int], say: Callable[[str], None]) -> None:
+def _say_size(repository: Repository, missing: list[int], log: Callable[[str], None]) -> None:
     """What will be there, what of it is damaged, what is yet to compute; OSError where the disk has no room."""
     folder, an_image = repository.folder, 2 * sum(math.prod(shape) for shape in repository.shapes)
     size = an_image * len(repository) / 1e6
     line = f"feature repository {folder.name}: {size:.1f} MB, {len(repository)} images, {repository.shards} shards"
-    say(f"{line}, {len(missing)} of them to compute" if missing else f"{line}, all there")
+    log(f"{line}, {len(missing)} of them to compute" if missing else f"{line}, all there")
     for n in missing:
         if _file(n) in repository.index.files:
-            say(f"  {folder.name}/{_file(n)} is missing or damaged: computed again")
+            log(f"  {folder.name}/{_file(n)} is missing or damaged: computed again")
     needed = an_image * sum(len(repository.images(n)) for n in missing)
     free = shutil.disk_usage(folder).free
     if needed > (1 - SPARE) * free:

@@ -1,57 +1,27 @@
-"""Instance masks on the anchor-based detector: prototypes and coefficients, their loss, prediction and evaluation.
+"""A detector with instance masks: its prediction and evaluation."""
 
-Bolya, Zhou, Xiao, Lee, "YOLACT: Real-time Instance Segmentation", ICCV 2019, arXiv 1904.02689. A picture gets M
-prototype maps (section 3.1), each anchor M coefficients (section 3.2); a mask is sigmoid(prototypes x coefficients),
-cropped to its box (section 3.3). What differs is marked "ours".
-"""
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from defectlab.data.augment import plain
-from defectlab.data.boxes import DetectionData
-from defectlab.data.instances import InstanceData
-from defectlab.data.instances import InstanceSplit
-from defectlab.data.instances import to_square
-from defectlab.metrics.detection import Boxes
-from defectlab.metrics.detection import COCO_IOUS
-from defectlab.metrics.detection import RECALLS
-from defectlab.metrics.detection import best_f1_threshold
-from defectlab.metrics.detection import evaluate
-from defectlab.metrics.detection import pack
-from defectlab.metrics.detection import take_truths
-from defectlab.networks.yolo.blocks import folded
-from defectlab.networks.yolo.decode import CANDIDATES
-from defectlab.networks.yolo.decode import decode_anchor_based
-from defectlab.networks.yolo.masks import with_masks
-from defectlab.networks.yolo.model import Detector
-from defectlab.networks.yolo.model import build_detector
-from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.precision import full_float32
-from defectlab.runs import Result
-from defectlab.training.detection import CASE_SIDE
-from defectlab.training.detection import cases
-from defectlab.training.detection import result_of
-from einops import einsum
-from einops import rearrange
-from torch import Tensor
-from torch import nn
+import numpy as np
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import batched_nms
-from typing import Any
-from typing import NamedTuple
-import numpy as np
-import torch
+
+from defectlab.data.augment import plain
+from defectlab.data.instances import InstanceData, InstanceSplit, to_square
+from defectlab.metrics.detection import COCO_IOUS, RECALLS, Boxes, best_f1_threshold, evaluate, pack, take_truths
+from defectlab.networks.yolo.blocks import fused
+from defectlab.networks.yolo.decode import CANDIDATES, decode_anchor_based
+from defectlab.precision import full_float32
+from defectlab.runs import Result
+from defectlab.training.detection import CASE_SIDE, cases, result_of
 
 MOST = 100  # detections of a picture that get a mask, at most: as many as COCO counts
 Instances = dict[str, Tensor]  # of a picture: boxes (n, 4), labels (n,), masks (n, H, W) bool; scores (n,) if predicted
-
-
-def build_instance_detector(settings: DetectorSettings, data: DetectionData, **parts: Any) -> Detector:
-    """A fresh detector with masks for `data`; arguments as `build_detector`."""
-    return with_masks(build_detector(settings, data, **parts))
 
 
 # --- Prediction ------------------------------------------------------------------------------------------------------
@@ -78,7 +48,7 @@ def predict_instances(
     Raises:
         ValueError: outputs that are not finite.
     """
-    model = folded(detector).to(memory_format=torch.channels_last)
+    model = fused(detector).to(memory_format=torch.channels_last)
     indices = torch.tensor(range(len(split)) if indices is None else indices, device=split.images.device)
     for chunk in indices.split(batch):
         pictures = plain(split.images, chunk).contiguous(memory_format=torch.channels_last)

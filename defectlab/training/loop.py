@@ -1,24 +1,20 @@
 """The training loop of all but the detectors, on data that lie on the device; what every training shares: checkpoints,
 a time budget, seeds, precision, the moving average of weights."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from defectlab.runs import NonFiniteLoss
-from defectlab.runs import OutOfTime
-from defectlab.runs import Session
-from defectlab.runs import first_line
-from pathlib import Path
-from safetensors import SafetensorError
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from torch import nn
 import copy
 import json
 import math
 import time
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from defectlab.runs import Context, NonFiniteLoss, OutOfTime, first_line
 
 
 @dataclass
@@ -36,6 +32,25 @@ class Trained:
             "train_seconds": round(self.seconds, 1),
             "train_images_per_second": round(self.images_per_second, 1),
         }
+
+
+class Checkpoints:
+    """Where an interrupted training goes on from: after an epoch, when the last one is a while ago or time is up."""
+
+    def __init__(self, context: Context):
+        self.context, self._last = context, time.monotonic()
+
+    def after(self, epoch: int, epochs: int, save: Callable[[Path], None]) -> None:
+        """`epoch` (from 1) of `epochs` is done. Raises OutOfTime where the time is up and epochs are left."""
+        context = self.context
+        if epoch == epochs:
+            return
+        due = time.monotonic() - self._last >= context.every_seconds
+        if context.checkpoint and (due or context.out_of_time()):
+            save(context.checkpoint)
+            self._last = time.monotonic()
+        if context.out_of_time():
+            raise OutOfTime(f"time budget used up after epoch {epoch} of {epochs}; run again to go on")
 
 
 def epoch_order(count: int, batch: int, seed: int, epoch: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -80,7 +95,7 @@ def train(
     learning_rate: float,
     betas: tuple[float, float],
     seed: int,
-    session: Session,
+    context: Context,
     schedule: str = "constant",
     draw: Callable[[Tensor, torch.Generator], list[Tensor]] | None = None,
     final: float = 0.0,
@@ -104,7 +119,8 @@ def train(
         raise ValueError(f"training needs at least 2 images, got {count}")
     weights = [p for p in parts.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, learning_rate, betas, fused=True)
-    done, earlier, curve = resume(session, parts, optimizer, epochs)
+    done, earlier, curve = resume(context, parts, optimizer, epochs)
+    checkpoints = Checkpoints(context)
     parts.train()
     started, seen = time.monotonic(), 0
     for epoch in range(done, epochs):
@@ -124,12 +140,13 @@ def train(
         for name, value in zip(scalars, table.mean(0).tolist(), strict=True):
             curve.setdefault(name, []).append(round(value, 6))
         seconds = time.monotonic() - started
-        session.say(f"  epoch {epoch + 1}/{epochs}  loss {curve['loss'][-1]:.4f}  {seen / seconds:.1f} images/s")
-        last = epoch + 1 == epochs
-        if session.checkpoint and not last and (session.out_of_time() or session.due()):
-            save_checkpoint(session.checkpoint, parts, optimizer, epoch + 1, earlier + seconds, curve)
-        if session.out_of_time() and not last:
-            raise OutOfTime(f"time budget used up after epoch {epoch + 1} of {epochs}; run again to go on")
+        context.log(f"  epoch {epoch + 1}/{epochs}  loss {curve['loss'][-1]:.4f}  {seen / seconds:.1f} images/s")
+        spent = earlier + seconds
+        checkpoints.after(
+            epoch + 1,
+            epochs,
+            lambda path: save_checkpoint(path, parts, optimizer, epoch + 1, spent, curve),  # noqa: B023
+        )
     seconds = time.monotonic() - started
     parts.eval()
     return Trained(curve, earlier + seconds, seen / seconds if seen else 0.0)
@@ -145,20 +162,20 @@ def schedule_factor(schedule: str, epoch: int, epochs: int, final: float = 0.0) 
 
 
 def resume(
-    session: Session, parts: nn.Module, optimizer: torch.optim.Optimizer, epochs: int
+    context: Context, parts: nn.Module, optimizer: torch.optim.Optimizer, epochs: int
 ) -> tuple[int, float, dict[str, list[float]]]:
-    """Go on from the session's checkpoint, where there is one: -> (epochs done, seconds spent, curve)."""
-    if not (session.checkpoint and session.checkpoint.exists()):
+    """Go on from the context's checkpoint, where there is one: -> (epochs done, seconds spent, curve)."""
+    if not (context.checkpoint and context.checkpoint.exists()):
         return 0, 0.0, {}
     try:
-        done, earlier, curve = load_checkpoint(session.checkpoint, parts, optimizer)
+        done, earlier, curve = load_checkpoint(context.checkpoint, parts, optimizer)
     except torch.OutOfMemoryError:  # a RuntimeError, too, and no fault of the checkpoint
         raise
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{session.checkpoint} does not continue this training ({first_line(error)}): delete it"
+            f"{context.checkpoint} does not continue this training ({first_line(error)}): delete it"
         ) from error
-    session.say(f"  continues after epoch {done} of {epochs}")
+    context.log(f"  continues after epoch {done} of {epochs}")
     return done, earlier, curve
 
 

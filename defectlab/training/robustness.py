@@ -1,25 +1,19 @@
 """A trained detector looked at through spoilt pictures: motion blur and noise at five strengths each."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from defectlab.data.boxes import DetectionData
-from defectlab.data.corruption import resized
-from defectlab.data.corruption import spoil
-from defectlab.data.detection import load_detection
-from defectlab.metrics.detection import evaluate
-from defectlab.metrics.robustness import KINDS
-from defectlab.metrics.robustness import pack_matches
-from defectlab.metrics.robustness import summary
-from defectlab.networks.yolo.model import Detector
-from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.training.detection import frozen
-from defectlab.training.detection import predict
-from defectlab.training.detection import rounded
 from typing import ClassVar
+
 import numpy as np
 import torch
+
+from defectlab.data.boxes import DetectionData
+from defectlab.data.corruption import resized, spoil
+from defectlab.data.detection import load_detection
+from defectlab.metrics.detection import evaluate
+from defectlab.metrics.robustness import KINDS, pack_matches, summary
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.runs import Context, Result
+from defectlab.training.detection import Build, fresh, frozen, predict, rounded
 
 PLAIN = DetectorSettings()
 
@@ -48,9 +42,8 @@ def run_robustness(
     settings: RobustnessSettings,
     seed: int,
     data: DetectionData,
-    device: str | torch.device,
-    session: Session,
-    build: Callable[[DetectorSettings, DetectionData], Detector],
+    context: Context,
+    build: Build,
 ) -> Result:
     """mAP50 at each strength of blur and of noise; strength 0 is the clean picture.
 
@@ -58,10 +51,10 @@ def run_robustness(
     sees the same ones. metrics: "map50_blur_0" .. "map50_blur_5", "map50_blur" (mean of 1 to 5), "kept_blur" (that
     mean in per cent of the clean value), and the same for noise.
     """
-    record = session.need(settings.of, seed)
-    detector = frozen(record, build(settings.of, data), device)
+    record = context.require(settings.of, seed)
+    detector = frozen(record, fresh(build, settings.of, data), context.device)
     split, truths = data.test, data.test.truths()
-    native = load_detection(settings.dataset, int(split.sizes.max()), device).test.images
+    native = load_detection(settings.dataset, int(split.sizes.max()), context.device).test.images
     metrics: dict[str, float] = {}
     classes = len(data.class_names)
     counts = np.stack([np.bincount(t["labels"].numpy(), minlength=classes) for t in truths]).astype(np.uint8)
@@ -71,7 +64,7 @@ def run_robustness(
         found = predict(detector, split, resized(images, settings.size))
         value = evaluate(found, truths, data.class_names)[0]["map50"]
         arrays.update(pack_matches(condition, found, truths, classes))
-        session.say(f"  {condition}: mAP50 {value:.1f}")
+        context.log(f"  {condition}: mAP50 {value:.1f}")
         return value
 
     clean = look("clean", native)

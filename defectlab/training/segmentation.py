@@ -1,28 +1,19 @@
 """Training and evaluation of segmentation networks: recipe, flips on the device, one evaluation of the last epoch."""
 
 from collections.abc import Callable
-from defectlab.data.masks import SegmentationData
-from defectlab.data.masks import SegmentationSplit
-from defectlab.data.masks import subset
-from defectlab.metrics.costs import model_costs
-from defectlab.metrics.segmentation import best_threshold
-from defectlab.metrics.segmentation import segmentation_metrics
-from defectlab.networks.segmentation import SegmentationSettings
-from defectlab.networks.segmentation import Segmenter
-from defectlab.networks.segmentation import segmentation_loss
-from defectlab.precision import autocast
-from defectlab.precision import full_float32
-from defectlab.precision import precision_of
-from defectlab.runs import Record
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.runs import load_weights
-from defectlab.training.loop import train
-from torch import Tensor
-from torch.nn import functional
+
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
+from defectlab.data.masks import SegmentationData, SegmentationSplit, subset
+from defectlab.metrics.costs import model_costs
+from defectlab.metrics.segmentation import best_threshold, segmentation_metrics
+from defectlab.networks.segmentation import SegmentationSettings, Segmenter, segmentation_loss
+from defectlab.precision import autocast, full_float32, precision_of
+from defectlab.runs import Context, Record, Result, load_weights
+from defectlab.training.loop import train
 
 THUMBNAIL = 80  # pixels a side of the cases kept in a record: three colours and a map of twelve fit into it
 CASES = 12
@@ -80,17 +71,16 @@ def run_segmentation(
     settings: SegmentationSettings,
     seed: int,
     data: SegmentationData,
-    device: str | torch.device,
-    session: Session,
+    context: Context,
     build: Callable[[SegmentationSettings], Segmenter],
 ) -> Result:
     """Train a network and evaluate its last epoch, once; the threshold comes from dev.
 
     Raises OutOfTime, NonFiniteLoss and ValueError of `train`, errors of `build`.
     """
-    precision = precision_of(settings, device)
+    precision = precision_of(settings, context.device)
     torch.manual_seed(seed)
-    network = build(settings).to(device, memory_format=torch.channels_last)
+    network = build(settings).to(context.device, memory_format=torch.channels_last)
     split = subset(data.train, settings.share, seed)
     epochs = epochs_of(settings, len(data.train), len(split))
 
@@ -109,13 +99,13 @@ def run_segmentation(
         learning_rate=settings.learning_rate,
         betas=settings.betas,
         seed=seed,
-        session=session,
+        context=context,
         schedule="cosine",
         draw=draw_flipped(split),
     )
     result = evaluate(network, data, precision)
     result.curve = trained.curve
-    result.costs = model_costs(network, settings.size, device) | trained.costs
+    result.costs = model_costs(network, settings.size, context.device) | trained.costs
     result.notes = {"train_images": str(len(split)), "epochs": str(epochs)}
     return result
 

@@ -6,27 +6,41 @@ library's; pictures, augmentation, schedule, moving average, evaluation and cost
 for a GPU.
 """
 
-from defectlab.data.augment import plain
-from defectlab.data.boxes import DetectionData
-from defectlab.data.boxes import DetectionSplit
+import torch
+from torch import Tensor, nn
+
+from defectlab.data.augment import Batch, plain
+from defectlab.data.boxes import DetectionData, DetectionSplit
 from defectlab.metrics.costs import model_costs
 from defectlab.metrics.detection import Boxes
-from defectlab.networks.torchvision_detectors import TorchvisionSettings
-from defectlab.networks.torchvision_detectors import build_torchvision
-from defectlab.networks.torchvision_detectors import torchvision_loss
-from defectlab.precision import full_float32
-from defectlab.precision import precision_of
-from defectlab.runs import Result
-from defectlab.runs import Session
-from defectlab.training.detection import evaluate_found
-from defectlab.training.detection import probe_on
-from defectlab.training.detector import train_detector
-from torch import nn
-import torch
-
-
+from defectlab.networks.torchvision_detectors import TorchvisionSettings, build_torchvision
+from defectlab.precision import full_float32, precision_of
+from defectlab.runs import Context, Result
+from defectlab.training.detection import evaluate_found, probe_on
+from defectlab.training.detector import Loss, train_detector
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def to_targets(boxes: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
+    """Padded boxes (B, M, 4) and labels (B, M), -1 where padded, real ones first -> torchvision's targets: per picture
+    {"boxes": (n, 4), "labels": (n,)}, labels from 1 on, since 0 is the background."""
+    counts = (labels >= 0).sum(1).tolist()  # one synchronisation a batch
+    return [{"boxes": b[:n], "labels": k[:n] + 1} for b, k, n in zip(boxes, labels, counts, strict=True)]
+
+
+def torchvision_loss(model: nn.Module) -> Loss:
+    """The library's own losses, named as there, and "loss", their sum.
+
+    Faster R-CNN draws its proposals by torch's global generator, so a training of it that was interrupted does not end
+    as one that was not, to the last digit.
+    """
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        parts = model(list(batch.images), to_targets(batch.boxes, batch.labels))
+        return {"loss": sum(parts.values()), **parts}
+
+    return loss
 
 
 @torch.inference_mode()
@@ -49,23 +63,21 @@ def predict_torchvision(model: nn.Module, split: DetectionSplit, batch: int = 16
     return found
 
 
-def run_torchvision(
-    settings: TorchvisionSettings, seed: int, data: DetectionData, device: str | torch.device, session: Session
-) -> Result:
+def run_torchvision(settings: TorchvisionSettings, seed: int, data: DetectionData, context: Context) -> Result:
     """Train one of torchvision's detectors and evaluate the moving average of its last epoch, once.
 
-    Costs are those at `settings.size`, not folded; unlike our own detectors' they hold decoding and suppression, and
+    Costs are those at `settings.size`, not fused; unlike our own detectors' they hold decoding and suppression, and
     Faster R-CNN's GFLOPs the proposals that one picture of noise gives.
     """
     torch.manual_seed(seed)
-    model = build_torchvision(settings, len(data.class_names)).to(device, memory_format=torch.channels_last)
+    model = build_torchvision(settings, len(data.class_names)).to(context.device, memory_format=torch.channels_last)
     recipe = settings.recipe
     probe = probe_on(data.dev, data.class_names, predict_torchvision)
-    average, trained = train_detector(model, torchvision_loss(model), data.train, recipe, seed, session, probe=probe)
+    average, trained = train_detector(model, torchvision_loss(model), data.train, recipe, seed, context, probe=probe)
     found = {part: predict_torchvision(average, getattr(data, part)) for part in ("dev", "test")}
     result = evaluate_found(found, data, average)
     result.curve = trained.curve
-    result.precision = precision_of(recipe, device)
-    result.costs = model_costs(average, settings.size, device) | trained.costs
-    result.notes = {"costs": f"at {settings.size} px, not folded, with decoding and suppression"}
+    result.precision = precision_of(recipe, context.device)
+    result.costs = model_costs(average, settings.size, context.device) | trained.costs
+    result.notes = {"costs": f"at {settings.size} px, not fused, with decoding and suppression"}
     return result

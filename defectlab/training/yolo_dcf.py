@@ -1,33 +1,33 @@
-"""TODO training.yolo_dcf."""
+"""YOLO-DCF's detector trained: plain, or taught by a stronger one of its kind."""
 
-from dataclasses import replace
+import torch
+from torch import nn
+
 from defectlab.data.augment import Batch
 from defectlab.data.boxes import DetectionData
-from defectlab.networks.yolo.losses import detection_loss
 from defectlab.networks.yolo.model import Detector
-from defectlab.papers.yolo_dcf import DualDistillation
-from defectlab.papers.yolo_dcf import Settings
-from torch import Tensor
-import torch
+from defectlab.papers.yolo_dcf import DistilledLoss, Settings, build, teacher_settings
+from defectlab.runs import Context, Result
+from defectlab.training.detection import fresh, frozen, train_and_evaluate
+from defectlab.training.detector import Loss
 
 
+def run_yolo_dcf(settings: Settings, seed: int, data: DetectionData, context: Context) -> Result:
+    """One row and seed. A distilled student has its teacher trained first, if that has not been run here."""
+    if not settings.teacher_scale:
+        return train_and_evaluate(settings, seed, data, context, build)
+    own = teacher_settings(settings)
+    record = context.require(own, settings.teacher_seed)
+    teacher = frozen(record, fresh(build, own, data), context.device)
 
-def teacher_settings(settings: Settings) -> Settings:
-    """The row that teaches: the same network and recipe at the stronger scale, without distillation."""
-    return replace(settings, scale=settings.teacher_scale, teacher_scale="", relation=0.0, channel=0.0)
+    def make_loss(detector: Detector) -> tuple[Loss, nn.Module]:
+        distilled = DistilledLoss(settings, detector, teacher).to(context.device, memory_format=torch.channels_last)
 
+        def loss(batch: Batch) -> dict[str, torch.Tensor]:
+            return distilled(detector, teacher, batch.images, batch.boxes, batch.labels)
 
-def make_loss(settings: Settings, data: DetectionData, detector: Detector, device: str, teacher: Detector):
-    """The detector's own loss and the distillation's terms -> (loss of `train_detector`, the adapters)."""
-    criterion = detection_loss(detector, settings.size)
-    dual = DualDistillation(detector.widths, teacher.widths, settings).to(device, memory_format=torch.channels_last)
+        return loss, distilled.dual
 
-    def loss(batch: Batch) -> dict[str, Tensor]:
-        maps = detector.features(batch.images)
-        with torch.no_grad():
-            taught = teacher.features(batch.images)
-        scalars = criterion(detector.head(maps), batch.boxes, batch.labels)
-        terms = dual(maps, taught)
-        return scalars | terms | {"loss": scalars["loss"] + sum(terms.values())}
-
-    return loss, dual
+    result = train_and_evaluate(settings, seed, data, context, build, make_loss)
+    result.notes = {"teacher": record.key, "teacher_sha256": record.model_sha256}
+    return result

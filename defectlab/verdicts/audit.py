@@ -5,7 +5,6 @@ Each paper's own `arithmetic` (`defectlab/papers/*/arithmetic.py`) says which nu
 
 import pandas as pd
 
-
 ROUNDING = 0.05  # what one printed digit hides
 SLACK = 1e-9  # of floating point
 

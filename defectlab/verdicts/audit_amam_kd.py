@@ -5,15 +5,13 @@ Guo, Lv, Machines 2025, 13(8), 712, doi 10.3390/machines13080712. Everything is 
 slip in a digit, another run); the tables say what is printed and what follows from it, no more.
 """
 
-from defectlab.verdicts.audit import ROUNDING
-from defectlab.verdicts.audit import SLACK
-from defectlab.verdicts.audit import compared
-from defectlab.verdicts.audit import framed
-from defectlab.verdicts.tables import printed_table
 from functools import cache
+
 import numpy as np
 import pandas as pd
 
+from defectlab.verdicts.audit import ROUNDING, SLACK, compared, framed
+from defectlab.verdicts.tables import printed_table
 
 METHODS = ("SPADE", "PaDiM", "RIAD", "CutPaste", "Ours")  # the columns of Table 7
 TARGET = "nut"  # Tables 2, 4, 5 and 6 stand twice in the files, once a target, with the same printed numbers

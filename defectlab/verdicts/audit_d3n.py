@@ -8,15 +8,14 @@ computed.
 """
 
 from collections.abc import Sequence
-from defectlab.metrics import costs
-from defectlab.verdicts.audit import SLACK
-from defectlab.verdicts.audit import compared
-from defectlab.verdicts.audit import framed
-from defectlab.verdicts.tables import printed_table
 from functools import cache
+
 import pandas as pd
 import torch
 
+from defectlab.metrics import costs
+from defectlab.verdicts.audit import SLACK, compared, framed
+from defectlab.verdicts.tables import printed_table
 
 DATA = {"NEU-DET": "table6", "Tianchi fabric": "table5", "GC10-DET": "table7"}
 FUSED = "dual self-att, weighted sum, residual, norm"  # the last row of Table I
@@ -189,7 +188,7 @@ def es_net() -> pd.DataFrame:
 
 
 def _own_yolo(row: str, classes: int) -> torch.nn.Module:
-    """The detector of a row such as "YOLOv5-s" as it is trained (not folded), without memory for its weights."""
+    """The detector of a row such as "YOLOv5-s" as it is trained (not fused), without memory for its weights."""
     from defectlab.networks.yolo.model import Detector  # the other tables need no detector
 
     with torch.device("meta"):

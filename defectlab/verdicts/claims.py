@@ -3,29 +3,31 @@
 Claims are data (`results/papers/<study>/claims.toml`). Three kinds:
 
 - "gain": metric of row `a` less that of row `b`, in points;
-- "order": the same at some defect `types`, less the gain at all types;
+- "order": the gain at some defect `types` minus the mean gain over all types: a difference of differences;
 - "bound": a cost of `a`, or its ratio to that of `b`, is `at_most` or `at_least` a number.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from dataclasses import replace
+import math
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
 from defectlab.files import project_root
 from defectlab.runs import Record
 from defectlab.verdicts import stats
-from defectlab.verdicts.measured import BOOTSTRAPPED
-from defectlab.verdicts.measured import COSTS
-from defectlab.verdicts.measured import METRIC_NAMES
-from defectlab.verdicts.measured import image_statistic
-from defectlab.verdicts.measured import over_images
-from defectlab.verdicts.measured import value_of
-from defectlab.verdicts.measured import written
-from functools import partial
-from typing import Any
-import math
-import numpy as np
-import tomllib
-
+from defectlab.verdicts.measured import (
+    BOOTSTRAPPED,
+    COSTS,
+    METRIC_NAMES,
+    image_statistic,
+    over_images,
+    value_of,
+    written,
+)
 
 Claim = dict[str, Any]
 
@@ -41,6 +43,7 @@ class Judged:
     claim: Claim
     n: int
     verdict: str
+    profile: str = ""  # of the records
     difference: stats.Difference | None = None
     images: stats.Interval | None = None
     value: float | None = None
@@ -99,29 +102,38 @@ _MEASURED: dict[tuple[str, ...], stats.Interval] = {}  # a notebook asks for the
 
 
 def judge(
-    claims: list[Claim], found: dict[str, list[Record]], profile: str, unplanned: Collection[str] = ()
+    claims: list[Claim], found: Mapping[str, Mapping[str, list[Record]]], unplanned: Mapping[str, Collection[str]]
 ) -> list[Judged]:
-    """Every claim, from `found`: row -> its records, all of one profile. Quick runs get a direction, no verdict.
+    """Every claim, from `found`: profile -> row -> its records, the best profile first.
 
-    `unplanned`: rows that the profile leaves out.
+    A claim is judged at the best profile that has records of all its rows. `unplanned`: profile -> rows that it leaves
+    out; the last profile's are named where a claim has no records.
     """
     measured = []
     for claim in claims:
         sides = [claim["a"], claim["b"]] if "b" in claim else [claim["a"]]
-        lacking = [row for row in sides if not found[row]]
-        left_out = [row for row in lacking if row in unplanned]
-        if left_out:
-            measured.append(Judged(claim, 0, f"not run: time ({', '.join(left_out)}: not part of {profile})"))
-        elif lacking:
-            measured.append(Judged(claim, 0, f"not run yet: {', '.join(lacking)}"))
+        profile = next((p for p, rows in found.items() if all(rows.get(side) for side in sides)), None)
+        if profile is None:
+            measured.append(Judged(claim, 0, _why_not(sides, found, unplanned)))
         elif claim["kind"] == "bound":
-            measured.append(_bound(claim, [found[row] for row in sides], profile))
+            measured.append(_bound(claim, [found[profile][side] for side in sides], profile))
         else:
-            measured.append(_gain(claim, found))
-    return _with_verdicts(measured, profile)
+            measured.append(_gain(claim, found[profile], profile))
+    return _with_verdicts(measured)
 
 
-def _gain(claim: Claim, found: dict[str, list[Record]]) -> Judged:
+def _why_not(
+    sides: list[str], found: Mapping[str, Mapping[str, list[Record]]], unplanned: Mapping[str, Collection[str]]
+) -> str:
+    last = list(found)[-1]
+    lacking = [side for side in sides if not found[last].get(side)]
+    left_out = [side for side in lacking if side in unplanned[last]]
+    if left_out:
+        return f"not run: time ({', '.join(left_out)}: not part of {last})"
+    return f"not run yet: {', '.join(lacking)}"
+
+
+def _gain(claim: Claim, found: Mapping[str, list[Record]], profile: str) -> Judged:
     """A gain or order without its verdict, or why it cannot be judged.
 
     The spread over seeds is pooled over all trained rows of the study on the claim's data and weights (PatchCore has
@@ -131,15 +143,15 @@ def _gain(claim: Claim, found: dict[str, list[Record]]) -> Judged:
     a, b = found[claim["a"]], found[claim["b"]]
     n, prints = min(len(a), len(b)), a[0].fingerprints
     if not _alike(b[0].fingerprints, prints):
-        return Judged(claim, n, "cannot be judged (records differ in data or weights)")
+        return Judged(claim, n, "cannot be judged (records differ in data or weights)", profile)
     value = partial(claim_value, claim)
     of_a, of_b = ([value(r) for r in side] for side in (a, b))
     if not np.isfinite([*of_a, *of_b]).all():
-        return Judged(claim, n, "cannot be judged (the records lack the metric)")
+        return Judged(claim, n, "cannot be judged (the records lack the metric)", profile)
     trained = [rows for rows in found.values() if rows and rows[0].curve and _alike(rows[0].fingerprints, prints)]
     groups = [[v for v in map(value, rows) if not math.isnan(v)] for rows in trained]
     difference = stats.pooled_difference(of_a, of_b, groups if any(groups) else [of_a, of_b])
-    return Judged(claim, n, "", difference, bootstrap_difference(a, b, claim))
+    return Judged(claim, n, "", profile, difference, bootstrap_difference(a, b, claim))
 
 
 def _alike(a: dict[str, str], b: dict[str, str]) -> bool:
@@ -154,7 +166,7 @@ def _bound(claim: Claim, sides: list[list[Record]], profile: str) -> Judged:
     n, metric = min(len(side) for side in sides), claim["metric"]
     means = [float(np.mean([value_of(r, metric) for r in side])) for side in sides]
     if not np.isfinite(means).all():
-        return Judged(claim, n, "cannot be judged (the records lack the cost)")
+        return Judged(claim, n, "cannot be judged (the records lack the cost)", profile)
     timed = COSTS[metric].timed
     devices = sorted({r.device for side in sides for r in side}) if timed else []
     if len(devices) > 1:
@@ -168,7 +180,7 @@ def _bound(claim: Claim, sides: list[list[Record]], profile: str) -> Judged:
     return Judged(claim, n, verdict, value=value, device="".join(devices))
 
 
-def _with_verdicts(measured: list[Judged], profile: str) -> list[Judged]:
+def _with_verdicts(measured: list[Judged]) -> list[Judged]:
     primary = [
         m.difference.p for m in measured if m.difference and m.claim["primary"] and not math.isnan(m.difference.p)
     ]
@@ -181,11 +193,11 @@ def _with_verdicts(measured: list[Judged], profile: str) -> list[Judged]:
         adjusted = None
         if m.claim["primary"] and not math.isnan(m.difference.p):
             adjusted = float(next(corrected))
-        reason = stats.verdict_allowed(m.n, profile)
+        reason = stats.verdict_allowed(m.n, m.profile)
         if reason:
-            verdict = f"{stats.direction(m.difference)}  ({reason})"
+            verdict = reason
         elif not m.claim["primary"]:
-            verdict = f"{stats.direction(m.difference)}  (not primary: interval only)"
+            verdict = "not primary: interval only"
         elif "printed" in m.claim:
             verdict = stats.judge_gain(m.difference, m.claim["printed"], adjusted)
         else:
@@ -198,11 +210,12 @@ def _with_verdicts(measured: list[Judged], profile: str) -> list[Judged]:
 
 
 def compared(judged: Judged) -> str:
-    """'bsdrd − rd4ad, image AUROC at crack' or 'small / large, latency (ms, batch 1), on <device>'."""
+    """'bsdrd − rd4ad, image AUROC', 'bsdrd − rd4ad, image AUROC: gain at crack minus mean gain' or 'small / large,
+    latency (ms, batch 1), on <device>'."""
     claim = judged.claim
     sign = " / " if claim["kind"] == "bound" else " − "
     rows = sign.join([claim["a"], claim["b"]] if "b" in claim else [claim["a"]])
-    types = f" at {', '.join(claim['types'])}" if "types" in claim else ""
+    types = f": gain at {', '.join(claim['types'])} minus mean gain" if claim["kind"] == "order" else ""
     return f"{rows}, {METRIC_NAMES[claim['metric']]}{types}" + (f", on {judged.device}" if judged.device else "")
 
 

@@ -4,19 +4,17 @@ Metrics are in per cent, but for those of `UNITS`. Costs (`COSTS`) have units of
 `costs`, not in its `metrics`.
 """
 
-from collections.abc import Callable
-from defectlab.metrics.anomaly import metrics_from_histograms
-from defectlab.metrics.ranking import auroc
-from defectlab.metrics.ranking import average_precision
-from defectlab.runs import Record
-from defectlab.verdicts import stats
-from functools import partial
-from types import ModuleType
-from typing import Any
-from typing import NamedTuple
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import numpy as np
 
+from defectlab.metrics.anomaly import metrics_from_histograms
+from defectlab.metrics.ranking import auroc, average_precision
+from defectlab.runs import Record
+from defectlab.verdicts import stats
 
 METRIC_NAMES = {
     "image_auroc": "image AUROC",
@@ -89,10 +87,6 @@ COSTS = {
     "fps": Cost("1/s", 0, higher_is_better=True, timed=True),
     "images_per_second_32": Cost("images/s", 0, higher_is_better=True, timed=True),
 }
-METRIC_GROUPS = (  # of studies that name none of their own: the tables of the page
-    ("image_auroc", "pixel_auroc", "aupro"),
-    ("image_ap", "pixel_ap", "image_f1_dev", "image_f1_oracle", "pixel_f1_oracle"),
-)
 BOOTSTRAP_REPEATS = 300
 DETECTION = ("map50", "map50_95", "map33", "mask_map50", "mask_map50_95")
 ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
@@ -104,11 +98,6 @@ BOOTSTRAPPED = (*ANOMALY, *DETECTION, *ROBUSTNESS, *SEGMENTATION)  # a record's 
 
 
 UNITS = {"kl": "nats", "compression_ratio": "ratio"}  # of the metrics that are not in per cent
-
-
-def metric_groups(module: ModuleType | Any) -> tuple[tuple[str, ...], ...]:
-    """The groups of metrics that a study's tables show, the headline first: its `METRICS`, else `METRIC_GROUPS`."""
-    return getattr(module, "METRICS", METRIC_GROUPS)
 
 
 def value_of(record: Record, metric: str) -> float:

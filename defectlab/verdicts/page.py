@@ -1,23 +1,22 @@
 """What is generated from records: the page of a profile, and the tables in README.md and `results/tables`."""
 
-from defectlab import runs
-from defectlab.files import project_root
-from defectlab.files import write_atomically
-from defectlab.studies import STUDIES
-from defectlab.studies import study
-from defectlab.verdicts import tables as report
-from defectlab.verdicts.measured import metric_groups
+import html
+import json
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
-import html
-import json
+
 import pandas as pd
 
+from defectlab import runs
+from defectlab.files import project_root, write_atomically
+from defectlab.provenance import provenance, where
+from defectlab.studies import STUDIES, study
+from defectlab.verdicts import tables as report
 
 PROFILE_SENTENCES = {
     "smoke": "Synthetic stand-in data and tiny settings: shows that everything runs; its numbers mean nothing.",
-    "quick": "Real data and short training, also on a CPU: shows directions, gives no verdicts.",
+    "quick": "Real data and short training, also on a CPU: gives no verdicts.",
     "paper": "Real data and the papers' own settings, several seeds: the profile that verdicts rest on.",
 }
 NOTE = (
@@ -78,12 +77,12 @@ def write_page(profile: str, results: list[Outcome] | None = None) -> Path:
     """
     path = runs.runs_dir(runs.check_profile(profile)) / "index.html"
     problems: list[str] = []
-    origin = runs.provenance("cpu")
+    origin = provenance("cpu")
     changed = " with uncommitted changes" if origin["dirty"] else ""
     parts = [
         f"<h1>defectlab: {profile}</h1>",
         f"<p>{PROFILE_SENTENCES[profile]}</p>",
-        f'<p class="quiet">{html.escape(runs.where())}; commit {origin["commit"]}{changed}; {origin["date"]}</p>',
+        f'<p class="quiet">{html.escape(where())}; commit {origin["commit"]}{changed}; {origin["date"]}</p>',
         f'<p class="quiet">{NOTE}</p>',
         *_notebooks(path.parent / "notebooks", results or []),
     ]
@@ -142,18 +141,18 @@ def _study(name: str, profile: str, problems: list[str]) -> list[str]:
             shown = f'<p class="wrong">This table could not be built: {html.escape(str(error))}</p>'
         return [f"<h3>{html.escape(caption)}</h3>", f'<div class="scroll">{shown}</div>'] if shown else []
 
-    module = study(name)
-    books = cache(lambda: report.shelf(profile, module.ROWS))  # read once; inside a table's `build`, where it may fail
-    parts = [f"<h2>{html.escape(module.TITLE)}</h2>"]
-    for key, caption in module.TABLES.items():
-        for index, metrics in enumerate(metric_groups(module)):
+    of = study(name)
+    store = cache(lambda: report.record_store(profile))  # read once; inside a table's `build`, where it may fail
+    parts = [f"<h2>{html.escape(of.title)}</h2>"]
+    for key, caption in of.tables.items():
+        for index, metrics in enumerate(of.metrics):
             title = caption if index == 0 else f"{caption}: more metrics"
 
             def build(key: str = key, metrics: tuple[str, ...] = metrics) -> pd.DataFrame:
-                return report.results_table(name, key, profile, list(metrics), books())
+                return report.results_table(name, key, profile, list(metrics), store())
 
             parts += table(title, build, f"{name}_{key}_{index}")
-    return parts + table("Claims", lambda: report.claims_table(name, profile, books()), f"{name}_claims")
+    return parts + table("Claims", lambda: report.claims_table(name, profile, store()), f"{name}_claims")
 
 
 # --- Markdown from the committed records -----------------------------------------------------------------------------
@@ -169,22 +168,20 @@ def _markdown(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _recorded(name: str) -> report.Shelf:
-    """The committed records alone, of `paper` where there are any, else of `quick`: the same on every machine."""
-    rows = study(name).ROWS
-    recorded = report.shelf("smoke", rows)
-    return report.Shelf("smoke", recorded.recorded_profile, recorded.recorded, [])
+def _recorded() -> report.RecordStore:
+    """The committed records alone: the same on every machine."""
+    return report.RecordStore("smoke", runs.read_records(runs.recorded_dir()), [])
 
 
 def tables_markdown(name: str) -> str:
     """Every table of a study as Markdown: what the paper printed and what is recorded."""
-    module, books = study(name), _recorded(name)
-    parts = [GENERATED, f"# {module.TITLE}"]
-    for table, caption in module.TABLES.items():
-        frame = report.results_table(name, table, "smoke", books=books)
+    of, store = study(name), _recorded()
+    parts = [GENERATED, f"# {of.title}"]
+    for table, caption in of.tables.items():
+        frame = report.results_table(name, table, "smoke", store=store)
         frame = frame[[column for column in frame.columns if "synthetic" not in column]]
         parts += [f"## {caption}", _markdown(frame)]
-    claims = report.claims_table(name, "smoke", books)
+    claims = report.claims_table(name, "smoke", store)
     if len(claims):
         parts += ["## Claims", _markdown(claims)]
     return "\n\n".join(parts) + "\n"
@@ -192,13 +189,13 @@ def tables_markdown(name: str) -> str:
 
 def verdicts_markdown() -> str:
     """What the committed records say about the claims of all studies; those without a record are counted."""
-    parts = []
+    parts, store = [], _recorded()
     for name in STUDIES:
-        frame = report.claims_table(name, "smoke", _recorded(name))
+        frame = report.claims_table(name, "smoke", store)
         if not len(frame):
             continue
         judged = frame[frame["n"] != "–"]
-        parts += [f"**{study(name).TITLE}**", *([_markdown(judged)] if len(judged) else [])]
+        parts += [f"**{study(name).title}**", *([_markdown(judged)] if len(judged) else [])]
         if waiting := len(frame) - len(judged):
             place = f"[results/tables/{name}.md](results/tables/{name}.md)"
             parts.append(f"{waiting} of {len(frame)} claims wait for runs that have not been made; all are in {place}.")

@@ -7,22 +7,17 @@ kinds of spread are kept apart: between seeds (`mean_interval`, `pooled_differen
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence
-from dataclasses import dataclass
-from defectlab.metrics.ranking import _values
-from scipy import stats as distributions
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import numpy as np
+from scipy import stats as distributions
 
+from defectlab.metrics.ranking import _values
 
-MINUS = "−"  # the sign, not the hyphen
 MIN_SEEDS = 3
-NO_VERDICT = {
-    "smoke": "synthetic data get no verdict",
-    "quick": "quick runs show a direction only",
-    "seeds": f"needs at least {MIN_SEEDS} seeds",
-}
+NO_VERDICT = {"smoke": "no verdict: synthetic data", "quick": "no verdict: quick profile"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +154,9 @@ def verdict_allowed(n: int, profile: str) -> str | None:
     """None if rows with (at least) n seeds of this profile may get a verdict, else the reason why not."""
     if profile not in ("smoke", "quick", "paper"):
         raise ValueError(f"unknown profile {profile!r}: use 'smoke', 'quick' or 'paper'")
-    return NO_VERDICT.get(profile) or (NO_VERDICT["seeds"] if n < MIN_SEEDS else None)
+    if n < MIN_SEEDS and profile != "smoke":
+        return "one seed: no verdict" if n == 1 else f"{n} seeds: no verdict"
+    return NO_VERDICT.get(profile)
 
 
 def judge_level(interval: Interval, printed: float) -> str:
@@ -202,20 +199,6 @@ def judge_reconstruction(interval: Interval | Difference, adjusted_p: float | No
     `judge_gain`."""
     low, high = _corrected_ends(interval, adjusted_p)
     return "supports" if low > 0 else "contradicts" if high < 0 else "no evidence"
-
-
-def direction(difference: Difference) -> str:
-    """'+', '0' or '−' for a quick table, in which nothing gets a verdict.
-
-    '0' when the interval contains 0 (touching counts). Without an interval (one seed a row: its ends are
-    NaN) the rule is a convention, not a test: '0' when |difference| is below 0.5 points. A NaN difference is
-    a ValueError.
-    """
-    if math.isnan(difference.mean):
-        raise ValueError("a NaN difference has no direction: a metric of one of the rows is undefined")
-    without_interval = math.isnan(difference.low) or math.isnan(difference.high)
-    zero = abs(difference.mean) < 0.5 if without_interval else difference.low <= 0 <= difference.high
-    return "0" if zero else "+" if difference.mean > 0 else MINUS
 
 
 def _check_confidence(confidence: float) -> None:

@@ -4,66 +4,63 @@ Printed numbers and claims are data (`results/papers/<study>/*.csv`, `claims.tom
 `results/runs`, this machine's from `runs/<profile>`. The rules are those of `defectlab.stats`.
 """
 
-from dataclasses import dataclass
-from dataclasses import field
-from defectlab import runs
-from defectlab.batch import fingerprints_here
-from defectlab.files import project_root
-from defectlab.runs import Record
-from defectlab.studies import study
-from defectlab.verdicts import claims
-from defectlab.verdicts import stats
-from defectlab.verdicts.claims import Judged
-from defectlab.verdicts.measured import BOOTSTRAPPED
-from defectlab.verdicts.measured import COSTS
-from defectlab.verdicts.measured import METRIC_NAMES
-from defectlab.verdicts.measured import UNITS
-from defectlab.verdicts.measured import bootstrap_level
-from defectlab.verdicts.measured import value_of
-from defectlab.verdicts.measured import written
-from typing import Any
 import csv
 import hashlib
 import math
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
+from defectlab import runs
+from defectlab.files import project_root
+from defectlab.runs import Record
+from defectlab.studies import Study, study
+from defectlab.verdicts import claims, stats
+from defectlab.verdicts.claims import Judged
+from defectlab.verdicts.measured import BOOTSTRAPPED, COSTS, METRIC_NAMES, UNITS, bootstrap_level, value_of, written
 
 NEAR_100 = 98.0  # per cent: from here on seeds say less than images
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """The records that a table may show: the committed ones of one profile, and this machine's of its own."""
+class RecordStore:
+    """The records that tables may show, read once for all tables of a page."""
 
     profile: str  # of this machine's runs
-    recorded_profile: str  # of the committed records: the same, or in smoke the best there is
     recorded: list[Record]
     here: list[Record]
-    prints: dict[Any, dict[str, str] | None] = field(default_factory=dict)  # settings -> fingerprints, read once
+    _prints: dict[Any, dict[str, str] | None] = field(default_factory=dict, repr=False)  # settings -> fingerprints
 
-    def of(self, module: Any, key: str) -> tuple[list[Record], list[Record]]:
-        """(recorded, this machine's) records of the row `key` of a study's module; this machine's are those made from
-        the data and weights that lie here now."""
-        recorded = runs.find(self.recorded, module.ROWS[self.recorded_profile][key], self.recorded_profile)
-        settings = module.ROWS[self.profile][key]
-        if self.here and settings not in self.prints:
-            self.prints[settings] = fingerprints_here(module, settings)
-        prints = self.prints.get(settings)
-        here = [r for r in self.here if prints in (None, r.fingerprints)]
-        return recorded, runs.find(here, settings, self.profile)
+    def recorded_of(self, study: Study, name: str) -> tuple[list[Record], str]:
+        """The committed records of a row at the best profile that it has, paper before quick, and that profile."""
+        for profile in ("paper", "quick"):
+            row = study.rows[profile].get(name)
+            found = runs.find(self.recorded, row.settings, profile) if row else []
+            if found:
+                return found, profile
+        return [], self.shown_profile
+
+    @property
+    def shown_profile(self) -> str:
+        """The profile in whose terms an unrecorded row is spoken of: this machine's own, in smoke quick."""
+        return "quick" if self.profile == "smoke" else self.profile
+
+    def here_of(self, study: Study, name: str) -> list[Record]:
+        """This machine's runs of a row, made from the data and weights that lie here now."""
+        row = study.rows[self.profile].get(name)
+        if row is None or not self.here:
+            return []
+        if row.settings not in self._prints:
+            self._prints[row.settings] = row.fingerprints_here()
+        prints = self._prints[row.settings]
+        return runs.find([r for r in self.here if prints in (None, r.fingerprints)], row.settings, self.profile)
 
 
-def shelf(profile: str, rows: dict[str, dict[str, Any]] | None = None) -> Shelf:
-    """Read the records once for all tables of a page. In smoke the recorded column shows `paper` records where the
-    study `rows` has any, else `quick` ones: one profile a table."""
-    recorded = runs.read_records(runs.recorded_dir())
-    shown = profile
-    if runs.check_profile(profile) == "smoke":
-        ids = {runs.row_identity(s, "paper") for s in (rows or {}).get("paper", {}).values()}
-        shown = "paper" if any(r.row in ids for r in recorded) else "quick"
-    recorded = [r for r in recorded if r.profile == shown]
-    return Shelf(profile, shown, recorded, runs.read_records(runs.runs_dir(profile)))
+def record_store(profile: str) -> RecordStore:
+    here = runs.read_records(runs.runs_dir(runs.check_profile(profile)))
+    return RecordStore(profile, runs.read_records(runs.recorded_dir()), here)
 
 
 # --- Printed numbers beside ours -------------------------------------------------------------------------------------
@@ -137,9 +134,11 @@ def judge_printed(line: dict[str, str], records: list[Record], profile: str) -> 
 
 
 def results_table(
-    study_name: str, table: str, profile: str, metrics: list[str] | None = None, books: Shelf | None = None
+    study_name: str, table: str, profile: str, metrics: list[str] | None = None, store: RecordStore | None = None
 ) -> pd.DataFrame:
-    """One row a row of the paper's table; for each metric the columns paper | recorded | this run | verdict.
+    """One row for each row of the paper's table; for each metric the columns paper | recorded | this run | verdict.
+
+    "recorded" shows the best profile that a row has, which the column "profile" names.
 
     The verdict column is there for metrics of which a number was printed for a row that is run here. Rows without any
     number say why in the last column; rows with a speed say there on what it was measured. In smoke this machine's
@@ -147,11 +146,11 @@ def results_table(
     A printed table with columns of its own (data sets) keeps them, and has these four as lines: see `_by_column`.
     """
     lines = printed_table(study_name, table)
-    module = study(study_name)
-    books = books or shelf(profile, module.ROWS)
+    of = study(study_name)
+    store = store or record_store(profile)
     metrics = metrics or list(dict.fromkeys(line["metric"] for line in lines))
     if {line["column"] for line in lines} != {"all"}:
-        return _by_column([line for line in lines if line["metric"] in metrics], module, books)
+        return _by_column([line for line in lines if line["metric"] in metrics], of, store)
     printed = {line["metric"] for line in lines if line["value"] and line["key"]}
     here_name = "synthetic" if profile == "smoke" else "this run"
     content: dict[str, dict[tuple[str, str], str]] = {}
@@ -160,14 +159,16 @@ def results_table(
         if metric not in metrics:
             continue
         cells = content.setdefault(line["row"], {})
-        recorded, here = books.of(module, line["key"]) if line["key"] else ([], [])
+        recorded, at = store.recorded_of(of, line["key"])
+        here = store.here_of(of, line["key"])
         title = METRIC_NAMES[metric]
         cells[title, "paper"] = line["value"] or "–"
-        cells[title, f"recorded ({books.recorded_profile})"] = show_records(recorded, metric)
+        cells[title, "recorded"] = show_records(recorded, metric)
         cells[title, here_name] = show_records(here, metric)
         if metric in printed:
-            cells[title, "verdict"] = judge_printed(line, recorded, books.recorded_profile)
-        cells["", "note"] = cells.get(("", "note")) or _note(line, recorded, module, books.recorded_profile)
+            cells[title, "verdict"] = judge_printed(line, recorded, at)
+        cells["", "profile"] = at if recorded else cells.get(("", "profile"), "–")
+        cells["", "note"] = cells.get(("", "note")) or _note(line, recorded, of, at)
     if not content:
         return pd.DataFrame()
     frame = pd.DataFrame.from_dict(content, orient="index").fillna("–")  # rows need not have a line for every metric
@@ -178,35 +179,36 @@ def results_table(
     return frame
 
 
-def _by_column(lines: list[dict[str, str]], module: Any, books: Shelf) -> pd.DataFrame:
+def _by_column(lines: list[dict[str, str]], of: Study, store: RecordStore) -> pd.DataFrame:
     """A table of one metric with a column a data set: for each method a line of what was printed, one of what is
     recorded, one of this machine's runs where there are any; the last column says what follows for recorded ones."""
     columns = list(dict.fromkeys(line["column"] for line in lines))
     content: dict[str, dict[str, str]] = {}
     for method in dict.fromkeys(line["row"] for line in lines):
         of_method = {line["column"]: line for line in lines if line["row"] == method}
-        found = {c: books.of(module, x["key"]) if x["key"] else ([], []) for c, x in of_method.items()}
+        found = {c: store.recorded_of(of, x["key"]) for c, x in of_method.items()}
+        here = {c: store.here_of(of, x["key"]) for c, x in of_method.items()}
         metric = next(iter(of_method.values()))["metric"]
         content[f"{method}: paper"] = {c: x["value"] or "–" for c, x in of_method.items()}
-        sides = (f"recorded ({books.recorded_profile})", "synthetic" if books.profile == "smoke" else "this run")
-        for side, name in enumerate(sides):
-            if any(records[side] for records in found.values()):
-                content[f"{method}: {name}"] = {c: show_records(r[side], metric) for c, r in found.items()}
-        content[next(reversed(content))]["verdict"] = _column_verdict(of_method, found, books.recorded_profile)
+        if any(records for records, _ in found.values()):
+            profiles = ", ".join(sorted({at for records, at in found.values() if records}))
+            content[f"{method}: recorded ({profiles})"] = {c: show_records(r, metric) for c, (r, _) in found.items()}
+        if any(here.values()):
+            name = "synthetic" if store.profile == "smoke" else "this run"
+            content[f"{method}: {name}"] = {c: show_records(r, metric) for c, r in here.items()}
+        content[next(reversed(content))]["verdict"] = _column_verdict(of_method, found)
     frame = pd.DataFrame.from_dict(content, orient="index")
     frame = frame.reindex(columns=[*columns, "verdict"]).fillna("–")
     frame.index.name = METRIC_NAMES[lines[0]["metric"]] if lines else "row"
     return frame
 
 
-def _column_verdict(
-    lines: dict[str, dict[str, str]], found: dict[str, tuple[list[Record], list[Record]]], profile: str
-) -> str:
-    """What follows for one method of `_by_column`: column -> its printed line, column -> its records."""
+def _column_verdict(lines: dict[str, dict[str, str]], found: dict[str, tuple[list[Record], str]]) -> str:
+    """What follows for one method of `_by_column`: column -> its printed line, column -> its records and profile."""
     runnable = [c for c, line in lines.items() if line["key"]]
     if not runnable:
         return next(iter(lines.values()))["status"]
-    verdicts = {c: judge_printed(lines[c], recorded, profile) for c, (recorded, _) in found.items() if recorded}
+    verdicts = {c: judge_printed(lines[c], recorded, at) for c, (recorded, at) in found.items() if recorded}
     if not verdicts:
         return "not run yet"
     said = [f"{c}: {verdict}" for c, verdict in verdicts.items() if verdict]
@@ -216,9 +218,9 @@ def _column_verdict(
     return "; ".join(said)
 
 
-def _note(line: dict[str, str], recorded: list[Record], module: Any, profile: str) -> str:
+def _note(line: dict[str, str], recorded: list[Record], of: Study, profile: str) -> str:
     if not recorded and line["key"]:
-        return "not run yet" if module.planned_seeds(line["key"], profile) else f"not run: time (not part of {profile})"
+        return "not run yet" if of.rows[profile][line["key"]].seeds else f"not run: time (not part of {profile})"
     if not recorded:
         return line["status"]
     timed = line["metric"] in COSTS and COSTS[line["metric"]].timed
@@ -231,11 +233,9 @@ def _note(line: dict[str, str], recorded: list[Record], module: Any, profile: st
 
 def per_class_table(study_name: str, keys: list[str], metric: str, profile: str) -> pd.DataFrame:
     """Mean over seeds of one metric for each defect type, recorded runs: a row for each of `keys`, a column a type."""
-    module = study(study_name)
-    books = shelf(profile, module.ROWS)
-    content = {}
+    of, store, content = study(study_name), record_store(profile), {}
     for key in keys:
-        found, _ = books.of(module, key)
+        found, _ = store.recorded_of(of, key)
         if found:
             content[key] = {kind: show_records(found, metric, kind) for kind in found[0].per_class}
             content[key]["all"] = show_records(found, metric)
@@ -245,20 +245,25 @@ def per_class_table(study_name: str, keys: list[str], metric: str, profile: str)
 # --- Claims ----------------------------------------------------------------------------------------------------------
 
 
-def judge_claims(study_name: str, books: Shelf) -> list[Judged]:
+def judge_claims(study_name: str, store: RecordStore) -> list[Judged]:
     """Every claim of a study, from the recorded runs."""
-    module, profile = study(study_name), books.recorded_profile
-    found = {key: books.of(module, key)[0] for key in module.ROWS[profile]}
-    unplanned = [key for key in found if not module.planned_seeds(key, profile)]
-    return claims.judge(claims.claims_of(study_name), found, profile, unplanned)
+    of, profiles = (
+        study(study_name),
+        [p for p in ("paper", "quick") if p != store.shown_profile] + [store.shown_profile],
+    )
+    found = {
+        p: {name: runs.find(store.recorded, row.settings, p) for name, row in of.rows[p].items()} for p in profiles
+    }
+    unplanned = {p: [name for name, row in of.rows[p].items() if not row.seeds] for p in profiles}
+    return claims.judge(claims.claims_of(study_name), found, unplanned)
 
 
-def claims_table(study_name: str, profile: str, books: Shelf | None = None) -> pd.DataFrame:
+def claims_table(study_name: str, profile: str, store: RecordStore | None = None) -> pd.DataFrame:
     """The study's claims with what the recorded runs say: difference (a bound: the cost or ratio and its limit),
     interval over seeds, over images, verdict."""
-    books = books or shelf(profile, study(study_name).ROWS)
+    store = store or record_store(profile)
     lines = []
-    for m in judge_claims(study_name, books):
+    for m in judge_claims(study_name, store):
         d, images = m.difference, m.images
         lines.append(
             {
@@ -268,7 +273,8 @@ def claims_table(study_name: str, profile: str, books: Shelf | None = None) -> p
                 "95 % over seeds": "–" if d is None or math.isnan(d.low) else f"[{d.low:+.1f}, {d.high:+.1f}]",
                 "95 % over images": "–" if images is None else f"[{images.low:+.1f}, {images.high:+.1f}]",
                 "n": m.n or "–",
-                f"outcome ({books.recorded_profile})": m.verdict,
+                "profile": m.profile or "–",
+                "outcome": m.verdict,
             }
         )
     return pd.DataFrame(lines)
@@ -276,10 +282,8 @@ def claims_table(study_name: str, profile: str, books: Shelf | None = None) -> p
 
 def findings(study_name: str, profile: str) -> str:
     """What we found and what it cost, in sentences, from the committed records: for the head of a notebook."""
-    module = study(study_name)
-    books = shelf(profile, module.ROWS)
-    lines = []
-    for m in judge_claims(study_name, books):
+    of, store, lines = study(study_name), record_store(profile), []
+    for m in judge_claims(study_name, store):
         if not m.claim["primary"]:
             continue
         measured = m.verdict
@@ -290,25 +294,24 @@ def findings(study_name: str, profile: str) -> str:
         elif m.value is not None:
             device = f" on {m.device}" if m.device else ""
             measured = f"{claims.outcome(m)}{device} with {m.n} seed(s): {m.verdict}"
-        rows = " against ".join(m.claim[side] for side in ("a", "b") if side in m.claim)
-        lines.append(f"{m.claim['id'].replace('_', ' ')}: {rows}, {METRIC_NAMES[m.claim['metric']]}: {measured}")
-    used = {r.key: r for key in module.ROWS[books.recorded_profile] for r in books.of(module, key)[0]}
+        lines.append(f"{m.claim['id'].replace('_', ' ')}: {claims.compared(m)}: {measured}")
+    recorded = [store.recorded_of(of, name) for name in of.rows[store.profile]]
+    used = {r.key: r for records, _ in recorded for r in records}
     hours = sum(r.seconds for r in used.values()) / 3600
     devices = "; ".join(sorted({r.device for r in used.values()})) or "none"
-    lines.append(f"cost: {len(used)} recorded {books.recorded_profile} runs, {hours:.1f} hours on {devices}")
+    profiles = " and ".join(sorted({r.profile for r in used.values()})) or "no"
+    lines.append(f"cost: {len(used)} recorded {profiles} runs, {hours:.1f} hours on {devices}")
     return "\n".join(lines)
 
 
 def agreement(study_name: str, key: str, metric: str, profile: str) -> str:
-    """Whether this run agrees with the record: |difference| <= the larger of 2 seed spreads and 0.5 points (a cost: 2
-    seed spreads alone)."""
-    module = study(study_name)
-    recorded, here = shelf(profile, module.ROWS).of(module, key)
-    if profile == "smoke" or not recorded or not here:
-        return f"{key}: nothing to compare (this run: {len(here)}, recorded: {len(recorded)}, profile {profile})"
-    old, new = ([value_of(r, metric) for r in side] for side in (recorded, here))
-    if not np.isfinite([*old, *new]).all():
-        return f"{key}: nothing to compare (a record or this run has no {METRIC_NAMES[metric]})"
+    """Whether this run agrees with the records of its profile: |difference| <= the larger of 2 seed spreads and 0.5
+    points (a cost: 2 seed spreads alone). Empty where there is nothing to compare."""
+    of, store = study(study_name), record_store(profile)
+    recorded = runs.find(store.recorded, of.rows[profile][key].settings, profile)
+    old, new = ([value_of(r, metric) for r in side] for side in (recorded, store.here_of(of, key)))
+    if not old or not new or not np.isfinite([*old, *new]).all():
+        return ""
     spread = float(np.std(old, ddof=1)) if len(old) > 1 else 0.0
     least, unit = (0.0, COSTS[metric].unit) if metric in COSTS else (0.5, "points")
     allowed, gap = max(2 * spread, least), abs(float(np.mean(new)) - float(np.mean(old)))

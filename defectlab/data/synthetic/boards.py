@@ -4,13 +4,9 @@ A board is a mask, True where copper is. A box is x1, y1, x2, y2 in whole pixels
 last pixel.
 """
 
-from PIL import Image
-from PIL import ImageDraw
-from scipy.ndimage import binary_dilation
-from scipy.ndimage import binary_erosion
-from scipy.ndimage import label
 import numpy as np
-
+from PIL import Image, ImageDraw
+from scipy.ndimage import binary_dilation, binary_erosion, label
 
 BOARD_KINDS = ("open", "short", "mousebite", "spur", "copper", "pin-hole")  # in the order of DeepPCB's types 1-6
 PKU_KINDS = {  # folder of the class: the kind as drawn here

@@ -1,11 +1,7 @@
 """TODO data.synthetic.pasted."""
 
-from scipy.ndimage import binary_dilation
-from scipy.ndimage import distance_transform_edt
-from scipy.ndimage import gaussian_filter
-from scipy.ndimage import gaussian_filter1d
 import numpy as np
-
+from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter, gaussian_filter1d
 
 KINDS = ("blowhole", "break", "crack", "fray", "uneven")
 

@@ -15,26 +15,16 @@ object touches the first row or column, so that VOC coordinates are at least 1 a
 
 from __future__ import annotations
 
-from PIL import Image
-from defectlab.data.instances import CLASSES
-from defectlab.data.synthetic.boards import BOARD_KINDS
-from defectlab.data.synthetic.boards import Box
-from defectlab.data.synthetic.boards import PKU_KINDS
-from defectlab.data.synthetic.boards import board_pair
-from defectlab.data.synthetic.boards import bounds
-from defectlab.data.synthetic.boards import grown
-from defectlab.data.synthetic.boards import overlap
-from defectlab.data.synthetic.boards import pku_pair
-from defectlab.data.synthetic.pasted import _ellipse_distance
-from defectlab.data.synthetic.pasted import _field
 from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
 from scipy import ndimage
 from scipy.special import expit
-from torch.nn.functional import pad
-from xml.etree import ElementTree
-import numpy as np
 
-
+from defectlab.data.synthetic.boards import BOARD_KINDS, PKU_KINDS, Box, board_pair, bounds, grown, overlap, pku_pair
+from defectlab.data.synthetic.pasted import _ellipse_distance, _field
 
 # ----------------------------------------------------------------------------------------------------------- stand-in
 
@@ -42,29 +32,31 @@ import numpy as np
 def write_steel_masks(folder: Path, count: int = 16, size: int = 100, seed: int = 0) -> None:
     """Write a stand-in of NEU-Seg: images/<part>/<kind>_<number>.jpg and annotations/<part>/<kind>_<number>.png.
 
-    `count` drawn strips of `size` x `size` pixels for each of `CLASSES`, the last quarter of them for testing. A mask
+    `count` drawn strips of `size` x `size` pixels for each of `MASKED_KINDS`, the last quarter for testing. A mask
     marks where the drawing changed the strip by a third of its largest change or more; objects of other kinds are
     background. The same seed draws the same pictures.
     """
-    for kind in CLASSES:
+    for kind in MASKED_KINDS:
         for number in range(count):
             rng = np.random.default_rng([seed, STEEL_KINDS.index(kind), number])
             clean, picture, objects = _steel_picture(rng, kind, size)
             change = np.abs(picture.astype(int) - clean)
             mask = np.zeros((size, size), np.uint8)
             for name, (x1, y1, x2, y2) in objects:
-                if name in CLASSES:
+                if name in MASKED_KINDS:
                     window = change[y1:y2, x1:x2]
                     drawn = np.pad(window > window.max() / 3, 2)
                     # a torn line or a grainy patch is one object: gaps of up to four pixels are closed
                     closed = ndimage.binary_closing(drawn, np.ones((3, 3)), 2)[2:-2, 2:-2]
-                    mask[y1:y2, x1:x2][closed] = CLASSES.index(name) + 1
+                    mask[y1:y2, x1:x2][closed] = MASKED_KINDS.index(name) + 1
             part = "test" if number >= count - count // 4 else "training"
             for group, pixels, suffix in (("images", picture, "jpg"), ("annotations", mask, "png")):
                 path = Path(folder) / group / part / f"{kind}_{number}.{suffix}"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path, **({"quality": 95} if suffix == "jpg" else {}))
 
+
+MASKED_KINDS = ("inclusion", "patches", "scratches")  # those that NEU-Seg marks; mask values 1, 2, 3
 STEEL_KINDS = ("crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches")
 VISIBLE = 6  # grey levels: a steel pixel that changes by more belongs to the object, and only such pixels do
 

@@ -9,16 +9,13 @@ Visual Computer 36, 2020) and MVTec AD metal_nut (Bergmann et al., CVPR 2019). T
 contrasts in `add_defect` are rounded from the masks and images of the real tile set.
 """
 
-from PIL import Image
-from defectlab.data.synthetic.pasted import _ellipse_distance
-from defectlab.data.synthetic.pasted import _field
-from defectlab.data.synthetic.pasted import _grinding_lines
-from defectlab.data.synthetic.pasted import _require_size
-from defectlab.data.synthetic.pasted import add_defect
 from pathlib import Path
-from scipy.ndimage import gaussian_filter
-from scipy.ndimage import rotate
+
 import numpy as np
+from PIL import Image
+from scipy.ndimage import gaussian_filter, rotate
+
+from defectlab.data.synthetic.pasted import _ellipse_distance, _field, _grinding_lines, _require_size, add_defect
 
 _COUNTS = {"Free": 60, "Blowhole": 6, "Break": 6, "Crack": 6, "Fray": 6, "Uneven": 6}
 

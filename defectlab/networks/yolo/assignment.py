@@ -8,13 +8,14 @@
 In the two assignments no shape depends on the number of truths in a picture, so nothing waits for the device.
 """
 
-from collections.abc import Sequence
-from defectlab.files import DataError
-from torch import Tensor
-from typing import NamedTuple
 import math
-import torch
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from defectlab.files import DataError
 
 
 class Assigned(NamedTuple):

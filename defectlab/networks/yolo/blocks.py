@@ -4,13 +4,12 @@ Published pieces: cross-stage partial networks (Wang et al. 2020, CSPNet) as C3 
 al. 2015) in its sequential form, residual bottlenecks (He et al. 2016), SiLU (Elfwing et al. 2018).
 """
 
-from collections.abc import Callable
-from torch import Tensor
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 import copy
-import torch
+from collections.abc import Callable
 
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 BottleneckFactory = Callable[[int, bool, tuple[int, int], float], nn.Module]
 
@@ -41,7 +40,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
 
-    def fold(self) -> nn.Module:
+    def fuse(self) -> nn.Module:
         return nn.Sequential(fuse_conv_bn_eval(self.conv, self.norm), self.act)
 
 
@@ -138,15 +137,15 @@ class Concatenation(nn.Module):
         return torch.cat([first, second], 1)
 
 
-def folded(model: nn.Module) -> nn.Module:
-    """A copy for inference in which every part that can be folded is: batch norms into their convolutions, and
-    whatever else has a method `fold` that returns its simpler equal."""
-    return _fold(copy.deepcopy(model).eval())
+def fused(model: nn.Module) -> nn.Module:
+    """A copy for inference in which every part that can be fused is: batch norms into their convolutions, and
+    whatever else has a method `fuse` that returns its simpler equal."""
+    return _fuse(copy.deepcopy(model).eval())
 
 
-def _fold(module: nn.Module) -> nn.Module:
-    if hasattr(module, "fold"):
-        return module.fold()
+def _fuse(module: nn.Module) -> nn.Module:
+    if hasattr(module, "fuse"):
+        return module.fuse()
     for name, child in module.named_children():
-        module._modules[name] = _fold(child)
+        module._modules[name] = _fuse(child)
     return module

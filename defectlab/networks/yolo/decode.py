@@ -6,11 +6,14 @@ and factors of an anchor, both through sigmoids. All is computed in at least flo
 """
 
 from collections.abc import Sequence
-from defectlab.networks.yolo.model import Detector
-from torch import Tensor
-from torchvision.ops import batched_nms
-import torch
 
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from defectlab.networks.yolo.blocks import fused
+from defectlab.networks.yolo.model import Detector
+from defectlab.precision import full_float32
 
 CANDIDATES = 3000  # ours: most (anchor, class) pairs of a picture that enter the suppression
 
@@ -155,3 +158,21 @@ def decode(detector: Detector, raw: list[Tensor]) -> tuple[Tensor, Tensor]:
     if detector.family == "v8":
         return decode_anchor_free(raw)
     return decode_anchor_based(raw, detector.anchors)
+
+
+class DefectFinder(nn.Module):
+    """A detector as a user calls it: images -> boxes, by the fused network in float32."""
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.detector = detector
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor, *features: Tensor, **options: float) -> list[dict[str, Tensor]]:
+        """uint8 images (B, 1 or 3, S, S), S a multiple of 32 -> for each image what `select` gives; `options`:
+        `confidence`, `iou`, `most`. `features`: further inputs of the detector."""
+        network = fused(self.detector.eval())
+        pixels = (images / 255).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        with full_float32():
+            boxes, scores = decode(self.detector, network(pixels, *features))
+        return select(boxes, scores, images.shape[-1], **options)

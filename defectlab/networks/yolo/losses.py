@@ -12,25 +12,22 @@ depends on the number of truths in a picture, so nothing waits for the device.
 """
 
 from collections.abc import Sequence
-from defectlab.networks.yolo.assignment import Assigned
-from defectlab.networks.yolo.assignment import Matched
-from defectlab.networks.yolo.assignment import box_iou_aligned
-from defectlab.networks.yolo.assignment import constant
-from defectlab.networks.yolo.assignment import match_anchors
-from defectlab.networks.yolo.assignment import task_aligned
-from defectlab.networks.yolo.decode import anchor_centres
-from defectlab.networks.yolo.decode import anchored_boxes
-from defectlab.networks.yolo.decode import boxes_from_distances
-from defectlab.networks.yolo.decode import decode_anchor_free
-from defectlab.networks.yolo.decode import expected_distances
-from defectlab.networks.yolo.decode import full_precision
-from defectlab.networks.yolo.decode import split_maps
-from defectlab.networks.yolo.model import Detector
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
-import torch
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.networks.yolo.assignment import Assigned, Matched, box_iou_aligned, constant, match_anchors, task_aligned
+from defectlab.networks.yolo.decode import (
+    anchor_centres,
+    anchored_boxes,
+    boxes_from_distances,
+    decode_anchor_free,
+    expected_distances,
+    full_precision,
+    split_maps,
+)
+from defectlab.networks.yolo.model import Detector
 
 
 def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:

@@ -1,20 +1,24 @@
-"""TODO networks.yolo.masks."""
+"""Instance masks on the anchor-based detector: prototypes and coefficients, and their loss.
+
+Bolya, Zhou, Xiao, Lee, "YOLACT: Real-time Instance Segmentation", ICCV 2019, arXiv 1904.02689. An image gets M
+prototype maps (section 3.1), each anchor M coefficients (section 3.2); a mask is sigmoid(prototypes x coefficients),
+cropped to its box (section 3.3). What differs is marked "ours".
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
+
 from defectlab.networks.yolo.assignment import Matched
 from defectlab.networks.yolo.blocks import ConvBlock
 from defectlab.networks.yolo.decode import full_precision
 from defectlab.networks.yolo.losses import AnchorBasedLoss
-from defectlab.networks.yolo.model import Detector
-from einops import einsum
-from einops import rearrange
-from torch import Tensor
-from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.nn.functional import interpolate
-from typing import NamedTuple
-import torch
-
+from defectlab.networks.yolo.model import Detector, build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
 
 PROTOTYPES = 32  # YOLACT section 6
 MASK_GAIN = 0.05 * 6.125 / 1.5  # ours: YOLACT's weights of mask and box in their ratio, on this family's gain of boxes
@@ -58,6 +62,11 @@ def with_masks(detector: Detector, prototypes: int = PROTOTYPES) -> Detector:
 
 
 # --- Loss ------------------------------------------------------------------------------------------------------------
+
+
+def build_instance_detector(settings: DetectorSettings, classes: int, anchors: Tensor | None = None) -> Detector:
+    """A fresh detector with masks; arguments as `build_detector`."""
+    return with_masks(build_detector(settings, classes, anchors))
 
 
 def mask_terms(

@@ -11,25 +11,16 @@ A scale multiplies depth and width: n, s, m, l and (v8) x. Papers change two thi
 neck joins two maps, and `bottleneck`, the residual block inside C2f and C3.
 """
 
-from collections.abc import Callable
-from defectlab.data.boxes import DetectionData
-from defectlab.networks.yolo.assignment import kmeans_anchors
-from defectlab.networks.yolo.blocks import Bottleneck
-from defectlab.networks.yolo.blocks import BottleneckFactory
-from defectlab.networks.yolo.blocks import C2f
-from defectlab.networks.yolo.blocks import C3
-from defectlab.networks.yolo.blocks import Concatenation
-from defectlab.networks.yolo.blocks import ConvBlock
-from defectlab.networks.yolo.blocks import SPPF
-from defectlab.networks.yolo.settings import DetectorSettings
-from torch import Tensor
-from torch import nn
-from torch.nn.functional import interpolate
-from typing import Any
-from typing import NamedTuple
 import math
-import torch
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from defectlab.networks.yolo.blocks import C3, SPPF, Bottleneck, BottleneckFactory, C2f, Concatenation, ConvBlock
+from defectlab.networks.yolo.settings import DetectorSettings
 
 STRIDES = (8, 16, 32)
 BINS = 16  # of the distribution over distances, v8
@@ -218,13 +209,11 @@ def multiple_of_8(channels: float) -> int:
     return math.ceil(channels / 8) * 8
 
 
-def build_detector(settings: DetectorSettings, data: DetectionData, **parts: Any) -> Detector:
-    """A fresh detector for `data`; v5 anchors are COCO's scaled to the input, or found on the training boxes."""
-    anchors = None
-    if settings.family == "v5":
-        if settings.anchors == "kmeans":
-            boxes = data.train.boxes[data.train.labels >= 0].cpu()
-            anchors = kmeans_anchors(boxes[:, 2:] - boxes[:, :2], 9, torch.Generator().manual_seed(0)).view(3, 3, 2)
-        else:
-            anchors = torch.tensor(ANCHORS, dtype=torch.float32) * (settings.size / 640)
-    return Detector(settings.family, settings.scale, len(data.class_names), anchors=anchors, **parts)
+def build_detector(settings: DetectorSettings, classes: int, anchors: Tensor | None = None, **parts: Any) -> Detector:
+    """A fresh detector of `settings` (family, scale, size); `parts`: `fuse` and `bottleneck` of `Detector`.
+
+    anchors (v5 only): (3, 3, 2) widths and heights in px of the input, by default COCO's scaled to it.
+    """
+    if settings.family == "v5" and anchors is None:
+        anchors = torch.tensor(ANCHORS, dtype=torch.float32) * (settings.size / 640)
+    return Detector(settings.family, settings.scale, classes, anchors=anchors, **parts)

@@ -1,10 +1,7 @@
-"""TODO networks.yolo.settings."""
+"""A detector and its recipe: the hyper-parameters that papers and studies vary."""
 
 from dataclasses import dataclass
-from defectlab.data.augment import Augmentation
-from defectlab.training.detector import learning_rate
 from typing import ClassVar
-
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,3 @@ class DetectorSettings:
     close_mosaic: int = 10  # last epochs without mosaic and mixup
     anchors: str = "coco"  # v5 only: "coco" or "kmeans" on the training boxes
     precision: str = "bf16"  # where the device is fast at it, else fp32
-
-    @property
-    def augmentation(self) -> Augmentation:
-        return Augmentation(
-            mosaic=self.mosaic,
-            mixup=self.mixup,
-            degrees=self.degrees,
-            translate=self.translate,
-            scale=self.zoom,
-            flip_up_down=self.flip_up_down,
-        )

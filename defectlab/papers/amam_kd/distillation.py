@@ -14,24 +14,24 @@ that these are fitted apart from it, to pasted defects.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from defectlab.networks.reverse_distillation import MultiScaleFusion
-from defectlab.networks.reverse_distillation import RD4ADSettings
-from defectlab.networks.reverse_distillation import ResidualBlock
-from defectlab.networks.reverse_distillation import per_position_discrepancy
-from defectlab.networks.reverse_distillation import stage
-from defectlab.papers.amam_kd.weighting import KERNELS
-from defectlab.papers.amam_kd.weighting import MapWeighting
-from defectlab.papers.amam_kd.weighting import inverse_softplus
-from defectlab.precision import at_least_float32
-from einops import rearrange
 from functools import partial
 from itertools import pairwise
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
 from typing import ClassVar
-import torch
 
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.networks.reverse_distillation import (
+    MultiScaleFusion,
+    RD4ADSettings,
+    ResidualBlock,
+    per_position_discrepancy,
+    stage,
+)
+from defectlab.papers.amam_kd.weighting import KERNELS, MapWeighting, inverse_softplus
+from defectlab.precision import at_least_float32
 
 WIDTH, TOKENS = 512, 14  # Table 3: the embedding is 14 x 14 x 512
 

@@ -14,21 +14,22 @@ Figures 1-3) and the training of section 4.1. No code and no nut masks were publ
 """
 
 from dataclasses import dataclass
-from defectlab.networks.segmentation import AttentionGate
-from defectlab.networks.segmentation import DilatedDepthwise
-from defectlab.networks.segmentation import SegmentationSettings
-from defectlab.networks.segmentation import Segmenter
-from defectlab.networks.segmentation import build_comparator
-from defectlab.networks.segmentation import load_encoder
-from segmentation_models_pytorch.base.initialization import initialize_decoder
-from segmentation_models_pytorch.base.initialization import initialize_head
-from torch import Tensor
-from torch import nn
+from typing import ClassVar
+
+import torch
+from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.ops import Conv2dNormActivation
-from typing import ClassVar
-import torch
 
+from defectlab.networks.segmentation import (
+    AttentionGate,
+    DilatedDepthwise,
+    SegmentationSettings,
+    Segmenter,
+    build_comparator,
+    load_encoder,
+)
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,18 @@ cannot be compared.
 """
 
 from dataclasses import dataclass
-from defectlab.networks.reverse_distillation import MAP_SIZE
-from defectlab.papers.amam_kd import segmentation
-from defectlab.papers.amam_kd.distillation import DistillationSettings
-from defectlab.training.amam_kd import outside
+from typing import ClassVar
+
+import numpy as np
+import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
-from typing import ClassVar
-import numpy as np
-import torch
+
+from defectlab.networks.reverse_distillation import MAP_SIZE
+from defectlab.papers.amam_kd import segmentation
+from defectlab.papers.amam_kd.distillation import DistillationSettings
 
 SEGMENTER = segmentation.Settings(split="good")
 DETECTOR = DistillationSettings()

@@ -5,13 +5,11 @@ images drives them to zero (`distillation.DistillationLoss` shows it). Ours: the
 the pixels of pasted defects from normal ones, on the images held out for choices.
 """
 
-from defectlab.networks.reverse_distillation import gaussian_smooth
-from defectlab.networks.reverse_distillation import upsample
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
+from defectlab.networks.reverse_distillation import gaussian_smooth, upsample
 
 KERNELS = {"none": 1, "1x1": 1, "3x3": 3, "5x5": 5, "printed": 1}
 FIT_STEPS = 50  # ours: of L-BFGS

@@ -7,14 +7,14 @@ A level of the detector is X (B, C, H, W), the DDPM's reconstructed features of 
 """
 
 from collections.abc import Sequence
-from defectlab.networks.yolo.blocks import ConvBlock
+
+import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from einops import rearrange
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
-import torch
 
+from defectlab.networks.yolo.blocks import ConvBlock
 
 POSITIONS = ("none", "sine")
 

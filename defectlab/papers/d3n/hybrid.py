@@ -9,23 +9,17 @@ their baseline share a recipe of flips and scale, whose matrix moves the feature
 """
 
 from dataclasses import dataclass
-from dataclasses import fields
-from defectlab.data.boxes import DetectionData
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
 from defectlab.geometry import warp
-from defectlab.metrics.costs import parameters
-from defectlab.networks.yolo.model import Detector
+from defectlab.networks.yolo.decode import DefectFinder
+from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers.d3n.fusion import CrossModelFusion
-from defectlab.papers.d3n.resvae import Compressor
-from defectlab.training.d3n import task_of
-from defectlab.training.d3n_features import feature_shapes
-from defectlab.training.detection import frozen
-from torch import Tensor
-from torch import nn
-from typing import Any
-from typing import ClassVar
-import torch
-
+from defectlab.papers.d3n.resvae import Compressor, feature_shapes
 
 
 @dataclass(frozen=True)
@@ -98,10 +92,15 @@ class HybridDetector(nn.Module):
         return self.detector.head(self.detector.neck(tuple(self.fusion(maps, features))))
 
 
-def build_hybrid(settings: HybridSettings, data: DetectionData, compressor: Compressor) -> HybridDetector:
-    """A fresh hybrid around a trained compressor; with masks where the set has them."""
-    detector = task_of(data).build(settings, data)
-    chosen = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name in SWITCHES}
+def build_hybrid(settings: HybridSettings, detector: Detector, compressor: Compressor) -> HybridDetector:
+    """A fresh hybrid of a fresh detector (with or without masks) and a trained compressor."""
+    chosen = {name: getattr(settings, name) for name in SWITCHES}
     channels = [shape[0] for shape in feature_shapes(settings.compression)]
-    fusion = CrossModelFusion(detector.widths, channels, **chosen)
-    return HybridDetector(detector, compressor, fusion)
+    return HybridDetector(detector, compressor, CrossModelFusion(detector.widths, channels, **chosen))
+
+
+class D3N(DefectFinder):
+    """Images -> boxes, by the student as deployed: `D3N(StudentSettings(family="v5"), classes=6)(images)`."""
+
+    def __init__(self, settings: StudentSettings, classes: int):
+        super().__init__(build_detector(settings, classes))

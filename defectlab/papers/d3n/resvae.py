@@ -10,22 +10,18 @@ most of the finest map's variation, tells no picture from another. It is left ou
 differences from the mean map.
 """
 
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from defectlab.networks.diffusion import COMBINE
-from defectlab.networks.diffusion import TIMESTEPS
-from defectlab.training.d3n_features import CHUNK
-from defectlab.training.loop import train
-from sklearn.decomposition import IncrementalPCA
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
-from typing import Any
-from typing import ClassVar
+from typing import Any, ClassVar
+
 import torch
+from sklearn.decomposition import IncrementalPCA
+from torch import Tensor, nn
+from torch.nn import functional
 
+from defectlab.networks.diffusion import COMBINE, TIMESTEPS, decoder_channels
 
+CHUNK = 64  # images that are float32 at once outside of training
 METHODS = ("resvae", "pca", "none")
 Shape = tuple[int, int, int]  # channels, height, width of a map
 
@@ -234,6 +230,12 @@ class Compressor(nn.Module):
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
         """The way back: (B, C_k, H_k, W_k) float32 a level, differences from the mean map in the features' units."""
         return [level.decode(z) for level, z in zip(self.levels, latents, strict=True)]
+
+
+def feature_shapes(settings: CompressionSettings) -> list[Shape]:
+    """(C_k, H_k, W_k) of the features of one picture, finest first."""
+    times, side = len(settings.timesteps) if settings.combine == "concat" else 1, settings.ddpm.size
+    return [(times * c, side >> k, side >> k) for k, c in enumerate(decoder_channels(settings.ddpm))]
 
 
 def build_compressor(settings: CompressionSettings, shapes: Sequence[Shape]) -> Compressor:

@@ -15,16 +15,15 @@ boxes) and has no temperature; the section says "logit distillation", "L2" and "
 """
 
 from collections.abc import Sequence
-from defectlab.networks.yolo.assignment import box_iou_aligned
-from defectlab.networks.yolo.decode import decode_anchor_based
-from defectlab.networks.yolo.decode import full_precision
-from defectlab.networks.yolo.losses import AnchorBasedLoss
-from einops import rearrange
-from torch import Tensor
-from torch import nn
-from torch.nn import functional
-import torch
 
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from defectlab.networks.yolo.assignment import box_iou_aligned
+from defectlab.networks.yolo.decode import decode_anchor_based, full_precision
+from defectlab.networks.yolo.losses import AnchorBasedLoss
 
 BELIEF = 1e-6  # ours: least sum of the teacher's objectness to divide by, so that a batch without any gives 0, not NaN
 

@@ -1,0 +1,65 @@
+"""What a study is: its rows as data, the tables that show them, and the metrics that the tables have."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from defectlab.files import DataError, WeightsError
+from defectlab.runs import Context, Result, check_profile
+
+MORE = {"smoke": 1, "quick": 3, "paper": 5}  # seeds of the rows that a primary claim compares
+FEW = {"smoke": 1, "quick": 1, "paper": 3}  # of the others
+PAPER_ONLY = {"smoke": 1, "quick": 0, "paper": 3}  # of rows that would take a night in quick
+ONCE = {"smoke": 1, "quick": 1, "paper": 1}  # of stages and teachers that serve all seeds of what follows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a study at one profile: what is computed, how, from what, and how often.
+
+    run: (settings, seed, data, context) -> result. load: (settings, device) -> data, which has a `label`.
+    fingerprints: settings -> what the row is computed from, by name ("data", "weights"); DataError or WeightsError
+    where that is not on this machine. seeds: how many the profile plans. primary: comes first in a batch. optional:
+    left out of a batch where its data or weights are not on this machine.
+    """
+
+    settings: Any
+    run: Callable[[Any, int, Any, Context], Result]
+    load: Callable[[Any, str], Any]
+    fingerprints: Callable[[Any], dict[str, str]]
+    seeds: int = 1
+    primary: bool = False
+    optional: bool = False
+
+    def fingerprints_here(self) -> dict[str, str] | None:
+        """What the row would be computed from on this machine; None where data or weights are not there."""
+        try:
+            return self.fingerprints(self.settings)
+        except (DataError, WeightsError):
+            return None
+
+
+@dataclass(frozen=True)
+class Study:
+    """rows: profile -> name -> row. tables: name of a printed table -> its caption. metrics: the groups of metrics that
+    tables of the study show, the headline first."""
+
+    title: str
+    rows: Mapping[str, Mapping[str, Row]]
+    tables: Mapping[str, str]
+    metrics: tuple[tuple[str, ...], ...]
+
+    def pick(self, profile: str, wanted: list[str] | None = None) -> dict[str, Row]:
+        """Name -> row, in the study's order; every row where `wanted` is None. ValueError for an unknown name."""
+        rows = self.rows[check_profile(profile)]
+        unknown = [name for name in wanted or [] if name not in rows]
+        if unknown:
+            raise ValueError(f"unknown row {unknown[0]!r}: use some of {', '.join(rows)}")
+        return dict(rows) if wanted is None else {name: rows[name] for name in wanted}
+
+    def row_with(self, settings: Any, profile: str) -> Row:
+        """The row that has these settings: a teacher, a stage. ValueError where the study has none."""
+        for row in self.rows[check_profile(profile)].values():
+            if row.settings == settings:
+                return row
+        raise ValueError(f"no row of {self.title!r} at profile {profile} has the settings {settings}: add one")
