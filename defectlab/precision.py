@@ -1,5 +1,6 @@
 """Number formats: where bf16 pays, and where a computation has to stay in float32."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,3 +36,15 @@ def full_float32():
 def at_least_float32(x: Tensor) -> Tensor:
     """bf16 and fp16 as float32; float32 and float64 (gradient checks) as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def float32_on_cpu(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`, on CPUs in float32 whatever autocast says: for dilated depthwise convolutions.
+
+    There the bf16 gradient of such a convolution's weight holds memory that nobody wrote as soon as the map is 32
+    pixels wide and the dilation along its height is above 1 (torch 2.11, seen as NaN and 1e36).
+    """
+    if x.device.type != "cpu":
+        return function(x)
+    with torch.autocast("cpu", enabled=False):
+        return function(at_least_float32(x))

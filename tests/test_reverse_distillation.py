@@ -66,7 +66,7 @@ def test_student_gives_the_teachers_shapes(name: str) -> None:
     with torch.device("meta"):
         teacher = Teacher(name)
         maps = teacher(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
-        (student,) = ReverseDistillation(teacher.channels, teacher.bottleneck)(maps)
+        student = ReverseDistillation(teacher.channels, teacher.bottleneck)(maps)
     assert [f.shape for f in student] == [f.shape for f in maps]
 
 
@@ -138,7 +138,7 @@ def test_every_student_weight_learns(loss: str, bottleneck: int) -> None:
     moved = set()
     for _ in range(2):
         optimizer.zero_grad()
-        LOSSES[loss](maps, student(maps)[0]).backward()
+        LOSSES[loss](maps, student(maps)).backward()
         moved |= {n for n, p in student.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         optimizer.step()
     assert moved == {n for n, _ in student.named_parameters()}
@@ -149,7 +149,7 @@ def test_no_teacher_weight_learns() -> None:
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     maps = teacher(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
     student = ReverseDistillation(teacher.channels, teacher.bottleneck)
-    per_pixel_loss(maps, student(maps)[0]).backward()
+    per_pixel_loss(maps, student(maps)).backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
 

@@ -1,29 +1,54 @@
 """Reverse distillation (RD4AD): Deng and Li, "Anomaly Detection via Reverse Distillation from One-Class
-Embedding", CVPR 2022, arXiv 2201.10703. Section 3.2 is the bottleneck, section 3.1 the decoder, equations 1-2 the loss
-(equation 3, the score, is in `maps.py`).
+Embedding", CVPR 2022, arXiv 2201.10703: section 3.2 (bottleneck), section 3.1 (decoder), equations 1-2 (loss) and 3
+(map and score).
 
 The student never sees the image. It reads the teacher's three feature maps through a narrow one-class embedding and
 has to give the same three maps back, coarse to fine. Trained on good parts only, it restores what good parts have, and
 what it fails to restore is the anomaly.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from defectlab.networks.resnet import Teacher, load_teacher
 from defectlab.precision import at_least_float32, full_float32
 
+MAP_SIZE = 256  # pixel metrics are taken at 256x256 in every profile
+SIGMA = 4.0  # of the Gaussian, in pixels at 256x256: the official code's value
 
-def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+
+@dataclass(frozen=True)
+class RD4ADSettings:
+    """RD4AD. Defaults are the paper profile's; they are frozen, since records are keyed by what differs from them."""
+
+    model: ClassVar[str] = "rd4ad"
+    version: ClassVar[int] = 1
+
+    dataset: str = "magnetic_tile"
+    teacher: str = "resnet18"  # ours: BSDRD is silent; RD4AD's headline is wide_resnet50_2
+    size: int = 256  # RD4AD section 4.1: plain resize, no crop
+    epochs: int = 200  # official RD4AD code
+    batch: int = 16  # RD4AD section 4.1
+    learning_rate: float = 0.005  # RD4AD section 4.1, no schedule
+    betas: tuple[float, float] = (0.5, 0.999)  # RD4AD section 4.1
+    loss: str = "whole_map"  # official RD4AD code; the paper's formula is "per_pixel"
+    schedule: str = "constant"  # RD4AD section 4.1
+    flips: bool = False  # RD4AD section 4.1: no augmentation
+    precision: str = "bf16"  # ours: where the device is fast at it, else fp32
 
 
-def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 1, bias=False)
+# --- Residual blocks, mirrored from the teacher -----------------------------------------------------------------------
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
 
 
 def downsample_to(inputs: int, outputs: int, steps: int) -> nn.Sequential:
@@ -31,7 +56,7 @@ def downsample_to(inputs: int, outputs: int, steps: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for step in range(steps):
         width = outputs // 2 ** (steps - 1 - step)
-        layers += [conv3x3(inputs, width, 2), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers += [conv(inputs, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         inputs = width
     return nn.Sequential(*layers)
 
@@ -47,46 +72,32 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, scale: str = "same", bottleneck: int = 0):
         super().__init__()
         width = outputs // bottleneck if bottleneck else outputs
-        before = [conv1x1(inputs, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)] if bottleneck else []
-        first = width if bottleneck else inputs
-        if scale == "up":
-            middle = nn.ConvTranspose2d(first, width, 2, 2, bias=False)
-        else:
-            middle = conv3x3(first, width, 2 if scale == "down" else 1)
-        last = conv1x1(width, outputs) if bottleneck else conv3x3(width, outputs)
+        before = [conv(inputs, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)] if bottleneck else []
+
+        def scaled(inputs: int, outputs: int, kernel: int) -> nn.Module:
+            if scale == "up":
+                return nn.ConvTranspose2d(inputs, outputs, 2, 2, bias=False)
+            return conv(inputs, outputs, kernel, 2 if scale == "down" else 1)
+
+        middle = scaled(width if bottleneck else inputs, width, 3)
+        last = conv(width, outputs, 1 if bottleneck else 3)
         self.residual = nn.Sequential(
             *before, middle, nn.BatchNorm2d(width), nn.ReLU(inplace=True), last, nn.BatchNorm2d(outputs)
         )
-        self.shortcut = nn.Identity()
-        if scale == "up":
-            self.shortcut = nn.Sequential(
-                nn.ConvTranspose2d(inputs, outputs, 2, 2, bias=False), nn.BatchNorm2d(outputs)
-            )
-        elif scale == "down" or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, 2 if scale == "down" else 1, bias=False),
-                nn.BatchNorm2d(outputs),
-            )
+        plain = scale == "same" and inputs == outputs
+        self.shortcut = nn.Identity() if plain else nn.Sequential(scaled(inputs, outputs, 1), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.shortcut(x) + self.residual(x))
-
-
-def initialise(network: nn.Module) -> None:
-    """Kaiming-normal convolutions (fan out, ReLU), in place; the official code does so for all but the transposed ones.
-
-    PyTorch's default weights are about 2.5 times smaller, and since a norm follows every convolution that makes the
-    first steps of a short training too large: `results/tried.md` has the numbers.
-    """
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def stage(inputs: int, outputs: int, scale: str, blocks: int, bottleneck: int) -> nn.Sequential:
     first = ResidualBlock(inputs, outputs, scale, bottleneck)
     rest = [ResidualBlock(outputs, outputs, "same", bottleneck) for _ in range(blocks - 1)]
     return nn.Sequential(first, *rest)
+
+
+# --- Section 3.2: the bottleneck --------------------------------------------------------------------------------------
 
 
 class MultiScaleFusion(nn.Module):
@@ -112,6 +123,9 @@ class OneClassEmbedding(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int, bottleneck: int):
         super().__init__(*stage(inputs, outputs, "down", 3 if bottleneck else 2, bottleneck))
+
+
+# --- Section 3.1: the decoder -----------------------------------------------------------------------------------------
 
 
 class ReverseDecoder(nn.Module):
@@ -143,9 +157,23 @@ class ReverseDistillation(nn.Module):
         self.embedding = OneClassEmbedding(3 * channels[2], 2 * channels[2], bottleneck)
         self.decoder = ReverseDecoder(channels, bottleneck)
 
-    def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
-        """Teacher features -> a list with one student's three reconstructed maps."""
-        return [self.decoder(self.embedding(self.fusion(features)))]
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Teacher features -> their reconstruction, the same three shapes."""
+        return self.decoder(self.embedding(self.fusion(features)))
+
+
+def initialise(network: nn.Module) -> None:
+    """Kaiming-normal convolutions (fan out, ReLU), in place; the official code does so for all but the transposed ones.
+
+    PyTorch's default weights are about 2.5 times smaller, and since a norm follows every convolution that makes the
+    first steps of a short training too large: `results/tried.md` has the numbers.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+# --- Equations 1 and 2: the loss --------------------------------------------------------------------------------------
 
 
 def per_position_discrepancy(teacher: Tensor, student: Tensor) -> Tensor:
@@ -175,8 +203,8 @@ def whole_map_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
 
 LOSSES = {"per_pixel": per_pixel_loss, "whole_map": whole_map_loss}
 
-MAP_SIZE = 256  # pixel metrics are taken at 256x256 in every profile
-SIGMA = 4.0  # of the Gaussian, in pixels at 256x256: the official code's value
+
+# --- Equation 3: the anomaly map, and the score -----------------------------------------------------------------------
 
 
 def gaussian_smooth(maps: Tensor, sigma: float = SIGMA) -> Tensor:
@@ -213,35 +241,50 @@ def image_scores(maps: Tensor) -> Tensor:
     return maps.flatten(1).amax(1)
 
 
-@dataclass(frozen=True)
-class RD4ADSettings:
-    """RD4AD. Defaults are the paper profile's; they are frozen, since records are keyed by what differs from them."""
-
-    model: ClassVar[str] = "rd4ad"
-    version: ClassVar[int] = 1
-
-    dataset: str = "magnetic_tile"
-    teacher: str = "resnet18"  # ours: BSDRD is silent; RD4AD's headline is wide_resnet50_2
-    size: int = 256  # RD4AD section 4.1: plain resize, no crop
-    epochs: int = 200  # official RD4AD code
-    batch: int = 16  # RD4AD section 4.1
-    learning_rate: float = 0.005  # RD4AD section 4.1, no schedule
-    betas: tuple[float, float] = (0.5, 0.999)  # RD4AD section 4.1
-    loss: str = "whole_map"  # official RD4AD code; the paper's formula is "per_pixel"
-    schedule: str = "constant"  # RD4AD section 4.1
-    flips: bool = False  # RD4AD section 4.1: no augmentation
-    precision: str = "bf16"  # ours: where the device is fast at it, else fp32
+# --- The method as studies and readers use it -------------------------------------------------------------------------
 
 
 def build(settings: RD4ADSettings, channels: tuple[int, int, int], bottleneck: int) -> ReverseDistillation:
     return ReverseDistillation(channels, bottleneck)
 
 
-def make_loss(settings: RD4ADSettings):
-    """One of `LOSSES` as (teacher, students) -> named scalars."""
+def make_loss(settings: RD4ADSettings) -> Callable[[list[Tensor], list[Tensor]], dict[str, Tensor]]:
+    """One of `LOSSES` as (teacher, student) -> named scalars."""
     loss = LOSSES[settings.loss]
-    return lambda teacher, students: {"loss": sum(loss(teacher, maps) for maps in students)}
+    return lambda teacher, student: {"loss": loss(teacher, student)}
 
 
-def to_maps(settings: RD4ADSettings, teacher: list[Tensor], students: list[list[Tensor]]) -> Tensor:
-    return sum(anomaly_map(teacher, maps) for maps in students)
+def to_maps(settings: RD4ADSettings, teacher: list[Tensor], student: list[Tensor]) -> Tensor:
+    return anomaly_map(teacher, student)
+
+
+class AnomalyMapper(nn.Module):
+    """Images -> anomaly maps, by a frozen teacher and a network that gives the teacher's features back; in eval mode.
+
+    `to_maps`: (teacher features, the network's output for them) -> maps (B, 256, 256), not smoothed.
+    """
+
+    def __init__(self, teacher: Teacher, network: nn.Module, to_maps: Callable[[list[Tensor], Any], Tensor]):
+        super().__init__()
+        self.teacher, self.network, self.to_maps = teacher, network, to_maps
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, S, S) -> smoothed maps (B, 256, 256), in float32; the score is `image_scores` of them."""
+        with full_float32():
+            features = self.teacher(images)
+            return gaussian_smooth(self.to_maps(features, self.network(features)))
+
+
+class RD4AD(AnomalyMapper):
+    """The whole method: `RD4AD(RD4ADSettings())(images)`. `network` is fresh until trained weights are loaded into it.
+
+    Raises WeightsError where the teacher's weights are missing.
+    """
+
+    def __init__(self, settings: RD4ADSettings):
+        teacher = load_teacher(settings.teacher)
+        network = build(settings, teacher.channels, teacher.bottleneck)
+        initialise(network)
+        super().__init__(teacher, network, partial(to_maps, settings))
