@@ -2,13 +2,19 @@
 
 Tang, Zhang, Liu, "A novel dual-student reverse knowledge distillation method for magnetic tile defect detection",
 Scientific Reports 15, 27117 (2025), doi 10.1038/s41598-025-12339-2. Only the abstract and the caption of figure 1 could
-be read: no formula, no setting and no number of the paper is known here. What they fix: one frozen teacher; a *struct
-student* that "dynamically fuses and compresses multi-scale features"; a *detail student* that "applies wavelet
-transform to decompose high-level features into low-frequency and high-frequency components"; a "multi-dimensional
-feature gated fusion loss (MD-GFLoss)". All else is ours and marked so; two plausible readings are both switches.
+be read: no formula, no setting and no number of the paper is known here. What they fix, in the order of this file:
+
+- a *struct student* that "dynamically fuses and compresses multi-scale features" of one frozen teacher;
+- a *detail student* that "applies wavelet transform to decompose high-level features into low-frequency and
+  high-frequency components";
+- a "multi-dimensional feature gated fusion loss (MD-GFLoss)".
+
+All else is ours and marked so; where two readings are plausible, a setting switches between them. `BSDRD` at the end
+is the whole method: images -> anomaly maps.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pywt
@@ -17,12 +23,16 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from defectlab.networks.resnet import load_teacher
 from defectlab.networks.reverse_distillation import (
     LOSSES,
+    AnomalyMapper,
+    MultiScaleFusion,
     OneClassEmbedding,
     RD4ADSettings,
     ReverseDecoder,
     downsample_to,
+    initialise,
     per_position_discrepancy,
     stage,
     upsample,
@@ -52,20 +62,18 @@ class Settings(RD4ADSettings):
 # --- Struct student: "dynamically fuses and compresses multi-scale features" (abstract) ------------------------------
 
 
-class DynamicFusion(nn.Module):
-    """Input-dependent weights over the three scales, one set a channel (ours: selective-kernel style attention).
+class DynamicFusion(MultiScaleFusion):
+    """RD4AD's fusion with input-dependent weights over the three scales, one set per channel (ours: attention in the
+    style of selective kernels).
 
     Every scale is brought to the coarsest; their pooled descriptors decide, by a softmax over the scales, how much
     of each scale a channel takes.
     """
 
     def __init__(self, channels: tuple[int, int, int]):
-        super().__init__()
+        super().__init__(channels)
         last = channels[-1]
         hidden = max(last // 8, 16)
-        self.align = nn.ModuleList(
-            [downsample_to(channels[0], last, 2), downsample_to(channels[1], last, 1), nn.Identity()]
-        )
         self.gate = nn.Sequential(nn.Linear(3 * last, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 3 * last))
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -89,7 +97,7 @@ class StructStudent(nn.Module):
         self.decoder = ReverseDecoder(channels, bottleneck)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Teacher features -> their reconstruction, the same three shapes."""
+        """The teacher's three maps -> their reconstructions, of the same shapes."""
         fused, _ = self.fusion(features)
         return self.decoder(self.embedding(fused))
 
@@ -181,7 +189,7 @@ class DetailStudent(nn.Module):
         return self.wavelet.inverse(torch.cat([low[:, None], rearrange(high, "b (k c) h w -> b k c h w", k=3)], 1))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Teacher features -> their reconstruction, the same three shapes."""
+        """The teacher's three maps -> their reconstructions, of the same shapes."""
         x = features[2]
         if self.with_layer2:
             x = self.merge(torch.cat([self.bring_down(features[1]), x], 1))
@@ -203,6 +211,7 @@ class TwoStudents(nn.Module):
         )
 
     def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
+        """The teacher's three maps -> for each student their reconstructions."""
         return [student(features) for student in self.students.values()]
 
 
@@ -229,25 +238,25 @@ def gated_fusion(discrepancies: Tensor, logits: Tensor, gate: str, barrier: floa
     """Fuse (S, 3) discrepancies by gates on the simplex: -> (loss summed over the S scales, gates (S, 3)).
 
     "learned": gates are softmax(logits), trained with the student. Alone they would go to whichever term is smallest;
-    the barrier -(barrier / 3) sum(log 3 g) makes closing a gate infinitely dear. With discrepancies in 0..2 the best
+    the barrier -(barrier / 3) sum(log 3 g) goes to infinity as a gate closes. With discrepancies in 0..2 the best
     gates obey g >= barrier / (3 (2 + barrier)): no term can be switched off (tests hold the bound).
     "focus": gates are softmax(5 d) of the detached discrepancies: the largest term leads, nothing is learned.
     "equal": 1/3 each.
     """
     if gate == "learned":
         gates = logits.softmax(-1)
-        toll = -(barrier / 3) * torch.log(3 * gates).sum()
+        penalty = -(barrier / 3) * torch.log(3 * gates).sum()
     elif gate == "focus":
-        gates, toll = (5 * discrepancies.detach()).softmax(-1), discrepancies.new_zeros(())
+        gates, penalty = (5 * discrepancies.detach()).softmax(-1), discrepancies.new_zeros(())
     elif gate == "equal":
-        gates, toll = torch.full_like(discrepancies, 1 / 3), discrepancies.new_zeros(())
+        gates, penalty = torch.full_like(discrepancies, 1 / 3), discrepancies.new_zeros(())
     else:
         raise ValueError(f"unknown gate {gate!r}: use learned, focus or equal")
-    return (gates * discrepancies).sum() + toll, gates
+    return (gates * discrepancies).sum() + penalty, gates
 
 
 class MDGFLoss(nn.Module):
-    """MD-GFLoss over all scales of all students; its state is one row of gate logits a student and scale."""
+    """MD-GFLoss over all scales of all students; its parameters are the gate logits of each student and scale."""
 
     def __init__(self, students: int, settings: Settings):
         super().__init__()
@@ -256,13 +265,10 @@ class MDGFLoss(nn.Module):
         self.logits = nn.Parameter(torch.zeros(students, 3, len(DIMENSIONS)), requires_grad=learned)
 
     def forward(self, teacher: list[Tensor], students: list[list[Tensor]]) -> dict[str, Tensor]:
-        """-> {"loss", then the mean discrepancy along each dimension} as scalars."""
-        found = torch.stack(
-            [
-                torch.stack([dimension_discrepancies(t, s) for t, s in zip(teacher, maps, strict=True)])
-                for maps in students
-            ]
-        )  # (students, scales, dimensions)
+        """-> "loss", then the mean discrepancy along each dimension: scalars."""
+        pairs = [(t, s) for maps in students for t, s in zip(teacher, maps, strict=True)]
+        # (students, scales, dimensions)
+        found = torch.stack([dimension_discrepancies(t, s) for t, s in pairs]).unflatten(0, (len(students), -1))
         total, _ = gated_fusion(found.flatten(0, 1), self.logits.flatten(0, 1), self.kind, self.barrier)
         return {"loss": total} | dict(zip(DIMENSIONS, found.detach().mean((0, 1)), strict=True))
 
@@ -276,17 +282,20 @@ def student_maps(teacher: list[Tensor], students: list[list[Tensor]], fusion: st
     `fusion` (ours; the choice is made on dev): "sum" or "max" over the students of their summed maps; "product": the
     geometric mean over the students at each scale, high only where both fail.
     """
-    a_scale = [
+    scales = [
         torch.stack([upsample(per_position_discrepancy(t, maps[i])) for maps in students])
         for i, t in enumerate(teacher)
     ]  # three times (students, B, 256, 256)
     if fusion == "sum":
-        return sum(a_scale).sum(0)
+        return sum(scales).sum(0)
     if fusion == "max":
-        return sum(a_scale).amax(0)
+        return sum(scales).amax(0)
     if fusion == "product":
-        return sum(m.clamp(min=1e-6).log().mean(0).exp() for m in a_scale)
+        return sum(m.clamp(min=1e-6).log().mean(0).exp() for m in scales)
     raise ValueError(f"unknown fusion {fusion!r}: use sum, max or product")
+
+
+# --- The parts by their settings, and the whole method ----------------------------------------------------------------
 
 
 def build(settings: Settings, channels: tuple[int, int, int], bottleneck: int) -> TwoStudents:
@@ -303,3 +312,16 @@ def make_loss(settings: Settings):
 
 def to_maps(settings: Settings, teacher: list[Tensor], students: list[list[Tensor]]) -> Tensor:
     return student_maps(teacher, students, settings.fusion)
+
+
+class BSDRD(AnomalyMapper):
+    """The whole method: `BSDRD(Settings())(images)`. `network` is fresh until trained weights are loaded into it.
+
+    Raises WeightsError where the teacher's weights are missing.
+    """
+
+    def __init__(self, settings: Settings):
+        teacher = load_teacher(settings.teacher)
+        network = build(settings, teacher.channels, teacher.bottleneck)
+        initialise(network)
+        super().__init__(teacher, network, partial(to_maps, settings))

@@ -2,12 +2,17 @@
 
 Xing, Yang, "YOLO-DCF: dual distillation and context-aware fusion for defect detection", Scientific Reports 16, 15897
 (2026), doi 10.1038/s41598-026-46602-x. Only a summary for laymen could be read: no formula, no setting and no number of
-the paper is known here. What it fixes: "a popular real-time detector family"; a *context-guided fusion module* that
-"first looks along horizontal and vertical directions" and "then blends fine local details with this wider view"; a
-*multiscale residual block* whose "parallel paths ... focus on dense local textures, medium-sized shapes, and larger
-structures, while a reconfiguration step later folds these paths into a simpler form"; a *dual distillation* in which "a
-stronger version of the same network guides a lighter one" by "the spatial relationships between blocks and the
-emphasis within each channel". All else is ours and marked so, with the published neighbour that it follows.
+the paper is known here. What it fixes, of "a popular real-time detector family" and in the order of this file:
+
+- a *context-guided fusion module* that "first looks along horizontal and vertical directions" and "then blends fine
+  local details with this wider view";
+- a *multiscale residual block* whose "parallel paths ... focus on dense local textures, medium-sized shapes, and larger
+  structures, while a reconfiguration step later folds these paths into a simpler form";
+- a *dual distillation* in which "a stronger version of the same network guides a lighter one" by "the spatial
+  relationships between blocks and the emphasis within each channel".
+
+All else is ours and marked so, with the published neighbour that it follows. `YOLODCF` at the end is the whole method:
+images -> boxes.
 """
 
 from dataclasses import dataclass, replace
@@ -39,7 +44,7 @@ class Settings(DetectorSettings):
     relation: float = 0.0  # weight of the block-relation loss
     channel: float = 0.0  # weight of the channel loss
     temperature: float = 1.0  # ours: of the distribution over channels
-    grid: int = 8  # ours: blocks a side (fewer on maps that are smaller)
+    grid: int = 8  # ours: blocks per side (fewer on maps that are smaller)
 
 
 # --- Context-guided fusion: "looks along horizontal and vertical directions", then "blends fine local details" -------
@@ -119,7 +124,7 @@ FUSIONS = {
 }
 
 
-# --- Multi-scale residual block: parallel paths in training, "fused into a simpler form for fast use" ---------------
+# --- Multi-scale residual block: parallel paths in training, "folded into a simpler form for fast use" --------------
 
 
 class MultiScaleResidualBlock(nn.Module):
@@ -127,7 +132,7 @@ class MultiScaleResidualBlock(nn.Module):
 
     Dense local texture: a 3x3 convolution. Medium and large structure: depthwise 3x3 convolutions with dilation 2 and
     3, which reach 5 and 7 pixels (ours, after the dilated reparameterised block of UniRepLKNet, CVPR 2024). All paths
-    are linear with a norm of their own, so that their sum folds: see `fuse`.
+    are linear with a norm of their own, so that their sum can be fused: see `fuse`.
     """
 
     def __init__(self, channels: int, shortcut: bool = True, kernels: tuple[int, int] = (3, 3), expansion: float = 1.0):
@@ -192,8 +197,8 @@ BLOCKS = {"plain": Bottleneck, "multi_scale": MultiScaleResidualBlock}
 
 
 def block_relations(features: Tensor, grid: int) -> Tensor:
-    """(B, C, H, W) -> cosine similarities (B, n, n), -1..1, between the mean features of n = min(grid, H) x min(grid,
-    W) blocks."""
+    """(B, C, H, W) -> cosine similarities (B, n, n), -1..1, between the mean features of n blocks, min(grid, H) down
+    and min(grid, W) across."""
     height, width = (min(grid, side) for side in features.shape[-2:])
     blocks = functional.adaptive_avg_pool2d(features, (height, width))
     blocks = functional.normalize(rearrange(blocks, "b c h w -> b (h w) c"), dim=-1)
@@ -207,7 +212,7 @@ def block_relation_loss(student: Tensor, teacher: Tensor, grid: int = 8) -> Tens
 
 def channel_emphasis(features: Tensor, temperature: float) -> Tensor:
     """(B, C, H, W) -> log of a distribution over the channels (B, C): mean absolute activation, standardised within
-    the picture (so that the temperature means the same in every network), softmax at `temperature`."""
+    the image (so that the temperature means the same in every network), softmax at `temperature`."""
     strength = features.abs().mean((2, 3))
     centred = strength - strength.mean(1, keepdim=True)
     return functional.log_softmax(centred / (strength.std(1, keepdim=True) + 1e-6) / temperature, 1)
@@ -216,8 +221,8 @@ def channel_emphasis(features: Tensor, temperature: float) -> Tensor:
 def channel_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Kullback-Leibler divergence of the student's channel emphasis from the teacher's, times temperature squared
     (Hinton et al. 2015). Both maps have the same channels."""
-    found, wanted = channel_emphasis(student, temperature), channel_emphasis(teacher, temperature)
-    return functional.kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
+    log_student, log_teacher = channel_emphasis(student, temperature), channel_emphasis(teacher, temperature)
+    return functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 class DualDistillation(nn.Module):
@@ -234,18 +239,16 @@ class DualDistillation(nn.Module):
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> dict[str, Tensor]:
         """Neck maps of both -> the scalars whose weight is not zero, weighted: "relation", "channel"."""
-        with torch.autocast(student[0].device.type, enabled=False):  # small differences of similarities need float32
-            return self.terms([f.float() for f in student], [f.float() for f in teacher])
-
-    def terms(self, student: list[Tensor], teacher: list[Tensor]) -> dict[str, Tensor]:
         s, terms = self.settings, {}
-        if s.relation:
-            pairs = zip(student, teacher, strict=True)
-            terms["relation"] = s.relation * sum(block_relation_loss(a, b, s.grid) for a, b in pairs) / 3
-        if s.channel:
-            adapted = [adapter(a) for adapter, a in zip(self.adapters, student, strict=True)]
-            pairs = zip(adapted, teacher, strict=True)
-            terms["channel"] = s.channel * sum(channel_loss(a, b, s.temperature) for a, b in pairs) / 3
+        with torch.autocast(student[0].device.type, enabled=False):  # small differences of similarities need float32
+            student, teacher = [f.float() for f in student], [f.float() for f in teacher]
+            if s.relation:
+                pairs = zip(student, teacher, strict=True)
+                terms["relation"] = s.relation * sum(block_relation_loss(a, b, s.grid) for a, b in pairs) / 3
+            if s.channel:
+                adapted = [adapter(a) for adapter, a in zip(self.adapters, student, strict=True)]
+                pairs = zip(adapted, teacher, strict=True)
+                terms["channel"] = s.channel * sum(channel_loss(a, b, s.temperature) for a, b in pairs) / 3
         return terms
 
 
@@ -258,7 +261,7 @@ def build(settings: Settings, classes: int, anchors: Tensor | None = None) -> De
 
 
 def teacher_settings(settings: Settings) -> Settings:
-    """Of the network that teaches: the same recipe at the stronger scale, without distillation."""
+    """Settings of the teacher: the same recipe at the stronger scale, without distillation."""
     return replace(settings, scale=settings.teacher_scale, teacher_scale="", relation=0.0, channel=0.0)
 
 
@@ -283,7 +286,8 @@ class DistilledLoss(nn.Module):
 
 
 class YOLODCF(DefectFinder):
-    """Images -> boxes, by the whole method as deployed. `YOLODCF(Settings(size=320), classes=6)(images)`."""
+    """The whole method as deployed: `YOLODCF(Settings(), classes=6)(images)`. `detector` is fresh until trained weights
+    are loaded into it."""
 
     def __init__(self, settings: Settings, classes: int):
         super().__init__(build(settings, classes))

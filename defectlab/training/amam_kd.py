@@ -12,8 +12,8 @@ from defectlab.networks.reverse_distillation import MAP_SIZE
 from defectlab.papers.amam_kd import segmentation
 from defectlab.papers.amam_kd.distillation import (
     DistillationLoss,
+    DistillationNetwork,
     DistillationSettings,
-    KnowledgeDistillation,
     build,
     discrepancies,
     to_maps,
@@ -53,7 +53,7 @@ def map_split(
     return distil.score_features(student.network, features, partial(to_maps, student.network), student.precision)
 
 
-def weights_in_words(network: KnowledgeDistillation) -> str:
+def weights_in_words(network: DistillationNetwork) -> str:
     """The sum of each layer's kernel: "layer 1: 0.41, layer 2: 1.2, layer 3: 1.39"."""
     return ", ".join(f"layer {k}: {w:.3g}" for k, w in enumerate(network.weighting.kernels.sum((1, 2)).tolist(), 1))
 

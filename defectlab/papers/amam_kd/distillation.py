@@ -1,10 +1,9 @@
-"""Stage two: anomaly detection by knowledge distillation.
+"""Stage two: anomaly detection by knowledge distillation (section 3.2, and what the ablations of 4.2.2 switch).
 
 Guo, Lv, "A Two-Stage Deep-Learning Framework for Industrial Anomaly Detection: Integrating Small-Sample Semantic
-Segmentation and Knowledge Distillation", Machines 13(8), 712 (2025), doi 10.3390/machines13080712: section 3.2 (method
-and loss; the scores are in `weighting.py`) and what the ablations in section 4.2.2 switch. The frame is reverse
+Segmentation and Knowledge Distillation", Machines 13(8), 712 (2025), doi 10.3390/machines13080712. The frame is reverse
 distillation (RD4AD, CVPR 2022), which the paper does not cite: a frozen teacher, an embedding of its three feature
-maps, a student that gives them back.
+maps, a student that gives them back. The score is in `weighting.py`.
 
 Deviations and choices are marked "ours". The largest: Table 3 gives the teacher 16 x 16 x 2048 at 256 px, which no
 layer of a WideResNet-50-2 has without dilation, while the loss uses three unnamed scales (here: layers 1 to 3); 14 x 14
@@ -23,10 +22,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from defectlab.networks.blocks import PreActivationBlock
+from defectlab.networks.resnet import load_teacher
 from defectlab.networks.reverse_distillation import (
+    AnomalyMapper,
     MultiScaleFusion,
     RD4ADSettings,
     ResidualBlock,
+    initialise,
     per_position_discrepancy,
     stage,
 )
@@ -131,37 +134,17 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
     return x if x.shape[-2:] == size else functional.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-class PreActivationBlock(nn.Module):
-    """A residual block with norm and ReLU before its convolutions and none after the sum (He et al., ECCV 2016)."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.residual = nn.Sequential(
-            nn.BatchNorm2d(inputs),
-            nn.ReLU(),
-            nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-        )
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, h, w) -> (B, outputs, h, w)."""
-        return self.shortcut(x) + self.residual(x)
-
-
 class HeterogeneousStudent(nn.Module):
     """ "Custom multi-level residual network" (section 3.2), of which nothing more is said.
 
-    Ours, unlike any of the teachers: one pre-activation block a level, bilinear upsampling between the levels, at most
-    256 channels wide, and a linear 1x1 convolution to the teacher's channels at each level.
+    Ours, unlike any of the teachers: one pre-activation block per level, bilinear upsampling between the levels, at
+    most 256 channels wide, and a linear 1x1 convolution to the teacher's channels at each level.
     """
 
     def __init__(self, channels: tuple[int, int, int]):
         super().__init__()
         widths = [WIDTH, *(min(c, 256) for c in reversed(channels))]
-        self.levels = nn.ModuleList(PreActivationBlock(a, b) for a, b in pairwise(widths))
+        self.levels = nn.ModuleList(PreActivationBlock(a, b, project=True) for a, b in pairwise(widths))
         self.heads = nn.ModuleList(
             nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, outputs, 1))
             for width, outputs in zip(widths[1:], reversed(channels), strict=True)
@@ -170,8 +153,8 @@ class HeterogeneousStudent(nn.Module):
     def forward(self, x: Tensor, features: list[Tensor]) -> list[Tensor]:
         """The embedding (B, 512, g, g) -> three maps of the shapes of `features`, whose values are not read."""
         outputs = []
-        for level, head, wanted in zip(self.levels, self.heads, reversed(features), strict=True):
-            x = level(resize(x, wanted))
+        for level, head, feature in zip(self.levels, self.heads, reversed(features), strict=True):
+            x = level(resize(x, feature))
             outputs.append(head(x))
         return outputs[::-1]
 
@@ -268,10 +251,10 @@ def pick(choices: dict, name: str, what: str):
     return choices[name]
 
 
-# --- The network, and one run ----------------------------------------------------------------------------------------
+# --- Figure 4: the network, and the whole of stage two ---------------------------------------------------------------
 
 
-class KnowledgeDistillation(nn.Module):
+class DistillationNetwork(nn.Module):
     """Figure 4 without the teacher: feature aggregation, student, and the weighting of the maps it leads to."""
 
     def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: DistillationSettings):
@@ -287,14 +270,28 @@ class KnowledgeDistillation(nn.Module):
         self.weighting = MapWeighting(pick(KERNELS, settings.weighting, "weighting"))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Teacher features -> their reconstruction, the same three shapes."""
+        """The teacher's three maps -> their reconstructions, of the same shapes."""
         return self.student(self.aggregation(features), features)
 
 
-def build(settings: DistillationSettings, channels: tuple[int, int, int], bottleneck: int) -> KnowledgeDistillation:
-    return KnowledgeDistillation(channels, bottleneck, settings)
+def build(settings: DistillationSettings, channels: tuple[int, int, int], bottleneck: int) -> DistillationNetwork:
+    return DistillationNetwork(channels, bottleneck, settings)
 
 
-def to_maps(network: KnowledgeDistillation, teacher: list[Tensor], student: list[Tensor]) -> Tensor:
+def to_maps(network: DistillationNetwork, teacher: list[Tensor], student: list[Tensor]) -> Tensor:
     """AL of a batch, (B, 256, 256), not smoothed. M^k is the cosine's for every loss (ours)."""
     return network.weighting(discrepancies(teacher, student))
+
+
+class KnowledgeDistillation(AnomalyMapper):
+    """The whole of stage two: `KnowledgeDistillation(DistillationSettings())(images)`; the images have the settings'
+    size. `network` is fresh until trained weights are loaded into it.
+
+    Raises ValueError for settings that do not exist, WeightsError where the teacher's weights are missing.
+    """
+
+    def __init__(self, settings: DistillationSettings):
+        teacher = load_teacher(settings.teacher)
+        network = build(settings, teacher.channels, teacher.bottleneck)
+        initialise(network)
+        super().__init__(teacher, network, partial(to_maps, network))
