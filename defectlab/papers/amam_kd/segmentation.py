@@ -1,8 +1,8 @@
-"""Stage one of the two-stage paper: a U-shaped network with an adaptive multi-scale attention module (AMAM).
+"""Stage one: segmentation by a U-shaped network with an adaptive multi-scale attention module (section 3.1).
 
 Guo, Lv, "A Two-Stage Deep-Learning Framework for Industrial Anomaly Detection: Integrating Small-Sample Semantic
-Segmentation and Knowledge Distillation", Machines 2025, 13(8), 712, doi 10.3390/machines13080712: section 3.1 (Table 1,
-Figures 1-3) and the training of section 4.1. No code and no nut masks were published. Deviations and readings:
+Segmentation and Knowledge Distillation", Machines 13(8), 712 (2025), doi 10.3390/machines13080712: Table 1, Figures
+1 to 3, and the recipe of section 4.1. No code and no nut masks were published. Deviations and readings:
 
 - ResNet-18 in place of ResNet-50 by default; its layer 4 starts at random (`load_encoder`).
 - The text (dilation, output stride 16) and Table 1 (strides 2, 4, 8, 16 with 64, 128, 256, 512 channels) describe two
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.ops import Conv2dNormActivation
@@ -51,15 +50,6 @@ class Settings(SegmentationSettings):
 # --- 3.1.2 Adaptive multi-scale attention module ---------------------------------------------------------------------
 
 WIDEST = 512  # paper Table 1: channels of AMAM; ours: wider encoders are reduced to it
-
-
-def taps_inside(size: int, dilation: int) -> float:
-    """Share, 0..1, of the nine taps of a dilated 3x3 convolution that see data, over all places of a size x size map.
-
-    The rest lies in the padding. With dilation >= size only the centre is left, 1/9: a 1x1 convolution.
-    """
-    a_row = size + 2 * max(size - dilation, 0)  # places that each of the three taps along an axis sees, summed
-    return (a_row / (3 * size)) ** 2
 
 
 class SeparableDilation(nn.Sequential):
@@ -186,6 +176,11 @@ class UShapedNetwork(nn.Module):
     """
 
     def __init__(self, settings: Settings):
+        from segmentation_models_pytorch.base.initialization import (
+            initialize_decoder,
+            initialize_head,
+        )  # slow to import
+
         super().__init__()
         if settings.layout not in DECODER_WIDTHS:
             raise ValueError(f"unknown layout {settings.layout!r}: use one of {', '.join(DECODER_WIDTHS)}")
@@ -233,7 +228,7 @@ class UShapedNetwork(nn.Module):
 
 
 def build(settings: SegmentationSettings) -> Segmenter:
-    """The network of a row: the paper's for `Settings`, else the comparator that the settings name."""
+    """uint8 images -> logits: the paper's network for `Settings`, else the comparator that the settings name."""
     if isinstance(settings, Settings):
         return Segmenter(UShapedNetwork(settings))
     return Segmenter(build_comparator(settings.network, settings.encoder))

@@ -1,9 +1,9 @@
-"""Section 4.3: segment the nut, cut it out, distil and detect on the cut-out.
+"""Both stages (section 4.3): segment the nut, cut it out, distil and detect on the crop.
 
 The paper gives no procedure beyond "cascaded knowledge distillation training on the segmented normal data" and
-figure 7. Ours, marked so: a square box around the largest segmented component, with a margin, cut from the picture as
-stored and resized to the detector's input. Scored twice: pasted back onto the whole picture, so that one stage and two
-are judged on the same pixels; and on the cut-out alone, the paper's way, where the easy background is gone and the two
+figure 7. Ours, marked so: a square box around the largest segmented component, with a margin, cut from the image as
+stored and resized to the detector's input. Scored twice: pasted back onto the whole image, so that one stage and two
+are judged on the same pixels; and on the crop alone, the paper's way, where the easy background is gone and the two
 cannot be compared.
 """
 
@@ -13,13 +13,14 @@ from typing import ClassVar
 import numpy as np
 import torch
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms import v2
 
 from defectlab.networks.reverse_distillation import MAP_SIZE
 from defectlab.papers.amam_kd import segmentation
-from defectlab.papers.amam_kd.distillation import DistillationSettings
+from defectlab.papers.amam_kd.distillation import DistillationSettings, KnowledgeDistillation
+from defectlab.precision import full_float32
 
 SEGMENTER = segmentation.Settings(split="good")
 DETECTOR = DistillationSettings()
@@ -27,7 +28,7 @@ DETECTOR = DistillationSettings()
 
 @dataclass(frozen=True)
 class TwoStageSettings:
-    """The segmenter's settings (its row is trained first, with the same seed) and the detector's."""
+    """The segmenter's settings (it is trained first, with the same seed) and the detector's."""
 
     model: ClassVar[str] = "amam_two_stage"
     version: ClassVar[int] = 1
@@ -35,7 +36,7 @@ class TwoStageSettings:
     segmenter: segmentation.Settings = SEGMENTER  # ours: split "good"; the paper's own split has most test images in it
     detector: DistillationSettings = DETECTOR  # paper section 4.3: the model of section 3.2
     margin: float = 0.05  # ours: of the nut's larger side, on each side
-    source: int = 512  # ours: side in px of the pictures that are cut (the reduced copy's own)
+    source: int = 512  # ours: side in px of the images that are cut (the reduced copy's own)
 
     @property
     def dataset(self) -> str:
@@ -57,7 +58,7 @@ def square_boxes(foreground: Tensor, margin: float) -> Tensor:
     """Masks (N, H, W) bool, H = W -> (N, 4) float boxes (left, top, right, bottom) as shares of the side, 0..1.
 
     Each is the square around the largest connected component, its side the component's larger one plus `margin` of it
-    on each side, moved inside the picture (and the whole picture where it does not fit, or where nothing was found).
+    on each side, moved inside the image (and the whole image where it does not fit, or where nothing was found).
     """
     side = foreground.shape[-1]
     boxes = []
@@ -77,19 +78,18 @@ def square_boxes(foreground: Tensor, margin: float) -> Tensor:
     return torch.tensor(boxes, dtype=torch.float64)
 
 
-def cut(pictures: Tensor, boxes: Tensor, size: int, interpolation: v2.InterpolationMode) -> Tensor:
+def cut(images: Tensor, boxes: Tensor, size: int, interpolation: v2.InterpolationMode) -> Tensor:
     """(N, C, H, W) uint8 cut along `boxes` (rounded to whole pixels) and resized: (N, C, size, size) uint8."""
-    side = pictures.shape[-1]
-    corners = (boxes * side).round().long().tolist()
-    done = [
-        v2.functional.resized_crop(p, top, left, bottom - top, right - left, [size, size], interpolation, True)
-        for p, (left, top, right, bottom) in zip(pictures, corners, strict=True)
+    corners = (boxes * images.shape[-1]).round().long().tolist()
+    crops = [
+        v2.functional.resized_crop(image, top, left, bottom - top, right - left, [size, size], interpolation, True)
+        for image, (left, top, right, bottom) in zip(images, corners, strict=True)
     ]
-    return torch.stack(done)
+    return torch.stack(crops)
 
 
 def paste_back(maps: Tensor, boxes: Tensor, fill: float) -> Tensor:
-    """Maps of cut-outs (N, h, w) -> (N, 256, 256) maps of whole pictures, bilinear; `fill` outside the boxes."""
+    """Maps of crops (N, h, w) -> (N, 256, 256) maps of whole images, bilinear; `fill` outside the boxes."""
     boxes = boxes.to(maps.device, torch.float64)
     left, top, right, bottom = boxes.unbind(1)
     centres = (torch.arange(MAP_SIZE, device=maps.device, dtype=torch.float64) + 0.5) / MAP_SIZE  # of the pixels, 0..1
@@ -101,3 +101,39 @@ def paste_back(maps: Tensor, boxes: Tensor, fill: float) -> Tensor:
         maps[:, None], grid.to(maps.dtype), "bilinear", padding_mode="border", align_corners=False
     )
     return values[:, 0].where(inside, fill)
+
+
+# --- The whole method ------------------------------------------------------------------------------------------------
+
+
+class TwoStage(nn.Module):
+    """Segment, box, cut, detect, paste back: `TwoStage(TwoStageSettings())(images)`. `segmenter` and `detector.network`
+    are fresh until trained weights are loaded into them.
+
+    Args:
+        threshold: of the foreground's probability. fill: value of the map outside the box. Both are found on dev: the
+            threshold with the best IoU, the smallest value of dev's maps.
+    """
+
+    def __init__(self, settings: TwoStageSettings, threshold: float = 0.5, fill: float = 0.0):
+        super().__init__()
+        self.settings, self.threshold, self.fill = settings, threshold, fill
+        self.segmenter = segmentation.build(settings.segmenter)
+        self.detector = KnowledgeDistillation(settings.detector)
+        self.eval()
+
+    @torch.no_grad()
+    def boxes(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, S, S) -> boxes of the nuts (B, 4), as `square_boxes`."""
+        size = self.settings.segmenter.size
+        small = v2.functional.resize(images, [size, size], antialias=True)
+        with full_float32():
+            probabilities = self.segmenter(small).sigmoid()
+        return square_boxes(probabilities > self.threshold, self.settings.margin)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, S, S) -> smoothed anomaly maps of the whole images (B, 256, 256)."""
+        boxes = self.boxes(images)
+        crops = cut(images, boxes, self.settings.detector.size, v2.InterpolationMode.BILINEAR)
+        return paste_back(self.detector(crops), boxes, self.fill)

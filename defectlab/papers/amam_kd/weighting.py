@@ -23,7 +23,7 @@ def inverse_softplus(x: Tensor) -> Tensor:
 class MapWeighting(nn.Module):
     """A convolution of one channel on each M^k, before it is brought to image size: kernels (3, k, k).
 
-    At first they are the plain sum. Ours: no bias, which would not change any order of scores, and edge values repeated
+    At first AL is the plain sum. Ours: no bias, which would not change any order of scores, and edge values repeated
     at the border.
     """
 
@@ -56,8 +56,8 @@ def every_second(maps: Tensor) -> Tensor:
 
 def tap_maps(maps: Tensor, kernel: int) -> Tensor:
     """One M^k (N, h, w) -> the share of each tap in the smoothed AL at weight 1: (k k, N, 128, 128)."""
-    seen = shifts(maps, kernel).transpose(0, 1)  # (k k, N, h, w)
-    return torch.stack([every_second(gaussian_smooth(upsample(tap))) for tap in seen])
+    taps = shifts(maps, kernel).transpose(0, 1)  # (k k, N, h, w)
+    return torch.stack([every_second(gaussian_smooth(upsample(tap))) for tap in taps])
 
 
 def fit_weighting(maps: list[Tensor], masks: Tensor, kernel: int) -> MapWeighting:

@@ -1,7 +1,8 @@
-"""Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: cross-model feature fusion.
+"""Cross-model feature fusion (section III-C), and what the ablations of section IV-B put in its place.
 
-Section III-C: the noise filter, four-head cross-attention (equations 4, 5) and the dynamic cross-fusion (Figs. 4, 6);
-section IV-B: what Tables I and II put in its place, positional encodings, the weights of the branches (Fig. 11).
+Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: the noise filter, four-head
+cross-attention (equations 4, 5), the dynamic cross-fusion (Figs. 4, 6); Tables I and II, positional encodings, the
+weights of the branches (Fig. 11).
 
 A level of the detector is X (B, C, H, W), the DDPM's reconstructed features of the same level are Y (B, C_y, h, w).
 """
@@ -9,7 +10,6 @@ A level of the detector is X (B, C, H, W), the DDPM's reconstructed features of 
 from collections.abc import Sequence
 
 import torch
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,7 +25,7 @@ POSITIONS = ("none", "sine")
 class NoiseFilter(nn.Module):
     """FFT, spatial attention on the spectrum, inverse FFT; (B, C, H, W) -> the same shape, real, float32.
 
-    Section III-C, "inspired by MedSegDiff" (whose filter is one learned map for all pictures); on what the attention
+    Section III-C, "inspired by MedSegDiff" (whose filter is one learned map for all images); on what the attention
     sees and weighs the paper is silent. Ours, as in CBAM (Woo et al. 2018): the mean and the largest amplitude over the
     channels, a 7x7 convolution and a sigmoid give one weight a frequency, shared by all channels. Amplitudes enter as
     log(1 + a), since they fall by orders of magnitude from the lowest frequency to the highest.
@@ -57,7 +57,7 @@ class NoiseFilter(nn.Module):
 
 def wrapped(x: Tensor, border: int) -> Tensor:
     """(..., H, W) continued periodically by `border` on all sides, the period of a spectrum. In FFT order the first row
-    lies beside the last, so no `fftshift` is needed; maps may be smaller than the border (P5 of a small picture)."""
+    lies beside the last, so no `fftshift` is needed; maps may be smaller than the border (P5 of a small image)."""
     rows, columns = (torch.arange(-border, side + border, device=x.device) % side for side in x.shape[-2:])
     return x[..., rows[:, None], columns]
 
@@ -79,11 +79,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, printed: bool = False) 
     if printed:
         return functional.scaled_dot_product_attention(query, key, value, scale=1.0) / query.shape[-1] ** 0.5
     return functional.scaled_dot_product_attention(query, key, value)
-
-
-def attention_memory(height: int, width: int, heads: int, bytes: int = 2) -> int:
-    """Bytes of one picture's attention matrix, heads x (height width)^2 values, if it were stored whole."""
-    return heads * (height * width) ** 2 * bytes
 
 
 class MultiHeadAttention(nn.Module):
@@ -130,6 +125,8 @@ class MultiHeadAttention(nn.Module):
         """(B, C, H, W) -> pixels (B, H W, C) that know where they are, if that is wanted."""
         if self.positional == "none":
             return pixels(x)
+        from diffusers.models.embeddings import get_2d_sincos_pos_embed  # takes seconds to import
+
         # (H W, C): rows and columns run from 0 to 16 whatever the size, so that all levels share coordinates
         where = get_2d_sincos_pos_embed(x.shape[1], x.shape[2:], device=x.device, output_type="pt")
         return pixels(x) + where.to(x.dtype)
@@ -198,7 +195,7 @@ class DynamicCrossFusion(Fusion):
         residual: X is added, times a learned weight that starts at 1.
         norm: Y is normalised before the cross-attention. Ours: its channels within each pixel (layer norm, as before
             attention elsewhere), which no batch and no size of map changes, and which leaves the differences between
-            pictures that a norm over the plane would take away.
+            images that a norm over the plane would take away.
         printed_scale, heads: see `MultiHeadAttention`.
         positional: encoding in both self-attentions, as in section IV-B.2; the cross-attention has none.
     """
@@ -233,8 +230,8 @@ class DynamicCrossFusion(Fusion):
         return fused if self.kept is None else fused + self.kept * x
 
     def weights(self) -> dict[str, float]:
-        shares = {} if self.shares is None else self.shares.weights()
-        return shares if self.kept is None else shares | {"residual": self.kept.item()}
+        weights = {} if self.shares is None else self.shares.weights()
+        return weights if self.kept is None else weights | {"residual": self.kept.item()}
 
 
 def pixel_norm(y: Tensor) -> Tensor:
@@ -299,16 +296,14 @@ class CrossModelFusion(nn.Module):
     """A `LevelFusion` for each level, finest first: maps (B, channels[k], H, W) of the detector's backbone and features
     (B, feature_channels[k], h, w) of the DDPM -> maps of the detector's shapes.
 
-    Raises:
-        ValueError: not as many feature levels as maps, or what `LevelFusion` refuses.
+    ValueError where there are not as many feature levels as maps, and for what `LevelFusion` refuses.
     """
 
     def __init__(self, channels: Sequence[int], feature_channels: Sequence[int], **switches):
         super().__init__()
         if len(channels) != len(feature_channels):
-            raise ValueError(
-                f"{len(channels)} maps of the detector, {len(feature_channels)} of the DDPM: give one each"
-            )
+            counts = f"{len(channels)} maps of the detector, {len(feature_channels)} of the DDPM"
+            raise ValueError(f"{counts}: give one each")
         self.levels = nn.ModuleList(
             LevelFusion(c, own, **switches) for c, own in zip(channels, feature_channels, strict=True)
         )

@@ -1,10 +1,10 @@
-"""The hybrid detector of D3N (section III-C, Fig. 4) and its student (section III-D, Fig. 7).
+"""The hybrid detector (section III-C, Fig. 4) and its student (section III-D, Fig. 7), which is what is deployed.
 
-Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845. The hybrid reads a picture and its
+Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845. The hybrid reads an image and its
 latents: the frozen compressor maps them back to features, a noise filter and the dynamic cross-fusion join them with
 the three maps of the backbone, and the detector goes on as it was. The student is the plain detector.
 
-Features belong to the plain picture, so a mosaic, which mixes four, would part features and pixels. Hybrid, student and
+Features belong to the plain image, so a mosaic, which mixes four, would part features and pixels. Hybrid, student and
 their baseline share a recipe of flips and scale, whose matrix moves the features, too (ours: the paper is silent).
 """
 
@@ -60,18 +60,18 @@ class StudentSettings(DetectorSettings):
     transfer: float = 1.0  # ours: lambda of equation 7 is not stated
     distance: str = "l2"  # section IV-A; "bce": equation 7 with the detector's own losses
     temperature: float = 20.0  # section IV-A
-    box: str = "ciou"  # equation 7: the detector's own; "l2": of coordinates relative to the picture
+    box: str = "ciou"  # equation 7: the detector's own; "l2": of coordinates relative to the image
 
 
 SWITCHES = ("fuse", "noise_filter", "dual", "weighted", "residual", "norm", "printed_scale", "positional")
 
 
 class HybridDetector(nn.Module):
-    """Pictures (B, 3, S, S) in 0..1 and latents (B, C_k / 8, H_k, W_k), finest first -> the detector's raw maps.
+    """Images (B, 3, S, S) in 0..1 and latents (B, C_k / 8, H_k, W_k), finest first -> the detector's raw maps.
 
-    The latents are those of the plain pictures; `matrices` (B, 3, 3), where given, are what the augmentation did to
+    The latents are those of the plain images; `matrices` (B, 3, 3), where given, are what the augmentation did to
     them. The decoded features are moved, not the latents: a decoder's kernels have sides, and latents of zero, as would
-    stand outside a picture, do not decode to anything neutral. Outside stands 0, no difference from the mean features.
+    stand outside an image, do not decode to anything neutral. Outside stands 0, no difference from the mean features.
     """
 
     def __init__(self, detector: Detector, compressor: Compressor, fusion: CrossModelFusion):
@@ -94,13 +94,14 @@ class HybridDetector(nn.Module):
 
 def build_hybrid(settings: HybridSettings, detector: Detector, compressor: Compressor) -> HybridDetector:
     """A fresh hybrid of a fresh detector (with or without masks) and a trained compressor."""
-    chosen = {name: getattr(settings, name) for name in SWITCHES}
+    switches = {name: getattr(settings, name) for name in SWITCHES}
     channels = [shape[0] for shape in feature_shapes(settings.compression)]
-    return HybridDetector(detector, compressor, CrossModelFusion(detector.widths, channels, **chosen))
+    return HybridDetector(detector, compressor, CrossModelFusion(detector.widths, channels, **switches))
 
 
 class D3N(DefectFinder):
-    """Images -> boxes, by the student as deployed: `D3N(StudentSettings(family="v5"), classes=6)(images)`."""
+    """The student as deployed, images -> boxes: `D3N(StudentSettings(family="v5", scale="s"), classes=6)(images)`.
+    `detector` is fresh until trained weights are loaded into it."""
 
     def __init__(self, settings: StudentSettings, classes: int):
         super().__init__(build_detector(settings, classes))

@@ -1,12 +1,12 @@
-"""Compression of the diffusion model's features: a residual VAE, and PCA of equal size.
+"""Compression of the diffusion model's features (section III-B): a residual VAE, and PCA of equal size.
 
-Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: section III-B (ResVAE, the smaller
-repository), the settings of section IV-A, the PCA of Table III; `decode` is the feature mapping of section III-C.
+Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: ResVAE, the settings of section
+IV-A, the PCA of Table III; `decode` is the feature mapping of section III-C.
 
 Each of the decoder's three maps has a codec of its own that keeps its resolution and divides its channels by 8. Ours:
 features are standardised first, so that the squared error is in units of variance and no channel drowns the others. The
-mean is one a channel and place, over the training pictures: all pictures share their noise, and the maps' answer to it,
-most of the finest map's variation, tells no picture from another. It is left out for good: what is decoded are the
+mean is per channel and place, over the training images: all images share their noise, and the maps' answer to it,
+most of the finest map's variation, tells no image from another. It is left out for good: what is decoded are the
 differences from the mean map.
 """
 
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from sklearn.decomposition import IncrementalPCA
 from torch import Tensor, nn
 from torch.nn import functional
 
+from defectlab.networks.blocks import PreActivationBlock
 from defectlab.networks.diffusion import COMBINE, TIMESTEPS, decoder_channels
 
 CHUNK = 64  # images that are float32 at once outside of training
@@ -50,48 +50,30 @@ class CompressionSettings:
 # --- ResVAE ----------------------------------------------------------------------------------------------------------
 
 
-class ResidualBlock(nn.Module):
-    """The residual block of ResNet, "employed as the basic module to speed up the training" (section III-B).
-
-    Ours: its pre-activation form (He et al., ECCV 2016), so that a linear way leads through the whole VAE: what PCA can
-    do is learnt quickly, and a ReLU does not cut the few latents. And batch norm, once trained the same affine map at
-    every pixel: the decoder stays local, and padding of the latents does not reach far (with a group norm it would, by
-    its statistics). Mirrored latents are not decoded to quite the mirrored maps: kernels have sides.
-    """
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-
-        def half(width: int) -> tuple[nn.Module, ...]:
-            return nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, outputs, 3, padding=1, bias=False)
-
-        self.residual = nn.Sequential(*half(inputs), *half(outputs))
-        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) -> (B, outputs, H, W)."""
-        return self.shortcut(x) + self.residual(x)
-
-
 class ResVAE(nn.Module):
-    """Section III-B: a residual convolutional VAE of one map, at the map's own resolution.
+    """A residual convolutional VAE of one map, at the map's own resolution (section III-B: ResNet's residual block is
+    "employed as the basic module to speed up the training").
 
     Ours: two residual blocks on each side of the latents, half as wide as the map, and a 1x1 convolution next to the
-    latents: 512, 256, 256, 64 means and 64 log-variances | 64, 256, 256, 512.
+    latents: 512, 256, 256, 64 means and 64 log-variances | 64, 256, 256, 512. The blocks are pre-activation ones, so
+    that a linear way leads through the whole VAE: what PCA can do is learnt quickly, and no ReLU cuts the few latents.
+    Their batch norm, once trained, is the same affine map at every pixel: the decoder stays local, and padding of the
+    latents does not reach far, as it would by a group norm's statistics. Mirrored latents are not decoded to quite the
+    mirrored maps: kernels have sides.
     """
 
     def __init__(self, channels: int, latent: int):
         super().__init__()
         width = max(channels // 2, latent)
         self.encoder = nn.Sequential(
-            ResidualBlock(channels, width), ResidualBlock(width, width), nn.Conv2d(width, 2 * latent, 1)
+            PreActivationBlock(channels, width), PreActivationBlock(width, width), nn.Conv2d(width, 2 * latent, 1)
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(latent, width, 1), ResidualBlock(width, width), ResidualBlock(width, channels)
+            nn.Conv2d(latent, width, 1), PreActivationBlock(width, width), PreActivationBlock(width, channels)
         )
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> mean and log-variance of a Gaussian a latent value, each (B, latent, H, W)."""
+        """(B, C, H, W) -> mean and log-variance of each latent value's Gaussian, both (B, latent, H, W)."""
         mean, log_variance = self.encoder(x).chunk(2, 1)
         return mean, log_variance.clamp(-30, 20)  # as in latent diffusion's autoencoder: exp stays finite
 
@@ -103,10 +85,12 @@ class ResVAE(nn.Module):
         """(B, latent, H, W) -> (B, C, H, W)."""
         return self.decoder(z)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C, H, W) -> reconstruction (of a sample in training, of the mean in evaluation), mean, log-variance."""
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, C, H, W) -> reconstruction (of a sample in training, drawn by the generator on the device of `x`; of the
+        mean in evaluation), mean, log-variance."""
         mean, log_variance = self.posterior(x)
-        z = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
+        noise = torch.empty_like(mean).normal_(generator=generator) if self.training else torch.zeros_like(mean)
+        z = mean + (log_variance / 2).exp() * noise
         return self.decode(z), mean, log_variance
 
 
@@ -133,7 +117,7 @@ def vae_loss(
         reconstruction, target: (B, C, H, W). mean, log_variance: (B, latent, H, W).
 
     Returns:
-        "loss", "mse" and "kl" (nats a latent value: kl_mean), scalars. ValueError for an unknown reduction.
+        "loss", "mse" and "kl" (nats per latent value: kl_mean), scalars. ValueError for an unknown reduction.
     """
     mse = functional.mse_loss(reconstruction, target)
     kl_mean = kl_divergence(mean, log_variance).mean()
@@ -141,8 +125,8 @@ def vae_loss(
     weights = {"sum": (values, latents), "mean": (1, 1), "mixed": (1, latents)}
     if reduction not in weights:
         raise ValueError(f"unknown reduction {reduction!r}: use one of {', '.join(weights)}")
-    of_mse, of_kl = weights[reduction]
-    return {"loss": of_mse * mse + kl * of_kl * kl_mean, "mse": mse, "kl": kl_mean}
+    mse_weight, kl_weight = weights[reduction]
+    return {"loss": mse_weight * mse + kl * kl_weight * kl_mean, "mse": mse, "kl": kl_mean}
 
 
 # --- PCA (Table III) -------------------------------------------------------------------------------------------------
@@ -159,6 +143,8 @@ class PCALevel(nn.Module):
 
     def fit(self, chunks: Iterable[Tensor]) -> None:
         """By scikit-learn's incremental PCA, on channel vectors that come as chunks (M, C), each with M >= latent."""
+        from sklearn.decomposition import IncrementalPCA
+
         pca = IncrementalPCA(len(self.components))
         for chunk in chunks:
             pca.partial_fit(chunk.double().cpu().numpy())
@@ -198,7 +184,7 @@ class Level(nn.Module):
         self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1))
 
     def standardise(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in the features' units -> float32, mean 0 at each place and variance 1 a channel."""
+        """(B, C, H, W) in the features' units -> float32, mean 0 at each place and variance 1 per channel."""
         return (x.float() - self.mean) / self.deviation
 
     def encode(self, x: Tensor) -> Tensor:
@@ -224,16 +210,16 @@ class Compressor(nn.Module):
         return super().train(False)
 
     def encode(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """A map (B, C_k, H_k, W_k) a level -> (B, C_k / ratio, H_k, W_k) float32 a level."""
+        """Per level a map (B, C_k, H_k, W_k) -> (B, C_k / ratio, H_k, W_k) float32."""
         return [level.encode(x) for level, x in zip(self.levels, maps, strict=True)]
 
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
-        """The way back: (B, C_k, H_k, W_k) float32 a level, differences from the mean map in the features' units."""
+        """The way back: per level (B, C_k, H_k, W_k) float32, differences from the mean map in the features' units."""
         return [level.decode(z) for level, z in zip(self.levels, latents, strict=True)]
 
 
 def feature_shapes(settings: CompressionSettings) -> list[Shape]:
-    """(C_k, H_k, W_k) of the features of one picture, finest first."""
+    """(C_k, H_k, W_k) of the features of one image, finest first."""
     times, side = len(settings.timesteps) if settings.combine == "concat" else 1, settings.ddpm.size
     return [(times * c, side >> k, side >> k) for k, c in enumerate(decoder_channels(settings.ddpm))]
 

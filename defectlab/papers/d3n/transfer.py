@@ -1,12 +1,13 @@
-"""Power transfer: the hybrid teaches a plain detector of the same width and depth.
+"""Power transfer (section III-D): the hybrid teaches a plain detector of the same width and depth.
 
-Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: section III-D, equations 6 and 7,
-and what section IV-A says about distance and temperature. The object scaling is that of Mehta and Ozturk, "Object
-detection at 200 frames per second", ECCV Workshops 2018 (the paper's [32]).
+Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: equations 6 and 7, and what section
+IV-A says about distance and temperature. The object scaling is that of Mehta and Ozturk, "Object detection at 200
+frames per second", ECCV Workshops 2018 (the paper's [32]).
 
-Equation 6 adds three parts, equation 7 gives each as the detector's own loss against the truth plus lambda times the
-same against the teacher; for classes and boxes the second is scaled by o_T, the objectness that the teacher predicts,
-so that nothing is learned from its boxes and classes where it sees background. Its objectness is learned everywhere.
+Equation 6 adds three parts, equation 7 gives each as the detector's own loss against the ground truth plus lambda times
+the same against the teacher; for classes and boxes the latter is scaled by o_T, the objectness that the teacher
+predicts, so that nothing is learned from its boxes and classes where it sees background. Its objectness is learned
+everywhere.
 
 Equation 7 and section IV-A do not agree. The equation takes the losses of the detector (cross-entropies, an overlap of
 boxes) and has no temperature; the section says "logit distillation", "L2" and "the temperature coefficient is set to
@@ -25,7 +26,7 @@ from defectlab.networks.yolo.assignment import box_iou_aligned
 from defectlab.networks.yolo.decode import decode_anchor_based, full_precision
 from defectlab.networks.yolo.losses import AnchorBasedLoss
 
-BELIEF = 1e-6  # ours: least sum of the teacher's objectness to divide by, so that a batch without any gives 0, not NaN
+LEAST_OBJECTNESS = 1e-6  # ours: least sum of o_T to divide by, so that a batch without any gives 0, not NaN
 
 
 def logit_distance(student: Tensor, teacher: Tensor, distance: str = "l2", temperature: float = 20.0) -> Tensor:
@@ -79,32 +80,32 @@ def object_scaled_terms(
     One architecture has the same cells and anchors, so place is compared with place; the teacher is a constant. As in
     the detector's loss, objectness is a mean over the places of a level times the level's balance, summed over levels,
     and a place's class distance is the mean over the classes. Ours: class and box distances are weighted by o_T,
-    summed over all levels and pictures and divided by the sum of o_T: a mean over what the teacher believes to be
-    objects. All is computed in float32 whatever autocast does (float64 stays float64).
+    summed over all levels and images and divided by the sum of o_T: a mean weighted by the teacher's objectness. All is
+    computed in float32 whatever autocast does (float64 stays float64).
 
     ValueError where the maps of both differ in number or shape, and for an unknown distance.
     """
-    shapes, taught = [tuple(m.shape) for m in student], [tuple(m.shape) for m in teacher]
-    if shapes != taught:
-        raise ValueError(f"maps of the student {shapes} and of the teacher {taught} differ; build both at one scale")
+    shapes, others = [tuple(m.shape) for m in student], [tuple(m.shape) for m in teacher]
+    if shapes != others:
+        raise ValueError(f"maps of the student {shapes} and of the teacher {others} differ; build both at one scale")
     student = [full_precision(m) for m in student]
     teacher = [full_precision(m).detach().to(student[0].dtype) for m in teacher]
-    found, wanted = per_place(student, anchors.shape[1]), per_place(teacher, anchors.shape[1])  # (B, A, 5 + C)
-    belief = wanted[..., 4].sigmoid()  # (B, A): o_T, 0..1
+    found, target = per_place(student, anchors.shape[1]), per_place(teacher, anchors.shape[1])  # (B, A, 5 + C)
+    objectness = target[..., 4].sigmoid()  # (B, A): o_T, 0..1
 
-    def believed(distances: Tensor) -> Tensor:  # (B, A) -> scalar
-        return (belief * distances).sum() / belief.sum().clamp(min=BELIEF)
+    def objectness_weighted_mean(distances: Tensor) -> Tensor:  # (B, A) -> scalar
+        return (objectness * distances).sum() / objectness.sum().clamp(min=LEAST_OBJECTNESS)
 
-    cls = logit_distance(found[..., 5:], wanted[..., 5:], distance, temperature).mean(-1)
-    boxes, targets = (decode_anchor_based(maps, anchors, strides)[0] for maps in (student, teacher))  # (B, A, 4) px
+    cls = logit_distance(found[..., 5:], target[..., 5:], distance, temperature).mean(-1)
+    boxes, target_boxes = (decode_anchor_based(maps, anchors, strides)[0] for maps in (student, teacher))  # (B, A, 4)
     height, width = (side * strides[0] for side in shapes[0][-2:])
 
-    obj = logit_distance(found[..., 4], wanted[..., 4], distance, temperature)
+    obj = logit_distance(found[..., 4], target[..., 4], distance, temperature)
     levels = obj.split([anchors.shape[1] * h * w for *_, h, w in shapes], dim=1)
     return {
         "distill_obj": sum(weight * level.mean() for weight, level in zip(balance, levels, strict=True)),
-        "distill_cls": believed(cls),
-        "distill_box": believed(box_distance(boxes, targets, width, height, box)),
+        "distill_cls": objectness_weighted_mean(cls),
+        "distill_box": objectness_weighted_mean(box_distance(boxes, target_boxes, width, height, box)),
     }
 
 
@@ -117,7 +118,7 @@ class PowerTransfer(nn.Module):
     """Equation 6: the student's whole loss, its own plus `weight` (lambda) times the parts against the teacher.
 
     These take the gains of the detector's own terms, which scale with input size and classes, so that lambda weighs
-    the teacher against the truth. At weight 0 the loss is exactly the detector's own.
+    the teacher against the ground truth. At weight 0 the loss is exactly the detector's own.
     """
 
     def __init__(
@@ -135,31 +136,13 @@ class PowerTransfer(nn.Module):
     def forward(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor], boxes: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Raw maps of both for the same pictures, boxes (B, M, 4) px, labels (B, M), -1 where padded -> scalars.
+        """Raw maps of both for the same images, boxes (B, M, 4) px, labels (B, M), -1 where padded -> scalars.
 
         "loss" is minimised; "box", "obj", "cls" are the detector's own terms and "distill_box", "distill_obj",
         "distill_cls" those against the teacher, all before gains and weight.
         """
         own = self.detector_loss
-        truth = own(student, boxes, labels)
+        supervised = own(student, boxes, labels)
         taught = object_scaled_terms(student, teacher, own.anchors, own.strides, own.balance, **self.reading)
         distilled = sum(gain * taught[f"distill_{name}"] for name, gain in own.gains.items())
-        return truth | taught | {"loss": truth["loss"] + self.weight * distilled}
-
-
-def temperature_table(
-    teacher: float = 2.0,
-    students: Sequence[float] = (-6, -4, -2, 0, 1, 2, 3, 4, 6),
-    temperatures: Sequence[float] = (1, 5, 20),
-) -> list[dict[str, float]]:
-    """What "L2, temperature 20" can mean: one line for each student's logit, against one logit of the teacher.
-
-    The keys are "teacher", "student", "T = 1", ... (the "l2" of `logit_distance`) and "limit", (z_T - z_S)^2 / 16.
-    """
-    wanted, found = torch.tensor(teacher, dtype=torch.float64), torch.tensor(students, dtype=torch.float64)
-    columns = {f"T = {t:g}": logit_distance(found, wanted, "l2", t).tolist() for t in temperatures}
-    columns["limit"] = ((wanted - found).square() / 16).tolist()
-    return [
-        {"teacher": float(teacher), "student": float(z), **{name: column[i] for name, column in columns.items()}}
-        for i, z in enumerate(students)
-    ]
+        return supervised | taught | {"loss": supervised["loss"] + self.weight * distilled}
