@@ -7,7 +7,7 @@ from figure_helpers import rectangles
 from matplotlib.colors import to_hex
 
 from defectlab.figures import fusion as figures
-from defectlab.figures.anomaly import INK
+from defectlab.figures import INK
 from defectlab.metrics.detection import pack
 from defectlab.papers.d3n.fusion import NoiseFilter
 from defectlab.runs import Record

@@ -1,35 +1,33 @@
-"""Figures of the detection notebooks: pictures with boxes, curves, confusion; drawn from records, without a GPU.
+"""Figures of the detection notebooks: images with boxes, curves, confusion, heat maps.
 
-A record's arrays are those of `defectlab.detector.evaluation.pack`, with small pictures of its telling cases:
-case_images (K, h, w) or (K, h, w, 3) uint8, case_index (K,) into the pictures, case_why (K,) str, and case_scale (K,),
-case_offset (K, 2) x, y: pixel of the small picture = pixel of the original * scale + offset.
+A record's arrays are those of `defectlab.metrics.detection.pack`, with small images of its examples: case_images
+(K, h, w) or (K, h, w, 3) uint8, case_index (K,) into the test images, case_why (K,) str, and case_scale (K,),
+case_offset (K, 2) x, y: pixel of the small image = pixel of the original * scale + offset.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import count
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
-from torch import Tensor
+from sklearn.metrics import ConfusionMatrixDisplay
+from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from defectlab.figures.anomaly import INK, nothing_yet
-from defectlab.metrics.detection import (
-    METRIC_IOUS,
-    average_precision,
-    confusion_matrix,
-    match,
-    precision_recall,
-    unpack,
-)
+from defectlab.data.augment import plain
+from defectlab.figures import Rows, frame, nothing_yet, panels
+from defectlab.metrics import detection as metrics
+from defectlab.networks.yolo.blocks import fused
+from defectlab.networks.yolo.decode import decode
+from defectlab.networks.yolo.model import Detector
+from defectlab.precision import full_float32
 from defectlab.runs import Record
 
-# A colour a class; Paul Tol's "bright", which colour-blind readers can tell apart. White is for the truth.
+# A colour a class; Paul Tol's "bright", which colour-blind readers can tell apart. White is for the ground truth.
 CLASS_COLOURS = ("#66ccee", "#ee6677", "#ccbb44", "#228833", "#4477aa", "#aa3377", "#ee8866", "#bbbbbb")
 DARK = ("#228833", "#4477aa", "#aa3377")  # under white letters
 AP_NAMES = {"map50": "AP at IoU 0.5", "map50_95": "AP at IoU 0.5:0.95", "map33": "AP at IoU 0.33"}
@@ -37,99 +35,140 @@ OUTLINE = [patheffects.withStroke(linewidth=2, foreground="black")]  # so that t
 HALO = [patheffects.withStroke(linewidth=1.2, foreground="black")]  # the same for small letters
 
 Boxes = Sequence[Mapping[str, Tensor]]
-Rows = Mapping[str, Record | Sequence[Record]]  # name -> its record, or its records of several seeds
+
+# --- Images with boxes -----------------------------------------------------------------------------------------------
 
 
 def boxed(
-    pictures: Sequence[np.ndarray],
-    truths: Boxes | None = None,
+    images: Sequence[np.ndarray],
+    ground_truth: Boxes | None = None,
     predictions: Boxes | None = None,
     titles: Sequence[str] | None = None,
     class_names: Sequence[str] = (),
     columns: int = 4,
     width: float = 9.0,
     threshold: float = 0.25,
+    tags: bool = True,
 ) -> Figure:
-    """Pictures, uint8 (H, W) or (H, W, 3), with their boxes in pixels of the picture.
+    """Images, uint8 (H, W) or (H, W, 3), with their boxes in pixels of the image.
 
-    Truths are thin and white; in those that no shown prediction of their class overlaps by IoU 0.5 stands their
-    class. Predictions with score >= `threshold` have the colour of their class, and a tag with its name and the score.
-    Where only truths are given, these have colour and name instead. `class_names` is for the tags and the legend.
+    Ground truth is thin and white; where no shown prediction of its class overlaps it by IoU 0.5 stands its class.
+    Predictions with score >= `threshold` have the colour of their class, and a tag with its name and the score. Where
+    only ground truth is given, it has colour and name instead. `class_names` is for tags and legend; `tags` False
+    leaves the class to the colour.
     """
-    if not len(pictures):
+    if not len(images):
         return nothing_yet()
-    rows = -(-len(pictures) // columns)
-    tallest = max(picture.shape[0] / picture.shape[1] for picture in pictures)
-    height = rows * (width / columns * tallest + (0.3 if titles else 0.05)) + 0.3
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
+    tallest = max(image.shape[0] / image.shape[1] for image in images)
+    cell = (width / columns, width / columns * tallest + (0.3 if titles else 0.05))
+    figure, axes = panels(len(images), columns, cell, below=0.3)
+    names = dict(enumerate(class_names))
+    both = ground_truth is not None and predictions is not None
+    coloured = ground_truth if predictions is None else predictions
     shown: set[int] = set()
-    for index, (picture, axis) in enumerate(zip(pictures, axes.flat, strict=False)):
-        edges = (0, picture.shape[1], picture.shape[0], 0)  # pixel 0 covers 0 to 1, as boxes count
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=edges)
-        if titles is not None:
-            axis.set_title(titles[index], fontsize=8)
-        if truths is not None and predictions is not None:
-            _draw_truths(axis, truths[index], predictions[index], class_names, threshold)
-        named = predictions if predictions is not None else truths
-        if named is not None:
-            shown |= _draw_named(axis, named[index], class_names, threshold)
-    handles = [Line2D([], [], color=_colour(label), label=_class_name(class_names, label)) for label in sorted(shown)]
-    if truths is not None and predictions is not None:
-        handles.insert(0, Line2D([], [], color="white", linewidth=0.8, path_effects=OUTLINE, label="truth"))
+    for index, (image, axis) in enumerate(zip(images, axes, strict=True)):
+        axis.axis("off")
+        edges = (0, image.shape[1], image.shape[0], 0)  # pixel 0 covers 0 to 1, as boxes count
+        axis.imshow(image, cmap="gray", vmin=0, vmax=255, extent=edges)
+        axis.set_title(titles[index] if titles else "", fontsize=8)
+        if both:
+            _draw_ground_truth(axis, ground_truth[index], predictions[index], names, threshold)
+        if coloured is not None:
+            shown |= _draw_coloured(axis, coloured[index], names if tags else None, threshold)
+    handles = [Line2D([], [], color=_colour(label), label=names.get(label, label)) for label in sorted(shown)]
+    if both:
+        handles.insert(0, Line2D([], [], color="white", linewidth=0.8, path_effects=OUTLINE, label="ground truth"))
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False, fontsize=8)
     return figure
 
 
-def worst_cases(record: Record | None, columns: int = 4, width: float = 9.0, threshold: float = 0.25) -> Figure:
-    """The telling cases of a record: what was missed, the most confident false alarms, and the best.
+def examples(record: Record | None, columns: int = 4, width: float = 9.0, threshold: float = 0.25) -> Figure:
+    """The images that a record keeps: what was missed, the most confident false alarms, and the best.
 
     0.25 is the threshold at which they were chosen.
     """
     if record is None:
         return nothing_yet()
     arrays = record.arrays
-    predictions, truths, names, class_names = unpack(arrays)
+    predictions, ground_truth, names, class_names = metrics.unpack(arrays)
     chosen = arrays["case_index"].tolist()
-    offsets = arrays.get("case_offset", np.zeros((len(chosen), 2)))
+    scales, offsets = (torch.from_numpy(arrays[f"case_{name}"]).float() for name in ("scale", "offset"))
 
     def in_small(whole: Boxes) -> list[dict[str, Tensor]]:
-        places = zip(chosen, arrays["case_scale"].tolist(), offsets.tolist(), strict=True)
-        return [
-            {**whole[index], "boxes": whole[index]["boxes"] * scale + whole[index]["boxes"].new_tensor([x, y, x, y])}
-            for index, scale, (x, y) in places
-        ]
+        places = zip(chosen, scales, offsets.repeat(1, 2), strict=True)
+        return [whole[index] | {"boxes": whole[index]["boxes"] * scale + offset} for index, scale, offset in places]
 
-    why = arrays["case_why"].tolist()
-    titles = [f"{names[index].rsplit('/', 1)[-1]}\n{reason}" for index, reason in zip(chosen, why, strict=True)]
-    pictures = list(arrays["case_images"])
-    return boxed(pictures, in_small(truths), in_small(predictions), titles, class_names, columns, width, threshold)
+    why = zip(chosen, arrays["case_why"].tolist(), strict=True)
+    titles = [f"{names[index].rsplit('/', 1)[-1]}\n{reason}" for index, reason in why]
+    images = list(arrays["case_images"])
+    return boxed(images, in_small(ground_truth), in_small(predictions), titles, class_names, columns, width, threshold)
 
 
-def precision_recall_curves(records: Mapping[str, Record], iou: float = 0.5, columns: int = 3) -> Figure:
-    """Precision against recall on the test pictures, a panel a class, a line a record, its AP in the legend."""
-    if not records:
-        return nothing_yet()
-    found = {}
-    for name, record in records.items():
-        predictions, truths, _, class_names = unpack(record.arrays)
-        matches = match(predictions, truths, (iou,), len(class_names))
-        found[name] = matches, average_precision(matches)[:, 0]
-    columns = min(columns, len(class_names))
-    rows = -(-len(class_names) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3 * columns, 2.5 * rows), squeeze=False, sharex=True, sharey=True
-    )
-    for label, axis in enumerate(axes.flat):
-        if label >= len(class_names):
-            axis.axis("off")
+def _colour(label: int) -> str:
+    return CLASS_COLOURS[label % len(CLASS_COLOURS)]
+
+
+def _outline(axis: Axes, box: Sequence[float], **look) -> None:
+    x1, y1, x2, y2 = box
+    axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **look))
+
+
+def _draw_ground_truth(
+    axis: Axes, truth: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Mapping[int, str], threshold: float
+) -> None:
+    near = (box_iou(truth["boxes"], found["boxes"]) >= 0.5) & (found["scores"] >= threshold)  # (n, predictions)
+    hit = (near & (truth["labels"][:, None] == found["labels"])).any(1)
+    for box, label, is_hit in zip(truth["boxes"].tolist(), truth["labels"].tolist(), hit.tolist(), strict=True):
+        _outline(axis, box, edgecolor="white", linewidth=0.8, path_effects=OUTLINE)
+        if not is_hit:
+            look = {"va": "bottom", "fontsize": 6, "color": "white", "path_effects": HALO, "clip_on": True}
+            axis.text(box[0], box[3], names.get(label, label), **look)
+
+
+def _draw_coloured(
+    axis: Axes, found: Mapping[str, Tensor], names: Mapping[int, str] | None, threshold: float
+) -> set[int]:
+    """Boxes in the colours of their classes, with tags where there are names; -> the classes that occur. Predictions
+    come with the highest score first, and that lies on top."""
+    right, top = axis.get_xlim()[1], axis.get_ylim()[1]
+    scores = found["scores"].tolist() if "scores" in found else [None] * len(found["labels"])
+    entries = zip(found["boxes"].tolist(), found["labels"].tolist(), scores, strict=True)
+    entries = [entry for entry in entries if entry[2] is None or entry[2] >= threshold]
+    for box, label, score in reversed(entries):
+        colour = _colour(label)
+        _outline(axis, box, edgecolor=colour, linewidth=1.3)
+        if names is None:
             continue
-        for colour, (name, (matches, ap)) in enumerate(found.items()):
-            recall, precision, _ = precision_recall(matches, label)
-            axis.plot(recall, precision, color=f"C{colour}", linewidth=1.2, label=f"{name}  {ap[label]:.1f}")
-        axis.set(title=class_names[label], xlim=(0, 1.02), ylim=(0, 1.04))
+        at_right = box[0] > 0.5 * right  # such a tag ends with its box, and does not run out of the image
+        place = {"ha": "right", "x": box[2]} if at_right else {"ha": "left", "x": box[0]}
+        place |= {"y": box[1], "va": "top" if box[1] - top < 0.08 * right else "bottom"}
+        ground = {"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+        ink = "white" if colour in DARK else "black"
+        tag = f"{names.get(label, label)}" + ("" if score is None else f" {score:.2f}")
+        axis.text(s=tag, fontsize=6, color=ink, clip_on=True, bbox=ground, **place)
+    return {label for _, label, _ in entries}
+
+
+# --- Curves and counts, from records ---------------------------------------------------------------------------------
+
+
+def precision_recall_curves(records: Rows, iou: float = 0.5, columns: int = 3) -> Figure:
+    """Precision against recall on the test images, a panel a class, a line a row (its first seed), its AP in the
+    legend."""
+    shown = {name: found[0] for name, found in records.items() if found}
+    if not shown:
+        return nothing_yet()
+    class_names = list(next(iter(shown.values())).per_class)
+    figure, axes = panels(len(class_names), min(columns, len(class_names)), (3, 2.5), sharex=True, sharey=True)
+    for name, record in shown.items():
+        predictions, ground_truth, _, _ = metrics.unpack(record.arrays)
+        matches = metrics.match(predictions, ground_truth, (iou,), len(class_names))
+        for label, (axis, ap) in enumerate(zip(axes, metrics.average_precision(matches)[:, 0], strict=True)):
+            recall, precision, _ = metrics.precision_recall(matches, label)
+            axis.plot(recall, precision, linewidth=1.2, label=f"{name}  {ap:.1f}")
+    for axis, name in zip(axes, class_names, strict=True):
+        axis.set(title=name, xlim=(0, 1.02), ylim=(0, 1.04))
         axis.legend(loc="lower left", frameon=False, fontsize=7, title="AP", title_fontsize=7, alignment="left")
     figure.supxlabel("recall", size=9)
     figure.supylabel(f"precision at IoU {iou:g}", size=9)
@@ -137,166 +176,89 @@ def precision_recall_curves(records: Mapping[str, Record], iou: float = 0.5, col
 
 
 def confusion(record: Record | None, threshold: float | None = None, iou: float = 0.5) -> Figure:
-    """Counts of true class against predicted class on the test pictures, shaded by their share of the row.
-
-    The last column holds missed defects, the last row false alarms. `threshold` is by default the one from dev.
-    """
+    """Counts of true class against predicted class on the test images; predicted as background: missed defects, true
+    background: false alarms. `threshold` is by default the one from dev."""
     if record is None:
         return nothing_yet()
     threshold = record.dev["threshold"] if threshold is None else threshold
-    predictions, truths, _, class_names = unpack(record.arrays)
-    matrix = confusion_matrix(predictions, truths, len(class_names), threshold, iou)
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    size = len(matrix)
-    figure, axis = plt.subplots(figsize=(1.6 + 0.55 * size, 1.3 + 0.42 * size))
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for row, column in np.ndindex(matrix.shape):
-        if matrix[row, column]:
-            ink = "white" if share[row, column] > 0.6 else INK
-            axis.text(column, row, str(matrix[row, column]), ha="center", va="center", color=ink, fontsize=8)
-    for line in (axis.axhline, axis.axvline):  # apart from the classes: background is none of them
-        line(size - 1.5, color=INK, linewidth=0.8)
-    axis.set_xticks(range(size), [*class_names, "missed"], rotation=35, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(size), [*class_names, "false alarm"])
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)
-    axis.set(xlabel="predicted", ylabel="truth", title=f"score ≥ {threshold:.2f}, IoU ≥ {iou:g}")
+    predictions, ground_truth, _, class_names = metrics.unpack(record.arrays)
+    matrix = metrics.confusion_matrix(predictions, ground_truth, len(class_names), threshold, iou)
+    figure, axis = plt.subplots(figsize=(1.9 + 0.5 * len(matrix), 1.5 + 0.42 * len(matrix)))
+    display = ConfusionMatrixDisplay(matrix, display_labels=[*class_names, "background"])
+    display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation=45, text_kw={"fontsize": 8})
+    axis.set(xlabel="predicted", ylabel="ground truth", title=f"score ≥ {threshold:.2f}, IoU ≥ {iou:g}")
     return figure
 
 
 def per_class_bars(records: Rows, metric: str = "map50") -> Figure:
-    """AP of each class ("map50", "map50_95" or "map33"), a bar a row: its mean over seeds, with a dot a seed."""
-    if metric not in METRIC_IOUS:
-        raise ValueError(f"no average precision is called {metric!r}: use {', '.join(METRIC_IOUS)}")
-    if not records:
+    """AP of each class ("map50", "map50_95" or "map33"), a bar a row: its mean over seeds, with a line from the lowest
+    seed to the highest."""
+    if metric not in AP_NAMES:
+        raise ValueError(f"no average precision is called {metric!r}: use {', '.join(AP_NAMES)}")
+    table = frame(records)
+    table = table[(table["metric"] == metric) & (table["type"] != "all")]
+    if table.empty:
         return nothing_yet()
-    of_row = {name: _seeds(found) for name, found in records.items()}
-    class_names = list(next(iter(of_row.values()))[0].per_class)
-    figure, axis = plt.subplots(figsize=(max(4.5, 1.45 * len(class_names)), 2.8))
-    thickness = 0.8 / len(of_row)
-    for row, (name, found) in enumerate(of_row.items()):
-        values = np.array([[record.per_class[c][metric] for c in class_names] for record in found])  # (seeds, C)
-        places = np.arange(len(class_names)) - 0.4 + thickness * (row + 0.5)
-        axis.bar(places, values.mean(0), 0.92 * thickness, color=f"C{row}", alpha=0.75, label=name)
-        if len(found) > 1:
-            axis.plot(np.tile(places, len(found)), values.reshape(-1), ".", color=INK, markersize=3)
-    axis.set_xticks(range(len(class_names)), class_names)
-    axis.set(ylabel=f"{AP_NAMES[metric]} / %", ylim=(0, 100))
+    found = table.groupby(["type", "row"], sort=False)["value"].agg(["mean", "min", "max"]).unstack(sort=False)
+    means = found["mean"]  # a line a class, a column a row
+    spread = np.stack([(means - found["min"]).T, (found["max"] - means).T], 1)  # (rows, 2, classes)
+    figure, axis = plt.subplots(figsize=(max(4.5, 1.45 * len(means)), 2.8))
+    means.plot.bar(ax=axis, yerr=spread, rot=0, width=0.8, alpha=0.75, legend=False)
+    axis.set(xlabel="", ylabel=f"{AP_NAMES[metric]} / %", ylim=(0, 100))
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
-def training_curves(records: Rows, columns: int = 3) -> Figure:
-    """Each named scalar of the loss an epoch, a panel a scalar, a line a seed, a colour a row; where the curve has it,
-    mAP50 of dev in the last panel."""
-    if not records:
-        return nothing_yet()
-    of_row = {name: _seeds(found) for name, found in records.items()}
-    curves = [record.curve for found in of_row.values() for record in found]
-    probed = any("dev_map50" in curve for curve in curves)
-    probes = ("dev_", "probe_", "weight_")  # one value a probe, not an epoch
-    scalars = [s for s in dict.fromkeys(s for curve in curves for s in curve) if not s.startswith(probes)]
-    panels = scalars + ["dev_map50"] * probed
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.1 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, scalar in zip(axes.flat, panels, strict=False):
-        for colour, found in enumerate(of_row.values()):
-            for curve in (record.curve for record in found if scalar in record.curve):
-                of_dev = scalar == "dev_map50"
-                epochs = curve["probe_epoch"] if of_dev else range(1, len(curve[scalar]) + 1)
-                axis.plot(
-                    epochs, curve[scalar], marker="." if of_dev else None, color=f"C{colour}", alpha=0.7, linewidth=1
-                )
-        axis.set(title="mAP50 of dev / %" if scalar == "dev_map50" else scalar, xlabel="epoch")
-        axis.set_ylim(0, 100 if scalar == "dev_map50" else None)
-    handles = [Line2D([], [], color=f"C{colour}", label=name) for colour, name in zip(count(), of_row, strict=False)]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
-    return figure
+# --- Where a detector looks ------------------------------------------------------------------------------------------
 
 
-def robustness_curves(records: Rows, strengths: Mapping[str, Sequence[float]] | None = None) -> Figure:
-    """mAP50 on test pictures that are blurred (left) or noisy (right), from clean on: a line a row, the mean of its
-    seeds, a dot a seed, and a band from the lowest seed to the highest.
+class ClassEvidence(nn.Module):
+    """Images (B, 3, S, S) in 0..1 -> S of each class (B, C): the logarithm of Y, the sum of the class's scores
+    (objectness times class probability; a probability alone in "v8") over all boxes, before suppression."""
 
-    Reads map50_blur_0, map50_blur_1 ... and map50_noise_0 ... of the records' metrics; 0 is clean. `strengths` may name
-    the strength at each step, as {"blur": (0, 3, ...), "noise": (0, 5, ...)}.
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> Tensor:
+        _, scores = decode(self.detector, self.detector(images))  # (B, A, C)
+        return scores.sum(1).clamp(min=1e-12).log()
+
+
+@torch.enable_grad()
+def heat_maps(detector: Detector, images: Tensor, label: int, batch: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Grad-CAM++ of one class: images uint8 (N, C, S, S) -> heat maps (N, S, S) float32 in 0..1, and Y (N,), 0 or more.
+
+    Chattopadhay, Sarkar, Howlader, Balasubramanian, "Grad-CAM++", WACV 2018, arXiv 1710.11063, by the package grad-cam.
+    The method takes one score an image, Y = exp(S), and one layer; `ClassEvidence` for the score is ours, and so is the
+    mean over the three maps that the neck gives. A heat map is scaled by itself: 1 is the most that the class has in
+    this image, however little that is. So it says where, and not how sure; Y goes with it. The detector stays as it is:
+    what is looked at is a fused copy. ValueError for a label outside the detector's classes, and for sides that are not
+    divisible by 32.
     """
-    if not records:
-        return nothing_yet()
-    figure, axes = plt.subplots(1, 2, figsize=(7, 2.9), sharey=True)
-    for axis, (kind, title) in zip(axes, (("blur", "motion blur"), ("noise", "noise")), strict=True):
-        for colour, (name, found) in enumerate(records.items()):
-            seeds = _seeds(found)
-            steps = sum(key.startswith(f"map50_{kind}_") for key in seeds[0].metrics)
-            values = np.array([[r.metrics[f"map50_{kind}_{step}"] for step in range(steps)] for r in seeds])
-            places = range(steps) if strengths is None else strengths[kind]  # values: (seeds, steps)
-            axis.fill_between(places, values.min(0), values.max(0), color=f"C{colour}", alpha=0.2, linewidth=0)
-            axis.plot(places, values.mean(0), color=f"C{colour}", label=name)
-            axis.plot(np.tile(places, len(seeds)), values.reshape(-1), ".", color=f"C{colour}", markersize=4)
-        axis.set(title=title, xlabel="step (0: clean)" if strengths is None else "strength (0: clean)", ylim=(0, 100))
-    axes[0].set_ylabel("mAP50 / %")
-    axes[0].legend(frameon=False, loc="lower left")
-    return figure
+    from pytorch_grad_cam import GradCAMPlusPlus  # slow to import
+
+    if not 0 <= label < detector.class_count:
+        raise ValueError(f"class {label}: the detector has the classes 0 to {detector.class_count - 1}")
+    evidence = ClassEvidence(fused(detector).requires_grad_(False)).eval()
+    neck = evidence.detector.neck
+    method = GradCAMPlusPlus(evidence, [neck.down_third, neck.up_fourth, neck.up_fifth])  # its `with` hides IndexError
+    maps, sums = [], []
+    with full_float32():
+        for chunk in torch.arange(len(images), device=images.device).split(batch):
+            inputs = plain(images, chunk).contiguous().requires_grad_()  # no weight asks for gradients: they do
+            maps.append(method(inputs, [lambda of_classes: of_classes[label]] * len(chunk)))
+            sums.append(method.outputs[:, label].detach().exp().cpu().numpy())
+    return np.concatenate(maps), np.concatenate(sums)
 
 
-# --- Helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _seeds(found: Record | Sequence[Record]) -> list[Record]:
-    return [found] if isinstance(found, Record) else list(found)
-
-
-def _colour(label: int) -> str:
-    return CLASS_COLOURS[label % len(CLASS_COLOURS)]
-
-
-def _class_name(class_names: Sequence[str], label: int) -> str:
-    return class_names[label] if class_names else str(label)
-
-
-def _rectangle(box: Sequence[float], colour: str, line: float, **options) -> Rectangle:
-    x1, y1, x2, y2 = box
-    return Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=line, **options)
-
-
-def _draw_truths(
-    axis: Axes, truth: Mapping[str, Tensor], found: Mapping[str, Tensor], class_names: Sequence[str], threshold: float
-) -> None:
-    near = (box_iou(truth["boxes"], found["boxes"]) >= 0.5) & (found["scores"] >= threshold)  # (truths, predictions)
-    seen = (near & (truth["labels"][:, None] == found["labels"])).any(1)
-    for box, label, was_seen in zip(truth["boxes"].tolist(), truth["labels"].tolist(), seen.tolist(), strict=True):
-        axis.add_patch(_rectangle(box, "white", 0.8, path_effects=OUTLINE))
-        if not was_seen:
-            name = _class_name(class_names, label)
-            axis.text(box[0], box[3], name, va="bottom", fontsize=6, color="white", path_effects=HALO, clip_on=True)
-
-
-def _draw_named(axis: Axes, found: Mapping[str, Tensor], class_names: Sequence[str], threshold: float) -> set[int]:
-    """Boxes in the colours of their classes, a tag at each; -> the classes that occur. The surest lie on top."""
-    shown = set()
-    right, top = axis.get_xlim()[1], axis.get_ylim()[1]
-    scores = found["scores"].tolist() if "scores" in found else [None] * len(found["labels"])
-    entries = list(zip(found["boxes"].tolist(), found["labels"].tolist(), scores, strict=True))
-    for box, label, score in reversed(entries):
-        if score is not None and score < threshold:
-            continue
-        shown.add(label)
-        axis.add_patch(_rectangle(box, _colour(label), 1.3))
-        tag = _class_name(class_names, label) + ("" if score is None else f" {score:.2f}")
-        at_right = box[0] > 0.5 * right  # such a tag ends with its box, and does not run out of the picture
-        inside = box[1] - top < 0.08 * right
-        axis.text(
-            box[2] if at_right else box[0],
-            box[1],
-            tag,
-            ha="right" if at_right else "left",
-            va="top" if inside else "bottom",
-            fontsize=6,
-            color="white" if _colour(label) in DARK else "black",
-            clip_on=True,
-            bbox={"facecolor": _colour(label), "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
-        )
-    return shown
+def points_into(maps: np.ndarray, boxes: Sequence[Tensor]) -> list[bool]:
+    """Whether each map's hottest pixel lies in one of its image's boxes (n, 4), xyxy in pixels of the map: the pointing
+    game of Zhang et al., "Top-down neural attention by excitation backprop", ECCV 2016."""
+    found = []
+    for heat, inside in zip(maps, boxes, strict=True):
+        row, column = np.unravel_index(heat.argmax(), heat.shape)
+        x1, y1, x2, y2 = inside.cpu().numpy().reshape(-1, 4).T
+        hit = (x1 <= column + 0.5) & (column + 0.5 <= x2) & (y1 <= row + 0.5) & (row + 0.5 <= y2)
+        found.append(bool(hit.any()))
+    return found

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from defectlab.figures.anomaly import BAD, GOOD, INK, nothing_yet
+from defectlab.figures import BAD, GOOD, INK, nothing_yet
 from defectlab.figures.detection import boxed
 from defectlab.metrics.detection import match, unpack
 from defectlab.runs import Record
