@@ -8,11 +8,12 @@ import pywt
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
-from toy_anomaly import fake_split
+from toy_anomaly import CHANNELS, fake_data, feature_maps, learning
+from toy_runs import quiet
 
-from defectlab.data.anomaly import AnomalyData
-from defectlab.papers import bsdrd
+from defectlab.networks.reverse_distillation import gaussian_smooth
 from defectlab.papers.bsdrd import (
+    BSDRD,
     DetailStudent,
     DynamicFusion,
     MDGFLoss,
@@ -23,19 +24,9 @@ from defectlab.papers.bsdrd import (
     gated_fusion,
     student_maps,
 )
-from defectlab.runs import Session
-from defectlab.studies.bsdrd import PRIMARY, ROWS, run_row
-from defectlab.training import anomaly as distil
+from defectlab.training.bsdrd import run_bsdrd
 
-CHANNELS = (8, 16, 32)  # of a pretended teacher
 NARROW = Settings(low_channels=8, high_channels=4)
-
-
-def features(count: int = 2, coarsest: int = 4, seed: int = 0) -> list[Tensor]:
-    """Random positive maps, as behind a ReLU: three scales, each half the size of the one before."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (4 * coarsest, 2 * coarsest, coarsest)
-    return [torch.rand(count, c, s, s, generator=generator) for c, s in zip(CHANNELS, sizes, strict=True)]
 
 
 # --- Wavelet ---------------------------------------------------------------------------------------------------------
@@ -69,13 +60,6 @@ def test_none_is_space_to_depth() -> None:
     assert torch.equal(bands, torch.stack(expected, 1))
 
 
-def test_a_constant_has_no_high_band() -> None:
-    for name in ("haar", "db2", "db4"):
-        bands = Wavelet(name)(torch.full((1, 1, 8, 8), 3.0))
-        torch.testing.assert_close(bands[:, 0], torch.full((1, 1, 4, 4), 6.0))  # orthonormal: twice the value
-        assert float(bands[:, 1:].abs().max()) < 1e-5
-
-
 @pytest.mark.parametrize("name", ["haar", "db2", "none"])
 def test_wavelet_gradients(name: str) -> None:
     wavelet = Wavelet(name)
@@ -104,13 +88,13 @@ def test_wavelet_has_nothing_to_learn_or_to_save() -> None:
 def test_dynamic_fusion_weights_sum_to_one_and_depend_on_the_input() -> None:
     torch.manual_seed(0)
     fusion = DynamicFusion(CHANNELS).eval()
-    fused, weights = fusion(features(seed=0))
+    fused, weights = fusion(feature_maps(seed=0))
     assert fused.shape == (2, 3 * 32, 4, 4)
     assert weights.shape == (2, 3, 32)
     torch.testing.assert_close(weights.sum(1), torch.ones(2, 32))
-    _, others = fusion([5 * f for f in features(seed=1)])
+    _, others = fusion([5 * f for f in feature_maps(seed=1)])
     assert not torch.allclose(weights, others, atol=1e-3)
-    aligned = torch.stack([a(f) for a, f in zip(fusion.align, features(seed=0), strict=True)], 1)
+    aligned = torch.stack([a(f) for a, f in zip(fusion.align, feature_maps(seed=0), strict=True)], 1)
     for scale in range(3):  # scale after scale, side by side, at weight 1 where all three are equal
         part = fused[:, 32 * scale : 32 * (scale + 1)]
         torch.testing.assert_close(part, 3 * weights[:, scale, :, None, None] * aligned[:, scale])
@@ -129,33 +113,19 @@ VARIANTS = {
 
 @pytest.mark.parametrize("bottleneck", [0, 4])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_students_give_the_teachers_shapes(variant: str, bottleneck: int) -> None:
-    settings = replace(NARROW, **VARIANTS[variant])
-    outputs = TwoStudents(CHANNELS, bottleneck, settings)(features())
-    assert len(outputs) == len(settings.students)
-    for maps in outputs:
-        assert [m.shape for m in maps] == [f.shape for f in features()]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_weight_learns(variant: str) -> None:
+def test_students_give_the_teachers_shapes_and_every_weight_learns(variant: str, bottleneck: int) -> None:
     torch.manual_seed(0)
-    settings = replace(NARROW, **VARIANTS[variant])
-    network, loss, maps = TwoStudents(CHANNELS, 0, settings), MDGFLoss(len(settings.students), settings), features()
-    weights = dict(network.named_parameters()) | dict(loss.named_parameters(prefix="loss"))
-    optimizer = torch.optim.Adam(weights.values(), 1e-3)
-    moved = set()
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss(maps, network(maps))["loss"].backward()
-        moved |= {name for name, p in weights.items() if p.grad is not None and p.grad.abs().max() > 0}
-        optimizer.step()
-    assert moved == set(weights)
+    settings, maps = replace(NARROW, **VARIANTS[variant]), feature_maps()
+    network, loss = TwoStudents(CHANNELS, bottleneck, settings), MDGFLoss(len(settings.students), settings)
+    outputs = network(maps)
+    assert [[m.shape for m in student] for student in outputs] == [[m.shape for m in maps]] * len(settings.students)
+    moved, weights = learning([network, loss], lambda: loss(maps, network(maps))["loss"])
+    assert moved == weights
 
 
 def test_students_share_nothing() -> None:
     torch.manual_seed(0)
-    network, maps = TwoStudents(CHANNELS, 0, NARROW), features()
+    network, maps = TwoStudents(CHANNELS, 0, NARROW), feature_maps()
     struct, _ = network(maps)
     sum(m.sum() for m in struct).backward()
     assert all(p.grad is not None for p in network.students["struct"].parameters())
@@ -172,10 +142,10 @@ def test_control_without_wavelet_has_equal_size() -> None:
 
 def test_detail_student_reads_layer_3_alone_or_layers_2_and_3() -> None:
     torch.manual_seed(0)
-    changed = features(seed=9)
+    changed = feature_maps(seed=9)
     for high_level, reads_second in (("layer3", False), ("layer2+3", True)):
         student = DetailStudent(CHANNELS, 0, replace(NARROW, high_level=high_level)).eval()
-        first, second, third = features()
+        first, second, third = feature_maps()
         output = student([first, second, third])[0]
         assert torch.equal(student([changed[0], second, third])[0], output)  # layer 1 never
         assert torch.equal(student([first, changed[1], third])[0], output) is not reads_second
@@ -185,42 +155,14 @@ def test_detail_student_reads_layer_3_alone_or_layers_2_and_3() -> None:
 # --- MD-GFLoss -------------------------------------------------------------------------------------------------------
 
 
-def slow_discrepancies(teacher: Tensor, student: Tensor) -> list[float]:
-    """The definition in loops, in float64."""
-
-    def apart(a: Tensor, b: Tensor) -> float:
-        return float(1 - a.double() @ b.double() / (a.double().norm() * b.double().norm()))
-
-    images, channels, height, width = teacher.shape
-    position = [
-        apart(teacher[i, :, y, x], student[i, :, y, x])
-        for i in range(images)
-        for y in range(height)
-        for x in range(width)
-    ]
-    channel = [
-        apart(teacher[i, c].flatten(), student[i, c].flatten())
-        for i in range(images)
-        for c in range(channels)
-        if teacher[i, c].any()
-    ]
-    whole = [apart(teacher[i].flatten(), student[i].flatten()) for i in range(images)]
-    return [sum(values) / len(values) for values in (position, channel, whole)]
-
-
 def test_discrepancies_by_hand() -> None:
+    """Of two images; in the second nothing differs."""
     teacher = torch.tensor([[3.0, 0.0], [4.0, 1.0]]).view(1, 2, 1, 2)  # positions (3, 4) and (0, 1)
     student = torch.tensor([[3.0, 1.0], [4.0, 0.0]]).view(1, 2, 1, 2)  # positions (3, 4) and (1, 0)
     channels = [1 - 3 / 10**0.5, 1 - 4 / 17**0.5]  # (3, 0) with (3, 1); (4, 1) with (4, 0)
-    expected = [0.5, sum(channels) / 2, 1 - 25 / 26]
-    assert dimension_discrepancies(teacher, student).tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_discrepancies_equal_the_definition() -> None:
-    teacher, student = (torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    teacher[1, 2] = 0
-    found = dimension_discrepancies(teacher, student)
-    assert found.tolist() == pytest.approx(slow_discrepancies(teacher, student), abs=1e-5)
+    expected = [0.5 / 2, sum(channels) / 4, (1 - 25 / 26) / 2]
+    found = dimension_discrepancies(torch.cat([teacher, teacher]), torch.cat([student, teacher]))
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_discrepancies_of_identical_and_opposite_maps() -> None:
@@ -257,14 +199,14 @@ def test_fusion_gradients(gate: str) -> None:
 def test_fusion_by_hand() -> None:
     found = torch.tensor([[0.2, 0.4, 0.9], [1.0, 1.0, 1.0]])
     loss, gates = gated_fusion(found, torch.zeros(2, 3), "learned", 1.0)
-    assert float(loss) == pytest.approx(0.5 + 1.0)  # open gates pay no toll
+    assert float(loss) == pytest.approx(0.5 + 1.0)  # open gates pay no penalty
     torch.testing.assert_close(gates, torch.full((2, 3), 1 / 3))
     equal, _ = gated_fusion(found, torch.randn(2, 3), "equal", 1.0)
     assert float(equal) == pytest.approx(1.5)
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
     loss, _ = gated_fusion(found[:1], logits, "learned", 0.6)
-    toll = -0.2 * float(torch.tensor([1.5, 0.75, 0.75]).log().sum())
-    assert float(loss) == pytest.approx(0.1 + 0.1 + 0.225 + toll)
+    penalty = -0.2 * float(torch.tensor([1.5, 0.75, 0.75]).log().sum())
+    assert float(loss) == pytest.approx(0.1 + 0.1 + 0.225 + penalty)
 
 
 def best_gates(found: tuple[float, float, float], barrier: float) -> Tensor:
@@ -303,14 +245,9 @@ def test_focus_leads_with_the_largest_term_and_its_gate_learns_nothing() -> None
     assert logits.grad is None
 
 
-def test_unknown_gate() -> None:
-    with pytest.raises(ValueError, match=r"unknown gate 'nonsense': use learned, focus or equal"):
-        gated_fusion(torch.rand(1, 3), torch.zeros(1, 3), "nonsense", 1.0)
-
-
 def test_loss_names_its_scalars_and_sums_over_scales_and_students() -> None:
-    maps = features()
-    others = [features(seed=1), features(seed=2)]
+    maps = feature_maps()
+    others = [feature_maps(seed=1), feature_maps(seed=2)]
     scalars = MDGFLoss(2, replace(NARROW, gate="equal"))(maps, others)
     assert list(scalars) == ["loss", "position", "channel", "map"]
     each = torch.stack(
@@ -357,43 +294,33 @@ def test_one_student_needs_no_fusion(fusion: str) -> None:
     torch.testing.assert_close(student_maps(teacher, [student], fusion), torch.full((1, 256, 256), 4.0))
 
 
-def test_unknown_fusion() -> None:
+def test_what_does_not_exist_is_named() -> None:
+    with pytest.raises(ValueError, match=r"unknown gate 'nonsense': use learned, focus or equal"):
+        gated_fusion(torch.rand(1, 3), torch.zeros(1, 3), "nonsense", 1.0)
     with pytest.raises(ValueError, match=r"unknown fusion 'mean': use sum, max or product"):
         student_maps(flat_student((0, 0, 0)), [flat_student((1, 1, 1))], "mean")
 
 
-# --- Rows, and a whole run -------------------------------------------------------------------------------------------
+# --- The whole method ------------------------------------------------------------------------------------------------
+
+SMALL = replace(NARROW, teacher="resnet18_random", size=64, epochs=1, batch=4, precision="fp32")
 
 
-def test_rows_are_the_same_in_every_profile_and_each_builds() -> None:
-    assert list(ROWS["smoke"]) == list(ROWS["quick"]) == list(ROWS["paper"])
-    assert set(PRIMARY) <= set(ROWS["paper"])
-    for settings in ROWS["paper"].values():
-        if isinstance(settings, Settings):
-            with torch.device("meta"):
-                network = bsdrd.build(settings, (64, 128, 256), 0)
-            assert set(network.students) == set(settings.students)
-            assert callable(bsdrd.make_loss(settings))
+def test_images_become_smoothed_maps_of_both_students() -> None:
+    bsdrd, images = BSDRD(SMALL), fake_data().test.images
+    maps = bsdrd(images)
+    assert maps.shape == (6, 256, 256) and maps.dtype == torch.float32
+    with torch.no_grad():
+        features = bsdrd.teacher(images)
+        expected = gaussian_smooth(student_maps(features, bsdrd.network(features), "sum"))
+    torch.testing.assert_close(maps, expected)
 
 
-@pytest.fixture(scope="module")
-def fake_data() -> AnomalyData:
-    splits = fake_split(5, 0, 1), fake_split(2, 2, 2), fake_split(3, 3, 3)
-    return AnomalyData("fake", "fake", ("good", "square"), *splits, "fake")
-
-
-def test_same_seed_gives_the_same_numbers_and_another_gives_others(fake_data: AnomalyData) -> None:
-    settings = replace(ROWS["smoke"]["bsdrd"], epochs=1, size=64, batch=4)
-
-    def run(seed: int):
-        distil._features.clear()
-        return run_row(settings, seed, fake_data, "cpu", Session(say=lambda line: None))
-
-    first, again, other = run(0), run(0), run(1)
-    assert first.metrics == again.metrics
-    assert first.per_class == again.per_class
-    assert first.dev == again.dev
-    assert first.curve == again.curve
+def test_a_run_gives_the_maps_of_its_model_again_with_its_seed_and_others_with_another() -> None:
+    first, again, other = (run_bsdrd(SMALL, seed, fake_data(), quiet()) for seed in (0, 0, 1))
+    assert (first.metrics, first.per_class, first.dev, first.curve) == (
+        again.metrics, again.per_class, again.dev, again.curve,
+    )  # fmt: skip
     assert all((first.predictions[k] == again.predictions[k]).all() for k in first.predictions)
     assert all(torch.equal(first.model[k], again.model[k]) for k in first.model)
     assert other.curve != first.curve
@@ -401,3 +328,7 @@ def test_same_seed_gives_the_same_numbers_and_another_gives_others(fake_data: An
     assert set(first.metrics) >= {"image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "image_f1_dev"}
     assert set(first.per_class) == {"square"}
     assert len(first.curve["loss"]) == 1
+    bsdrd = BSDRD(SMALL)
+    bsdrd.network.load_state_dict(first.model)
+    scores = bsdrd(fake_data().test.images).amax((1, 2))
+    assert scores.tolist() == pytest.approx(first.predictions["scores"].tolist(), abs=1e-4)

@@ -1,8 +1,13 @@
-"""A toy set drawn in memory, for the tests of anomaly detection."""
+"""A toy set made in memory and a pretended teacher's features, for the tests of anomaly detection."""
+
+from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
-from defectlab.data.anomaly import AnomalySplit
+from defectlab.data.anomaly import AnomalyData, AnomalySplit
+
+CHANNELS = (8, 16, 32)  # of the pretended teacher
 
 
 def fake_split(good: int, bad: int, seed: int, size: int = 64) -> AnomalySplit:
@@ -18,3 +23,29 @@ def fake_split(good: int, bad: int, seed: int, size: int = 64) -> AnomalySplit:
     return AnomalySplit(
         images, masks, labels, labels, torch.ones(count, dtype=torch.bool), names, ((size, size),) * count
     )
+
+
+def fake_data() -> AnomalyData:
+    """Five images to train on, four of dev, six to test."""
+    splits = fake_split(5, 0, 1), fake_split(2, 2, 2), fake_split(3, 3, 3)
+    return AnomalyData("fake", "fake", ("good", "square"), *splits, "fake")
+
+
+def feature_maps(count: int = 2, coarsest: int = 4, seed: int = 0) -> list[Tensor]:
+    """Random positive maps, as behind a ReLU: three scales, each half the size of the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (4 * coarsest, 2 * coarsest, coarsest)
+    return [torch.rand(count, c, s, s, generator=generator) for c, s in zip(CHANNELS, sizes, strict=True)]
+
+
+def learning(modules: list[nn.Module], loss: Callable[[], Tensor]) -> tuple[set[str], set[str]]:
+    """Names of the weights that had a gradient in one of two steps of Adam, and of all."""
+    weights = dict(nn.ModuleList(modules).named_parameters())
+    optimizer = torch.optim.Adam(weights.values(), 1e-3)
+    moved = set()
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss().backward()
+        moved |= {name for name, p in weights.items() if p.grad is not None and p.grad.abs().max() > 0}
+        optimizer.step()
+    return moved, set(weights)
