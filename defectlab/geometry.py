@@ -1,4 +1,4 @@
-"""TODO geometry."""
+"""Maps and boxes moved by the matrix that moved their image."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.nn.functional import grid_sample
 
 
 def warp(features: Tensor, matrices: Tensor, size: int, ground: float = 0.0) -> Tensor:
-    """Maps (B, C, h, w) of S x S pictures moved as the pictures were: (B, C, h, w), bilinear, in the maps' dtype.
+    """Maps (B, C, h, w) of S x S images moved as the images were: (B, C, h, w), bilinear, in the maps' dtype.
 
-    `matrices` (B, 3, 3) map pixels of the S x S picture to pixels of the output, `size` is S, and `ground` is the value
-    outside the map. The maps may have any resolution, as long as they span the whole picture.
+    `matrices` (B, 3, 3) map pixels of the S x S image to pixels of the output, `size` is S, and `ground` is the value
+    outside the map. The maps may have any resolution, as long as they span the whole image.
     """
     back = torch.linalg.inv_ex(matrices.double()).inverse[:, :2]  # inv would synchronise; (B, 2, 3), output -> input
     linear, shift = back[..., :2], back[..., 2]
@@ -48,13 +48,10 @@ def enclose(boxes: Tensor, matrices: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], -1)
 
 
-# ------------------------------------------------------------------------------------------------------- augmentation
-
-
 def warp_maps(maps: Tensor, matrices: Tensor, size: int) -> Tensor:
-    """Maps (B, S, S) of whole numbers moved as their pictures were, nearest, 0 outside: (B, S, S), dtype as given.
+    """Maps (B, S, S) of whole numbers moved as their images were, nearest, 0 outside: (B, S, S), dtype as given.
 
-    `matrices` (B, 3, 3) map pixels of the picture to pixels of the output, `size` is S; as `augment.warp`.
+    `matrices` and `size` as in `warp`.
     """
     back = torch.linalg.inv_ex(matrices.double()).inverse  # output -> input
     centres = torch.arange(size, device=maps.device, dtype=torch.float64) + 0.5

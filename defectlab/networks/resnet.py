@@ -87,7 +87,7 @@ def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
     architecture = base_name(name)
     if name.endswith("_random"):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # the CPU's alone: torch.manual_seed would seed the GPUs, too
             return Teacher(name).to(device)
     teacher = Teacher(name)
     path = local_weights(architecture)

@@ -6,6 +6,7 @@ and factors of an anchor, both through sigmoids. All is computed in at least flo
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,9 @@ from torchvision.ops import batched_nms
 
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.model import Detector
-from defectlab.precision import full_float32
+from defectlab.precision import at_least_float32, full_float32
 
-CANDIDATES = 3000  # ours: most (anchor, class) pairs of a picture that enter the suppression
-
-
-def full_precision(values: Tensor) -> Tensor:
-    """bfloat16 and float16 become float32; float32 and float64 stay."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+CANDIDATES = 3000  # ours: most (anchor, class) pairs of an image that enter the suppression
 
 
 def anchor_centres(
@@ -47,7 +43,7 @@ def split_maps(raw: Sequence[Tensor], bins: int) -> tuple[Tensor, Tensor]:
     channels = raw[0].shape[1]
     if channels <= 4 * bins:
         raise ValueError(f"maps of {channels} channels hold no class beside 4 x {bins} bins; check family and bins")
-    flat = torch.cat([full_precision(m).permute(0, 2, 3, 1).flatten(1, 2) for m in raw], 1)  # (B, A, 4 * bins + C)
+    flat = torch.cat([at_least_float32(m).permute(0, 2, 3, 1).flatten(1, 2) for m in raw], 1)  # (B, A, 4 * bins + C)
     sides, classes = flat.split([4 * bins, channels - 4 * bins], -1)
     return sides.unflatten(-1, (4, bins)), classes
 
@@ -99,7 +95,7 @@ def decode_anchor_based(
     boxes, scores = [], []
     for level, stride, shapes in zip(raw, strides, anchors, strict=True):
         height, width = level.shape[-2:]
-        values = full_precision(level).unflatten(1, (len(shapes), -1)).permute(0, 1, 3, 4, 2)  # (B, K, h, w, 5 + C)
+        values = at_least_float32(level).unflatten(1, (len(shapes), -1)).permute(0, 1, 3, 4, 2)  # (B, K, h, w, 5 + C)
         rows = torch.arange(height, device=level.device)
         columns = torch.arange(width, device=level.device)
         cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)  # (h, w, 2)
@@ -110,7 +106,39 @@ def decode_anchor_based(
     return torch.cat(boxes, 1), torch.cat(scores, 1)
 
 
+class Kept(NamedTuple):
+    """The boxes of one image that suppression keeps, by descending score."""
+
+    anchors: Tensor  # (n,) int64
+    labels: Tensor  # (n,) int64
+    scores: Tensor  # (n,) float32
+
+
 @torch.no_grad()
+def suppress(boxes: Tensor, scores: Tensor, confidence: float, iou: float, most: int) -> list[Kept]:
+    """Non-maximum suppression within each class and image, on the device of the boxes.
+
+    boxes (B, A, 4), scores (B, A, C) 0..1. A box counts for every class whose score is above `confidence`; the 3000
+    best pairs of an image enter, at most `most` leave. ValueError where a box or score is not finite.
+
+    Images are suppressed one by one, so that a result does not depend on the batch: one call for all would move the
+    boxes of each image apart (which rounds them), and compare all pairs of all images. The host waits once for the
+    batch and once per image, for the number of boxes that stay.
+    """
+    classes, boxes, scores = scores.shape[2], boxes.float(), scores.float()
+    best, pairs = scores.flatten(1).topk(min(CANDIDATES, scores[0].numel()), dim=1)  # descending
+    finite = (boxes.isfinite().all() & scores.isfinite().all()).expand(1)
+    finite, *counts = torch.cat([finite, (best > confidence).sum(1)]).tolist()
+    if not finite:
+        raise ValueError("predicted boxes or scores are not finite: the training diverged; lower its learning rate")
+    found = []
+    for own, values, chosen, count in zip(boxes, best, pairs, counts, strict=True):
+        values, anchors, labels = values[:count], chosen[:count] // classes, chosen[:count] % classes
+        kept = batched_nms(own[anchors], values, labels, iou)[:most]
+        found.append(Kept(anchors[kept], labels[kept], values[kept]))
+    return found
+
+
 def select(
     boxes: Tensor,
     scores: Tensor,
@@ -122,35 +150,31 @@ def select(
     offset: Tensor | None = None,
     sizes: Tensor | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Non-maximum suppression within each class, then back to the pixels of the original pictures.
+    """`suppress`, then back to the pixels of the original images.
 
-    boxes (B, A, 4) xyxy in pixels of the size x size input and scores (B, A, C) 0..1. A box counts for every class
-    whose score is above `confidence`; the 3000 best pairs of a picture enter, at most `most` leave. `scale` (B,) and
-    `offset` (B, 2) x, y are the letterbox's (letterboxed = original * scale + offset; default none), `sizes` (B, 2) the
-    original heights and widths to clip to (default size, size). Returns per picture, on the CPU, {"boxes": (n, 4)
-    float32 px of the original, "scores": (n,) float32 descending, "labels": (n,) int64}. ValueError where a box or
-    score is not finite.
+    boxes (B, A, 4) xyxy in pixels of the size x size input, scores (B, A, C) 0..1. `scale` (B,) and `offset` (B, 2)
+    x, y are the letterbox's (letterboxed = original * scale + offset; default none), `sizes` (B, 2) the original
+    heights and widths to clip to (default size, size). Returns per image, on the CPU, {"boxes": (n, 4) float32 px of
+    the original, "scores": (n,) float32 descending, "labels": (n,) int64}.
     """
-    count, _, classes = scores.shape
-    boxes, scores = boxes.float(), scores.float()
-    if not (boxes.isfinite().all() and scores.isfinite().all()):
-        raise ValueError("predicted boxes or scores are not finite: the training diverged; lower its learning rate")
-    scale = torch.ones(count) if scale is None else scale.cpu()
-    offset = torch.zeros(count, 2) if offset is None else offset.cpu()
-    sizes = torch.full((count, 2), size) if sizes is None else sizes.cpu()
-
-    flat = scores.flatten(1)  # (B, A * C)
-    best, pairs = flat.topk(min(CANDIDATES, flat.shape[1]), dim=1)
-    predictions = []
-    for i in range(count):  # one by one, so that a picture's result does not depend on its batch
-        enough = best[i] > confidence
-        values, labels = best[i][enough], pairs[i][enough] % classes
-        candidates = boxes[i, pairs[i][enough] // classes]
-        kept = batched_nms(candidates, values, labels, iou)[:most]
-        original = ((candidates[kept].cpu() - offset[i].repeat(2)) / scale[i]).clamp(min=0)
-        original = torch.minimum(original, sizes[i].flip(0).repeat(2).to(original))
-        predictions.append({"boxes": original, "scores": values[kept].cpu(), "labels": labels[kept].cpu()})
-    return predictions
+    if not len(boxes):
+        return []
+    kept = suppress(boxes, scores, confidence, iou, most)
+    lengths = [len(k.scores) for k in kept]
+    image = torch.arange(len(kept)).repeat_interleave(torch.tensor(lengths))  # (n,): index of each box's image
+    found = torch.cat([own[k.anchors] for own, k in zip(boxes.float(), kept, strict=True)]).cpu()
+    if offset is not None:
+        found = found - offset.cpu()[image].repeat(1, 2)
+    if scale is not None:
+        found = found / scale.cpu()[image, None]
+    limits = torch.full_like(found, size) if sizes is None else sizes.cpu().flip(1)[image].repeat(1, 2).to(found)
+    columns = {
+        "boxes": found.clamp(min=0).minimum(limits),
+        "scores": torch.cat([k.scores for k in kept]).cpu(),
+        "labels": torch.cat([k.labels for k in kept]).cpu(),
+    }
+    parts = zip(*(values.split(lengths) for values in columns.values()), strict=True)
+    return [dict(zip(columns, part, strict=True)) for part in parts]
 
 
 def decode(detector: Detector, raw: list[Tensor]) -> tuple[Tensor, Tensor]:

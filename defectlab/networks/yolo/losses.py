@@ -24,10 +24,10 @@ from defectlab.networks.yolo.decode import (
     boxes_from_distances,
     decode_anchor_free,
     expected_distances,
-    full_precision,
     split_maps,
 )
 from defectlab.networks.yolo.model import Detector
+from defectlab.precision import at_least_float32
 
 
 def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
 
     logits (n, 4, bins), distances (n, 4) in strides, clamped to 0..bins - 1.01 -> (n,), the mean over the sides.
     """
-    logits = full_precision(logits)
+    logits = at_least_float32(logits)
     distances = distances.to(logits.dtype).clamp(0, logits.shape[-1] - 1 - 0.01)
     below = distances.floor()
     surprise = -logits.log_softmax(-1)
@@ -125,9 +125,9 @@ def anchor_based_terms(
     none); "obj" is the mean binary cross-entropy over all cells and anchors, times the level's balance. Its target is
     the CIoU reached, clamped at 0 and a constant, the largest where a cell's anchor is matched several times.
     """
-    box = obj = cls = raw[0].new_zeros((), dtype=full_precision(raw[0][:0]).dtype)
+    box = obj = cls = raw[0].new_zeros((), dtype=at_least_float32(raw[0][:0]).dtype)
     for level, match, shapes, stride, weight in zip(raw, matched, anchors, strides, balance, strict=True):
-        values = full_precision(level).unflatten(1, (len(shapes), -1)).permute(0, 1, 3, 4, 2)  # (B, K, h, w, 5 + C)
+        values = at_least_float32(level).unflatten(1, (len(shapes), -1)).permute(0, 1, 3, 4, 2)  # (B, K, h, w, 5 + C)
         predicted = values[match.image, match.anchor, match.row, match.column]  # (n, 5 + C)
         valid = match.valid.to(predicted.dtype)
         positives = valid.sum().clamp(min=1)

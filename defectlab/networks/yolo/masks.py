@@ -15,10 +15,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
 from defectlab.networks.yolo.assignment import Matched
 from defectlab.networks.yolo.blocks import ConvBlock
-from defectlab.networks.yolo.decode import full_precision
 from defectlab.networks.yolo.losses import AnchorBasedLoss
 from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.precision import at_least_float32
 
 PROTOTYPES = 32  # YOLACT section 6
 MASK_GAIN = 0.05 * 6.125 / 1.5  # ours: YOLACT's weights of mask and box in their ratio, on this family's gain of boxes
@@ -89,7 +89,7 @@ def mask_terms(
     truths, stride = boxes.shape[1], maps.shape[-1] // height
     vectors, valid = [], []
     for level, match in zip(coefficients, matched, strict=True):  # candidates go picture by picture, truth by truth
-        values = full_precision(level).unflatten(1, (-1, channels))  # (B, K, M, h, w)
+        values = at_least_float32(level).unflatten(1, (-1, channels))  # (B, K, M, h, w)
         found = values[match.image, match.anchor, :, match.row, match.column]  # (n, M)
         vectors.append(found.view(count, truths, -1, channels))
         valid.append(match.valid.view(count, truths, -1))
@@ -105,7 +105,7 @@ def mask_terms(
     numbers = torch.arange(1, truths + 1, device=maps.device).view(-1, 1, 1, 1)
     with torch.autocast(prototypes.device.type, enabled=False):
         weights = vectors.flatten(1, 2)[image, chosen].tanh()  # (B, P, M)
-        logits = einsum(weights, full_precision(prototypes), "b p m, b m h w -> b p h w")
+        logits = einsum(weights, at_least_float32(prototypes), "b p m, b m h w -> b p h w")
         target = (cells == numbers).sum(2, dtype=logits.dtype)[image, truth] / stride**2  # (B, P, h, w)
         low, high = (boxes[..., :2] / stride).floor(), (boxes[..., 2:] / stride).ceil()  # (B, T, 2), whole cells
         column = torch.arange(width, device=boxes.device)
