@@ -1,11 +1,10 @@
-"""Stage one of the two-stage paper: AMAM, gates, layouts, and the arithmetic of dilation on small maps."""
+"""Stage one of the two-stage paper: AMAM, gates, layouts."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import conv2d
 
 from defectlab.networks.segmentation import AttentionUNet, SegmentationSettings
 from defectlab.papers.amam_kd.segmentation import (
@@ -16,7 +15,6 @@ from defectlab.papers.amam_kd.segmentation import (
     Settings,
     UShapedNetwork,
     build,
-    taps_inside,
 )
 
 SMALL = Settings(encoder="resnet18_random")
@@ -175,26 +173,3 @@ def test_factorised_dilation_sees_the_nine_taps_of_a_dilated_3x3() -> None:
     path(x)[0, :, 3, 3].sum().backward()
     seen = {tuple(place) for place in x.grad.abs().sum((0, 1)).nonzero().tolist()}
     assert seen == {(3 + a, 3 + b) for a in (-2, 0, 2) for b in (-2, 0, 2)}
-
-
-# --- Taps inside the map ---------------------------------------------------------------------------------------------
-
-
-def counted(size: int, dilation: int) -> float:
-    """By convolution: how many taps of each place read a one and not the padding."""
-    seen = conv2d(torch.ones(1, 1, size, size), torch.ones(1, 1, 3, 3), padding=dilation, dilation=dilation)
-    return float(seen.double().mean() / 9)
-
-
-@pytest.mark.parametrize("size", [1, 3, 8, 16])
-@pytest.mark.parametrize("dilation", [1, 4, 8, 12, 16, 20])
-def test_taps_inside_is_exact(size: int, dilation: int) -> None:
-    assert taps_inside(size, dilation) == pytest.approx(counted(size, dilation))
-
-
-def test_dilation_16_on_a_16x16_map_is_a_1x1_convolution() -> None:
-    """At output stride 16 and 256 px the paper's largest dilation has its eight outer taps in the padding."""
-    assert taps_inside(16, 16) == pytest.approx(1 / 9)
-    assert taps_inside(16, 12) == pytest.approx(1 / 4)
-    x, kernel = torch.randn(1, 1, 16, 16), torch.randn(1, 1, 3, 3)
-    torch.testing.assert_close(conv2d(x, kernel, padding=16, dilation=16), x * kernel[..., 1, 1])
