@@ -1,17 +1,23 @@
-"""Detection figures drawn from small records: what they show, not only that they run."""
+"""Detection figures drawn from small records, and Grad-CAM++ against the paper's equation written out with autograd."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 from figure_helpers import drawn, rectangles
 from matplotlib.colors import to_hex
+from torch.nn.functional import interpolate
+from toy_detection import equal, toy_split
 
 from defectlab.figures import detection as figures
 from defectlab.metrics.detection import pack
+from defectlab.networks.yolo.decode import decode
+from defectlab.networks.yolo.model import Detector
 from defectlab.runs import Record
 
 CLASSES = ("crazing", "patches")
-TRUTHS = [
+GROUND_TRUTH = [
     {"boxes": torch.tensor([[10.0, 10, 50, 50], [100, 100, 160, 180]]), "labels": torch.tensor([0, 1])},
     {"boxes": torch.tensor([[20.0, 40, 80, 90]]), "labels": torch.tensor([1])},
     {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
@@ -29,24 +35,22 @@ PREDICTIONS = [  # right, and below any threshold; right, and a false alarm; a f
     },
     {"boxes": torch.tensor([[5.0, 150, 60, 190]]), "scores": torch.tensor([0.6]), "labels": torch.tensor([0])},
 ]
-PICTURES = [np.full((200, 200), 90, dtype=np.uint8), np.full((200, 200, 3), 120, dtype=np.uint8)]
+IMAGES = [np.full((200, 200), 90, dtype=np.uint8), np.full((200, 200, 3), 120, dtype=np.uint8)]
 
 
-def record(folder, seed=0, lift=0.0, curve=None):
-    arrays = pack(PREDICTIONS, TRUTHS, ["group1/a", "group1/b", "group1/c"], CLASSES)
+def record(folder, seed=0, lift=0.0):
+    arrays = pack(PREDICTIONS, GROUND_TRUTH, ["group1/a", "group1/b", "group1/c"], CLASSES)
     arrays |= {
         "case_index": np.array([1, 0]),
         "case_why": np.array(["false alarm at 0.70", "1 of 2 missed"]),
-        "case_images": np.stack([PICTURES[0][:100, :100]] * 2),
+        "case_images": np.stack([IMAGES[0][:100, :100]] * 2),
         "case_scale": np.array([0.5, 0.25], dtype=np.float32),
         "case_offset": np.array([[0.0, 0.0], [7.0, 3.0]], dtype=np.float32),
     }
     path = folder / f"run{seed}.npz"
     np.savez_compressed(path, **arrays)
-    metrics = {f"map50_blur_{step}": 80.0 + lift - 5 * step for step in range(4)}
-    metrics |= {f"map50_noise_{step}": 80.0 + lift - 10 * step for step in range(3)}
     per_class = {"crazing": {"map50": 40.0 + lift, "map50_95": 20.0}, "patches": {"map50": 90.0 + lift}}
-    content = {"metrics": metrics, "per_class": per_class, "curve": curve or {}, "dev": {"threshold": 0.5}}
+    content = {"seed": seed, "metrics": {}, "per_class": per_class, "dev": {"threshold": 0.5}}
     return Record(content, path.with_suffix(".json"))
 
 
@@ -67,8 +71,8 @@ def texts(axis):
 # --- Boxes -----------------------------------------------------------------------------------------------------------
 
 
-def test_boxed_shows_truths_and_the_predictions_above_the_threshold():
-    figure = figures.boxed(PICTURES, TRUTHS[:2], PREDICTIONS[:2], ["first", "second"], CLASSES, columns=3)
+def test_boxed_shows_ground_truth_and_the_predictions_above_the_threshold():
+    figure = figures.boxed(IMAGES, GROUND_TRUTH[:2], PREDICTIONS[:2], ["first", "second"], CLASSES, columns=3)
     first, second, empty = drawn(figure)
     assert [axis.get_title() for axis in (first, second, empty)] == ["first", "second", ""]
     assert len(empty.images) == 0
@@ -76,13 +80,13 @@ def test_boxed_shows_truths_and_the_predictions_above_the_threshold():
     assert [to_hex(patch.get_edgecolor()) for patch in boxes] == ["#ffffff", "#ffffff", figures.CLASS_COLOURS[0]]
     assert sides(boxes[0]) == (10, 10, 50, 50)
     assert sides(boxes[2]) == (12, 10, 50, 50)
-    assert texts(first) == ["patches", "crazing 0.90"]  # the truth that was missed has its name
-    assert texts(second) == ["crazing 0.70", "patches 0.80"]  # the surest last, on top
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["truth", "crazing", "patches"]
+    assert texts(first) == ["patches", "crazing 0.90"]  # what was missed has its name
+    assert texts(second) == ["crazing 0.70", "patches 0.80"]  # the highest score last, on top
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ground truth", "crazing", "patches"]
 
 
-def test_boxed_gives_truths_alone_the_colour_of_their_class():
-    figure = figures.boxed(PICTURES[:1], truths=TRUTHS[:1], class_names=CLASSES, columns=1)
+def test_boxed_gives_ground_truth_alone_the_colour_of_its_class():
+    figure = figures.boxed(IMAGES[:1], ground_truth=GROUND_TRUTH[:1], class_names=CLASSES, columns=1)
     (axis,) = drawn(figure)
     assert [to_hex(patch.get_edgecolor()) for patch in rectangles(axis)] == [
         figures.CLASS_COLOURS[1],
@@ -91,13 +95,20 @@ def test_boxed_gives_truths_alone_the_colour_of_their_class():
     assert sorted(texts(axis)) == ["crazing", "patches"]
 
 
-def test_boxed_pictures_without_boxes_or_without_pictures():
-    (axis,) = drawn(figures.boxed(PICTURES[:1], columns=1))
+def test_boxed_images_without_boxes_or_without_images():
+    (axis,) = drawn(figures.boxed(IMAGES[:1], columns=1))
     assert (len(axis.images), len(axis.patches)) == (1, 0)
     assert "no finished run yet" in figures.boxed([]).texts[0].get_text()
 
 
-def test_tags_stay_within_the_picture():
+def test_boxed_without_tags_leaves_the_class_to_the_colour():
+    figure = figures.boxed(IMAGES[:1], GROUND_TRUTH[:1], class_names=CLASSES, columns=1, tags=False)
+    (axis,) = drawn(figure)
+    assert (len(rectangles(axis)), texts(axis)) == (2, [])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(CLASSES)
+
+
+def test_tags_stay_within_the_image():
     near_edges = [
         {
             "boxes": torch.tensor([[170.0, 0, 199, 30], [0, 170, 20, 199]]),
@@ -105,7 +116,7 @@ def test_tags_stay_within_the_picture():
             "labels": torch.tensor([1, 0]),
         }
     ]
-    figure = figures.boxed(PICTURES[:1], predictions=near_edges, class_names=CLASSES, columns=1, width=3)
+    figure = figures.boxed(IMAGES[:1], predictions=near_edges, class_names=CLASSES, columns=1, width=3)
     (axis,) = drawn(figure)
     frame = axis.get_window_extent()
     for text in axis.texts:
@@ -114,8 +125,8 @@ def test_tags_stay_within_the_picture():
         assert frame.y0 <= place.y0 + 1 and place.y1 <= frame.y1 + 1
 
 
-def test_worst_cases_are_drawn_in_pixels_of_the_small_picture(tmp_path):
-    first, second = drawn(figures.worst_cases(record(tmp_path), columns=2))
+def test_examples_are_drawn_in_pixels_of_the_small_image(tmp_path):
+    first, second = drawn(figures.examples(record(tmp_path), columns=2))
     assert [axis.get_title() for axis in (first, second)] == ["b\nfalse alarm at 0.70", "a\n1 of 2 missed"]
     assert sides(rectangles(first)[0]) == (10, 20, 40, 45)
     truth, _, prediction = rectangles(second)  # * 0.25, then 7 to the right and 3 down
@@ -126,8 +137,8 @@ def test_worst_cases_are_drawn_in_pixels_of_the_small_picture(tmp_path):
 # --- Curves and counts -----------------------------------------------------------------------------------------------
 
 
-def test_precision_recall_has_a_panel_a_class_and_a_line_a_record(of_seeds):
-    figure = figures.precision_recall_curves({"plain": of_seeds[0], "fused": of_seeds[1]})
+def test_precision_recall_has_a_panel_for_each_class_and_a_line_for_each_row(of_seeds):
+    figure = figures.precision_recall_curves({"plain": of_seeds[:1], "fused": of_seeds[1:]})
     axes = drawn(figure)
     assert [axis.get_title() for axis in axes] == list(CLASSES)
     assert [len(axis.lines) for axis in axes] == [2, 2]
@@ -138,70 +149,145 @@ def test_precision_recall_has_a_panel_a_class_and_a_line_a_record(of_seeds):
 
 
 def test_precision_recall_follows_the_iou(of_seeds):
-    axes = drawn(figures.precision_recall_curves({"plain": of_seeds[0]}, iou=0.97))
+    axes = drawn(figures.precision_recall_curves({"plain": of_seeds}, iou=0.97))
     assert axes[0].get_legend().get_texts()[0].get_text() == "plain  0.0"  # the crazing box is 2 px too narrow
 
 
 def test_confusion_counts_at_the_threshold_from_dev(of_seeds):
     (axis,) = drawn(figures.confusion(of_seeds[0]))
-    cells = {tuple(int(v) for v in text.get_position()): text.get_text() for text in axis.texts}  # (column, row)
-    assert cells == {(0, 0): "1", (1, 1): "1", (2, 1): "1", (0, 2): "2"}
-    assert [tick.get_text() for tick in axis.get_yticklabels()] == [*CLASSES, "false alarm"]
-    assert [tick.get_text() for tick in axis.get_xticklabels()] == [*CLASSES, "missed"]
-    assert axis.images[0].get_array()[1].tolist() == [0, 0.5, 0.5]
+    assert axis.images[0].get_array().tolist() == [[1, 0, 0], [0, 1, 1], [2, 0, 0]]  # the last: background
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == [*CLASSES, "background"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted", "ground truth")
     assert "0.50" in axis.get_title()
     (lower,) = drawn(figures.confusion(of_seeds[0], threshold=0.05))
-    assert (1, 1, "2") in {(*text.get_position(), text.get_text()) for text in lower.texts}
+    assert lower.images[0].get_array().tolist()[1] == [0, 2, 0]
 
 
 def test_bars_are_means_over_seeds(of_seeds):
-    figure = figures.per_class_bars({"plain": of_seeds[0], "fused": of_seeds})
+    figure = figures.per_class_bars({"plain": of_seeds[:1], "fused": of_seeds, "empty": []})
     (axis,) = drawn(figure)
     assert [bar.get_height() for bar in rectangles(axis)] == pytest.approx([40, 90, 42, 92])
-    assert sorted(axis.lines[0].get_ydata()) == [40, 44, 90, 94]  # one dot a seed, only where there are several
-    assert len(axis.lines) == 1
+    spans = [segment[:, 1].tolist() for lines in axis.collections for segment in lines.get_segments()]
+    assert spans == [[40, 40], [90, 90], [40, 44], [90, 94]]  # from the lowest seed to the highest
     assert [tick.get_text() for tick in axis.get_xticklabels()] == list(CLASSES)
     assert "IoU 0.5" in axis.get_ylabel()
     with pytest.raises(ValueError, match="no average precision is called 'recall'"):
         figures.per_class_bars({"plain": of_seeds}, "recall")
 
 
-def test_training_curves_have_a_panel_a_scalar_and_one_for_dev(tmp_path):
-    probed = {"loss": [3.0, 2.0, 1.5], "box": [2.0, 1.0, 1.0], "probe_epoch": [1, 3], "dev_map50": [10.0, 60.0]}
-    other = {"loss": [4.0, 2.0, 1.0], "class": [2.0, 1.0, 0.5]}
-    records = {"plain": [record(tmp_path, 0, curve=probed)], "fused": record(tmp_path, 1, curve=other)}
-    axes = drawn(figures.training_curves(records, columns=4))
-    lines = {axis.get_title(): [line.get_ydata().tolist() for line in axis.lines] for axis in axes}
-    assert lines == {
-        "loss": [[3.0, 2.0, 1.5], [4.0, 2.0, 1.0]],
-        "box": [[2.0, 1.0, 1.0]],
-        "class": [[2.0, 1.0, 0.5]],
-        "mAP50 of dev / %": [[10.0, 60.0]],
-    }
-    assert axes[-1].lines[0].get_xdata().tolist() == [1, 3]
-    assert axes[2].lines[0].get_color() == "C1"  # a row keeps its colour where the other has no such scalar
+# --- Where a detector looks ------------------------------------------------------------------------------------------
 
 
-def test_robustness_shows_mean_dots_and_band(of_seeds):
-    figure = figures.robustness_curves({"plain": of_seeds})
-    blur, noise = drawn(figure)
-    assert (blur.get_title(), noise.get_title()) == ("motion blur", "noise")
-    mean, dots = blur.lines
-    assert mean.get_ydata() == pytest.approx([82, 77, 72, 67])
-    assert mean.get_xdata().tolist() == [0, 1, 2, 3]
-    assert dots.get_ydata().tolist() == [80, 75, 70, 65, 84, 79, 74, 69]
-    band = blur.collections[0].get_datalim(blur.transData)
-    assert (band.y0, band.y1) == pytest.approx((65, 84))
-    assert noise.lines[0].get_ydata() == pytest.approx([82, 72, 62])
-    figure = figures.robustness_curves({"plain": of_seeds}, {"blur": (0, 3, 6, 9), "noise": (0, 5, 10)})
-    assert figure.axes[1].lines[0].get_xdata().tolist() == [0, 5, 10]
+@pytest.fixture(params=["v5", "v8"])
+def detector(request):
+    """Fresh weights, but normalised as after some training: a fresh network's maps are nearly flat."""
+    torch.manual_seed(0)
+    network = Detector(request.param, "t", 2)
+    network.train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.rand(8, 3, 64, 64))
+        for level in network.head.modules():
+            if isinstance(level, torch.nn.Conv2d) and level.kernel_size == (1, 1):
+                level.weight *= 5  # scores that differ from place to place
+    return network.eval()
 
 
-@pytest.mark.parametrize("name", ["precision_recall_curves", "per_class_bars", "training_curves", "robustness_curves"])
-def test_no_finished_run_is_said_and_not_an_error(name):
-    assert "no finished run yet" in getattr(figures, name)({}).texts[0].get_text()
+@pytest.fixture
+def images():
+    return toy_split(3, 1, 64).images
 
 
-@pytest.mark.parametrize("draw", [figures.confusion, figures.worst_cases])
-def test_no_record_is_said_and_not_an_error(draw):
-    assert "no finished run yet" in draw(None).texts[0].get_text()
+def unit(heat):
+    """(N, h, w) -> each map from 0 to 1, as the package scales them."""
+    heat = heat - heat.amin((1, 2), keepdim=True)
+    return heat / (heat.amax((1, 2), keepdim=True) + 1e-7)
+
+
+def by_hand(detector, images, label):
+    """Equations 10 and 19 of the paper on the neck's three maps, their scaled and enlarged means."""
+    maps = detector.neck(detector.backbone((images / 255).expand(-1, 3, -1, -1)))
+    _, scores = decode(detector, detector.head(maps))
+    s = scores[..., label].sum(1).log()
+    found = []
+    for layer, gradient in zip(maps, torch.autograd.grad(s.sum(), maps), strict=True):
+        sums = layer.sum((2, 3), keepdim=True)
+        alpha = gradient**2 / (2 * gradient**2 + sums * gradient**3 + 1e-6)
+        weights = (alpha * gradient.relu()).sum((2, 3), keepdim=True)
+        heat = (weights * layer).sum(1).relu().detach()
+        size = images.shape[-2:]
+        found.append(interpolate(unit(heat)[:, None], size, mode="bilinear", align_corners=False)[:, 0])
+    return unit(torch.stack(found).mean(0)).numpy(), s.exp().detach().numpy()
+
+
+def test_it_is_the_equation_of_the_paper(detector, images):
+    for label in (0, 1):
+        heat, evidence = figures.heat_maps(detector, images, label)
+        expected, sums = by_hand(detector, images, label)
+        assert heat.shape == (3, 64, 64) and heat.dtype == np.float32
+        np.testing.assert_allclose(heat, expected, atol=2e-3)
+        np.testing.assert_allclose(evidence, sums, rtol=1e-4)
+
+
+def test_a_heat_map_goes_from_0_to_1(detector, images):
+    heat, evidence = figures.heat_maps(detector, images, 0)
+    assert np.isfinite(heat).all() and (evidence >= 0).all()
+    np.testing.assert_allclose(heat.min((1, 2)), 0, atol=1e-6)
+    np.testing.assert_allclose(heat.max((1, 2)), 1, atol=1e-3)
+
+
+def test_classes_have_maps_of_their_own(detector, images):
+    first, second = figures.heat_maps(detector, images, 0)[0], figures.heat_maps(detector, images, 1)[0]
+    assert np.abs(first - second).max() > 0.01
+
+
+def test_an_image_does_not_depend_on_its_batch(detector, images):
+    together, sums = figures.heat_maps(detector, images, 1, batch=3)
+    alone, own = figures.heat_maps(detector, images, 1, batch=1)
+    np.testing.assert_allclose(together, alone, atol=1e-3)
+    np.testing.assert_allclose(sums, own, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_detector_stays_as_it_is(detector, images, training):
+    detector.train(training)
+    before = copy.deepcopy(detector)
+    with torch.no_grad():  # as in a notebook's cell
+        figures.heat_maps(detector, images, 0)
+    assert equal(before, detector) and detector.training == training
+    assert all(p.grad is None and p.requires_grad for p in detector.parameters())
+    assert not any(module._forward_hooks for module in detector.modules())
+
+
+def test_frozen_weights_are_no_hindrance(detector, images):
+    expected, _ = figures.heat_maps(detector, images, 0)
+    np.testing.assert_array_equal(figures.heat_maps(detector.requires_grad_(False), images, 0)[0], expected)
+
+
+def test_colour_and_grey_images_give_the_same(detector, images):
+    expected, _ = figures.heat_maps(detector, images, 0)
+    np.testing.assert_allclose(figures.heat_maps(detector, images.expand(-1, 3, -1, -1), 0)[0], expected, atol=1e-5)
+
+
+def test_what_is_refused(detector, images):
+    with pytest.raises(ValueError, match="classes 0 to 1"):
+        figures.heat_maps(detector, images, 2)
+    with pytest.raises(ValueError, match="divisible by 32"):
+        figures.heat_maps(detector, images[..., :40, :40], 0)
+
+
+def test_an_index_error_is_not_swallowed(detector, images, monkeypatch):
+    def broken(*_):
+        raise IndexError("too many indices")
+
+    monkeypatch.setattr(figures, "decode", broken)
+    with pytest.raises(IndexError, match="too many indices"):
+        figures.heat_maps(detector, images, 0)
+
+
+def test_pointing_game_by_hand():
+    maps = np.zeros((3, 8, 8), np.float32)
+    maps[:, 2, 5] = 1  # row 2, column 5: its middle is (5.5, 2.5)
+    inside, outside = torch.tensor([[5.0, 2.0, 6.0, 3.0]]), torch.tensor([[2.0, 5.0, 3.0, 6.0]])
+    assert figures.points_into(maps, [inside, outside, torch.cat([outside, inside])]) == [True, False, True]
+    assert figures.points_into(maps[:1], [torch.zeros(0, 4)]) == [False]

@@ -1,24 +1,22 @@
-"""Figures of a batch that ran out of minutes, of grey and of coloured pictures, and of maps."""
+"""What all figures share, and those of anomaly maps: long tables of records, curves, colour and grey, no runs yet."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from figure_helpers import drawn
 
+from defectlab import figures
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
-from defectlab.figures import anomaly as figures
+from defectlab.figures import anomaly, detection
 
 RED, GREY = (200, 20, 30), (90, 90, 90)
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [figures.loss_curves, figures.score_histograms, lambda records: figures.dimension_curves(records, ("map",))],
-)
-def test_no_finished_run_is_said_and_not_an_error(draw) -> None:
-    figure = draw({})
-    assert "no finished run yet" in figure.texts[0].get_text()
+def coloured(colour, count: int, side: int) -> torch.Tensor:
+    """Images (count, 3, side, side) uint8 of one colour."""
+    return torch.tensor(colour, dtype=torch.uint8).view(1, 3, 1, 1).expand(count, 3, side, side)
 
 
 def shown(axis) -> np.ndarray:
@@ -26,11 +24,111 @@ def shown(axis) -> np.ndarray:
     return np.asarray(axis.images[0].get_array())
 
 
-# --- Colour ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "draw",
+    [
+        figures.training_curves,
+        anomaly.score_histograms,
+        detection.precision_recall_curves,
+        detection.per_class_bars,
+    ],
+)
+@pytest.mark.parametrize("records", [{}, {"row": []}])
+def test_no_finished_run_is_said_and_not_an_error(draw, records) -> None:
+    assert "no finished run yet" in draw(records).texts[0].get_text()
 
 
-def record_of_cases(images: np.ndarray) -> SimpleNamespace:
-    """As much of a record as `cases` reads; the masks of all but the last are empty."""
+@pytest.mark.parametrize("draw", [anomaly.examples, detection.examples, detection.confusion])
+def test_no_record_is_said_and_not_an_error(draw) -> None:
+    assert "no finished run yet" in draw(None).texts[0].get_text()
+
+
+# --- Records ---------------------------------------------------------------------------------------------------------
+
+
+def record(seed=0, curve=None, **metrics) -> SimpleNamespace:
+    per_class = {"crack": {"map50": 10.0 + seed}}
+    return SimpleNamespace(seed=seed, curve=curve or {}, metrics=metrics, per_class=per_class)
+
+
+def test_frame_has_a_line_for_each_row_seed_type_and_metric() -> None:
+    table = figures.frame({"plain": [record(0, map50=50.0), record(1, map50=60.0)], "empty": []})
+    assert table[table["type"] == "all"].groupby("row")["value"].mean().to_dict() == {"plain": 55.0}
+    assert table[table["type"] == "crack"][["seed", "value"]].to_numpy().tolist() == [[0, 10.0], [1, 11.0]]
+
+
+PROBED = {"loss": [4.0, 2.0, 1.0], "box": [2.0, 1.0, 1.0], "probe_epoch": [1, 3], "dev_map50": [10.0, 60.0]}
+OTHER = {"loss": [8.0, 4.0, 2.0], "class": [2.0, 1.0, 0.5], "weight_ddpm": [0.5, 0.6], "probe_epoch": [1, 3]}
+
+
+def test_curves_count_epochs_from_one_and_place_probes_at_theirs() -> None:
+    table = figures.curves({"plain": [record(curve=PROBED)]})
+    epochs = {scalar: lines["epoch"].tolist() for scalar, lines in table.groupby("scalar", sort=False)}
+    assert epochs == {"loss": [1, 2, 3], "box": [1, 2, 3], "dev_map50": [1, 3]}
+
+
+def test_training_curves_have_a_panel_for_each_scalar_and_one_for_dev() -> None:
+    records = {"plain": [record(curve=PROBED)], "fused": [record(curve=OTHER)]}
+    axes = drawn(figures.training_curves(records, columns=4))
+    lines = {axis.get_title(): [line.get_ydata().tolist() for line in axis.lines] for axis in axes}
+    assert lines == {
+        "loss": [[4.0, 2.0, 1.0], [8.0, 4.0, 2.0]],
+        "box": [[2.0, 1.0, 1.0]],
+        "class": [[2.0, 1.0, 0.5]],
+        "mAP50 of dev / %": [[10.0, 60.0]],
+    }
+    assert axes[-1].lines[0].get_xdata().tolist() == [1, 3]
+    assert axes[2].lines[0].get_color() == "C1", "a row keeps its colour where the other has no such scalar"
+
+
+def test_losses_of_different_height_begin_at_one() -> None:
+    records = {"plain": [record(curve=PROBED), record(1, curve=PROBED)], "fused": [record(curve=OTHER)]}
+    (axis,) = drawn(figures.training_curves(records, ["loss"], first_is_one=True))
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[1, 0.5, 0.25]] * 3
+    assert "epoch 1" in axis.get_title()
+
+
+# --- Images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("colour", "shape"), [(RED, (16, 16, 3)), (GREY, (16, 16))])
+def test_thumbnails_keep_colour_where_there_is_some(colour, shape) -> None:
+    small = figures.thumbnails(coloured(colour, 2, 64), 16)
+    assert small.shape == (2, *shape)
+    assert small.dtype == np.uint8
+    assert small[0, 0, 0].tolist() == (list(colour) if small.ndim == 4 else colour[0])
+
+
+def test_one_coloured_image_among_grey_ones_keeps_its_colour() -> None:
+    images = torch.full((2, 3, 32, 32), 90, dtype=torch.uint8)
+    images[1, 0] = 200
+    assert tuple(figures.thumbnails(images, 8)[1, 0, 0]) == (200, 90, 90)
+
+
+def test_gallery_has_a_place_for_each_image_and_outlines_masks() -> None:
+    images = [np.zeros((8, 8), np.uint8), np.zeros((16, 8, 3), np.uint8)]
+    first, second, empty = drawn(figures.gallery(images, ["a", "b"], 3, [None, np.eye(16, 8)]))
+    assert [axis.get_title() for axis in (first, second, empty)] == ["a", "b", ""]
+    assert [len(axis.collections) for axis in (first, second)] == [0, 1]
+    assert not empty.axison and not empty.images
+
+
+@pytest.mark.parametrize(("colour", "shape"), [(RED, (128, 128, 3)), (GREY, (128, 128))])
+def test_samples_show_images_as_the_network_sees_them(colour, shape) -> None:
+    images, types = coloured(colour, 3, 32), torch.arange(3, dtype=torch.uint8)
+    masks, labels = torch.zeros(3, 256, 256, dtype=torch.uint8), types.clamp(max=1)
+    split = AnomalySplit(images, masks, labels, types, labels == 0, ("0", "1", "2"), ((32, 32),) * 3)
+    data = AnomalyData("toy", "toy", ("good", "bent", "color"), split, split, split, "")
+    figure = anomaly.samples(data, "test", anomaly.one_of_each(data), columns=3)
+    assert [axis.get_title() for axis in figure.axes] == ["good", "bent", "color"]
+    assert shown(figure.axes[0]).shape == shape
+
+
+# --- What an anomaly record keeps ------------------------------------------------------------------------------------
+
+
+def record_with(images: np.ndarray) -> SimpleNamespace:
+    """As much of a record as figures read; the masks of all examples but the last are empty."""
     count, side = images.shape[:2]
     masks = np.zeros((count, side, side), np.uint8)
     masks[-1, 2:5, 2:5] = 1
@@ -42,80 +140,32 @@ def record_of_cases(images: np.ndarray) -> SimpleNamespace:
         "types": np.array([0] * (count - 1) + [1]),
         "type_names": np.array(["good", "scratch"]),
         "scores": np.linspace(0, 1, count),
+        "labels": np.array([0] * (count - 1) + [1]),
     }
-    return SimpleNamespace(arrays=arrays)
+    return SimpleNamespace(arrays=arrays, dev={"threshold": 0.7}, seed=2)
 
 
-def test_cases_show_the_colour_of_coloured_sets() -> None:
+def test_examples_show_the_colour_of_coloured_sets() -> None:
     images = np.broadcast_to(np.array(RED, np.uint8), (3, 72, 72, 3))
-    figure = figures.cases(record_of_cases(images))
-    above, below = figure.axes[:3], figure.axes[3:]
+    axes = drawn(anomaly.examples(record_with(images)))
+    above, below = axes[:3], axes[3:]
     assert all(shown(axis).shape == (72, 72, 3) and tuple(shown(axis)[0, 0]) == RED for axis in above)
     assert all(shown(axis).shape == (72, 72) for axis in below)
     assert above[0].get_title() == "scratch\n1.00", "titles follow case_index"
+    assert [len(axis.collections) for axis in above] == [0, 0, 1], "the outline of the mask"
 
 
-def test_cases_of_grey_sets_stay_grey() -> None:
+def test_examples_of_grey_sets_stay_grey() -> None:
     images = np.arange(2 * 96 * 96, dtype=np.uint32).reshape(2, 96, 96).astype(np.uint8)
-    figure = figures.cases(record_of_cases(images))
-    assert np.array_equal(shown(figure.axes[0]), images[0])
-    assert figure.axes[0].images[0].get_cmap().name == "gray"
-    assert figure.axes[0].images[0].get_clim() == (0, 255), "not stretched from case to case"
+    first = anomaly.examples(record_with(images)).axes[0]
+    assert np.array_equal(shown(first), images[0])
+    assert first.images[0].get_cmap().name == "gray"
+    assert first.images[0].get_clim() == (0, 255), "not stretched from image to image"
 
 
-@pytest.mark.parametrize(("colour", "shape"), [(RED, (16, 16, 3)), (GREY, (16, 16))])
-def test_thumbnails_keep_colour_where_there_is_some(colour, shape) -> None:
-    images = torch.tensor(colour, dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 64, 64)
-    small = figures.thumbnails(images, 16)
-    assert small.shape == (2, *shape)
-    assert small.dtype == np.uint8
-    assert np.array_equal(
-        np.broadcast_to(small[..., None] if small.ndim == 3 else small, (2, 16, 16, 3))[0, 0, 0], colour
-    )
-
-
-def test_one_coloured_picture_among_grey_ones_keeps_its_colour() -> None:
-    images = torch.full((2, 3, 32, 32), 90, dtype=torch.uint8)
-    images[1, 0] = 200
-    assert tuple(figures.thumbnails(images, 8)[1, 0, 0]) == (200, 90, 90)
-
-
-def split_of(images: torch.Tensor) -> AnomalySplit:
-    count = len(images)
-    types = torch.arange(count, dtype=torch.uint8)
-    masks = torch.zeros(count, 256, 256, dtype=torch.uint8)
-    labels = types.clamp(max=1)
-    return AnomalySplit(images, masks, labels, types, labels == 0, tuple(map(str, range(count))), ((32, 32),) * count)
-
-
-@pytest.mark.parametrize(("colour", "shape"), [(RED, (128, 128, 3)), (GREY, (128, 128))])
-def test_samples_show_pictures_as_the_network_sees_them(colour, shape) -> None:
-    split = split_of(torch.tensor(colour, dtype=torch.uint8).view(1, 3, 1, 1).expand(3, 3, 32, 32))
-    data = AnomalyData("drawn", "drawn", ("good", "bent", "color"), split, split, split, "")
-    figure = figures.samples(data, "test", figures.one_of_each(data), columns=3)
-    assert [axis.get_title() for axis in figure.axes] == ["good", "bent", "color"]
-    assert shown(figure.axes[0]).shape == shape
-
-
-# --- Maps and curves -------------------------------------------------------------------------------------------------
-
-
-def test_map_rows_have_one_scale_a_column_from_zero() -> None:
-    pictures = [np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)]
-    masks = [np.zeros((32, 32)), np.eye(32)]
-    maps = {"M1": np.array([[[0.1]], [[0.4]]]), "AL": np.array([[[2.0]], [[1.0]]])}
-    figure = figures.map_rows(pictures, masks, maps, ["good", "bent"])
-    axes = np.array(figure.axes).reshape(2, 3)
-    assert [axes[line, 0].get_ylabel() for line in (0, 1)] == ["good", "bent"]
-    assert [axis.images[0].get_clim() for axis in axes[:, 1]] == [(0, 0.4)] * 2
-    assert [axis.images[0].get_clim() for axis in axes[:, 2]] == [(0, 2)] * 2
-    assert axes[0, 1].get_title() == "M1, 0 to 0.4"
-    assert shown(axes[1, 2]).item() == 1
-
-
-def test_curves_begin_at_epoch_one_and_name_their_axis() -> None:
-    record = SimpleNamespace(curve={"weight1": [1.0, 0.9, 0.8]})
-    figure = figures.dimension_curves({"a": record}, ("weight1",), "weight")
-    (line,) = figure.axes[0].lines
-    assert list(line.get_xdata()) == [1, 2, 3]
-    assert figure.axes[0].get_ylabel() == "weight"
+def test_histograms_count_every_test_image_and_mark_the_threshold() -> None:
+    found = record_with(np.zeros((5, 8, 8), np.uint8))
+    (axis,) = drawn(anomaly.score_histograms({"bsdrd": [found], "empty": []}))
+    assert axis.get_title() == "bsdrd, seed 2"
+    assert sum(bar.get_height() for bar in axis.patches) == 5
+    assert axis.lines[0].get_xdata() == [0.7, 0.7]
