@@ -1,18 +1,21 @@
-"""Stage two of AMAM + KD: Table 3's shapes, Table 9's switches, students, losses, flips, whole runs."""
+"""Stage two of AMAM + KD: Table 3's shapes, Table 9's switches, students, losses, images to maps, flips, runs."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import gradcheck
 from torchvision import models
-from toy_anomaly import fake_split
+from toy_anomaly import CHANNELS, fake_data, feature_maps, learning
+from toy_runs import quiet
 
 from defectlab.data.anomaly import AnomalyData
-from defectlab.networks.resnet import Teacher, WeightsError, load_teacher
-from defectlab.networks.reverse_distillation import ResidualBlock
+from defectlab.files import WeightsError
+from defectlab.networks.resnet import Teacher, load_teacher
+from defectlab.networks.reverse_distillation import ResidualBlock, gaussian_smooth
+from defectlab.papers.amam_kd import KnowledgeDistillation
 from defectlab.papers.amam_kd.distillation import (
     LOSSES,
     DistillationLoss,
@@ -24,12 +27,10 @@ from defectlab.papers.amam_kd.distillation import (
     to_maps,
 )
 from defectlab.precision import autocast
-from defectlab.runs import Session
-from defectlab.training import anomaly as distil
-from defectlab.training.amam_kd import make_loss, map_split, run_distillation
+from defectlab.training import anomaly as training
+from defectlab.training.amam_kd import run_distillation
 
-CHANNELS = (8, 16, 32)  # of a pretended teacher
-SMALL = DistillationSettings(teacher="resnet18_random", size=64, epochs=1, batch=4)
+SMALL = DistillationSettings(teacher="resnet18_random", size=64, epochs=1, batch=4, precision="fp32")
 TABLE_9 = {
     "pre": {"fusion": False, "vit": False, "residual": False},
     "res": {"fusion": False, "vit": False},
@@ -37,13 +38,6 @@ TABLE_9 = {
     "full": {},
 }
 STUDENTS = ("heterogeneous", "homogeneous")
-
-
-def features(count: int = 2, coarsest: int = 4, seed: int = 0) -> list[Tensor]:
-    """Random positive maps, as behind a ReLU: three scales, each half the size of the one before."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (4 * coarsest, 2 * coarsest, coarsest)
-    return [torch.rand(count, c, s, s, generator=generator) for c, s in zip(CHANNELS, sizes, strict=True)]
 
 
 # --- Table 3 ---------------------------------------------------------------------------------------------------------
@@ -103,9 +97,9 @@ def test_table_9_leaves_out_what_it_names(row: str) -> None:
     kinds = [type(m) for m in aggregation.modules()]
     assert (ViTBlock in kinds) == (row == "full")
     assert kinds.count(ResidualBlock) == (0 if row == "pre" else 2)
-    first, second, third = features()
+    first, second, third = feature_maps()
     changed = aggregation([first + 1, second + 1, third])
-    assert torch.equal(changed, aggregation(features())) == (row in ("pre", "res"))  # without MFF, layer 3 alone
+    assert torch.equal(changed, aggregation(feature_maps())) == (row in ("pre", "res"))  # without MFF, layer 3 alone
 
 
 @pytest.mark.parametrize("student", STUDENTS)
@@ -113,15 +107,9 @@ def test_table_9_leaves_out_what_it_names(row: str) -> None:
 def test_every_weight_learns(row: str, student: str) -> None:
     torch.manual_seed(0)
     settings = replace(SMALL, student=student, **TABLE_9[row])
-    network, loss, maps = build(settings, CHANNELS, 0), DistillationLoss(settings), features()
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
-    moved = set()
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss(maps, network(maps))["loss"].backward()
-        moved |= {n for n, p in network.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-        optimizer.step()
-    assert moved == {n for n, _ in network.named_parameters()}
+    network, loss, maps = build(settings, CHANNELS, 0), DistillationLoss(settings), feature_maps()
+    moved, weights = learning([network], lambda: loss(maps, network(maps))["loss"])
+    assert moved == weights
 
 
 def test_vit_sees_the_whole_map_and_knows_where_it_looks() -> None:
@@ -152,9 +140,9 @@ def test_students_read_the_embedding_alone() -> None:
     for student in STUDENTS:
         torch.manual_seed(0)
         network = build(replace(SMALL, student=student), CHANNELS, 0).eval()
-        embedded = network.aggregation(features())
-        outputs = network.student(embedded, features())
-        others = network.student(embedded, features(seed=9))
+        embedded = network.aggregation(feature_maps())
+        outputs = network.student(embedded, feature_maps())
+        others = network.student(embedded, feature_maps(seed=9))
         assert all(torch.equal(a, b) for a, b in zip(outputs, others, strict=True))
 
 
@@ -182,17 +170,9 @@ def test_what_does_not_exist_is_named() -> None:
 
 def test_losses_by_hand() -> None:
     teacher = torch.tensor([[3.0, 0.0], [4.0, 1.0]]).view(1, 2, 1, 2)  # positions (3, 4) and (0, 1)
-    student = torch.tensor([[3.0, 1.0], [4.0, 0.0]]).view(1, 2, 1, 2)  # positions (3, 4) and (1, 0)
+    student = torch.tensor([[3.0, 3.0], [4.0, 0.0]]).view(1, 2, 1, 2)  # positions (3, 4) and (3, 0)
     found = {name: float(loss(teacher, student)) for name, loss in LOSSES.items()}
-    assert found == pytest.approx({"cosine": 0.5, "l1": 2 / 4, "l2": (0 + 2) / 2, "mse": 2 / 4})
-
-
-def test_l2_is_mse_up_to_the_number_of_channels() -> None:
-    for teacher, student in zip(features(seed=0), features(seed=1), strict=True):
-        expected = teacher.shape[1] * float(LOSSES["mse"](teacher, student))
-        assert float(LOSSES["l2"](teacher, student)) == pytest.approx(expected)
-        positions = (teacher - student).square().sum(1)  # squared Euclidean distance at each
-        assert float(LOSSES["l2"](teacher, student)) == pytest.approx(float(positions.mean()), rel=1e-5)
+    assert found == pytest.approx({"cosine": 0.5, "l1": 4 / 4, "l2": (0 + 10) / 2, "mse": 10 / 4})
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -204,14 +184,14 @@ def test_loss_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_compute_in_float32_from_bf16_features(name: str) -> None:
-    teacher, student = features(seed=0)[2], features(seed=1)[2]
+    teacher, student = feature_maps(seed=0)[2], feature_maps(seed=1)[2]
     low = LOSSES[name](teacher.bfloat16(), student.bfloat16())
     assert low.dtype == torch.float32
     assert float(low) == pytest.approx(float(LOSSES[name](teacher, student)), rel=2e-2)
 
 
 def test_loss_sums_the_scales_and_names_them() -> None:
-    teacher, student = features(seed=0), features(seed=1)
+    teacher, student = feature_maps(seed=0), feature_maps(seed=1)
     scalars = DistillationLoss(SMALL)(teacher, student)
     assert set(scalars) == {"loss", "layer1", "layer2", "layer3"}
     means = [float(m.mean()) for m in discrepancies(teacher, student)]
@@ -221,7 +201,7 @@ def test_loss_sums_the_scales_and_names_them() -> None:
 
 def test_weights_trained_with_the_printed_loss_go_towards_zero() -> None:
     loss = DistillationLoss(replace(SMALL, weighting="printed"))
-    teacher, student = features(seed=0), features(seed=1)
+    teacher, student = feature_maps(seed=0), feature_maps(seed=1)
     first = loss(teacher, student)
     assert first["loss"].item() == pytest.approx(DistillationLoss(SMALL)(teacher, student)["loss"].item())
     optimizer = torch.optim.Adam(loss.parameters(), 0.05)
@@ -237,67 +217,67 @@ def test_weights_trained_with_the_printed_loss_go_towards_zero() -> None:
     assert float(scalars["layer2"]) == float(first["layer2"])  # nothing was learnt of the features
 
 
+# --- The whole method ------------------------------------------------------------------------------------------------
+
+
+def test_images_become_smoothed_maps() -> None:
+    stage_two, images = KnowledgeDistillation(SMALL), fake_data().test.images
+    maps = stage_two(images)
+    assert maps.shape == (6, 256, 256) and maps.dtype == torch.float32
+    with torch.no_grad():
+        features = stage_two.teacher(images)
+        expected = gaussian_smooth(to_maps(stage_two.network, features, stage_two.network(features)))
+    torch.testing.assert_close(maps, expected)
+
+
 # --- Flips, and whole runs -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def data() -> AnomalyData:
-    distil._features.clear()
-    splits = fake_split(5, 0, 1), fake_split(2, 2, 2), fake_split(3, 3, 3)
-    return AnomalyData("fake", "fake", ("good", "square"), *splits, "fake kd")
+    return fake_data()
 
 
 def test_flipped_features_are_the_teachers_on_flipped_images(data: AnomalyData) -> None:
-    settings = replace(SMALL, precision="fp32")
-    plain = [f.clone() for f in distil.cached_features(data, "train", settings, "cpu")]
-    flipped = distil.flipped_features(data, "train", settings, "cpu")
+    plain = [f.clone() for f in training.teacher_features(data, "train", SMALL)]
+    flipped = training.flipped_features(data, "train", SMALL)
     assert [len(f) for f in flipped] == [20, 20, 20]
     teacher, images = load_teacher("resnet18_random"), data.train.images
     for part, axes in enumerate([(), (-1,), (-2,), (-2, -1)]):
         for found, expected in zip(flipped, teacher(images.flip(axes) if axes else images), strict=True):
             torch.testing.assert_close(found[5 * part : 5 * part + 5], expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(flipped[2][5:10], plain[2].flip(-1), atol=1e-3)  # flipped features are something else
-    shared = distil.cached_features(data, "train", settings, "cpu")
+    shared = training.teacher_features(data, "train", SMALL)
     assert all(torch.equal(a, b) for a, b in zip(shared, plain, strict=True))
     assert [a.data_ptr() for a in shared] == [b.data_ptr() for b in flipped]  # one memory for rows with and without
-    assert distil.flipped_features(data, "train", settings, "cpu")[0] is flipped[0]
+    assert training.flipped_features(data, "train", SMALL)[0] is flipped[0]
 
 
 def test_training_draws_each_flip_of_an_image_about_as_often(
     data: AnomalyData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caught = {}
-
-    def catch(parts, step, found, **options):
-        caught.update(options, found=found)
-
-    monkeypatch.setattr(distil, "train", catch)
-    distil.train_student(SMALL, 0, data, "cpu", Session(), build, make_loss)
-    assert caught["schedule"] == "cosine"
-    assert len(caught["found"][0]) == 5
-    flipped = distil.flipped_features(data, "train", SMALL, "cpu")[2]
+    caught = []
+    monkeypatch.setattr(training, "train", lambda parts, draw, *_, **options: caught.append(draw))
+    for settings in (SMALL, replace(SMALL, flips=False)):
+        training.train_student(settings, 0, data, quiet(), build, DistillationLoss)
+    flipped = training.flipped_features(data, "train", SMALL)[2]
     indices = torch.tensor([3, 0, 4]).repeat(100)
-    drawn = caught["draw"](indices, torch.Generator().manual_seed(0))
-    same = (drawn[2][:, None] == flipped[None]).flatten(2).all(-1)  # (300, 20)
+    drawn, plain = (draw(indices, torch.Generator().manual_seed(0), 0)[2] for draw in caught)
+    same = (drawn[:, None] == flipped[None]).flatten(2).all(-1)  # (300, 20)
     assert same.sum(1).eq(1).all()
     which = same.float().argmax(1)
     assert torch.equal(which % 5, indices)
     assert all(50 < int((which // 5 == flip).sum()) < 100 for flip in range(4))
-    again = caught["draw"](indices, torch.Generator().manual_seed(0))
-    assert all(torch.equal(a, b) for a, b in zip(drawn, again, strict=True))
-    distil.train_student(replace(SMALL, flips=False), 0, data, "cpu", Session(), build, make_loss)
-    assert caught["draw"] is None
+    assert torch.equal(plain, flipped[indices])
 
 
 def run(data: AnomalyData, seed: int = 0, **changes):
-    return run_distillation(replace(SMALL, **changes), seed, data, "cpu", Session(say=lambda line: None))
+    return run_distillation(replace(SMALL, **changes), seed, data, quiet())
 
 
 def test_same_seed_gives_the_same_numbers_and_another_gives_others(data: AnomalyData) -> None:
     first, again, other = run(data), run(data), run(data, 1, weighting="none")
-    assert first.metrics == again.metrics
-    assert first.curve == again.curve
-    assert first.notes == again.notes
+    assert (first.metrics, first.curve, first.notes) == (again.metrics, again.curve, again.notes)
     assert all(torch.equal(first.model[k], again.model[k]) for k in first.model)
     assert other.curve != first.curve
     assert (other.predictions["scores"] != first.predictions["scores"]).all()
@@ -305,19 +285,17 @@ def test_same_seed_gives_the_same_numbers_and_another_gives_others(data: Anomaly
     assert first.predictions["case_images"].shape == (9, 72, 72, 3)  # in colour
 
 
-def test_weights_of_the_maps_belong_to_the_model_and_are_told(data: AnomalyData) -> None:
+def test_weights_of_the_maps_belong_to_the_model(data: AnomalyData) -> None:
     fitted, plain = run(data, weighting="3x3"), run(data, weighting="none")
     assert fitted.curve == plain.curve  # the fit comes after the training
     assert torch.equal(plain.model["weighting.kernels"], torch.ones(3, 1, 1))
     assert plain.notes["weighting"] == "layer 1: 1, layer 2: 1, layer 3: 1"
     assert fitted.model["weighting.kernels"].shape == (3, 3, 3)
     assert fitted.notes["weighting"] != plain.notes["weighting"]
-    settings = replace(SMALL, weighting="3x3")
-    network = build(settings, (64, 128, 256), 0).to(memory_format=torch.channels_last)
-    network.load_state_dict(fitted.model)
-    student = distil.Student(network.eval(), make_loss(settings), None, fitted.precision)
-    maps = map_split(student, settings, data, "test", "cpu")
-    assert maps.flatten(1).amax(1).tolist() == pytest.approx(fitted.predictions["scores"].tolist(), abs=1e-6)
+    whole = KnowledgeDistillation(replace(SMALL, weighting="3x3"))
+    whole.network.load_state_dict(fitted.model)
+    scores = whole(data.test.images).amax((1, 2))
+    assert scores.tolist() == pytest.approx(fitted.predictions["scores"].tolist(), abs=1e-5)
 
 
 def test_printed_weighting_learns_with_the_student_and_shrinks(data: AnomalyData) -> None:
@@ -327,10 +305,8 @@ def test_printed_weighting_learns_with_the_student_and_shrinks(data: AnomalyData
     assert found.model["weighting.kernels"].flatten().tolist() == pytest.approx([w[-1] for w in weights], rel=0.02)
 
 
-def test_teacher_without_weights_is_an_error(
-    data: AnomalyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_teacher_without_weights_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEFECTLAB_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(WeightsError, match="no ImageNet weights for the teacher wide_resnet50_2"):
-        run(data, teacher="wide_resnet50_2")
+        KnowledgeDistillation(replace(SMALL, teacher="wide_resnet50_2"))
