@@ -15,9 +15,9 @@ from defectlab.networks.yolo.model import Detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.precision import precision_of
 from defectlab.provenance import peak_memory_mb
+from defectlab.runs import Context
 from defectlab.training.detection import fresh
-from defectlab.training.detector import augmentation_of, make_optimizer, train_epoch
-from defectlab.training.loop import MovingAverage
+from defectlab.training.detector import augmentation_of, train_detector
 
 CLASSES, BOXES = 6, 4  # as NEU-DET has them: classes, boxes a picture
 Row = tuple[DetectorSettings, Callable[[DetectorSettings, DetectionData], Detector]]
@@ -61,8 +61,9 @@ def random_split(count: int, size: int, device: str) -> DetectionSplit:
 def measure(
     name: str, row: Row, size: int, device: str, repeats: int = 3, batch: int = 16, inference_batch: int = 32
 ) -> Speed:
-    """Speed of one detector. A training step is that of `train_epoch`: augmentation with mosaic, forward, loss,
-    backward, clipping, optimiser, moving average; medians over `repeats`, after one call to warm up."""
+    """Speed of one detector. A training step is that of `train_detector`: augmentation with mosaic, forward, loss,
+    backward, clipping, optimiser, moving average; over `repeats` epochs of two steps, after one to warm up. The other
+    speeds are medians over `repeats`."""
     where = torch.device(device)
     settings = replace(row[0], size=size, batch=batch, precision=precision_of(row[0], where))
     if where.type == "cuda":
@@ -71,21 +72,21 @@ def measure(
     split = random_split(2 * batch, size, device)  # two steps an epoch
     data = SimpleNamespace(class_names=tuple(f"class {index}" for index in range(CLASSES)), train=split)
     detector = fresh(row[1], settings, data).to(where, memory_format=torch.channels_last)
-    average = MovingAverage(detector, settings.average, settings.average_ramp)
-    optimizer = make_optimizer(detector, settings)
     criterion = detection_loss(detector, size)
     generator, indices = torch.Generator().manual_seed(0), torch.arange(batch, device=where)
 
     def loss(drawn):
         return criterion(detector(drawn.images), drawn.boxes, drawn.labels)
 
-    def steps():
-        train_epoch(detector, detector, average, loss, split, settings, 0, 0, optimizer)
+    def images_per_second(epochs: int) -> float:
+        context = Context(device=device, log=lambda line: None)
+        return train_detector(detector, loss, split, replace(settings, epochs=epochs), 0, context)[1].images_per_second
 
     def make_batch():
         augment(split.images, split.boxes, split.labels, indices, augmentation_of(settings), generator)
 
-    step = seconds_per_call(steps, where, repeats, 1) / 2
+    images_per_second(1)  # to warm up
+    step = batch / images_per_second(repeats)  # seconds
     making = seconds_per_call(make_batch, where, repeats, 1)
     times = {}
     model = detector.eval()
@@ -99,7 +100,7 @@ def measure(
         parameters(detector) / 1e6,
         settings.precision,
         batch / step,
-        min(making / step, 1.0),  # each is a median of its own
+        min(making / step, 1.0),  # each is measured on its own
         1000 * times["plain", 1],
         1000 * times["fused", 1],
         inference_batch / times["plain", inference_batch],

@@ -1,7 +1,6 @@
 """Training a detector: schedule, decay and moving average by hand, the loop, resuming to the last bit."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toy_detection import SHORT, equal, fit, toy_data, toy_split
+from toy_runs import one_sitting, quiet
 
 from defectlab.data import augment as augment_
 from defectlab.data.augment import Batch
 from defectlab.networks.yolo.model import Detector
 from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.runs import NonFiniteLoss, OutOfTime, Session
+from defectlab.runs import Context, NonFiniteLoss, OutOfTime
 from defectlab.training import detector as training
 from defectlab.training.detector import learning_rate, make_optimizer, train_detector
 from defectlab.training.loop import MovingAverage
@@ -95,7 +95,7 @@ def test_moving_average_against_the_slow_formula() -> None:
             for value in model.parameters():
                 value.add_(torch.randn_like(value))
             model(torch.randn(4, 2, 5, 5))  # moves the running statistics
-        average.update(model, step)
+        average.update(step + 1)
         decay = 0.9 * (1 - math.exp(-(step + 1) / 4))
         for name, value in model.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * value.double()
@@ -167,6 +167,26 @@ def test_order_and_augmentation_follow_the_seed_alone() -> None:
     assert first.curve["loss"] != other.curve["loss"]
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_order_and_augmentation_share_their_stream_only_as_records_did(
+    monkeypatch: pytest.MonkeyPatch, separate: bool
+) -> None:
+    """What is drawn for the augmentation starts where the order's does (records rest on it), or from a seed apart."""
+    drawn: dict[int, Tensor] = {}
+
+    def watched(images, boxes, labels, indices, recipe, generator):
+        drawn.setdefault(generator.initial_seed(), torch.rand(4, generator=generator.clone_state()))
+        return augment_.augment(images, boxes, labels, indices, recipe, generator)
+
+    monkeypatch.setattr(training, "augment", watched)
+    _, _, trained = fit(replace(SHORT, separate_streams=separate), toy_data(), seed=1)
+    orders = {seed: torch.rand(4, generator=torch.Generator().manual_seed(seed)) for seed in range(100_003, 100_007)}
+    shared = {seed for seed, values in drawn.items() if any(torch.equal(values, first) for first in orders.values())}
+    assert len(drawn) == 4
+    assert shared == (set() if separate else set(orders))
+    assert (trained.curve == fit(SHORT, toy_data(), seed=1)[2].curve) is not separate
+
+
 def test_probe_enters_the_curve() -> None:
     seen = []
 
@@ -180,8 +200,8 @@ def test_probe_enters_the_curve() -> None:
     assert all(model is average for model in seen)
 
 
-def scale_loss(factor: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
-    value = factor(pictures.mean((2, 3))).square().mean()
+def scale_loss(factor: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    value = factor(images.mean((2, 3))).square().mean()
     return {"loss": value}
 
 
@@ -193,7 +213,7 @@ def test_probe_is_asked_every_tenth_part_and_at_the_end(epochs: int, asked: list
     settings = replace(SHORT, epochs=epochs)
     _, trained = train_detector(
         model, lambda batch: scale_loss(model, batch.images), toy_split(2, 0, 32), settings, 0,
-        Session(say=lambda line: None), probe=lambda average: {"one": 1.0},
+        quiet(), probe=lambda average: {"one": 1.0},
     )  # fmt: skip
     assert trained.curve["probe_epoch"] == list(asked)
     assert len(trained.curve["loss"]) == epochs and trained.seconds > 0 and trained.images_per_second > 0
@@ -208,27 +228,27 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
         return {"loss": value * (float("nan") if len(calls) >= 4 else 1.0)}
 
     with pytest.raises(NonFiniteLoss, match="epoch 2, batch 2 of 2; lower the learning rate"):
-        train_detector(model, loss, toy_split(8, 0, 32), SHORT, 0, Session(say=lambda line: None))
+        train_detector(model, loss, toy_split(8, 0, 32), SHORT, 0, quiet())
     assert calls == [4] * 4  # no epoch after it
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_pictures(count: int) -> None:
+def test_fewer_than_two_images(count: int) -> None:
     split = toy_split(2, 0, 32)
     split = replace(split, images=split.images[:count])
-    with pytest.raises(ValueError, match=f"training needs at least 2 pictures, got {count}"):
-        train_detector(nn.Linear(1, 1), scale_loss, split, SHORT, 0, Session())
+    with pytest.raises(ValueError, match=f"training needs at least 2 images, got {count}"):
+        train_detector(nn.Linear(1, 1), scale_loss, split, SHORT, 0, quiet())
 
 
 # --- Interrupted trainings -------------------------------------------------------------------------------------------
 
 
-def in_sittings(path: Path, sit: Callable[[Session], tuple]) -> tuple[tuple, int]:
+def in_sittings(path: Path, sit: Callable[[Context], tuple]) -> tuple[tuple, int]:
     """What `sit` gives at last, each sitting being stopped after an epoch -> (it, sittings that were stopped)."""
     stopped = 0
     while True:
         try:
-            return sit(Session(path, deadline=time.monotonic() - 1, say=lambda line: None)), stopped
+            return sit(one_sitting(path)), stopped
         except OutOfTime as error:
             stopped += 1
             assert f"after epoch {stopped} of 4; run again to go on" in str(error)
@@ -245,8 +265,8 @@ def test_an_interrupted_training_ends_as_if_it_were_not(tmp_path: Path, optimize
     started = iter(range(100, 200))  # the checkpoint has to bring the weights: each sitting begins with others
     parts, stopped = in_sittings(
         tmp_path / "half.safetensors",
-        lambda session: fit(
-            settings, data, session=session, probe=probe,
+        lambda context: fit(
+            settings, data, context=context, probe=probe,
             initial=next(started) if (tmp_path / "half.safetensors").exists() else 0,
         ),
     )  # fmt: skip
@@ -268,9 +288,9 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> N
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        fit(SHORT, data, session=Session(path, say=lambda line: None, every_seconds=0.0), probe=killed)
+        fit(SHORT, data, context=quiet(checkpoint=path, every_seconds=0.0), probe=killed)
     said: list[str] = []
-    parts = fit(SHORT, data, session=Session(path, say=said.append), initial=7)
+    parts = fit(SHORT, data, context=quiet(checkpoint=path, log=said.append), initial=7)
     assert said[0] == "  continues after epoch 2 of 4"
     assert equal(whole[0], parts[0]) and equal(whole[1], parts[1])
     assert whole[2].curve == {name: parts[2].curve[name] for name in whole[2].curve}
@@ -279,18 +299,18 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> N
 def test_further_weights_of_the_loss_are_trained_and_resumed(tmp_path: Path) -> None:
     split, settings = toy_split(8, 0, 32), replace(SHORT, optimizer="adamw")
 
-    def sit(session: Session) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def sit(context: Context) -> tuple[nn.Module, nn.Module, nn.Module]:
         torch.manual_seed(0)
         model, adapter = nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
         start = [p.detach().clone() for p in adapter.parameters()]
         average, _ = train_detector(
             model, lambda batch: {"loss": (adapter(model(batch.images.mean((2, 3)))) - 1).square().mean()},
-            split, settings, 0, session, adapter,
+            split, settings, 0, context, adapter,
         )  # fmt: skip
         assert not any(torch.equal(p, old) for p, old in zip(adapter.parameters(), start, strict=True))
         return model, average, adapter
 
-    whole = sit(Session(say=lambda line: None))
+    whole = sit(quiet())
     parts, stopped = in_sittings(tmp_path / "half.safetensors", sit)
     assert stopped == 3
     assert all(equal(one, other) for one, other in zip(whole, parts, strict=True))
@@ -299,12 +319,12 @@ def test_further_weights_of_the_loss_are_trained_and_resumed(tmp_path: Path) -> 
 
 def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
     data, path = toy_data(), tmp_path / "half.safetensors"
-    session = Session(path, deadline=time.monotonic() - 1, say=lambda line: None)
+    context = one_sitting(path)
     with pytest.raises(OutOfTime):
-        fit(SHORT, data, session=session)
+        fit(SHORT, data, context=context)
     assert path.exists()
     with pytest.raises(ValueError, match=r"(?s)half\.safetensors does not continue this training .*: delete it$"):
-        fit(replace(SHORT, family="v5"), data, session=session)
+        fit(replace(SHORT, family="v5"), data, context=context)
     path.write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"half\.safetensors does not continue this training .*: delete it$"):
-        fit(SHORT, data, session=session)
+        fit(SHORT, data, context=context)

@@ -1,19 +1,21 @@
 """The training loop: seeds, resuming, the time budget, and what it says when the loss breaks."""
 
 import json
-import time
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from toy_runs import one_sitting, quiet
 
-from defectlab.precision import autocast, fast_bf16
-from defectlab.runs import NonFiniteLoss, OutOfTime, Session
-from defectlab.training.loop import Trained, epoch_order, schedule_factor, train
+from defectlab.precision import autocast, precision_of
+from defectlab.runs import Context, NonFiniteLoss, OutOfTime
+from defectlab.training.loop import Trained, adam, epoch_order, rate_per_epoch, schedule_factor, train
 
 EPOCHS, BATCH, IMAGES = 4, 3, 8
 
@@ -46,37 +48,27 @@ def features() -> list[Tensor]:
     return [torch.rand(IMAGES, c, s, s, generator=generator) for c, s in ((4, 8), (8, 4))]
 
 
-def train_pair(network: nn.Module, loss, data: list[Tensor], **options) -> Trained:
-    """`train` for a student and its loss, which may have weights of its own."""
-    parts = nn.ModuleList([network, loss] if isinstance(loss, nn.Module) else [network])
-    return train(parts, lambda batch: loss(batch, network(batch)), data, **options)
-
-
 def fit(
-    seed: int = 0, session: Session | None = None, loss=None, layout=torch.contiguous_format, **changes
+    seed: int = 0, context: Context | None = None, loss=None, layout=torch.contiguous_format, **changes
 ) -> tuple[dict[str, Tensor], Trained]:
-    """Train a fresh student. -> (weights of student and loss, what `train` returned)."""
-    torch.manual_seed(seed)
+    """Train a fresh student and its loss, which may have weights. -> (weights of both, what `train` returned)."""
+    torch.manual_seed(changes.pop("initial", seed))
     network, loss = TinyStudent().to(memory_format=layout), loss or WeightedLoss()
-    options = {
-        "epochs": EPOCHS,
-        "batch": BATCH,
-        "learning_rate": 0.01,
-        "betas": (0.5, 0.999),
-        "seed": seed,
-        "session": session or quiet(),
-    }
-    trained = train_pair(network, loss, features(), **(options | changes))
     parts = nn.ModuleList([network, loss] if isinstance(loss, nn.Module) else [network])
+    data, epochs, schedule = features(), changes.pop("epochs", EPOCHS), changes.pop("schedule", "constant")
+    options = {
+        "draw": lambda indices, generator, epoch: [x[indices] for x in data],
+        "count": IMAGES,
+        "optimizer": adam(parts, 0.01, (0.5, 0.999)),
+        "rate": rate_per_epoch(0.01, schedule, epochs),
+        "epochs": epochs,
+        "batch": BATCH,
+        "seed": seed,
+        "context": context or quiet(),
+    }
+    trained = train(parts, step=lambda batch: loss(batch, network(batch)), **(options | changes))
+    assert not any(module.training for module in parts.modules())
     return {k: v.clone() for k, v in parts.state_dict().items()}, trained
-
-
-def quiet(**options) -> Session:
-    return Session(say=lambda line: None, **options)
-
-
-def past() -> float:
-    return time.monotonic() - 1
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -99,20 +91,9 @@ def test_another_seed_gives_others() -> None:
 
 
 def test_the_seed_also_orders_the_images() -> None:
-    torch.manual_seed(0)
-    start = TinyStudent().state_dict()
-
-    def from_the_same_start(seed: int) -> dict[str, Tensor]:
-        network = TinyStudent()
-        network.load_state_dict(start)
-        train_pair(
-            network, WeightedLoss(), features(), epochs=1, batch=BATCH, learning_rate=0.01, betas=(0.5, 0.999),
-            seed=seed, session=quiet(),
-        )  # fmt: skip
-        return network.state_dict()
-
-    assert same(from_the_same_start(0), from_the_same_start(0))
-    assert not same(from_the_same_start(0), from_the_same_start(1))
+    first, again, other = (fit(seed, initial=0, epochs=1)[0] for seed in (0, 0, 1))
+    assert same(first, again)
+    assert not same(first, other)
 
 
 def test_training_trains_the_student_and_the_loss() -> None:
@@ -125,29 +106,17 @@ def test_training_trains_the_student_and_the_loss() -> None:
     assert trained.images_per_second > 0
 
 
-def test_student_is_left_in_eval_mode() -> None:
-    network, loss = TinyStudent(), WeightedLoss()
-    train_pair(
-        network, loss, features(), epochs=1, batch=BATCH, learning_rate=0.01, betas=(0.5, 0.999),
-        seed=0, session=quiet(),
-    )  # fmt: skip
-    assert not network.training
-    assert not any(m.training for m in network.modules())
-
-
-def test_one_line_an_epoch() -> None:
+def test_one_line_per_epoch() -> None:
     lines: list[str] = []
-    fit(session=Session(say=lines.append))
+    fit(context=quiet(log=lines.append))
     assert len(lines) == EPOCHS
     assert all(f"epoch {i + 1}/{EPOCHS}" in line and "images/s" in line for i, line in enumerate(lines))
 
 
-def test_one_image_is_too_few() -> None:
-    with pytest.raises(ValueError, match="at least 2 images, got 1"):
-        train_pair(
-            TinyStudent(), WeightedLoss(), [f[:1] for f in features()], epochs=1, batch=2, learning_rate=0.1,
-            betas=(0.5, 0.9), seed=0, session=quiet(),
-        )  # fmt: skip
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_image_is_too_few(count: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 2 images, got {count}"):
+        fit(count=count)
 
 
 # --- Schedule and augmentation ---------------------------------------------------------------------------------------
@@ -157,6 +126,8 @@ def test_the_cosine_starts_full_and_falls_towards_nothing() -> None:
     factors = [schedule_factor("cosine", epoch, 4) for epoch in range(4)]
     assert factors == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
     assert schedule_factor("constant", 3, 4) == 1.0
+    assert schedule_factor("cosine", 2, 4, 0.01) == pytest.approx(0.505)
+    assert schedule_factor("cosine", 4, 4, 0.01) == pytest.approx(0.01)
     with pytest.raises(ValueError, match="unknown schedule 'step'"):
         schedule_factor("step", 0, 4)
 
@@ -165,7 +136,7 @@ def test_the_schedule_reaches_the_optimizer() -> None:
     assert not same(fit()[0], fit(schedule="cosine")[0])
 
 
-def shifted(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
+def shifted(indices: Tensor, generator: torch.Generator, epoch: int) -> list[Tensor]:
     """An augmentation that tells draws apart."""
     return [f[indices] + torch.rand(1, generator=generator) for f in features()]
 
@@ -175,8 +146,8 @@ def test_what_is_drawn_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
     assert not same(whole, fit(schedule="cosine")[0])
     checkpoint = tmp_path / "row.safetensors"
     with pytest.raises(OutOfTime):
-        fit(draw=shifted, schedule="cosine", session=quiet(checkpoint=checkpoint, deadline=past()))
-    assert same(fit(draw=shifted, schedule="cosine", session=quiet(checkpoint=checkpoint))[0], whole)
+        fit(draw=shifted, schedule="cosine", context=one_sitting(checkpoint))
+    assert same(fit(draw=shifted, schedule="cosine", context=quiet(checkpoint=checkpoint))[0], whole)
 
 
 # --- Order -----------------------------------------------------------------------------------------------------------
@@ -219,10 +190,10 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, layout: torch.
     checkpoint = tmp_path / "checkpoints" / "row.safetensors"
     for done in (1, 2):  # each sitting has no time left and does its one epoch
         with pytest.raises(OutOfTime, match=f"after epoch {done} of {EPOCHS}; run again"):
-            fit(session=quiet(checkpoint=checkpoint, deadline=past()), layout=layout)
+            fit(context=one_sitting(checkpoint), layout=layout)
         assert checkpoint.exists()
     lines: list[str] = []
-    resumed, trained_again = fit(session=Session(checkpoint=checkpoint, say=lines.append), layout=layout)
+    resumed, trained_again = fit(context=quiet(checkpoint=checkpoint, log=lines.append), layout=layout)
     assert f"continues after epoch 2 of {EPOCHS}" in lines[0]
     assert len(lines) == 1 + EPOCHS - 2
     assert same(resumed, whole)
@@ -233,29 +204,25 @@ def test_resuming_does_not_depend_on_the_state_of_the_generator(tmp_path: Path) 
     whole, _ = fit()
     checkpoint = tmp_path / "row.safetensors"
     with pytest.raises(OutOfTime):
-        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
-    network, loss = TinyStudent(), WeightedLoss()  # other initial weights: the checkpoint's take their place
-    train_pair(
-        network, loss, features(), epochs=EPOCHS, batch=BATCH, learning_rate=0.01, betas=(0.5, 0.999),
-        seed=0, session=quiet(checkpoint=checkpoint),
-    )  # fmt: skip
-    assert same(nn.ModuleList([network, loss]).state_dict(), whole)
+        fit(context=one_sitting(checkpoint))
+    resumed, _ = fit(context=quiet(checkpoint=checkpoint), initial=7)  # the checkpoint's weights take their place
+    assert same(resumed, whole)
 
 
 def test_seconds_of_all_sittings_are_counted(tmp_path: Path) -> None:
     checkpoint = tmp_path / "row.safetensors"
     with pytest.raises(OutOfTime):
-        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+        fit(context=one_sitting(checkpoint))
     with safe_open(checkpoint, framework="pt") as file:
         earlier = json.loads(file.metadata()["header"])["seconds"]
-    _, trained = fit(session=quiet(checkpoint=checkpoint))
+    _, trained = fit(context=quiet(checkpoint=checkpoint))
     assert trained.seconds > earlier > 0
 
 
 def test_checkpoint_is_safetensors_with_a_json_header(tmp_path: Path) -> None:
     checkpoint = tmp_path / "row.safetensors"
     with pytest.raises(OutOfTime):
-        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+        fit(context=one_sitting(checkpoint))
     with safe_open(checkpoint, framework="pt") as file:  # reads no pickle
         header, keys = json.loads(file.metadata()["header"]), set(file.keys())
     assert header["epoch"] == 1
@@ -267,23 +234,23 @@ def test_checkpoint_is_safetensors_with_a_json_header(tmp_path: Path) -> None:
 
 def test_checkpoint_is_written_when_due_and_not_after_the_last_epoch(tmp_path: Path) -> None:
     checkpoint = tmp_path / "row.safetensors"
-    fit(session=quiet(checkpoint=checkpoint, every_seconds=0.0), epochs=1)
+    fit(context=quiet(checkpoint=checkpoint, every_seconds=0.0), epochs=1)
     assert not checkpoint.exists()
-    fit(session=quiet(checkpoint=checkpoint, every_seconds=3600.0))
+    fit(context=quiet(checkpoint=checkpoint, every_seconds=3600.0))
     assert not checkpoint.exists()
-    fit(session=quiet(checkpoint=checkpoint, every_seconds=0.0))
+    fit(context=quiet(checkpoint=checkpoint, every_seconds=0.0))
     with safe_open(checkpoint, framework="pt") as file:
         assert json.loads(file.metadata()["header"])["epoch"] == EPOCHS - 1
 
 
 def test_no_time_left_after_the_last_epoch_is_no_reason_to_stop() -> None:
-    _, trained = fit(session=quiet(deadline=past()), epochs=1)
+    _, trained = fit(context=one_sitting(), epochs=1)
     assert len(trained.curve["loss"]) == 1
 
 
 def test_out_of_time_without_a_checkpoint_still_stops() -> None:
     with pytest.raises(OutOfTime, match="after epoch 1"):
-        fit(session=quiet(deadline=past()))
+        fit(context=one_sitting())
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", None])
@@ -294,7 +261,7 @@ def test_damaged_checkpoint_is_named(tmp_path: Path, content: bytes | None) -> N
     else:
         checkpoint.write_bytes(content)
     with pytest.raises((ValueError, OSError), match=r"(?s)row\.safetensors.*delete it"):
-        fit(session=quiet(checkpoint=checkpoint))
+        fit(context=quiet(checkpoint=checkpoint))
 
 
 def test_a_device_without_memory_does_not_condemn_the_checkpoint(
@@ -302,14 +269,14 @@ def test_a_device_without_memory_does_not_condemn_the_checkpoint(
 ) -> None:
     checkpoint = tmp_path / "row.safetensors"
     with pytest.raises(OutOfTime):
-        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+        fit(context=one_sitting(checkpoint))
 
     def no_memory(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("defectlab.training.loop.load_checkpoint", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        fit(session=quiet(checkpoint=checkpoint))
+        fit(context=quiet(checkpoint=checkpoint))
 
 
 def test_checkpoint_on_a_full_disk_names_the_file_and_keeps_the_old_one(
@@ -317,7 +284,7 @@ def test_checkpoint_on_a_full_disk_names_the_file_and_keeps_the_old_one(
 ) -> None:
     checkpoint = tmp_path / "row.safetensors"
     with pytest.raises(OutOfTime):
-        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+        fit(context=one_sitting(checkpoint))
     before = checkpoint.read_bytes()
 
     def no_space(tensors, path, header):  # as safetensors does, which raises no OSError
@@ -326,7 +293,7 @@ def test_checkpoint_on_a_full_disk_names_the_file_and_keeps_the_old_one(
 
     monkeypatch.setattr("defectlab.training.loop.save_file", no_space)
     with pytest.raises(OSError, match=r"could not write .*row\.safetensors"):
-        fit(session=quiet(checkpoint=checkpoint, deadline=past()))
+        fit(context=one_sitting(checkpoint))
     assert checkpoint.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["row.safetensors"]
 
@@ -356,7 +323,7 @@ def test_non_finite_loss_names_epoch_and_batch(value: float, tmp_path: Path) -> 
 def test_non_finite_loss_leaves_no_broken_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "row.safetensors"
     with pytest.raises(NonFiniteLoss):
-        fit(loss=BreaksAt(2, float("nan")), session=quiet(checkpoint=checkpoint, every_seconds=0.0))
+        fit(loss=BreaksAt(2, float("nan")), context=quiet(checkpoint=checkpoint, every_seconds=0.0))
     assert not checkpoint.exists()
 
 
@@ -368,5 +335,12 @@ def test_autocast_computes_in_bf16_only_when_asked() -> None:
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with autocast(cpu, precision):
             assert convolution(x).dtype == dtype
-    assert isinstance(fast_bf16(cpu), bool)
-    assert fast_bf16(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_a_gpu_without_bf16_units_computes_in_fp32(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
+    """What is emulated counts as not there."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units or including_emulation)
+    assert precision_of(SimpleNamespace(precision="bf16"), "cuda") == ("bf16" if has_units else "fp32")
+    assert precision_of(SimpleNamespace(precision="fp32"), "cuda") == "fp32"

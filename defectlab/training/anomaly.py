@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.metrics.anomaly import anomaly_metrics, pixel_histograms
@@ -24,10 +23,11 @@ from defectlab.networks.reverse_distillation import (
 )
 from defectlab.precision import autocast, precision_of
 from defectlab.runs import Context, Result
-from defectlab.training.loop import Trained, train
+from defectlab.training.loop import Trained, adam, rate_per_epoch, train
+from defectlab.training.results import rounded, shrunk
 
-THUMBNAIL, COLOUR_THUMBNAIL = 96, 72  # pixels a side of the cases kept in a record, whose size is limited
-CASES = 12
+SIDE, COLOUR_SIDE = 96, 72  # pixels a side of the examples kept in a record, whose size is limited
+EACH = 4  # examples of a kind
 FLIPS = ((-1,), (-2,), (-2, -1))  # axes of (N, 3, H, W): horizontal, vertical, both
 
 
@@ -128,32 +128,30 @@ def train_student(
     loss = make_loss(settings)
     parts = nn.ModuleList([network, loss.to(context.device)]) if isinstance(loss, nn.Module) else network
 
+    features = (flipped_features if settings.flips else teacher_features)(data, "train", settings)
+
+    def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> list[Tensor]:
+        if settings.flips:
+            which = torch.randint(1 + len(FLIPS), (len(indices),), generator=generator).to(indices.device)
+            indices = which * len(data.train) + indices
+        return [f[indices] for f in features]
+
     def step(teacher: list[Tensor]) -> dict[str, Tensor]:
         with autocast(teacher[0].device, precision):
             outputs = network(teacher)
         return loss(teacher, outputs)
 
-    draw = None
-    if settings.flips:
-        flipped, count = flipped_features(data, "train", settings), len(data.train)
-
-        def draw(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
-            which = torch.randint(1 + len(FLIPS), (len(indices),), generator=generator).to(indices.device)
-            chosen = which * count + indices
-            return [f[chosen] for f in flipped]
-
     trained = train(
         parts,
+        draw,
         step,
-        teacher_features(data, "train", settings),
+        len(data.train),
+        optimizer=adam(parts, settings.learning_rate, settings.betas),
+        rate=rate_per_epoch(settings.learning_rate, settings.schedule, settings.epochs),
         epochs=settings.epochs,
         batch=settings.batch,
-        learning_rate=settings.learning_rate,
-        betas=settings.betas,
         seed=seed,
         context=context,
-        schedule=settings.schedule,
-        draw=draw,
     )
     return Student(network, loss, trained, precision)
 
@@ -221,7 +219,7 @@ def evaluate(
         "dev_labels": data.dev.labels.cpu().numpy(),
     }
     predictions |= {f"histogram_{k}": v for k, v in histograms.items()}
-    predictions |= telling_cases(test, test_maps, test_scores)
+    predictions |= examples(test, test_maps, test_scores)
     dev["threshold"] = threshold
     return Result(metrics, per_class, dev, {}, predictions, {}, {}, "fp32")
 
@@ -233,38 +231,30 @@ def _metrics(
         maps, split.masks, split.labels, split.types, split.has_mask, data.type_names, scores, threshold
     )
     present = {data.type_names[t] for t in split.types.unique().tolist()}  # "pasted" is in dev only
-    rounded = {t: {k: round(v, 4) for k, v in m.items()} for t, m in found.per_class.items() if t in present}
-    return {k: round(v, 4) for k, v in found.overall.items()}, rounded
+    return rounded(found.overall), {t: rounded(values) for t, values in found.per_class.items() if t in present}
 
 
-def telling_cases(split: AnomalySplit, maps: Tensor, scores: Tensor) -> dict[str, np.ndarray]:
-    """A dozen small cases for the pictures: the defects that scored lowest, the good parts that scored highest, and
-    the defects that scored highest, four of each: images, maps (scaled to the whole test set's range) and masks.
+def examples(split: AnomalySplit, maps: Tensor, scores: Tensor) -> dict[str, np.ndarray]:
+    """A dozen small examples: the defects that scored lowest, the good parts that scored highest, and the defects that
+    scored highest, four of each: images, maps (scaled to the range of the whole test set) and masks.
 
-    All are uint8 and (K, 96, 96); where the pictures have colour, (K, 72, 72) and case_images (K, 72, 72, 3).
+    All are uint8 and (K, 96, 96); where the images have colour, (K, 72, 72) and case_images (K, 72, 72, 3).
     """
     order = scores.argsort().cpu()
     bad = order[split.labels.cpu()[order] == 1]
     good = order[split.labels.cpu()[order] == 0]
-    each = CASES // 3
-    chosen = torch.cat([bad[:each], good.flip(0)[:each], bad.flip(0)[:each]])
+    chosen = torch.cat([bad[:EACH], good.flip(0)[:EACH], bad.flip(0)[:EACH]])
     low, high = maps.amin(), maps.amax()
-
     picked = chosen.to(maps.device)
     images = split.images[picked]
     grey = bool((images[:, :1] == images).all())
-    side = THUMBNAIL if grey else COLOUR_THUMBNAIL
-
-    def small(x: Tensor) -> np.ndarray:
-        """(K, C, H, W) -> (K, side, side) for one channel, (K, side, side, 3) for three."""
-        thumbnails = functional.interpolate(x.float(), (side, side), mode="area").movedim(1, -1)
-        return (thumbnails[..., 0] if x.shape[1] == 1 else thumbnails).cpu().numpy()
-
+    side = SIDE if grey else COLOUR_SIDE
+    scaled = (maps[picked, None] - low) / (high - low).clamp(min=1e-12) * 255
     return {
         "case_index": chosen.numpy(),
-        "case_images": small(images[:, :1] if grey else images).round().astype(np.uint8),
-        "case_maps": small((maps[picked, None] - low) / (high - low).clamp(min=1e-12) * 255).round().astype(np.uint8),
-        "case_masks": (small(split.masks[picked, None]) > 0).astype(np.uint8),
+        "case_images": shrunk(images[:, :1] if grey else images, side).round().byte().numpy(),
+        "case_maps": shrunk(scaled, side).round().byte().numpy(),
+        "case_masks": (shrunk(split.masks[picked, None], side) > 0).byte().numpy(),
     }
 
 

@@ -34,7 +34,7 @@ from defectlab.precision import autocast, full_float32, precision_of
 from defectlab.runs import Context, Record, Result, load_weights
 from defectlab.training.diffusion import load_ddpm
 from defectlab.training.feature_store import Repository, build_repository
-from defectlab.training.loop import Trained, train
+from defectlab.training.loop import Trained, adam, rate_per_epoch, train
 
 PCA_VECTORS, PCA_CHUNK = 200_000, 4096  # channel vectors that a PCA sees: in all, and at once
 
@@ -80,16 +80,16 @@ def fit_compressor(
 
     codecs = nn.ModuleList(level.codec for level in compressor.levels).requires_grad_(True)
 
-    def draw(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))  # of the posterior's samples: resumable
-        return [x[indices] for x in features]
+    def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> tuple[list[Tensor], torch.Generator]:
+        posterior = int(torch.randint(2**31, (), generator=generator))  # the seed of its samples
+        return [x[indices] for x in features], torch.Generator(device).manual_seed(posterior)
 
-    def step(batch: list[Tensor]) -> dict[str, Tensor]:
-        losses = []
-        for level, x in zip(compressor.levels, batch, strict=True):
+    def step(batch: tuple[list[Tensor], torch.Generator]) -> dict[str, Tensor]:
+        losses, (maps, posterior) = [], batch
+        for level, x in zip(compressor.levels, maps, strict=True):
             target = level.standardise(x).contiguous(memory_format=torch.channels_last)
             with autocast(device, precision):
-                outputs = level.codec(target)
+                outputs = level.codec(target, posterior)
             reconstruction, mean, log_variance = (y.float() for y in outputs)
             losses.append(vae_loss(reconstruction, target, mean, log_variance, settings.kl, settings.reduction))
         scalars = {"loss": sum(loss["loss"] for loss in losses)}
@@ -97,15 +97,15 @@ def fit_compressor(
 
     trained = train(
         codecs,
+        draw,
         step,
-        features,
+        len(features[0]),
+        optimizer=adam(codecs, settings.learning_rate),
+        rate=rate_per_epoch(settings.learning_rate, "constant", settings.epochs),
         epochs=settings.epochs,
         batch=settings.batch,
-        learning_rate=settings.learning_rate,
-        betas=(0.9, 0.999),
         seed=seed,
         context=context,
-        draw=draw,
     )
     codecs.requires_grad_(False)
     return compressor, trained

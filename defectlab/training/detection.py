@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from defectlab.data.augment import plain
 from defectlab.data.boxes import DetectionData, DetectionSplit
 from defectlab.metrics.costs import model_costs
-from defectlab.metrics.detection import Boxes, best_f1_threshold, evaluate, pack, telling_cases
+from defectlab.metrics.detection import Boxes, best_f1_threshold, evaluate, examples, pack
 from defectlab.networks.yolo.assignment import kmeans_anchors
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import decode, select
@@ -178,7 +178,7 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 def cases(split: DetectionSplit, predictions: Boxes, truths: Boxes) -> dict[str, np.ndarray]:
     """A dozen small pictures that tell most, as the network saw them: case_images (K, side, side) or
     (K, side, side, 3) uint8, case_index, case_why; case_scale and case_offset map boxes of the original onto them."""
-    chosen = telling_cases(predictions, truths)
+    chosen = examples(predictions, truths)
     index = torch.tensor([i for i, _ in chosen], dtype=torch.long)
     shrink = CASE_SIDE / split.images.shape[-1]
     pictures = interpolate(split.images[index.to(split.images.device)].float(), (CASE_SIDE, CASE_SIDE), mode="area")

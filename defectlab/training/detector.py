@@ -1,9 +1,9 @@
-"""Training a detector on device-resident data: recipe, schedule, moving average of the weights, the loop."""
+"""Training a detector on device-resident data: augmentation, optimiser and schedule of its recipe."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,7 @@ from defectlab.data.boxes import DetectionSplit
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.precision import autocast, precision_of
 from defectlab.runs import Context
-from defectlab.training.loop import (
-    Checkpoints,
-    MovingAverage,
-    Trained,
-    check_finite,
-    epoch_order,
-    resume,
-    save_checkpoint,
-)
+from defectlab.training.loop import MovingAverage, Trained, train
 
 # an augmented batch, its images channels-last -> named scalars, of which "loss" is minimised
 Loss = Callable[[Batch], dict[str, Tensor]]
@@ -52,16 +44,16 @@ def make_optimizer(parts: nn.Module, settings: DetectorSettings) -> torch.optim.
     raise ValueError(f"unknown optimizer {settings.optimizer!r}: use sgd or adamw")
 
 
-def learning_rate(step: int, steps_an_epoch: int, settings: DetectorSettings) -> float:
+def learning_rate(step: int, steps_per_epoch: int, settings: DetectorSettings) -> float:
     """Rate of a step: linear warm-up from 0, then cosine or linear down to `final_rate` of the first."""
-    progress = min(step / max(1, settings.epochs * steps_an_epoch), 1.0)
+    progress = min(step / max(1, settings.epochs * steps_per_epoch), 1.0)
     if settings.schedule == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * progress))
     elif settings.schedule == "linear":
         left = 1 - progress
     else:
         raise ValueError(f"unknown schedule {settings.schedule!r}: use cosine or linear")
-    warm = min(1.0, (step + 1) / max(1.0, settings.warm_up * steps_an_epoch))
+    warm = min(1.0, (step + 1) / max(1.0, settings.warm_up * steps_per_epoch))
     return settings.learning_rate * warm * (settings.final_rate + (1 - settings.final_rate) * left)
 
 
@@ -79,82 +71,37 @@ def train_detector(
 
     Args:
         extra: further weights that the loss trains and nobody keeps (adapters of a distillation).
-        probe: asked about ten times during the training, and at its end, for scalars of the moving average; they enter
-            the curve, beside "probe_epoch".
-
-    Raises:
-        OutOfTime, NonFiniteLoss (names epoch and batch), ValueError (fewer than two pictures, a foreign checkpoint).
+        probe: asked for scalars of the moving average, as in `train`, which has the errors, too.
     """
-    count = len(split.images)
-    if count < 2:
-        raise ValueError(f"training needs at least 2 pictures, got {count}")
     average = MovingAverage(detector, settings.average, settings.average_ramp)
-    trained = nn.ModuleList([detector, *([extra] if extra is not None else [])])
-    optimizer = make_optimizer(trained, settings)
-    everything = nn.ModuleList([trained, average.model])  # what a checkpoint holds
-    done, earlier, curve = resume(context, everything, optimizer, settings.epochs)
-    checkpoints = Checkpoints(context)
-    started, seen, probing, every = time.monotonic(), 0, 0.0, max(1, settings.epochs // 10)
-    for epoch in range(done, settings.epochs):
-        scalars = train_epoch(trained, detector, average, loss, split, settings, seed, epoch, optimizer)
-        seen += count
-        for name, value in scalars.items():
-            curve.setdefault(name, []).append(round(value, 6))
-        last = epoch + 1 == settings.epochs
-        if probe and ((epoch + 1) % every == 0 or last):
-            began = time.monotonic()
-            for name, value in {"probe_epoch": epoch + 1, **probe(average.model)}.items():
-                curve.setdefault(name, []).append(round(value, 4))
-            probing += time.monotonic() - began
-        seconds = time.monotonic() - started - probing
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in scalars.items())
-        context.log(f"  epoch {epoch + 1}/{settings.epochs}  {shown}  {seen / seconds:.1f} images/s")
-        spent = earlier + seconds
-        checkpoints.after(
-            epoch + 1,
-            settings.epochs,
-            lambda path: save_checkpoint(path, everything, optimizer, epoch + 1, spent, curve),  # noqa: B023
-        )
-    seconds = time.monotonic() - started - probing
-    return average.model, Trained(curve, earlier + seconds, seen / seconds if seen else 0.0)
+    parts = nn.ModuleList([detector, *([extra] if extra is not None else [])])
+    whole = augmentation_of(settings)
+    closed = replace(whole, mosaic=0.0, mixup=0.0)
+    device = split.images.device
 
-
-def train_epoch(
-    trained: nn.Module,
-    detector: nn.Module,
-    average: MovingAverage,
-    loss: Loss,
-    split: DetectionSplit,
-    settings: DetectorSettings,
-    seed: int,
-    epoch: int,
-    optimizer: torch.optim.Optimizer,
-) -> dict[str, float]:
-    """One pass over the pictures; order and augmentation depend on (seed, epoch) alone, so that a resumed training
-    takes the same course. -> the means of the loss's scalars."""
-    device, count = split.images.device, len(split.images)
-    trained.train()
-    weights = [p for p in trained.parameters() if p.requires_grad]
-    recipe = augmentation_of(settings)
-    if epoch >= settings.epochs - settings.close_mosaic:
-        recipe = replace(recipe, mosaic=0.0, mixup=0.0)
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    batches = epoch_order(count, settings.batch, seed, epoch, device)
-    logged = []
-    for index, indices in enumerate(batches):
-        step = epoch * len(batches) + index
+    def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> Batch:
+        recipe = closed if epoch >= settings.epochs - settings.close_mosaic else whole
         batch = augment(split.images, split.boxes, split.labels, indices, recipe, generator)
+        return replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
+
+    def step(batch: Batch) -> dict[str, Tensor]:
         with autocast(device, precision_of(settings, device)):
-            pictures = batch.images.contiguous(memory_format=torch.channels_last)
-            scalars = loss(replace(batch, images=pictures))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(batches), settings)
-        optimizer.zero_grad(set_to_none=True)
-        scalars["loss"].backward()
-        nn.utils.clip_grad_norm_(weights, settings.clip)
-        optimizer.step()
-        average.update(detector, step)
-        logged.append(torch.stack([value.detach().float() for value in scalars.values()]))
-    table = torch.stack(logged).cpu()  # once an epoch
-    check_finite(table[:, list(scalars).index("loss")], epoch, len(logged))
-    return dict(zip(scalars, table.mean(0).tolist(), strict=True))
+            return loss(batch)
+
+    trained = train(
+        parts,
+        draw,
+        step,
+        len(split.images),
+        optimizer=make_optimizer(parts, settings),
+        rate=partial(learning_rate, settings=settings),
+        epochs=settings.epochs,
+        batch=settings.batch,
+        seed=seed,
+        context=context,
+        stream=50_000 if settings.separate_streams else 0,
+        clip=settings.clip,
+        average=average,
+        probe=probe and (lambda: probe(average.model)),
+    )
+    return average.model, trained

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from defectlab.data.boxes import DetectionData
 from defectlab.metrics.costs import parameters
@@ -39,32 +39,13 @@ from defectlab.networks.diffusion import (
 )
 from defectlab.precision import autocast, precision_of
 from defectlab.runs import Context, Record, Result, load_weights
-from defectlab.training.loop import MovingAverage, Trained, train
+from defectlab.training.loop import MovingAverage, Trained, adam, rate_per_epoch, train
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: where it is needed, not for every table that names a row
     from diffusers import UNet2DModel
 # of a finished network: the error at so many timesteps, on so many pictures of a split (a hundred settle it, and the
 # whole set would take a CPU longer than other rows train), and so many drawn pictures in its record
 ERROR_TIMESTEPS, ERROR_PICTURES, SAMPLES, CASES = 20, 120, 16, 6
-
-
-# --- Training ---------------------------------------------------------------------------------------------------------
-
-
-class Averaging(nn.Module):
-    """A network in training beside the moving average of its weights: both, and the count of steps, in a checkpoint."""
-
-    def __init__(self, network: nn.Module, settings: DiffusionSettings):
-        super().__init__()
-        self.network = network
-        self.moving = MovingAverage(network, settings.average, settings.average_ramp)
-        self.average = self.moving.model
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # stays on the CPU: read in every step
-
-    def follow(self) -> None:
-        """Take in the weights that the last step left."""
-        self.moving.update(self.network, int(self.steps))
-        self.steps += 1
 
 
 def random_flips(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -86,9 +67,9 @@ def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, context: 
     alpha_hat = noise_schedule(settings.steps).to(device)
     torch.manual_seed(seed)
     unet = build_unet(settings, images.shape[1]).to(device, memory_format=torch.channels_last)
-    parts = Averaging(unet, settings)
+    average = MovingAverage(unet, settings.average, settings.average_ramp, counted=1)
 
-    def draw(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
+    def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> list[Tensor]:
         clean = as_inputs(images[indices])
         if settings.flips:
             clean = random_flips(clean, generator)
@@ -97,26 +78,23 @@ def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, context: 
         return [clean, timesteps.to(device), noise.to(device)]
 
     def step(batch: list[Tensor]) -> dict[str, Tensor]:
-        parts.follow()
         with autocast(device, precision):
             return noise_loss(unet, *batch, alpha_hat)
 
     trained = train(
-        parts,
+        unet,
+        draw,
         step,
-        [images],
+        len(images),
+        optimizer=adam(unet, settings.learning_rate),
+        rate=rate_per_epoch(settings.learning_rate, "cosine", settings.epochs, settings.final_rate),
         epochs=settings.epochs,
         batch=settings.batch,
-        learning_rate=settings.learning_rate,
-        betas=(0.9, 0.999),  # Adam's usual ones
         seed=seed,
         context=context,
-        schedule="cosine",
-        draw=draw,
-        final=settings.final_rate,
+        average=average,
     )
-    parts.follow()
-    return parts.average, trained
+    return average.model, trained
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms
 
 from defectlab.data.augment import plain
 from defectlab.data.instances import InstanceData, InstanceSplit, to_square
-from defectlab.metrics.detection import COCO_IOUS, RECALLS, Boxes, best_f1_threshold, evaluate, pack, take_truths
+from defectlab.metrics.detection import COCO_IOUS, RECALLS, Boxes, best_f1_threshold, evaluate, greedy_match, pack
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import CANDIDATES, decode_anchor_based
 from defectlab.precision import full_float32
@@ -107,7 +107,7 @@ def right_masks(predicted: Instances, truth: Instances, ious: Sequence[float] = 
     overlap = overlap.masked_fill(predicted["labels"][:, None] != truth["labels"], -1.0)
     order = predicted["scores"].argsort(descending=True, stable=True)
     right = torch.zeros(len(masks), len(ious), dtype=torch.bool)
-    right[order] = torch.from_numpy(take_truths(overlap[order].numpy(), ious))
+    right[order] = torch.from_numpy(greedy_match(overlap[order].numpy(), ious))
     return right
 
 

@@ -1,5 +1,4 @@
-"""The training loop of all but the detectors, on data that lie on the device; what every training shares: checkpoints,
-a time budget, seeds, precision, the moving average of weights."""
+"""The training loop on data that lie on the device, its checkpoints, and the moving average of the weights."""
 
 import copy
 import json
@@ -8,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from defectlab.runs import Context, NonFiniteLoss, OutOfTime, first_line
 
 @dataclass
 class Trained:
-    """curve: mean of each named scalar of the loss, an entry an epoch; seconds of training in all sittings."""
+    """curve: mean of each named scalar of the loss, one value per epoch; seconds of training in all sittings."""
 
     curve: dict[str, list[float]]
     seconds: float
@@ -34,23 +34,7 @@ class Trained:
         }
 
 
-class Checkpoints:
-    """Where an interrupted training goes on from: after an epoch, when the last one is a while ago or time is up."""
-
-    def __init__(self, context: Context):
-        self.context, self._last = context, time.monotonic()
-
-    def after(self, epoch: int, epochs: int, save: Callable[[Path], None]) -> None:
-        """`epoch` (from 1) of `epochs` is done. Raises OutOfTime where the time is up and epochs are left."""
-        context = self.context
-        if epoch == epochs:
-            return
-        due = time.monotonic() - self._last >= context.every_seconds
-        if context.checkpoint and (due or context.out_of_time()):
-            save(context.checkpoint)
-            self._last = time.monotonic()
-        if context.out_of_time():
-            raise OutOfTime(f"time budget used up after epoch {epoch} of {epochs}; run again to go on")
+# --- Order, learning rate, moving average ----------------------------------------------------------------------------
 
 
 def epoch_order(count: int, batch: int, seed: int, epoch: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -63,93 +47,8 @@ def epoch_order(count: int, batch: int, seed: int, epoch: int, device: torch.dev
     return tuple(part for part in order.split(batch) if len(part) > 1)
 
 
-class MovingAverage:
-    """Exponential moving average of a model's weights and running statistics, in a copy of it (`model`).
-
-    The decay of step t is decay * (1 - exp(-t / ramp)): short at the start, when old weights are worth nothing.
-    """
-
-    def __init__(self, model: nn.Module, decay: float, ramp: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.ramp = decay, ramp
-        self._tensors: tuple[list[Tensor], list[Tensor]] | None = None
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """`model` is the same one every time: its tensors are looked up once (a dict of them costs milliseconds)."""
-        decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp))
-        if self._tensors is None:
-            old, new = self.model.state_dict(), model.state_dict()
-            names = [name for name, value in old.items() if value.is_floating_point()]
-            self._tensors = [old[n] for n in names], [new[n] for n in names]
-        torch._foreach_lerp_(*self._tensors, 1 - decay)
-
-
-def train(
-    parts: nn.Module,
-    step: Callable[[list[Tensor]], dict[str, Tensor]],
-    data: list[Tensor],
-    *,
-    epochs: int,
-    batch: int,
-    learning_rate: float,
-    betas: tuple[float, float],
-    seed: int,
-    context: Context,
-    schedule: str = "constant",
-    draw: Callable[[Tensor, torch.Generator], list[Tensor]] | None = None,
-    final: float = 0.0,
-) -> Trained:
-    """Train whatever has parameters in `parts` on a set that lies on its device whole.
-
-    Args:
-        step: a batch -> named scalars, of which "loss" is minimised.
-        data: tensors (N, ...) of the N examples, on the training device.
-        schedule: of the learning rate over the epochs, "constant" or "cosine" (from the full rate towards `final`
-            times it).
-        draw: (indices on the device, generator) -> the batch of these examples, augmented; None: `data` at the indices.
-            The generator is a CPU one that depends on seed and epoch alone.
-
-    Raises:
-        OutOfTime, NonFiniteLoss, ValueError (fewer than two examples, unknown schedule).
-    """
-    device = data[0].device
-    count = len(data[0])
-    if count < 2:
-        raise ValueError(f"training needs at least 2 images, got {count}")
-    weights = [p for p in parts.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(weights, learning_rate, betas, fused=True)
-    done, earlier, curve = resume(context, parts, optimizer, epochs)
-    checkpoints = Checkpoints(context)
-    parts.train()
-    started, seen = time.monotonic(), 0
-    for epoch in range(done, epochs):
-        logged = []
-        generator = torch.Generator().manual_seed(seed * 100_003 + epoch + 50_000)  # not the order's
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule_factor(schedule, epoch, epochs, final)
-        for indices in epoch_order(count, batch, seed, epoch, device):
-            scalars = step(draw(indices, generator) if draw else [x[indices] for x in data])
-            optimizer.zero_grad(set_to_none=True)
-            scalars["loss"].backward()
-            optimizer.step()
-            logged.append(torch.stack([v.detach() for v in scalars.values()]))
-            seen += len(indices)
-        table = torch.stack(logged).cpu()  # the only synchronisation: once an epoch
-        check_finite(table[:, list(scalars).index("loss")], epoch, len(logged))
-        for name, value in zip(scalars, table.mean(0).tolist(), strict=True):
-            curve.setdefault(name, []).append(round(value, 6))
-        seconds = time.monotonic() - started
-        context.log(f"  epoch {epoch + 1}/{epochs}  loss {curve['loss'][-1]:.4f}  {seen / seconds:.1f} images/s")
-        spent = earlier + seconds
-        checkpoints.after(
-            epoch + 1,
-            epochs,
-            lambda path: save_checkpoint(path, parts, optimizer, epoch + 1, spent, curve),  # noqa: B023
-        )
-    seconds = time.monotonic() - started
-    parts.eval()
-    return Trained(curve, earlier + seconds, seen / seconds if seen else 0.0)
+def adam(parts: nn.Module, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+    return torch.optim.Adam([p for p in parts.parameters() if p.requires_grad], learning_rate, betas, fused=True)
 
 
 def schedule_factor(schedule: str, epoch: int, epochs: int, final: float = 0.0) -> float:
@@ -159,6 +58,134 @@ def schedule_factor(schedule: str, epoch: int, epochs: int, final: float = 0.0) 
     if schedule != "constant":
         raise ValueError(f"unknown schedule {schedule!r}: use constant or cosine")
     return 1.0
+
+
+def rate_per_epoch(learning_rate: float, schedule: str, epochs: int, final: float = 0.0) -> Callable[[int, int], float]:
+    """The `rate` of `train` that changes from one epoch to the next, by `schedule_factor`."""
+    return lambda step, steps: learning_rate * schedule_factor(schedule, step // steps, epochs, final)
+
+
+class MovingAverage:
+    """Exponential moving average of a network's weights and running statistics, in a copy of it (`model`).
+
+    The decay after step t is decay * (1 - exp(-t / ramp)): short at the start, when old weights are worth nothing.
+    Steps count from 1; `counted` are counted before the first (1: the untrained weights count as a step's).
+    """
+
+    def __init__(self, network: nn.Module, decay: float, ramp: float, counted: int = 0):
+        self.network = network
+        self.model = copy.deepcopy(network).eval().requires_grad_(False)
+        self.decay, self.ramp, self.counted = decay, ramp, counted
+        self._tensors: tuple[list[Tensor], list[Tensor]] | None = None
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights that the optimiser's `step` (from 1) left."""
+        decay = self.decay * (1 - math.exp(-(step + self.counted) / self.ramp))
+        if self._tensors is None:  # looked up once: a dict of them costs milliseconds
+            old, new = self.model.state_dict(), self.network.state_dict()
+            names = [name for name, value in old.items() if value.is_floating_point()]
+            self._tensors = [old[n] for n in names], [new[n] for n in names]
+        torch._foreach_lerp_(*self._tensors, 1 - decay)
+
+
+# --- The loop --------------------------------------------------------------------------------------------------------
+
+
+def train(
+    parts: nn.Module,
+    draw: Callable[[Tensor, torch.Generator, int], Any],
+    step: Callable[[Any], dict[str, Tensor]],
+    count: int,
+    *,
+    optimizer: torch.optim.Optimizer,
+    rate: Callable[[int, int], float],
+    epochs: int,
+    batch: int,
+    seed: int,
+    context: Context,
+    stream: int = 50_000,
+    clip: float | None = None,
+    average: MovingAverage | None = None,
+    probe: Callable[[], dict[str, float]] | None = None,
+) -> Trained:
+    """Train whatever has parameters in `parts`, on `count` examples; leaves it in eval mode.
+
+    Args:
+        draw: (indices on the device, CPU generator, epoch from 0) -> a batch of these examples, augmented. The
+            generator depends on seed, epoch and `stream` alone; at stream 0 it starts as that of the order does.
+        step: a batch -> named scalars, of which "loss" is minimised.
+        rate: (step of the whole training, from 0, steps per epoch) -> learning rate.
+        clip: largest norm of the gradient.
+        average: follows after each step.
+        probe: asked about ten times, and at the end, for scalars that enter the curve, beside "probe_epoch".
+
+    Raises:
+        OutOfTime, NonFiniteLoss (names epoch and batch), ValueError (fewer than two examples, a foreign checkpoint).
+    """
+    if count < 2:
+        raise ValueError(f"training needs at least 2 images, got {count}")
+    weights = [p for p in parts.parameters() if p.requires_grad]
+    kept = nn.ModuleList([parts, average.model]) if average else parts  # what a checkpoint holds
+    done, earlier, curve = resume(context, kept, optimizer, epochs)
+    parts.train()
+    seen, probing, started = 0, 0.0, time.monotonic()
+    saved = started  # when the last checkpoint was written
+    for epoch in range(done, epochs):
+        generator = torch.Generator().manual_seed(seed * 100_003 + epoch + stream)
+        batches, logged = epoch_order(count, batch, seed, epoch, weights[0].device), []
+        for position, indices in enumerate(batches, epoch * len(batches)):
+            scalars = step(draw(indices, generator, epoch))
+            for group in optimizer.param_groups:
+                group["lr"] = rate(position, len(batches))
+            optimizer.zero_grad(set_to_none=True)
+            scalars["loss"].backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(weights, clip)
+            optimizer.step()
+            if average:
+                average.update(position + 1)
+            logged.append(torch.stack([value.detach().float() for value in scalars.values()]))
+            seen += len(indices)
+        table = torch.stack(logged).cpu()  # the only synchronisation: once per epoch
+        check_finite(table[:, list(scalars).index("loss")], epoch)
+        means = dict(zip(scalars, table.mean(0).tolist(), strict=True))
+        extend(curve, means, 6)
+        if probe and ((epoch + 1) % max(1, epochs // 10) == 0 or epoch + 1 == epochs):
+            began = time.monotonic()
+            extend(curve, {"probe_epoch": epoch + 1, **probe()}, 4)
+            probing += time.monotonic() - began
+        seconds = time.monotonic() - started - probing
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        context.log(f"  epoch {epoch + 1}/{epochs}  {shown}  {seen / seconds:.1f} images/s")
+        if epoch + 1 == epochs:
+            break
+        stop = context.out_of_time()
+        if context.checkpoint and (stop or time.monotonic() - saved >= context.every_seconds):
+            save_checkpoint(context.checkpoint, kept, optimizer, epoch + 1, earlier + seconds, curve)
+            saved = time.monotonic()
+        if stop:
+            raise OutOfTime(f"time budget used up after epoch {epoch + 1} of {epochs}; run again to go on")
+    seconds = time.monotonic() - started - probing
+    parts.eval()
+    return Trained(curve, earlier + seconds, seen / seconds if seen else 0.0)
+
+
+def extend(curve: dict[str, list[float]], values: dict[str, float], digits: int) -> None:
+    for name, value in values.items():
+        curve.setdefault(name, []).append(round(value, digits))
+
+
+def check_finite(losses: Tensor, epoch: int) -> None:
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        raise NonFiniteLoss(
+            f"the loss is not finite: epoch {epoch + 1}, batch {int(bad[0]) + 1} of {len(losses)}; "
+            "lower the learning rate"
+        )
+
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def resume(
@@ -177,14 +204,6 @@ def resume(
         ) from error
     context.log(f"  continues after epoch {done} of {epochs}")
     return done, earlier, curve
-
-
-def check_finite(losses: Tensor, epoch: int, batches: int) -> None:
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        raise NonFiniteLoss(
-            f"the loss is not finite: epoch {epoch + 1}, batch {int(bad[0]) + 1} of {batches}; lower the learning rate"
-        )
 
 
 def save_checkpoint(

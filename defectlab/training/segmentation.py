@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from defectlab.data.masks import SegmentationData, SegmentationSplit, subset
 from defectlab.metrics.costs import model_costs
@@ -13,10 +12,11 @@ from defectlab.metrics.segmentation import best_threshold, segmentation_metrics
 from defectlab.networks.segmentation import SegmentationSettings, Segmenter, segmentation_loss
 from defectlab.precision import autocast, full_float32, precision_of
 from defectlab.runs import Context, Record, Result, load_weights
-from defectlab.training.loop import train
+from defectlab.training.loop import adam, rate_per_epoch, train
+from defectlab.training.results import rounded, shrunk
 
-THUMBNAIL = 80  # pixels a side of the cases kept in a record: three colours and a map of twelve fit into it
-CASES = 12
+SIDE = 80  # pixels a side of the examples kept in a record: three colours and a map of twelve fit into it
+EACH = 4  # examples of a kind
 
 
 def flip(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
@@ -26,23 +26,17 @@ def flip(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
     return torch.where(down.view(shape), x.flip(-2), x)
 
 
-def draw_flipped(split: SegmentationSplit) -> Callable[[Tensor, torch.Generator], list[Tensor]]:
-    """`draw` of `train`: images and masks at the indices, flipped at random in both directions (paper section 4.1).
+def draw_flipped(split: SegmentationSplit, indices: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Images and masks at the indices, flipped at random in both directions (paper section 4.1).
 
-    The decisions come from the CPU generator, so that every device sees the same images; so does the seed of dropout,
-    so that a resumed training takes the same course.
+    The decisions come from the CPU generator, so that every device sees the same images.
     """
-
-    def draw(indices: Tensor, generator: torch.Generator) -> list[Tensor]:
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        across, down = (torch.rand(2, len(indices), generator=generator) < 0.5).to(indices.device)
-        return [flip(x[indices], across, down) for x in (split.images, split.masks)]
-
-    return draw
+    across, down = (torch.rand(2, len(indices), generator=generator) < 0.5).to(indices.device)
+    return [flip(x[indices], across, down) for x in (split.images, split.masks)]
 
 
-def steps_an_epoch(images: int, batch: int) -> int:
-    """Optimiser steps that `train` takes in an epoch: it drops a last batch of a single image."""
+def steps_per_epoch(images: int, batch: int) -> int:
+    """Optimiser steps that `train` takes per epoch: it drops a last batch of a single image."""
     full, rest = divmod(images, batch)
     return full + (rest > 1)
 
@@ -52,8 +46,8 @@ def epochs_of(settings: SegmentationSettings, images: int, kept: int) -> int:
     (to the nearest epoch)."""
     if not settings.equal_steps:
         return settings.epochs
-    wanted = settings.epochs * steps_an_epoch(images, settings.batch)
-    return round(wanted / steps_an_epoch(kept, settings.batch))
+    wanted = settings.epochs * steps_per_epoch(images, settings.batch)
+    return round(wanted / steps_per_epoch(kept, settings.batch))
 
 
 @torch.inference_mode()
@@ -84,24 +78,27 @@ def run_segmentation(
     split = subset(data.train, settings.share, seed)
     epochs = epochs_of(settings, len(data.train), len(split))
 
-    def step(batch: list[Tensor]) -> dict[str, Tensor]:
-        images, masks = batch
+    def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> tuple[int, list[Tensor]]:
+        return int(torch.randint(2**31, (), generator=generator)), draw_flipped(split, indices, generator)
+
+    def step(batch: tuple[int, list[Tensor]]) -> dict[str, Tensor]:
+        dropout, (images, masks) = batch
+        torch.manual_seed(dropout)  # `nn.Dropout` takes no generator: seeded per step, so that it can be resumed
         with autocast(images.device, precision):
             logits = network(images)
         return segmentation_loss(logits, masks)
 
     trained = train(
         network,
+        draw,
         step,
-        [split.images, split.masks],
+        len(split),
+        optimizer=adam(network, settings.learning_rate, settings.betas),
+        rate=rate_per_epoch(settings.learning_rate, "cosine", epochs),
         epochs=epochs,
         batch=settings.batch,
-        learning_rate=settings.learning_rate,
-        betas=settings.betas,
         seed=seed,
         context=context,
-        schedule="cosine",
-        draw=draw_flipped(split),
     )
     result = evaluate(network, data, precision)
     result.curve = trained.curve
@@ -119,7 +116,7 @@ def evaluate(network: Segmenter, data: SegmentationData, precision: str) -> Resu
         split = getattr(data, part)
         measured[part] = segmentation_metrics(probabilities, split.masks, split.types, data.type_names, threshold)
     test, predictions = measured["test"], record_arrays(data, measured["test"].images)
-    predictions |= telling_cases(data.test, found["test"], test.images)
+    predictions |= examples(data.test, found["test"], test.images)
     return Result(
         rounded(test.overall),
         {name: rounded(values) for name, values in test.per_class.items()},
@@ -132,11 +129,6 @@ def evaluate(network: Segmenter, data: SegmentationData, precision: str) -> Resu
     )
 
 
-def rounded(values: dict[str, float]) -> dict[str, float]:
-    """Without NaN, which JSON does not know: a part without any foreground has no Dice."""
-    return {key: round(value, 4) for key, value in values.items() if value == value}
-
-
 def record_arrays(data: SegmentationData, images: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a record keeps of each test image: name, type, and what its metrics are made of, as image_<name>."""
     arrays = {
@@ -147,10 +139,8 @@ def record_arrays(data: SegmentationData, images: dict[str, np.ndarray]) -> dict
     return arrays | {f"image_{name}": values for name, values in images.items()}
 
 
-def telling_cases(
-    split: SegmentationSplit, probabilities: Tensor, images: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """A dozen small cases: of the images with foreground the four of the lowest and of the highest IoU, and of all
+def examples(split: SegmentationSplit, probabilities: Tensor, images: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A dozen small examples: of the images with foreground the four of the lowest and of the highest IoU, and of all
     others the four with most wrong pixels.
 
     -> case_index (K,), case_why (K,), case_images (K, side, side, 3), case_masks (K, side, side) 0 or 1,
@@ -158,26 +148,18 @@ def telling_cases(
     """
     tp, wrong = images["tp"], images["fp"] + images["fn"]
     iou = tp / np.maximum(tp + wrong, 1)
-    each = CASES // 3
     by_iou = [i for i in np.argsort(iou, kind="stable") if images["nonempty"][i]]
-    worst, best = by_iou[:each], by_iou[each:][-each:]
-    taken = {*worst, *best}
-    rest = [i for i in np.argsort(-wrong, kind="stable") if i not in taken][:each]
-    chosen = torch.tensor([*worst, *rest, *best], dtype=torch.long)
+    worst, best = by_iou[:EACH], by_iou[EACH:][-EACH:]
+    rest = [i for i in np.argsort(-wrong, kind="stable") if i not in {*worst, *best}][:EACH]
     why = ["lowest IoU"] * len(worst) + ["most wrong pixels of the others"] * len(rest) + ["highest IoU"] * len(best)
-    side = min(THUMBNAIL, split.images.shape[-1])
-
-    def small(x: Tensor) -> np.ndarray:
-        x = functional.interpolate(x.float(), (side, side), mode="area")
-        return x.movedim(1, -1).round().byte().cpu().numpy()  # (K, side, side, C)
-
-    picked = chosen.to(split.images.device)
+    chosen = torch.tensor([*worst, *rest, *best], dtype=torch.long)
+    picked, side = chosen.to(split.images.device), min(SIDE, split.images.shape[-1])
     return {
         "case_index": chosen.numpy(),
         "case_why": np.array(why),
-        "case_images": small(split.images[picked]),
-        "case_masks": small(split.masks[picked, None])[..., 0],
-        "case_probabilities": small(255 * probabilities[picked, None])[..., 0],
+        "case_images": shrunk(split.images[picked], side).round().byte().numpy(),
+        "case_masks": shrunk(split.masks[picked, None], side).round().byte().numpy(),
+        "case_probabilities": shrunk(255 * probabilities[picked, None], side).round().byte().numpy(),
     }
 
 

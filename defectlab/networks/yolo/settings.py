@@ -18,7 +18,7 @@ class DetectorSettings:
     epochs: int = 300  # ours: the papers that state it lie between 100 and 300
     batch: int = 64  # ours: small networks leave a GPU idle at 16
     optimizer: str = "sgd"  # "sgd" (Nesterov) or "adamw", which all three profiles use
-    learning_rate: float = 0.01  # the field's habit with SGD and losses summed over 64 pictures; ours are means
+    learning_rate: float = 0.01  # the field's habit with SGD and losses summed over 64 images; ours are means
     final_rate: float = 0.01  # of the first, at the end of the schedule
     schedule: str = "cosine"  # or "linear"
     momentum: float = 0.937  # the field's habit; Adam's first beta, too
@@ -36,3 +36,4 @@ class DetectorSettings:
     close_mosaic: int = 10  # last epochs without mosaic and mixup
     anchors: str = "coco"  # v5 only: "coco" or "kmeans" on the training boxes
     precision: str = "bf16"  # where the device is fast at it, else fp32
+    separate_streams: bool = False  # records before it share one generator state for order and augmentation
