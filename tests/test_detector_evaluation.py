@@ -1,4 +1,4 @@
-"""Detection metrics against torchmetrics, against hand-worked cases and against literally repeated pictures."""
+"""Detection metrics against torchmetrics, against hand-worked cases and against literally repeated images."""
 
 import io
 import math
@@ -15,23 +15,23 @@ from defectlab.metrics.detection import (
     best_f1_threshold,
     confusion_matrix,
     evaluate,
+    examples,
     match,
     pack,
     precision_recall,
     statistic,
-    telling_cases,
     unpack,
 )
 
 CLASSES = ("crazing", "inclusion", "patches", "pitted_surface")
 
 
-def scene(seed=0, pictures=30, size=200, most=100, classes=4, skill=0.8):
+def scene(seed=0, images=30, size=200, most=100, classes=4, skill=0.8):
     """Truths, and predictions like a detector's: most defects found, roughly placed, some with another class, and many
     unsure false alarms."""
     generator = np.random.default_rng(seed)
-    predictions, truths = [], []
-    for _ in range(pictures):
+    predictions, ground_truth = [], []
+    for _ in range(images):
         count = generator.integers(0, 6)
         corner, extent = generator.uniform(0, 0.6, (count, 2)), generator.uniform(0.06, 0.4, (count, 2))
         boxes = np.round(size * np.concatenate([corner, corner + extent], 1))
@@ -52,11 +52,11 @@ def scene(seed=0, pictures=30, size=200, most=100, classes=4, skill=0.8):
                 "labels": torch.from_numpy(np.concatenate([near_labels, generator.integers(0, classes, free)])[order]),
             }
         )
-        truths.append({"boxes": torch.from_numpy(boxes).float(), "labels": torch.from_numpy(labels)})
-    return predictions, truths
+        ground_truth.append({"boxes": torch.from_numpy(boxes).float(), "labels": torch.from_numpy(labels)})
+    return predictions, ground_truth
 
 
-def picture(*boxes):
+def image(*boxes):
     """(x1, label[, score]) -> boxes of 100 x 100 at (x1, 0)."""
     columns = {
         "boxes": torch.tensor([[b[0], 0, b[0] + 100, 100] for b in boxes], dtype=torch.float32).reshape(-1, 4),
@@ -72,19 +72,19 @@ NOTHING = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int6
 # Shifted by d, a box of 100 x 100 has IoU (100 - d) / (100 + d): 0.90 at 5, 0.67 at 20, 0.43 at 40.
 HAND = (
     [
-        picture((5, 0, 0.9), (40, 0, 0.8), (600, 0, 0.7)),  # right, duplicate (wrong), right
-        picture((20, 1, 0.6), (300, 0, 0.5)),  # right up to 0.65, false alarm
+        image((5, 0, 0.9), (40, 0, 0.8), (600, 0, 0.7)),  # right, duplicate (wrong), right
+        image((20, 1, 0.6), (300, 0, 0.5)),  # right up to 0.65, false alarm
         NOTHING,  # a missed defect
     ],
-    [picture((0, 0), (600, 0)), picture((0, 1)), picture((0, 0))],
+    [image((0, 0), (600, 0)), image((0, 1)), image((0, 0))],
 )
 
 
-def with_torchmetrics(predictions, truths, iou):
+def with_torchmetrics(predictions, ground_truth, iou):
     levels = {"iou_thresholds": [iou], "rec_thresholds": np.linspace(0, 1, 101).tolist()}
     metric = MeanAveragePrecision(**levels, class_metrics=True, backend="faster_coco_eval")
     metric.warn_on_many_detections = False
-    metric.update(predictions, truths)
+    metric.update(predictions, ground_truth)
     result = metric.compute()
     values = result["map_per_class"].reshape(-1).tolist()
     return dict(zip(result["classes"].reshape(-1).tolist(), [100 * v for v in values], strict=True))
@@ -95,28 +95,28 @@ def with_torchmetrics(predictions, truths, iou):
 
 @pytest.mark.parametrize("case", ["hand", 0, 1, 2])
 def test_average_precision_is_torchmetrics(case):
-    predictions, truths = HAND if case == "hand" else scene(case)
+    predictions, ground_truth = HAND if case == "hand" else scene(case)
     ious = (0.33, *COCO_IOUS)
-    found = average_precision(match(predictions, truths, ious))
+    found = average_precision(match(predictions, ground_truth, ious))
     for column, iou in enumerate(ious):
-        for label, value in with_torchmetrics(predictions, truths, iou).items():
+        for label, value in with_torchmetrics(predictions, ground_truth, iou).items():
             assert found[label, column] == pytest.approx(value, abs=1e-3), (label, iou)
 
 
 def test_average_precision_by_hand():
     found = average_precision(match(*HAND, (0.5, 0.7)))
-    # Class 0: right, wrong, right, wrong; 3 truths. Precision 1 up to recall 1/3, then 2/3 up to recall 2/3, then 0.
+    # Class 0: right, wrong, right, wrong, of 3. Precision 1 up to recall 1/3, then 2/3 up to recall 2/3, then 0.
     class_0 = 100 * (34 * 1 + 33 * 2 / 3) / 101  # recall levels 0..0.33 and 0.34..0.66
     assert found == pytest.approx(np.array([[class_0, class_0], [100.0, 0.0]]))
 
 
 def test_evaluate_reports_the_same_and_averages_classes_with_truth():
-    predictions, truths = scene(3)
-    for truth in truths:  # no truth of the last class is left
+    predictions, ground_truth = scene(3)
+    for truth in ground_truth:  # no box of the last class is left
         keep = truth["labels"] < 3
         truth["boxes"], truth["labels"] = truth["boxes"][keep], truth["labels"][keep]
-    metrics, per_class = evaluate(predictions, truths, CLASSES)
-    own = average_precision(match(predictions, truths, (0.33, *COCO_IOUS)))
+    metrics, per_class = evaluate(predictions, ground_truth, CLASSES)
+    own = average_precision(match(predictions, ground_truth, (0.33, *COCO_IOUS)))
     for label, name in enumerate(CLASSES[:3]):
         expected = {"map33": own[label, 0], "map50": own[label, 1], "map50_95": own[label, 1:].mean()}
         assert per_class[name] == pytest.approx(expected, abs=1e-3)
@@ -128,11 +128,11 @@ def test_evaluate_reports_the_same_and_averages_classes_with_truth():
 
 
 def test_evaluate_of_perfect_absent_and_needless_predictions():
-    _, truths = scene(4, pictures=8)
-    perfect = [truth | {"scores": torch.ones(len(truth["labels"]))} for truth in truths]
-    metrics, _ = evaluate(perfect, truths, CLASSES, threshold=0.5)
+    _, ground_truth = scene(4, images=8)
+    perfect = [truth | {"scores": torch.ones(len(truth["labels"]))} for truth in ground_truth]
+    metrics, _ = evaluate(perfect, ground_truth, CLASSES, threshold=0.5)
     assert metrics == pytest.approx(dict.fromkeys(metrics, 100.0), abs=1e-4)
-    none, _ = evaluate([NOTHING] * 8, truths, CLASSES, threshold=0.5)
+    none, _ = evaluate([NOTHING] * 8, ground_truth, CLASSES, threshold=0.5)
     assert math.isnan(none.pop("precision_dev"))
     assert none == dict.fromkeys(none, 0.0)
     no_truth, per_class = evaluate(perfect, [NOTHING] * 8, CLASSES, threshold=0.5)
@@ -140,23 +140,25 @@ def test_evaluate_of_perfect_absent_and_needless_predictions():
 
 
 def test_only_the_first_hundred_of_a_class_count():
-    many = picture(*[(1000 + 200 * i, 0, 0.9 - 0.001 * i) for i in range(100)], (0, 0, 0.1))
-    truths = [picture((0, 0))]
-    assert average_precision(match([many], truths, (0.5,)))[0, 0] == 0
-    assert evaluate([many], truths, CLASSES)[0]["map50"] == 0
+    many = image(*[(1000 + 200 * i, 0, 0.9 - 0.001 * i) for i in range(100)], (0, 0, 0.1))
+    ground_truth = [image((0, 0))]
+    assert average_precision(match([many], ground_truth, (0.5,)))[0, 0] == 0
+    assert evaluate([many], ground_truth, CLASSES)[0]["map50"] == 0
     fewer = {name: values[1:] for name, values in many.items()}
-    assert average_precision(match([fewer], truths, (0.5,)))[0, 0] == pytest.approx(1.0)  # precision 1/100
-    assert evaluate([fewer], truths, CLASSES)[0]["map50"] == pytest.approx(1.0)
+    assert average_precision(match([fewer], ground_truth, (0.5,)))[0, 0] == pytest.approx(1.0)  # precision 1/100
+    assert evaluate([fewer], ground_truth, CLASSES)[0]["map50"] == pytest.approx(1.0)
 
 
 def test_weights_are_repeated_pictures():
-    predictions, truths = scene(5)
-    matches = match(predictions, truths, (0.33, 0.5, 0.75))
+    predictions, ground_truth = scene(5)
+    matches = match(predictions, ground_truth, (0.33, 0.5, 0.75))
     generator = np.random.default_rng(0)
     for _ in range(3):
         weights = np.bincount(generator.integers(30, size=30), minlength=30)
         index = np.repeat(np.arange(30), weights)
-        repeated = match([predictions[i] for i in index], [truths[i] for i in index], (0.33, 0.5, 0.75), classes=4)
+        repeated = match(
+            [predictions[i] for i in index], [ground_truth[i] for i in index], (0.33, 0.5, 0.75), classes=4
+        )
         assert average_precision(matches, weights) == pytest.approx(average_precision(repeated), abs=1e-9, nan_ok=True)
     assert np.isnan(average_precision(matches, np.zeros(30))).all()
     with pytest.raises(ValueError, match="weights must have shape"):
@@ -167,7 +169,7 @@ def test_weights_are_repeated_pictures():
 
 
 def test_scores_at_a_threshold_by_hand():
-    metrics, _ = evaluate(*HAND, ("a", "b"), threshold=0.7)  # 3 kept, 2 right, 4 truths
+    metrics, _ = evaluate(*HAND, ("a", "b"), threshold=0.7)  # 3 kept, 2 right, 4 to be found
     assert metrics["precision_dev"] == pytest.approx(200 / 3)
     assert metrics["recall_dev"] == pytest.approx(50.0)
     assert metrics["f1_dev"] == pytest.approx(400 / 7)
@@ -178,27 +180,27 @@ def test_scores_at_a_threshold_by_hand():
 
 
 def test_best_threshold_gives_the_oracle_score_and_beats_all_others():
-    predictions, truths = scene(6)
-    threshold = best_f1_threshold(predictions, truths)
-    metrics, _ = evaluate(predictions, truths, CLASSES, threshold)
+    predictions, ground_truth = scene(6)
+    threshold = best_f1_threshold(predictions, ground_truth)
+    metrics, _ = evaluate(predictions, ground_truth, CLASSES, threshold)
     assert metrics["f1_dev"] == pytest.approx(metrics["f1_oracle"])
     for other in np.linspace(0, 1, 40):
         kept, right, wanted = 0, 0, 0
-        for predicted, truth in zip(predictions, truths, strict=True):
+        for predicted, truth in zip(predictions, ground_truth, strict=True):
             cut = {name: values[predicted["scores"] >= other] for name, values in predicted.items()}
             found = match([cut], [truth], (0.5,), classes=4)
-            kept, right, wanted = kept + len(found.scores), right + found.right.sum(), wanted + found.truths.sum()
+            kept, right, wanted = kept + len(found.scores), right + found.right.sum(), wanted + found.ground_truth.sum()
         assert 200 * right / (kept + wanted) <= metrics["f1_oracle"] + 1e-9
 
 
 def test_equal_scores_stay_together():  # cut between them, F1 would be 100
-    assert evaluate([picture((0, 0, 0.5), (600, 0, 0.5))], [picture((0, 0))], ("a",))[0]["f1_oracle"] == 100 * 2 / 3
+    assert evaluate([image((0, 0, 0.5), (600, 0, 0.5))], [image((0, 0))], ("a",))[0]["f1_oracle"] == 100 * 2 / 3
 
 
 def test_nothing_to_choose_a_threshold_by():
-    _, truths = scene(6, pictures=3)
-    assert best_f1_threshold([NOTHING] * 3, truths) == 1.0
-    with pytest.raises(ValueError, match="no truth box"):
+    _, ground_truth = scene(6, images=3)
+    assert best_f1_threshold([NOTHING] * 3, ground_truth) == 1.0
+    with pytest.raises(ValueError, match="no ground truth to choose"):
         best_f1_threshold([NOTHING], [NOTHING])
 
 
@@ -206,12 +208,12 @@ def test_nothing_to_choose_a_threshold_by():
 
 
 def test_matching_is_greedy_by_score_then_by_overlap():
-    # The sure prediction lies between both truths and takes the nearer; the second must do with what is left.
-    truths = [picture((0, 0), (50, 0))]
-    predictions = [picture((20, 0, 0.9), (0, 0, 0.8), (50, 0, 0.7), (50, 1, 0.6))]
-    found = match(predictions, truths, (0.33, 0.5))
+    # The sure prediction lies between both true boxes and takes the nearer; the second must do with what is left.
+    ground_truth = [image((0, 0), (50, 0))]
+    predictions = [image((20, 0, 0.9), (0, 0, 0.8), (50, 0, 0.7), (50, 1, 0.6))]
+    found = match(predictions, ground_truth, (0.33, 0.5))
     assert found.right.tolist() == [[True, True], [True, False], [False, True], [False, False]]
-    assert found.truths.tolist() == [[2, 0]]
+    assert found.ground_truth.tolist() == [[2, 0]]
 
 
 def test_precision_recall_by_hand():
@@ -222,38 +224,38 @@ def test_precision_recall_by_hand():
 
 
 def test_confusion_by_hand():
-    truths = [picture((0, 0), (300, 1), (600, 1))]
-    predictions = [picture((0, 1, 0.9), (310, 1, 0.8), (300, 0, 0.7), (900, 0, 0.6), (600, 1, 0.2))]
+    ground_truth = [image((0, 0), (300, 1), (600, 1))]
+    predictions = [image((0, 1, 0.9), (310, 1, 0.8), (300, 0, 0.7), (900, 0, 0.6), (600, 1, 0.2))]
     # First truth found with the wrong class; the second by the nearer of two; the third only below the threshold.
-    matrix = confusion_matrix(predictions, truths, classes=2, threshold=0.5)
+    matrix = confusion_matrix(predictions, ground_truth, classes=2, threshold=0.5)
     assert matrix.tolist() == [[0, 1, 0], [1, 0, 1], [1, 1, 0]]
-    predictions, truths = scene(7)
-    matrix = confusion_matrix(predictions, truths, 4, threshold=0.3)
-    labels = torch.cat([t["labels"] for t in truths])
+    predictions, ground_truth = scene(7)
+    matrix = confusion_matrix(predictions, ground_truth, 4, threshold=0.3)
+    labels = torch.cat([t["labels"] for t in ground_truth])
     kept = torch.cat([p["labels"][p["scores"] >= 0.3] for p in predictions])
     assert matrix[:4].sum(1).tolist() == torch.bincount(labels, minlength=4).tolist()
     assert matrix[:, :4].sum(0).tolist() == torch.bincount(kept, minlength=4).tolist()
     assert matrix[4, 4] == 0
 
 
-def test_telling_cases():
-    truths = [picture((0, 0), (300, 0)), picture((0, 0)), NOTHING, picture((0, 0)), picture((0, 0), (300, 1))]
+def test_examples():
+    ground_truth = [image((0, 0), (300, 0)), image((0, 0)), NOTHING, image((0, 0)), image((0, 0), (300, 1))]
     predictions = [
         NOTHING,
-        picture((0, 0, 0.9), (900, 0, 0.1)),
-        picture((0, 1, 0.8)),
-        picture((0, 0, 0.95), (600, 0, 0.6)),
-        picture((0, 0, 0.7), (300, 1, 0.5)),
+        image((0, 0, 0.9), (900, 0, 0.1)),
+        image((0, 1, 0.8)),
+        image((0, 0, 0.95), (600, 0, 0.6)),
+        image((0, 0, 0.7), (300, 1, 0.5)),
     ]
-    assert telling_cases(predictions, truths, count=4) == [
+    assert examples(predictions, ground_truth, count=4) == [
         (0, "2 of 2 missed"),
         (2, "false alarm at 0.80"),
         (3, "false alarm at 0.60"),
         (4, "all 2 found"),
         (1, "found"),
     ]
-    assert [i for i, _ in telling_cases(predictions, truths, count=1)] == [0, 2, 4]
-    cases = telling_cases(*scene(8))
+    assert [i for i, _ in examples(predictions, ground_truth, count=1)] == [0, 2, 4]
+    cases = examples(*scene(8))
     assert len({i for i, _ in cases}) == len(cases) >= 8
 
 
@@ -262,8 +264,8 @@ def test_telling_cases():
 
 @pytest.fixture(scope="module")
 def large():
-    predictions, truths = scene(9, pictures=360, classes=4)
-    return predictions, truths, [f"crazing_{i}" for i in range(360)]
+    predictions, ground_truth = scene(9, images=360, classes=4)
+    return predictions, ground_truth, [f"crazing_{i}" for i in range(360)]
 
 
 def test_matching_360_pictures_takes_less_than_a_second(large):
@@ -281,25 +283,25 @@ def arrays(large, tmp_path_factory):
 
 
 def test_packed_boxes_give_the_same_metrics(large, arrays):
-    predictions, truths, names, class_names = unpack(arrays)
+    predictions, ground_truth, names, class_names = unpack(arrays)
     assert (names, class_names) == (large[2], CLASSES)
-    for whole, back in zip(large[1], truths, strict=True):
+    for whole, back in zip(large[1], ground_truth, strict=True):
         assert torch.equal(whole["boxes"], back["boxes"])
         assert torch.equal(whole["labels"], back["labels"])
     assert sum(len(p["scores"]) for p in predictions) == 12_000
     for whole, back in zip(large[0], predictions, strict=True):
-        kept = len(back["scores"])  # the surest of the picture, in their order
+        kept = len(back["scores"])  # the surest of the image, in their order
         assert torch.equal(back["labels"], whole["labels"][:kept])
         assert torch.allclose(back["boxes"], whole["boxes"][:kept], atol=0.0017)  # 200 px / 65535 / 2, and rounding
         assert torch.allclose(back["scores"], whole["scores"][:kept], atol=2.5e-4)
     before, _ = evaluate(large[0], large[1], CLASSES, threshold=0.3)
-    after, _ = evaluate(predictions, truths, CLASSES, threshold=0.3)
+    after, _ = evaluate(predictions, ground_truth, CLASSES, threshold=0.3)
     assert after == pytest.approx(before, abs=0.3)
 
 
 def test_packed_arrays_of_500_pictures_are_small():
-    predictions, truths = scene(10, pictures=500, size=640, classes=6)
-    arrays = pack(predictions, truths, [f"group00041/{i:08d}" for i in range(500)], list("abcdef"))
+    predictions, ground_truth = scene(10, images=500, size=640, classes=6)
+    arrays = pack(predictions, ground_truth, [f"group00041/{i:08d}" for i in range(500)], list("abcdef"))
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)
     assert packed.tell() < 200_000
@@ -309,22 +311,22 @@ def test_packed_arrays_of_500_pictures_are_small():
 
 
 def test_packing_nothing():
-    predictions, truths, names, class_names = unpack(pack([NOTHING], [picture((0, 1))], ["a"], ["x", "y"]))
+    predictions, ground_truth, names, class_names = unpack(pack([NOTHING], [image((0, 1))], ["a"], ["x", "y"]))
     assert [len(p["boxes"]) for p in predictions] == [0]
-    assert (truths[0]["labels"].tolist(), names, class_names) == ([1], ["a"], ("x", "y"))
+    assert (ground_truth[0]["labels"].tolist(), names, class_names) == ([1], ["a"], ("x", "y"))
 
 
 def test_statistic_is_the_metric_and_follows_the_weights(large, arrays):
-    predictions, truths, *_ = unpack(arrays)
+    predictions, ground_truth, *_ = unpack(arrays)
     ones = np.ones(360, dtype=np.int64)
-    metrics, per_class = evaluate(predictions, truths, CLASSES)
+    metrics, per_class = evaluate(predictions, ground_truth, CLASSES)
     for metric in ("map50", "map50_95", "map33"):
         assert statistic(arrays, metric)(ones) == pytest.approx(metrics[metric], abs=1e-3)
     two = ("patches", "crazing")
     expected = np.mean([per_class[c]["map50"] for c in two])
     assert statistic(arrays, "map50", two)(ones) == pytest.approx(expected, abs=1e-3)
     half = np.r_[np.full(180, 2), np.zeros(180, dtype=np.int64)]
-    alone, _ = evaluate(predictions[:180], truths[:180], CLASSES)
+    alone, _ = evaluate(predictions[:180], ground_truth[:180], CLASSES)
     assert statistic(arrays, "map50")(half) == pytest.approx(alone["map50"], abs=0.1)  # float16 scores: ties
     assert math.isnan(statistic(arrays, "map50")(0 * ones))
     for wrong, why in ((("recall",), "no average precision is called 'recall'"), (("map50", ["spur"]), "no class")):
@@ -333,18 +335,18 @@ def test_statistic_is_the_metric_and_follows_the_weights(large, arrays):
 
 
 def test_contradictions_are_named():
-    predictions, truths = scene(11, pictures=3)
-    with pytest.raises(ValueError, match="predictions of 2 pictures and truths of 3"):
-        match(predictions[:2], truths, (0.5,))
+    predictions, ground_truth = scene(11, images=3)
+    with pytest.raises(ValueError, match="predictions of 2 images and ground truth of 3"):
+        match(predictions[:2], ground_truth, (0.5,))
     with pytest.raises(ValueError, match=r"labels must lie in 0\.\.1"):
-        evaluate(predictions, truths, ("a", "b"))
-    with pytest.raises(ValueError, match="2 names for 3 pictures"):
-        pack(predictions, truths, ["a", "b"], CLASSES)
-    with pytest.raises(ValueError, match="no pictures"):
+        evaluate(predictions, ground_truth, ("a", "b"))
+    with pytest.raises(ValueError, match="2 names for 3 images"):
+        pack(predictions, ground_truth, ["a", "b"], CLASSES)
+    with pytest.raises(ValueError, match="no images"):
         match([], [], (0.5,))
     inside_out = [{"boxes": torch.tensor([[5.0, 0, 3, 9]]), "labels": torch.zeros(1, dtype=torch.int64)}]
     with pytest.raises(ValueError, match="x1 <= x2"):
         match([NOTHING], inside_out, (0.5,))
     predictions[1]["scores"][0] = math.nan
     with pytest.raises(ValueError, match="NaN"):
-        evaluate(predictions, truths, CLASSES)
+        evaluate(predictions, ground_truth, CLASSES)

@@ -1,15 +1,12 @@
 """Metrics of anomaly detection and localisation: image level, pixel level and per-region overlap (AUPRO).
 
-All pixel metrics are read off one description of the pooled test pixels: for each distinct score that a
-defect pixel has, how many defect pixels have it, and how many normal pixels lie strictly above it or not
-below it. Thresholds that no defect pixel has move a curve only to the right, so nothing is lost, and the
-description is as small as the defects are. Each normal pixel is sorted once, within its defect type; counts
-of types then add up.
+All pixel metrics are read off one description of the pooled test pixels: for each distinct score that a defect pixel
+has, how many defect pixels have it, and how many normal pixels lie strictly above it or not below it. Thresholds that
+no defect pixel has move a curve only to the right, so nothing is lost, and the description is as small as the defects
+are. Each normal pixel is sorted once, within its defect type; counts of types then add up.
 
 AUPRO: Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, section 5.2.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -45,27 +42,26 @@ def anomaly_metrics(
 ) -> AnomalyMetrics:
     """Metrics of a test set and of each defect type (the images of that type with all normal images).
 
-    maps (N, H, W) anomaly maps on any device, compared as float32; masks (N, H, W), not 0 = defect; labels
-    (N,), 1 = anomalous; types (N,) index into `type_names`, 0 = "good"; has_mask (N,): False for an
-    anomalous image whose mask is not known (empty), which counts at image level and is left out of the pixel
-    metrics, True for all other images, the normal ones among them; image_scores (N,). Higher scores mean
-    more anomalous. The vectors may be sequences, arrays or tensors.
+    maps (N, H, W) anomaly maps on any device, compared as float32; masks (N, H, W), not 0 = defect; labels (N,), 1 =
+    anomalous; types (N,) index into `type_names`, 0 = "good"; has_mask (N,): False for an anomalous image whose mask is
+    not known (empty), which counts at image level and is left out of the pixel metrics, True for all others;
+    image_scores (N,). Higher scores mean more anomalous. The vectors may be sequences, arrays or tensors.
 
-    The dicts hold, in per cent: image_auroc, image_ap, image_f1_oracle, pixel_auroc, pixel_ap,
-    pixel_f1_oracle, aupro, and, if `threshold` is given, image_f1_dev: F1 of "score ≥ threshold", the
-    threshold having been chosen on dev. The two "oracle" ones take the best threshold on these very images.
-    A metric that needs both classes is NaN where one is missing. AP is scikit-learn's, equal scores always
-    change together. aupro: overlap averaged over all 8-connected defect regions, against the false positive
-    rate over all normal pixels, both pooled over the images; trapezoid from 0 to `fpr_limit`, interpolated
-    there, over the limit.
+    The dicts hold, in per cent: image_auroc, image_ap, image_f1_oracle, pixel_auroc, pixel_ap, pixel_f1_oracle, aupro,
+    and, if `threshold` is given, image_f1_dev: F1 of "score ≥ threshold", the threshold having been chosen on dev. The
+    two "oracle" ones take the best threshold on these very images. A metric that needs both classes is NaN where one is
+    missing. AP is scikit-learn's, equal scores always change together. aupro: overlap averaged over all 8-connected
+    defect regions, against the false positive rate over all normal pixels, both pooled over the images; trapezoid from
+    0 to `fpr_limit`, interpolated there, over the limit.
 
     ValueError: shapes or labels that contradict each other, NaN scores, fpr_limit outside (0, 1].
     """
     labels, types, has_mask, image_scores = (_numpy(x) for x in (labels, types, has_mask, image_scores))
     labels, has_mask = labels > 0, has_mask.astype(bool)
     masks = _numpy(masks) != 0  # (N, H, W) bool
-    _check(maps, masks, labels, types, has_mask, type_names, image_scores, fpr_limit)
-
+    _check(maps, masks, labels, types, has_mask, type_names, image_scores)
+    if not 0 < fpr_limit <= 1:
+        raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}")
     pixels = [_PixelsOfType(maps, masks, (types == t) & has_mask) for t in range(len(type_names))]
 
     def metrics_of(chosen_types: list[int]) -> dict[str, float]:
@@ -84,12 +80,12 @@ def pixel_histograms(
 ) -> dict[str, np.ndarray]:
     """A summary small enough to commit, from which pixel metrics can be bootstrapped over images.
 
-    Arguments as in `anomaly_metrics`. Returns arrays for np.savez_compressed (K ≤ bins, fewer if scores
-    repeat): edges (K − 1,) float32, ascending, bin k holding edges[k − 1] < score ≤ edges[k]; normal (N, K)
-    and defect (N, K) counts of pixels, uint16 or, where it does not fit, uint32; overlap (N, K) float32, the
-    sum over the image's regions of the fraction of the region in the bin; regions (N,) uint32, the image's
-    regions. Rows of images without a mask are zero. The edges are quantiles of all scores, at tail fractions
-    falling geometrically from 1 to 1e-5: that is where AP and AUPRO are decided.
+    Arguments as in `anomaly_metrics`. Returns arrays for np.savez_compressed (K ≤ bins, fewer if scores repeat): edges
+    (K − 1,) float32, ascending, bin k holding edges[k − 1] < score ≤ edges[k]; normal (N, K) and defect (N, K) counts
+    of pixels, uint16 or, where it does not fit, uint32; overlap (N, K) float32, the sum over the image's regions of the
+    fraction of the region in the bin; regions (N,) uint32, the image's regions. Rows of images without a mask are zero.
+    The edges are quantiles of all scores, at tail fractions falling geometrically from 1 to 1e-5: that is where AP and
+    AUPRO are decided.
     """
     has_mask, masks = _numpy(has_mask).astype(bool), _numpy(masks) != 0
     _check_maps(maps, masks, has_mask)
@@ -127,12 +123,12 @@ def metrics_from_histograms(
 ) -> dict[str, float]:
     """pixel_auroc, pixel_ap and aupro in per cent from `pixel_histograms`, each image taken weights[i] times.
 
-    weights (N,) integer, 1 each by default; zero weights select a subset. Within a bin, normal and defect
-    pixels are taken to be evenly mixed. NaN where a class is missing.
+    weights (N,) integer, 1 each by default; zero weights select a subset. Within a bin, normal and defect pixels are
+    taken to be evenly mixed. NaN where a class is missing.
 
-    Measured against `anomaly_metrics` on 583 smooth synthetic maps of 256×256 with 96 bins (defects on 0.2 or
-    2 % of all pixels; AUROC 83 to 99, AP 3 to 91, AUPRO 55 to 97), for the set and for each of five types: off
-    by at most 0.06 (AUROC), 0.15 (AP) and 0.04 points (AUPRO). Compressed, the arrays took 90 to 133 kB.
+    Measured against `anomaly_metrics` on 583 smooth synthetic maps of 256×256 with 96 bins (defects on 0.2 or 2 % of
+    all pixels; AUROC 83 to 99, AP 3 to 91, AUPRO 55 to 97), for the set and for each of five types: off by at most 0.06
+    (AUROC), 0.15 (AP) and 0.04 points (AUPRO). Compressed, the arrays took 90 to 133 kB.
     """
     weights = np.ones(len(hist["normal"])) if weights is None else np.asarray(weights, dtype=np.float64)
     if weights.shape != (len(hist["normal"]),):
@@ -150,12 +146,11 @@ def metrics_from_histograms(
     }
 
 
-# ---------------------------------------------------------------------------------------------- exact metrics
+# --- Exact metrics ---------------------------------------------------------------------------------------------------
 
 
 class _PixelsOfType:
-    """Pixels of the chosen images: normal scores ascending, defect scores with their share of their
-    region."""
+    """Pixels of the chosen images: normal scores ascending, defect scores with their share of their region."""
 
     def __init__(self, maps: torch.Tensor, masks: np.ndarray, chosen: np.ndarray):
         index = np.flatnonzero(chosen)
@@ -209,12 +204,12 @@ def _image_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float | No
     return result
 
 
-# ---------------------------------------------------------------------------------------------------- helpers
+# --- Helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _area(rise: np.ndarray, before: np.ndarray, after: np.ndarray, limit: float = 1.0) -> float:
-    """Area under a piecewise linear curve from 0 to `limit`, the curve rising by rise[k] as x goes from
-    before[k] to after[k]. A rise adds a triangle (cut at the limit) and, from after[k] on, a rectangle."""
+    """Area under a piecewise linear curve from 0 to `limit`, the curve rising by rise[k] as x goes from before[k] to
+    after[k]. A rise adds a triangle (cut at the limit) and, from after[k] on, a rectangle."""
     width = after - before
     inside = np.clip(limit - before, 0.0, width)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -223,8 +218,8 @@ def _area(rise: np.ndarray, before: np.ndarray, after: np.ndarray, limit: float 
 
 
 def _mixed_average_precision(defect: np.ndarray, normal: np.ndarray) -> float:
-    """∫ precision d recall with the pixels of a bin evenly mixed: within a bin found and all grow linearly,
-    so the integral of their ratio is a straight part and a logarithm."""
+    """∫ precision d recall with the pixels of a bin evenly mixed: within a bin found and all grow linearly, so the
+    integral of their ratio is a straight part and a logarithm."""
     use = defect > 0
     step_all = (defect + normal)[use]
     all_before = (np.cumsum(defect + normal) - (defect + normal))[use]
@@ -238,15 +233,13 @@ def _mixed_average_precision(defect: np.ndarray, normal: np.ndarray) -> float:
 
 
 def _region_shares(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """1 / (area of its region) for each defect pixel of a mask (H, W), row by row, and the number of
-    regions."""
+    """1 / (area of its region) for each defect pixel of a mask (H, W), row by row, and the number of regions."""
     labelled, count = ndimage.label(mask, structure=EIGHT_CONNECTED)
     return 1.0 / np.bincount(labelled.ravel())[labelled[mask]], count
 
 
 def _edges(scores: torch.Tensor, bins: int, most: int = 4_000_000) -> torch.Tensor:
-    """Ascending distinct bin edges (≤ bins − 1), from an even subsample of the scores: edges need not be
-    exact."""
+    """Ascending distinct bin edges (≤ bins − 1), from an even subsample of the scores: edges need not be exact."""
     stride = math.ceil(scores.numel() / most) | 1  # odd, so that it does not fall on the same columns
     sample = torch.sort(scores.reshape(-1)[::stride]).values
     if len(sample) == 0:
@@ -273,14 +266,12 @@ def _check_maps(maps: torch.Tensor, masks: np.ndarray, has_mask: np.ndarray) -> 
         raise ValueError("maps contain NaN: the model that gave them has diverged")
 
 
-def _check(maps, masks, labels, types, has_mask, type_names, image_scores, fpr_limit) -> None:
+def _check(maps, masks, labels, types, has_mask, type_names, image_scores) -> None:
     """What must hold before the metrics mean anything; each message names the first image that breaks it."""
     _check_maps(maps, masks, has_mask)
     for name, vector in (("labels", labels), ("types", types), ("image_scores", image_scores)):
         if vector.shape != (len(maps),):
             raise ValueError(f"{name} must have shape ({len(maps)},), got {vector.shape}")
-    if not 0 < fpr_limit <= 1:
-        raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}")
     filled = masks.any(axis=(1, 2))
     for broken, message in (
         ((types < 0) | (types >= len(type_names)), f"its type is none of the {len(type_names)} type_names"),

@@ -63,11 +63,11 @@ def model_costs(
     flops_size: int | None = None,
     batches: bool = True,
 ) -> dict[str, float]:
-    """Costs of a detector or another network of square RGB pictures, `size` px a side; the model as it is (fold it
+    """Costs of a detector or another network of square RGB images, `size` px a side; the model as it is (fuse it
     before, if it is deployed fused). The modes of its parts are left as they were.
 
-    -> parameters_m (millions), gflops (1e9, 2 x MACs, one picture, of `flops_size` px where that is given), size_mb (MB
-    of fp16 weights), latency_ms (one picture), and with `batches` images_per_second_32 (a batch of 32).
+    -> parameters_m (millions), gflops (1e9, 2 x MACs, one image, of `flops_size` px where that is given), size_mb (MB
+    of fp16 weights), latency_ms (one image), and with `batches` images_per_second_32 (a batch of 32).
     """
     device = torch.device(device)
     modes = [(module, module.training) for module in model.modules()]

@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from py_sod_metrics import MAE, Emeasure, Smeasure, WeightedFmeasure
 from torch import Tensor
 
 COUNTS = ("tp", "fp", "fn", "tn")
@@ -33,7 +32,7 @@ class SegmentationMetrics:
 
     `overall` has all of `METRICS`; `per_class` the same for the images of each type that is present, "good" among them,
     alone. `images` are arrays (N,) from which `statistic` gives them again: tp, fp, fn, tn (int64, pixels), mae,
-    weighted_f, s_measure, e_measure (float64, per cent) and nonempty (bool: the truth has foreground).
+    weighted_f, s_measure, e_measure (float64, per cent) and nonempty (bool: the ground truth has foreground).
     """
 
     overall: dict[str, float]
@@ -52,10 +51,10 @@ def segmentation_metrics(
     miou, iou, dice, accuracy: from the pixels of all images together; iou and dice of the foreground, miou the mean of
       the IoU of foreground and of background. The first three are NaN where nothing is and nothing is found.
     mae, weighted_f, s_measure, e_measure: means over the images, of the probabilities as they are (not stretched to
-      0..1). For an empty truth pysodmetrics gives a weighted F of 0 whatever was found, an S-measure of 1 − the mean
+      0..1). For an empty mask pysodmetrics gives a weighted F of 0 whatever was found, an S-measure of 1 − the mean
       probability, and an E-measure of the share of pixels below the threshold. e_measure is the mean over the 256
       thresholds 0/255 .. 255/255; at the first, all pixels are foreground: a perfect map gets 99.7, with an empty
-      truth 99.6, not 100.
+      mask 99.6, not 100.
     dice_nonempty (the mean over images of their Dice), mae_nonempty ...: means over the images with foreground.
 
     ValueError: shapes that contradict each other, probabilities outside 0..1 or NaN.
@@ -101,6 +100,8 @@ def statistic(arrays: dict[str, np.ndarray], metric: str) -> Callable[[np.ndarra
 
 
 def _of_each_image(probabilities: Tensor, masks: Tensor, threshold: float) -> dict[str, np.ndarray]:
+    from py_sod_metrics import MAE, Emeasure, Smeasure, WeightedFmeasure  # no other study needs it
+
     found, truth = (x.flatten(1).cpu().numpy() for x in (probabilities > threshold, masks > 0))  # (N, pixels) bool
     tp, fp, fn, tn = (np.sum(x, 1) for x in (found & truth, found & ~truth, ~found & truth, ~found & ~truth))
     mae, weighted_f, s_measure, e_measure = measures = MAE(), WeightedFmeasure(), Smeasure(), Emeasure()

@@ -25,7 +25,7 @@ from defectlab.data.images import letterbox
 from defectlab.data.own_folder import load_folder
 from defectlab.figures.detection import CLASS_COLOURS, boxed
 from defectlab.files import DataError, write_atomically, write_json
-from defectlab.metrics.detection import Boxes, telling_cases
+from defectlab.metrics.detection import Boxes, examples
 from defectlab.networks.yolo.model import SCALES, Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.own.export import check_installed, to_onnx
@@ -149,7 +149,7 @@ def write_findings(
     predictions = predict(detector, data.test)
     write_json(out / "predictions.json", listed(predictions, data.test, data.class_names))
     threshold, truths, test = result.dev["threshold"], data.test.truths(), data.test
-    cases = telling_cases(predictions, truths, threshold=threshold)
+    cases = examples(predictions, truths, threshold=threshold)
 
     def as_drawn(boxes: Boxes) -> Boxes:
         places = [(i, float(test.scale[i]), test.offset[i].repeat(2)) for i, _ in cases]

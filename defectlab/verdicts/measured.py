@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from defectlab.metrics import detection, segmentation
 from defectlab.metrics.anomaly import metrics_from_histograms
 from defectlab.metrics.ranking import auroc, average_precision
+from defectlab.metrics.robustness import robustness_statistic
 from defectlab.runs import Record
 from defectlab.verdicts import stats
 
@@ -54,8 +56,8 @@ METRIC_NAMES = {
     "aupro_crop": "AUPRO, crop only",
     "crop_share": "crop's share of the image",
     "noise_error": "noise error (% of its power)",
-    "unexplained": "unexplained variance",
-    "kl": "KL (nats a latent value)",
+    "unexplained": "fraction of variance unexplained",
+    "kl": "KL (nats per latent value)",
     "compression_ratio": "compression ratio",
     "mask_map50": "mask mAP50",
     "mask_map50_95": "mask mAP50:95",
@@ -76,7 +78,7 @@ class Cost(NamedTuple):
     unit: str
     digits: int  # after the point
     higher_is_better: bool = False
-    timed: bool = False  # then it depends on the device
+    timed: bool = False  # then it depends on the device and on the sitting
 
 
 COSTS = {
@@ -88,16 +90,13 @@ COSTS = {
     "images_per_second_32": Cost("images/s", 0, higher_is_better=True, timed=True),
 }
 BOOTSTRAP_REPEATS = 300
-DETECTION = ("map50", "map50_95", "map33", "mask_map50", "mask_map50_95")
+DETECTION = (*detection.METRIC_IOUS, *detection.MASK_IOUS)
 ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
 ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
-OF_IMAGES = ("mae", "weighted_f", "s_measure", "e_measure")  # means over images
-SEGMENTATION = ("miou", "iou", "dice", "accuracy", *OF_IMAGES, "dice_nonempty", *(f"{m}_nonempty" for m in OF_IMAGES))
+BOOTSTRAPPED = (*ANOMALY, *DETECTION, *ROBUSTNESS, *segmentation.METRICS)  # a record's arrays give these again
 LOWER_IS_BETTER = ("mae", "mae_nonempty", "crop_share", "noise_error", "unexplained")  # costs say so themselves
-BOOTSTRAPPED = (*ANOMALY, *DETECTION, *ROBUSTNESS, *SEGMENTATION)  # a record's arrays give these again
-
-
 UNITS = {"kl": "nats", "compression_ratio": "ratio"}  # of the metrics that are not in per cent
+BEYOND_100 = ("kept_blur", "kept_noise", "noise_error", "unexplained")  # per cent of what can be exceeded
 
 
 def value_of(record: Record, metric: str) -> float:
@@ -108,6 +107,15 @@ def value_of(record: Record, metric: str) -> float:
 def written(value: float, metric: str) -> str:
     """A value with the digits that its metric or cost is shown with, without unit."""
     return f"{value:.{COSTS[metric].digits if metric in COSTS else 1}f}"
+
+
+def within(metric: str, low: float, high: float, differences: int = 0) -> tuple[float, float]:
+    """An interval cut where the metric ends: a level in per cent at 0 and 100, a difference of two such at -100 and
+    100, a difference of `differences` = 2 differences at -200 and 200. What is not in per cent stays as it is."""
+    if metric not in METRIC_NAMES or metric in COSTS or metric in UNITS:
+        return low, high
+    most = math.inf if metric in BEYOND_100 else 100.0 * max(differences, 1)
+    return max(low, -most if differences else 0.0), min(high, most)
 
 
 # --- Bootstrap over test images --------------------------------------------------------------------------------------
@@ -121,40 +129,21 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
     """
     arrays = record.arrays
     if metric in DETECTION:
-        from defectlab.metrics.detection import statistic  # anomaly studies need no detector
-
-        return statistic(arrays, metric, types)
+        return detection.statistic(arrays, metric, types)
     if metric in ROBUSTNESS:
-        from defectlab.metrics.robustness import robustness_statistic
-
         return robustness_statistic(arrays, metric)
-    if metric in SEGMENTATION:
-        from defectlab.metrics.segmentation import statistic as of_masks
-
-        return _over_types(of_masks(arrays, metric), arrays, types, with_normals=False)
-    if metric in ("image_auroc", "image_ap"):
+    if metric in segmentation.METRICS:
+        whole, always = segmentation.statistic(arrays, metric), []
+    elif metric in ("image_auroc", "image_ap"):
         measure = auroc if metric == "image_auroc" else average_precision
-        whole = partial(measure, arrays["scores"], arrays["labels"])
+        whole, always = partial(measure, arrays["scores"], arrays["labels"]), [0]
     else:
         histogram = {k.removeprefix("histogram_"): v for k, v in arrays.items() if k.startswith("histogram_")}
-
-        def whole(weights: np.ndarray) -> float:
-            return metrics_from_histograms(histogram, weights)[metric]
-
-    return _over_types(whole, arrays, types)
-
-
-def _over_types(
-    whole: Callable[[np.ndarray], float],
-    arrays: dict[str, np.ndarray],
-    types: list[str] | None,
-    with_normals: bool = True,
-) -> Callable[[np.ndarray], float]:
-    """`whole` as it is, or its mean over these types, each with all normals (type 0) or, for masks, alone."""
+        whole, always = lambda weights: metrics_from_histograms(histogram, weights)[metric], [0]
     if types is None:
         return whole
     names = arrays["type_names"].tolist()
-    members = [np.isin(arrays["types"], [names.index(t), *([0] if with_normals else [])]) for t in types]
+    members = [np.isin(arrays["types"], [names.index(t), *always]) for t in types]  # type 0: the normal images
     return lambda weights: float(np.mean([whole(weights * chosen) for chosen in members]))
 
 

@@ -1,11 +1,8 @@
 """Intervals, tests and verdicts: how a measured number is compared with a printed one.
 
-Everything here is a pure function of numbers. Metrics are in per cent, so differences are in points. Two
-kinds of spread are kept apart: between seeds (`mean_interval`, `pooled_difference`) and between test images
-(`paired_bootstrap`). The verdicts read an interval and never look at single seeds.
+Pure functions of numbers: metrics in per cent, differences in points, intervals of 95 %. Two kinds of spread are kept
+apart: between seeds (`mean_interval`, `pooled_difference`) and between test images (`paired_bootstrap`).
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats as distributions
 
-from defectlab.metrics.ranking import _values
+from defectlab.metrics.ranking import as_vector
 
+CONFIDENCE = 0.95
 MIN_SEEDS = 3
 NO_VERDICT = {"smoke": "no verdict: synthetic data", "quick": "no verdict: quick profile"}
 
@@ -32,8 +30,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """mean(a) − mean(b), its two-sided interval, the two-sided p value of "no difference", degrees of
-    freedom."""
+    """mean(a) − mean(b), its interval, the two-sided p value of "no difference", and its degrees of freedom."""
 
     mean: float
     low: float
@@ -42,37 +39,34 @@ class Difference:
     df: int
 
 
-# ---------------------------------------------------------------------------------------------- between seeds
+# --- Between seeds ---------------------------------------------------------------------------------------------------
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def mean_interval(values: Sequence[float]) -> Interval:
     """Mean of the values of independent seeds with Student's t interval (n − 1 degrees of freedom).
 
     One value has no spread: low and high are NaN. No value at all is a ValueError. A NaN value gives NaN.
     """
-    values = _values(values, "values")
+    values = as_vector(values, "values")
     mean, n = float(values.mean()), values.size
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
-    half = _t_quantile(confidence, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+    half = _t_quantile(n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 
-def pooled_difference(
-    a: Sequence[float], b: Sequence[float], groups: Sequence[Sequence[float]], confidence: float = 0.95
-) -> Difference:
+def pooled_difference(a: Sequence[float], b: Sequence[float], groups: Sequence[Sequence[float]]) -> Difference:
     """Unpaired difference mean(a) − mean(b), with one residual spread for the whole table.
 
-    `groups` holds the seed values of every row of the table, those of a and b among them. The residual
-    variance is pooled over all rows (as in a one-way analysis of variance), df = Σ(n − 1): with few seeds a
-    row, this is far steadier than the spread of two rows alone, and it assumes that the rows spread alike.
-    With groups = [a, b] it is Student's two-sample t test with equal variances.
+    `groups` holds the seed values of every row of the table, those of a and b among them. The residual variance is
+    pooled over all rows (as in a one-way analysis of variance), df = Σ(n − 1): with few seeds per row, this is far
+    steadier than the spread of two rows alone, and it assumes that the rows spread alike. With groups = [a, b] it is
+    Student's two-sample t test with equal variances.
 
-    df = 0 (one seed everywhere) gives a NaN interval and p. No residual spread at all gives an interval of
-    width zero, p = 0 for a difference and 1 for none. A NaN value gives NaN. An empty a or b is a
-    ValueError.
+    df = 0 (one seed everywhere) gives a NaN interval and p. No residual spread at all gives an interval of width zero,
+    p = 0 for a difference and 1 for none. A NaN value gives NaN. An empty a or b is a ValueError.
     """
-    a, b = _values(a, "a"), _values(b, "b")
+    a, b = as_vector(a, "a"), as_vector(b, "b")
     rows = [np.asarray(row, dtype=np.float64) for row in groups if len(row) > 0]
     difference = float(a.mean() - b.mean())
     df = sum(row.size - 1 for row in rows)
@@ -82,9 +76,13 @@ def pooled_difference(
     error = math.sqrt(variance * (1 / a.size + 1 / b.size))
     if error == 0:
         return Difference(difference, difference, difference, float(difference == 0), df)
-    half = _t_quantile(confidence, df) * error
+    half = _t_quantile(df) * error
     p = 2 * float(distributions.t.sf(abs(difference) / error, df))
     return Difference(difference, difference - half, difference + half, p, df)
+
+
+def _t_quantile(df: int) -> float:
+    return float(distributions.t.ppf((1 + CONFIDENCE) / 2, df))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -102,7 +100,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-# --------------------------------------------------------------------------------------------- between images
+# --- Between images --------------------------------------------------------------------------------------------------
 
 
 def paired_bootstrap(
@@ -111,22 +109,17 @@ def paired_bootstrap(
     strata: Sequence | np.ndarray | None = None,
     repeats: int = 1000,
     seed: int = 0,
-    confidence: float = 0.95,
 ) -> Interval:
     """Percentile interval of `statistic` under resampling of the test images with replacement.
 
-    statistic(weights) gets the integer multiplicity of each image, shape (n_images,), summing to n_images.
-    To compare two models, let it return the difference of their metrics under the same weights: that is the
-    pairing. `strata` (n_images,) names each image's stratum, for example its label or defect type; the
-    number of images of each stratum then stays fixed. `mean` of the result is the statistic on the real set
-    (all weights 1).
-
-    Repeats in which the statistic is NaN (a class was not drawn) are left out; if all are, low and high are
-    NaN.
+    statistic(weights) gets the integer multiplicity of each image, shape (n_images,), summing to n_images. To compare
+    two models, let it return the difference of their metrics under the same weights: that is the pairing. `strata`
+    (n_images,) names each image's stratum, for example its defect type; the number of images of each then stays fixed.
+    `mean` of the result is the statistic on the real set (all weights 1). Repeats in which the statistic is NaN (a
+    class was not drawn) are left out; if all are, low and high are NaN.
     """
     if n_images < 1 or repeats < 1:
         raise ValueError(f"a bootstrap needs images and repeats, got n_images={n_images}, repeats={repeats}")
-    _check_confidence(confidence)
     strata = np.zeros(n_images, dtype=np.int64) if strata is None else np.asarray(strata)
     if strata.shape != (n_images,):
         raise ValueError(f"strata must have shape ({n_images},), got {strata.shape}")
@@ -143,33 +136,29 @@ def paired_bootstrap(
     sampled = sampled[~np.isnan(sampled)]
     if sampled.size == 0:
         return Interval(value, math.nan, math.nan, n_images)
-    low, high = np.quantile(sampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(sampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(value, float(low), float(high), n_images)
 
 
-# --------------------------------------------------------------------------------------------------- verdicts
+# --- Verdicts --------------------------------------------------------------------------------------------------------
 
 
 def verdict_allowed(n: int, profile: str) -> str | None:
     """None if rows with (at least) n seeds of this profile may get a verdict, else the reason why not."""
-    if profile not in ("smoke", "quick", "paper"):
-        raise ValueError(f"unknown profile {profile!r}: use 'smoke', 'quick' or 'paper'")
     if n < MIN_SEEDS and profile != "smoke":
         return "one seed: no verdict" if n == 1 else f"{n} seeds: no verdict"
     return NO_VERDICT.get(profile)
 
 
 def judge_level(interval: Interval, printed: float) -> str:
-    """'agrees' if the interval contains the printed number (its ends included), else where our interval lies
-    relative to it: 'above' or 'below'. NaN ends are a ValueError (ask `verdict_allowed` first)."""
+    """'agrees' if the interval contains the printed number (its ends included), else where the interval lies relative
+    to it: 'above' or 'below'. NaN ends are a ValueError (ask `verdict_allowed` first)."""
     low, high = _ends(interval)
-    if not math.isfinite(printed):
-        raise ValueError(f"the printed number must be finite, got {printed}")
     return "above" if low > printed else "below" if high < printed else "agrees"
 
 
 def judge_gain(interval: Interval | Difference, printed: float, adjusted_p: float | None = None) -> str:
-    """Verdict on a printed gain g > 0 from the interval of ours (better minus baseline, higher is better).
+    """Verdict on a printed gain g > 0 from the interval of the recorded one (better minus baseline).
 
     | interval          | contains g  | below g          | above g               |
     |-------------------|-------------|------------------|-----------------------|
@@ -177,13 +166,13 @@ def judge_gain(interval: Interval | Difference, printed: float, adjusted_p: floa
     | contains 0        | undecided   | no gain seen     | (cannot be)           |
     | below 0           | (cannot be) | opposite         | (cannot be)           |
 
-    An end that touches 0 or g counts as containing it. `adjusted_p` is the p value after `holm`: above 0.05
-    the interval is widened to reach 0, so a difference that does not survive the correction is not called a
-    gain (nor opposite). A printed gain ≤ 0 is a ValueError: swap the two rows, or judge it as a level.
+    An end that touches 0 or g counts as containing it. `adjusted_p` is the p value after `holm`: above 0.05 the
+    interval is widened to reach 0, so a difference that does not survive the correction is not called a gain (nor
+    opposite). A printed gain ≤ 0 is a ValueError: swap the two rows.
     """
-    if not (printed > 0 and math.isfinite(printed)):
+    if not printed > 0:
         raise ValueError(f"a printed gain must be positive, got {printed}: swap the rows or use judge_level")
-    low, high = _corrected_ends(interval, adjusted_p)
+    low, high = _ends(interval, adjusted_p)
     if high < 0:
         return "opposite"
     if low > 0:
@@ -194,33 +183,15 @@ def judge_gain(interval: Interval | Difference, printed: float, adjusted_p: floa
 
 
 def judge_reconstruction(interval: Interval | Difference, adjusted_p: float | None = None) -> str:
-    """'supports' if the whole interval is above 0, 'contradicts' if below, else 'no evidence' (touching 0
-    counts as containing it). For claims whose printed number is not at hand; `adjusted_p` as in
-    `judge_gain`."""
-    low, high = _corrected_ends(interval, adjusted_p)
+    """'supports' if the whole interval is above 0, 'contradicts' if below, else 'no evidence' (touching 0 counts as
+    containing it). For claims whose printed number is not at hand; `adjusted_p` as in `judge_gain`."""
+    low, high = _ends(interval, adjusted_p)
     return "supports" if low > 0 else "contradicts" if high < 0 else "no evidence"
 
 
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-
-
-def _t_quantile(confidence: float, df: int) -> float:
-    _check_confidence(confidence)
-    return float(distributions.t.ppf((1 + confidence) / 2, df))
-
-
-def _ends(interval: Interval | Difference) -> tuple[float, float]:
+def _ends(interval: Interval | Difference, adjusted_p: float | None = None) -> tuple[float, float]:
     if not interval.low <= interval.high:  # also catches NaN
         raise ValueError(f"no verdict from ({interval.low}, {interval.high}): the interval needs more seeds")
-    return interval.low, interval.high
-
-
-def _corrected_ends(interval: Interval | Difference, adjusted_p: float | None) -> tuple[float, float]:
-    low, high = _ends(interval)
-    if adjusted_p is not None and not 0 <= adjusted_p <= 1:
-        raise ValueError(f"adjusted_p must lie in [0, 1], got {adjusted_p}")
     if adjusted_p is not None and adjusted_p > 0.05:
-        return min(low, 0.0), max(high, 0.0)
-    return low, high
+        return min(interval.low, 0.0), max(interval.high, 0.0)
+    return interval.low, interval.high

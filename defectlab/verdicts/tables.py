@@ -1,7 +1,7 @@
 """Tables and verdicts: the printed number, the recorded ones, and this run's, side by side.
 
 Printed numbers and claims are data (`results/papers/<study>/*.csv`, `claims.toml`); recorded ones are read from
-`results/runs`, this machine's from `runs/<profile>`. The rules are those of `defectlab.stats`.
+`results/runs`, this machine's from `runs/<profile>`. The rules are those of `verdicts.stats`.
 """
 
 import csv
@@ -18,8 +18,7 @@ from defectlab.files import project_root
 from defectlab.runs import Record
 from defectlab.studies import Study, study
 from defectlab.verdicts import claims, stats
-from defectlab.verdicts.claims import Judged
-from defectlab.verdicts.measured import BOOTSTRAPPED, COSTS, METRIC_NAMES, UNITS, bootstrap_level, value_of, written
+from defectlab.verdicts.measured import BOOTSTRAPPED, COSTS, METRIC_NAMES, bootstrap_level, value_of, within, written
 
 NEAR_100 = 98.0  # per cent: from here on seeds say less than images
 
@@ -47,6 +46,10 @@ class RecordStore:
         """The profile in whose terms an unrecorded row is spoken of: this machine's own, in smoke quick."""
         return "quick" if self.profile == "smoke" else self.profile
 
+    @property
+    def here_name(self) -> str:
+        return "synthetic" if self.profile == "smoke" else "this run"
+
     def here_of(self, study: Study, name: str) -> list[Record]:
         """This machine's runs of a row, made from the data and weights that lie here now."""
         row = study.rows[self.profile].get(name)
@@ -63,7 +66,7 @@ def record_store(profile: str) -> RecordStore:
     return RecordStore(profile, runs.read_records(runs.recorded_dir()), here)
 
 
-# --- Printed numbers beside ours -------------------------------------------------------------------------------------
+# --- Printed numbers beside recorded ones ----------------------------------------------------------------------------
 
 
 def printed_table(study_name: str, table: str) -> list[dict[str, str]]:
@@ -78,18 +81,15 @@ def printed_table(study_name: str, table: str) -> list[dict[str, str]]:
 
 def show(values: list[float], metric: str = "") -> str:
     """'87.3 [85.1, 89.5] n=3': mean over seeds, 95 % interval, number of seeds; one seed has no interval, and neither
-    has a cost on which all seeds agree. `metric` decides the digits; what is in per cent ends at 0 and at 100."""
+    has a cost on which all seeds agree. `metric` decides the digits and where an interval ends."""
     values = [v for v in values if not math.isnan(v)]
     if not values:
         return "–"
     found = stats.mean_interval(values)
-    low, high = found.low, found.high
-    if metric in METRIC_NAMES and metric not in COSTS and metric not in UNITS:
-        low, high = max(low, 0.0), min(high, 100.0)
-    mean, low, high = (written(v, metric) for v in (found.mean, low, high))
+    low, high = within(metric, found.low, found.high)
     if found.n == 1 or (metric in COSTS and len(set(values)) == 1):
-        return f"{mean} n={found.n}"
-    return f"{mean} [{low}, {high}] n={found.n}"
+        return f"{written(found.mean, metric)} n={found.n}"
+    return f"{written(found.mean, metric)} [{written(low, metric)}, {written(high, metric)}] n={found.n}"
 
 
 def show_records(records: list[Record], metric: str, kind: str | None = None) -> str:
@@ -121,8 +121,7 @@ def judge_printed(line: dict[str, str], records: list[Record], profile: str) -> 
     cost = COSTS.get(metric)
     if cost and cost.timed:
         return "cannot be judged (timed on another device)"
-    reason = stats.verdict_allowed(len(records), profile)
-    if reason and not cost:
+    if not cost and (reason := stats.verdict_allowed(len(records), profile)):
         return reason
     interval = stats.mean_interval(values)
     if cost:
@@ -138,10 +137,9 @@ def results_table(
 ) -> pd.DataFrame:
     """One row for each row of the paper's table; for each metric the columns paper | recorded | this run | verdict.
 
-    "recorded" shows the best profile that a row has, which the column "profile" names.
-
-    The verdict column is there for metrics of which a number was printed for a row that is run here. Rows without any
-    number say why in the last column; rows with a speed say there on what it was measured. In smoke this machine's
+    "recorded" shows the best profile that a row has, which the column "profile" names. The verdict column is there for
+    metrics of which a number was printed for a row that is run here. The last column says why a row has no number, on
+    what its speed was measured, and which network is recorded where it is not the printed one. In smoke this machine's
     column is headed "synthetic". Where the table has none of `metrics` (default: all of its own), the frame is empty.
     A printed table with columns of its own (data sets) keeps them, and has these four as lines: see `_by_column`.
     """
@@ -149,28 +147,25 @@ def results_table(
     of = study(study_name)
     store = store or record_store(profile)
     metrics = metrics or list(dict.fromkeys(line["metric"] for line in lines))
-    if {line["column"] for line in lines} != {"all"}:
-        return _by_column([line for line in lines if line["metric"] in metrics], of, store)
-    printed = {line["metric"] for line in lines if line["value"] and line["key"]}
-    here_name = "synthetic" if profile == "smoke" else "this run"
+    lines = [line for line in lines if line["metric"] in metrics]
+    if not lines:
+        return pd.DataFrame()
+    if any(line["column"] != "all" for line in lines):
+        return _by_column(lines, of, store)
+    judged = {line["metric"] for line in lines if line["value"] and line["key"]}
     content: dict[str, dict[tuple[str, str], str]] = {}
     for line in lines:
-        metric = line["metric"]
-        if metric not in metrics:
-            continue
+        metric, title = line["metric"], METRIC_NAMES[line["metric"]]
         cells = content.setdefault(line["row"], {})
         recorded, at = store.recorded_of(of, line["key"])
-        here = store.here_of(of, line["key"])
-        title = METRIC_NAMES[metric]
         cells[title, "paper"] = line["value"] or "–"
         cells[title, "recorded"] = show_records(recorded, metric)
-        cells[title, here_name] = show_records(here, metric)
-        if metric in printed:
+        cells[title, store.here_name] = show_records(store.here_of(of, line["key"]), metric)
+        if metric in judged:
             cells[title, "verdict"] = judge_printed(line, recorded, at)
         cells["", "profile"] = at if recorded else cells.get(("", "profile"), "–")
-        cells["", "note"] = cells.get(("", "note")) or _note(line, recorded, of, at)
-    if not content:
-        return pd.DataFrame()
+        notes = [*filter(None, [cells.get(("", "note"))]), *_notes(line, recorded, of, at)]
+        cells["", "note"] = "; ".join(dict.fromkeys(notes))
     frame = pd.DataFrame.from_dict(content, orient="index").fillna("–")  # rows need not have a line for every metric
     frame.index.name = "row"
     titles = [*(METRIC_NAMES[m] for m in metrics), ""]
@@ -179,27 +174,51 @@ def results_table(
     return frame
 
 
+def _notes(line: dict[str, str], recorded: list[Record], of: Study, profile: str) -> list[str]:
+    if not recorded and line["key"]:
+        return ["not run yet" if of.rows[profile][line["key"]].seeds else f"not run: time (not part of {profile})"]
+    if not recorded:
+        return [line["status"]]
+    notes = [network] if (network := _other_network(of, line["key"], profile)) else []
+    timed = line["metric"] in COSTS and COSTS[line["metric"]].timed
+    timings = [r for r in recorded if timed and not math.isnan(value_of(r, line["metric"]))]
+    if timings:
+        beside = "" if all(r.timed_alone for r in timings) else ", which other runs shared"
+        notes.append(f"timed on {'; '.join(sorted({r.device for r in timings}))}{beside}")
+    return notes
+
+
+def _other_network(of: Study, name: str, profile: str) -> str:
+    """'recorded: YOLOv5n, 192 px' where a profile has a smaller network or smaller images than the paper's rows."""
+    here, paper = (of.rows[p][name].settings for p in (profile, "paper"))
+    differs = [n for n in ("family", "scale", "size") if getattr(here, n, None) != getattr(paper, n, None)]
+    if not differs:
+        return ""
+    network = "" if differs == ["size"] else f"YOLO{here.family}{here.scale}, "
+    return f"recorded: {network}{here.size} px"
+
+
 def _by_column(lines: list[dict[str, str]], of: Study, store: RecordStore) -> pd.DataFrame:
-    """A table of one metric with a column a data set: for each method a line of what was printed, one of what is
+    """A table of one metric with a column for each data set: for each method a line of what was printed, one of what is
     recorded, one of this machine's runs where there are any; the last column says what follows for recorded ones."""
     columns = list(dict.fromkeys(line["column"] for line in lines))
+    metric = lines[0]["metric"]
     content: dict[str, dict[str, str]] = {}
     for method in dict.fromkeys(line["row"] for line in lines):
         of_method = {line["column"]: line for line in lines if line["row"] == method}
         found = {c: store.recorded_of(of, x["key"]) for c, x in of_method.items()}
+        found = {c: (records, at) for c, (records, at) in found.items() if records}
         here = {c: store.here_of(of, x["key"]) for c, x in of_method.items()}
-        metric = next(iter(of_method.values()))["metric"]
         content[f"{method}: paper"] = {c: x["value"] or "–" for c, x in of_method.items()}
-        if any(records for records, _ in found.values()):
-            profiles = ", ".join(sorted({at for records, at in found.values() if records}))
+        if found:
+            profiles = ", ".join(sorted({at for _, at in found.values()}))
             content[f"{method}: recorded ({profiles})"] = {c: show_records(r, metric) for c, (r, _) in found.items()}
         if any(here.values()):
-            name = "synthetic" if store.profile == "smoke" else "this run"
-            content[f"{method}: {name}"] = {c: show_records(r, metric) for c, r in here.items()}
+            content[f"{method}: {store.here_name}"] = {c: show_records(r, metric) for c, r in here.items()}
         content[next(reversed(content))]["verdict"] = _column_verdict(of_method, found)
     frame = pd.DataFrame.from_dict(content, orient="index")
     frame = frame.reindex(columns=[*columns, "verdict"]).fillna("–")
-    frame.index.name = METRIC_NAMES[lines[0]["metric"]] if lines else "row"
+    frame.index.name = METRIC_NAMES[metric]
     return frame
 
 
@@ -208,9 +227,9 @@ def _column_verdict(lines: dict[str, dict[str, str]], found: dict[str, tuple[lis
     runnable = [c for c, line in lines.items() if line["key"]]
     if not runnable:
         return next(iter(lines.values()))["status"]
-    verdicts = {c: judge_printed(lines[c], recorded, at) for c, (recorded, at) in found.items() if recorded}
-    if not verdicts:
+    if not found:
         return "not run yet"
+    verdicts = {c: judge_printed(lines[c], recorded, at) for c, (recorded, at) in found.items()}
     said = [f"{c}: {verdict}" for c, verdict in verdicts.items() if verdict]
     if any(line["value"] and not line["key"] for line in lines.values()):  # printed means over data sets
         where = f"{len(verdicts)} of {len(runnable)} data sets" if len(runnable) > 1 else f"{runnable[0]} alone"
@@ -218,21 +237,9 @@ def _column_verdict(lines: dict[str, dict[str, str]], found: dict[str, tuple[lis
     return "; ".join(said)
 
 
-def _note(line: dict[str, str], recorded: list[Record], of: Study, profile: str) -> str:
-    if not recorded and line["key"]:
-        return "not run yet" if of.rows[profile][line["key"]].seeds else f"not run: time (not part of {profile})"
-    if not recorded:
-        return line["status"]
-    timed = line["metric"] in COSTS and COSTS[line["metric"]].timed
-    timings = [r for r in recorded if timed and not math.isnan(value_of(r, line["metric"]))]
-    if not timings:
-        return ""
-    beside = "" if all(r.timed_alone for r in timings) else ", which other runs shared"
-    return f"timed on {'; '.join(sorted({r.device for r in timings}))}{beside}"
-
-
 def per_class_table(study_name: str, keys: list[str], metric: str, profile: str) -> pd.DataFrame:
-    """Mean over seeds of one metric for each defect type, recorded runs: a row for each of `keys`, a column a type."""
+    """Mean over seeds of one metric for each defect type, recorded runs: a line for each of `keys`, a column for each
+    type."""
     of, store, content = study(study_name), record_store(profile), {}
     for key in keys:
         found, _ = store.recorded_of(of, key)
@@ -245,56 +252,63 @@ def per_class_table(study_name: str, keys: list[str], metric: str, profile: str)
 # --- Claims ----------------------------------------------------------------------------------------------------------
 
 
-def judge_claims(study_name: str, store: RecordStore) -> list[Judged]:
+def judge_claims(study_name: str, store: RecordStore) -> list[claims.Judged]:
     """Every claim of a study, from the recorded runs."""
-    of, profiles = (
-        study(study_name),
-        [p for p in ("paper", "quick") if p != store.shown_profile] + [store.shown_profile],
-    )
-    found = {
-        p: {name: runs.find(store.recorded, row.settings, p) for name, row in of.rows[p].items()} for p in profiles
-    }
-    unplanned = {p: [name for name, row in of.rows[p].items() if not row.seeds] for p in profiles}
+    rows = study(study_name).rows
+    profiles = sorted(("paper", "quick"), key=lambda profile: profile == store.shown_profile)
+    found = {p: {n: runs.find(store.recorded, row.settings, p) for n, row in rows[p].items()} for p in profiles}
+    unplanned = {p: [name for name, row in rows[p].items() if not row.seeds] for p in profiles}
     return claims.judge(claims.claims_of(study_name), found, unplanned)
+
+
+def _intervals(judged: claims.Judged) -> tuple[str, str]:
+    """Over seeds and over test images; one seed has none over seeds (that of other rows would stand in its place)."""
+    differences = 2 if judged.claim["kind"] == "order" else 1
+
+    def text(found: stats.Interval | stats.Difference | None) -> str:
+        if found is None or math.isnan(found.low):
+            return "–"
+        low, high = within(judged.claim["metric"], found.low, found.high, differences)
+        return f"[{low:+.1f}, {high:+.1f}]"
+
+    return text(judged.difference if judged.n > 1 else None), text(judged.images)
 
 
 def claims_table(study_name: str, profile: str, store: RecordStore | None = None) -> pd.DataFrame:
     """The study's claims with what the recorded runs say: difference (a bound: the cost or ratio and its limit),
     interval over seeds, over images, verdict."""
-    store = store or record_store(profile)
     lines = []
-    for m in judge_claims(study_name, store):
-        d, images = m.difference, m.images
+    for judged in judge_claims(study_name, store or record_store(profile)):
+        over_seeds, over_images = _intervals(judged)
         lines.append(
             {
-                "claim": m.claim["id"].replace("_", " ") + (" (primary)" if m.claim["primary"] else ""),
-                "compared": claims.compared(m),
-                "difference": claims.outcome(m),
-                "95 % over seeds": "–" if d is None or math.isnan(d.low) else f"[{d.low:+.1f}, {d.high:+.1f}]",
-                "95 % over images": "–" if images is None else f"[{images.low:+.1f}, {images.high:+.1f}]",
-                "n": m.n or "–",
-                "profile": m.profile or "–",
-                "outcome": m.verdict,
+                "claim": judged.claim["id"].replace("_", " ") + (" (primary)" if judged.claim["primary"] else ""),
+                "compared": claims.compared(judged),
+                "difference": claims.outcome(judged),
+                "95 % over seeds": over_seeds,
+                "95 % over images": over_images,
+                "n": judged.n or "–",
+                "profile": judged.profile or "–",
+                "outcome": judged.verdict,
             }
         )
     return pd.DataFrame(lines)
 
 
 def findings(study_name: str, profile: str) -> str:
-    """What we found and what it cost, in sentences, from the committed records: for the head of a notebook."""
+    """What was found and what it cost, in sentences, from the committed records: for the head of a notebook."""
     of, store, lines = study(study_name), record_store(profile), []
-    for m in judge_claims(study_name, store):
-        if not m.claim["primary"]:
+    for judged in judge_claims(study_name, store):
+        if not judged.claim["primary"]:
             continue
-        measured = m.verdict
-        if m.difference:
-            d = m.difference
-            interval = "" if math.isnan(d.low) else f" [{d.low:+.1f}, {d.high:+.1f}]"
-            measured = f"{claims.outcome(m)}{interval} points with {m.n} seed(s): {m.verdict}"
-        elif m.value is not None:
-            device = f" on {m.device}" if m.device else ""
-            measured = f"{claims.outcome(m)}{device} with {m.n} seed(s): {m.verdict}"
-        lines.append(f"{m.claim['id'].replace('_', ' ')}: {claims.compared(m)}: {measured}")
+        said = [f"{judged.claim['id'].replace('_', ' ')}: {claims.compared(judged)}"]
+        if judged.difference:
+            over_seeds, over_images = _intervals(judged)
+            interval = f"{over_images} over test images" if judged.n == 1 else f"{over_seeds} over {judged.n} seeds"
+            said.append(f"{claims.outcome(judged)} points, {interval}")
+        elif judged.value is not None:
+            said.append(claims.outcome(judged))
+        lines.append(": ".join([*said, judged.verdict]))
     recorded = [store.recorded_of(of, name) for name in of.rows[store.profile]]
     used = {r.key: r for records, _ in recorded for r in records}
     hours = sum(r.seconds for r in used.values()) / 3600
@@ -323,17 +337,17 @@ def agreement(study_name: str, key: str, metric: str, profile: str) -> str:
 
 
 def styled(frame: pd.DataFrame) -> Any:
-    """A table for notebooks and pages: left-aligned text, the synthetic column grey."""
-    grey = [c for c in frame.columns if "synthetic" in (c if isinstance(c, tuple) else (c,))]
+    """A table for notebooks and pages: left-aligned text, the synthetic column or lines grey."""
     look = [
         {"selector": "th, td", "props": "text-align: left; vertical-align: top; padding: 2px 10px; font-size: 13px"},
         {"selector": "thead th", "props": "border-bottom: 1px solid #888"},
     ]
     name = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]  # the style's own, and the same in every run
     style = frame.style.set_table_styles(look).set_uuid(name)
-    if grey:
+    columns = [c for c in frame.columns if "synthetic" in (c if isinstance(c, tuple) else (c,))]
+    lines = [
+        label for label in frame.index if str(label).endswith(": synthetic")
+    ]  # of tables with data sets as columns
+    for grey in ([columns] if columns else []) + ([pd.IndexSlice[lines, :]] if lines else []):
         style = style.set_properties(subset=grey, **{"color": "#999"})
-    lines = [label for label in frame.index if str(label).endswith(": synthetic")]  # of tables with a column a data set
-    if lines:
-        style = style.set_properties(subset=pd.IndexSlice[lines, :], **{"color": "#999"})
     return style.hide(axis="index") if isinstance(frame.index, pd.RangeIndex) else style
