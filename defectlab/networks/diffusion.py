@@ -1,9 +1,20 @@
-"""What the decoder of a diffusion model makes of a picture: feature maps at three scales.
+"""Denoising diffusion: the noise schedule, the network that predicts the noise, samples, and features of its decoder.
 
-Baranchuk et al. 2022, "Label-Efficient Semantic Segmentation with Diffusion Models", arXiv 2112.03126 (DDPM-Seg): a
-picture gets the noise of a small timestep, and what the noise predictor's decoder computes on the way to its answer is
-kept. They found the middle blocks of the decoder at small timesteps the most telling, and resized all maps to one
-scale; here they stay at their own.
+Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239. An image x_0 loses its signal over
+`steps` steps of
+
+    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                                       (their eq. 2)
+
+so that, with alpha_hat_t the product of (1 - beta_s) over s up to t, any step is reached at once:
+
+    x_t = sqrt(alpha_hat_t) x_0 + sqrt(1 - alpha_hat_t) noise,  noise ~ N(0, I)                    (their eq. 4)
+
+A U-Net learns to predict the noise from x_t and t (their eq. 14), which gives the mean of the way back,
+q(x_{t-1} | x_t) (their eqs. 3 and 11). Timesteps count from 0 here: alpha_hat[0] holds one factor.
+
+Features: Baranchuk et al. 2022, "Label-Efficient Semantic Segmentation with Diffusion Models", arXiv 2112.03126. An
+image gets the noise of a small timestep, and what the decoder computes on the way to its answer is kept. They found the
+middle blocks at small timesteps the most informative, and resized all maps to one scale; here they stay at their own.
 """
 
 from __future__ import annotations
@@ -18,7 +29,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
 FIRST_BETA, LAST_BETA = 1e-4, 0.02  # Ho et al. section 4: linear in between
+TIMESTEPS = (100, 150, 250)  # of the features; D3N (arXiv 2408.13845) section III-B
+# ours: D3N is silent. The mean keeps the channels of a block (512 at the coarsest level, what D3N's compressor takes)
+# and a third of the size of a concatenation
+COMBINE = "mean"
 
 
 @dataclass(frozen=True)
@@ -29,21 +47,25 @@ class DiffusionSettings:
     version: ClassVar[int] = 1
 
     dataset: str = "neu_det"
-    size: int = 64  # px a side; D3N section IV-A
-    channels: tuple[int, int, int] = (128, 256, 512)  # a level, finest first; ours: D3N has 512 channels to compress
-    layers: int = 2  # residual blocks a level on the way down, one more on the way up; ours: Ho et al. appendix B
-    attention: tuple[bool, bool, bool] = (False, False, True)  # a level; ours: at 16x16 alone, as Ho et al. appendix B
+    size: int = 64  # px per side; D3N section IV-A
+    channels: tuple[int, int, int] = (128, 256, 512)  # per level, finest first; ours: D3N has 512 channels to compress
+    layers: int = 2  # residual blocks per level on the way down, one more on the way up; ours: Ho et al. appendix B
+    attention: tuple[bool, bool, bool] = (
+        False,
+        False,
+        True,
+    )  # per level; ours: at 16x16 alone, as Ho et al. appendix B
     steps: int = 1000  # D3N section IV-A
     learning_rate: float = 5e-6  # D3N section IV-A: Adam, a cosine from 5e-6 ...
     final_rate: float = 0.01  # ... to 5e-8, this part of the first
     batch: int = 2  # D3N section IV-A
     # ours: D3N is silent. Adam moves a weight by at most about the rate in a step, so too few steps at 5e-6 learn
-    # nothing: 200 epochs of 1,296 pictures are 129,600 steps, whose rates sum to 0.3, where a weight of the coarsest
+    # nothing: 200 epochs of 1,296 images are 129,600 steps, whose rates sum to 0.3, where a weight of the coarsest
     # level starts at 0.015 at most
     epochs: int = 200
     average: float = 0.9999  # EMA of the weights, what is used afterwards; ours: Ho et al. appendix B
     average_ramp: float = 2000.0  # steps: the EMA starts short; ours
-    flips: bool = True  # of each training picture, both ways with probability 1/2; ours: steel and boards have no up
+    flips: bool = True  # of each training image, both ways with probability 1/2; ours: steel and boards have no up
     precision: str = "bf16"  # where the device is fast at it, else fp32
 
 
@@ -57,7 +79,7 @@ def noise_schedule(steps: int) -> Tensor:
 
 
 def q_sample(clean: Tensor, timesteps: Tensor, noise: Tensor, alpha_hat: Tensor) -> Tensor:
-    """Pictures with the noise of their timesteps, Ho et al. eq. 4.
+    """Images with the noise of their timesteps, Ho et al. eq. 4.
 
     Args:
         clean: (B, C, H, W), -1 to 1. timesteps: (B,) int64, from 0. noise: (B, C, H, W), standard normal.
@@ -82,7 +104,7 @@ def noise_loss(
 
 
 def build_unet(settings: DiffusionSettings, colours: int) -> UNet2DModel:
-    """A U-Net of three levels, pictures (B, colours, size, size) and timesteps (B,) -> .sample of the same shape.
+    """A U-Net of three levels, images (B, colours, size, size) and timesteps (B,) -> .sample of the same shape.
 
     Its `config` knows the size, the colours and the number of timesteps. Raises ValueError for channels or sizes that
     cannot be.
@@ -112,14 +134,14 @@ def build_unet(settings: DiffusionSettings, colours: int) -> UNet2DModel:
 
 
 def as_inputs(images: Tensor) -> Tensor:
-    """uint8 pictures -> float32, -1 to 1, the range that the noise is meant for."""
+    """uint8 images -> float32, -1 to 1, the range that the noise is meant for."""
     return images.float() / 127.5 - 1
 
 
 def check_size(images: Tensor, size: int) -> None:
     if images.shape[-2:] != (size, size):
         raise ValueError(
-            f"the diffusion model is one of {size} x {size} px pictures, got {tuple(images.shape)}: load them at {size}"
+            f"the diffusion model is one of {size} x {size} px images, got {tuple(images.shape)}: load them at {size}"
         )
 
 
@@ -130,7 +152,7 @@ def check_size(images: Tensor, size: int) -> None:
 def sample_ddim(
     unet: UNet2DModel, count: int, seed: int, inference_steps: int = 50, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Pictures from noise by DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma 0), uint8 (count, C, S, S).
+    """Images from noise by DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma 0), uint8 (count, C, S, S).
 
     The noise to start from is drawn on the CPU from the seed; the network computes in the caller's autocast.
     """
@@ -142,32 +164,21 @@ def sample_ddim(
     )  # trailing: it starts at the last timestep, as training ends there
     scheduler.set_timesteps(inference_steps)
     shape = (count, config.in_channels, config.sample_size, config.sample_size)
-    pictures = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     for timestep in scheduler.timesteps:
-        noise = unet(pictures, timestep).sample.float()
-        pictures = scheduler.step(noise, timestep, pictures).prev_sample
-    return ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        noise = unet(images, timestep).sample.float()
+        images = scheduler.step(noise, timestep, images).prev_sample
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
-
-TIMESTEPS = (100, 150, 250)  # D3N (arXiv 2408.13845) section III-B
-# ours: D3N is silent. The mean keeps the channels of a block (512 at the coarsest level, what D3N's compressor takes)
-# and a third of the size of a concatenation
-COMBINE = "mean"
-
-
-def decoder_channels(settings: DiffusionSettings) -> tuple[int, int, int]:
-    """Channels of the maps of one timestep, finest first."""
-    return settings.channels
+# --- Features ---------------------------------------------------------------------------------------------------------
 
 
 def level_outputs(unet: UNet2DModel) -> list[nn.Module]:
     """The last module of each level of the decoder before the map is scaled up, finest level first.
 
-    Ours: D3N is silent on which blocks. The last block of a level has seen all of its skip connections; one a level
-    gives each scale of a detector its map.
+    Ours: D3N is silent on which blocks. The last block of a level has seen all of its skip connections; one per
+    level gives each scale of a detector its map.
     """
     return [(getattr(block, "attentions", None) or block.resnets)[-1] for block in reversed(unet.up_blocks)]
 
@@ -181,17 +192,17 @@ def decoder_features(
     combine: str = COMBINE,
     alpha_hat: Tensor | None = None,
 ) -> list[Tensor]:
-    """Decoder features of uint8 pictures (B, C, S, S): float32 maps (B, K, h, w), finest first, h = w = S, S/2, S/4.
+    """Decoder features of uint8 images (B, C, S, S): float32 maps (B, K, h, w), finest first, h = w = S, S/2, S/4.
 
-    Each timestep has one noise map, drawn from `noise_seed` and the same for every picture, so that a picture's
-    features depend on the picture alone. The computation is in the precision of the caller's autocast.
+    Each timestep has one noise map, drawn from `noise_seed` and the same for every image, so that an image's
+    features depend on the image alone. The computation is in the precision of the caller's autocast.
 
     Args:
         combine: of the timesteps' maps, "mean" (K = the level's channels) or "concat" (K = channels x timesteps).
-        alpha_hat: of `noise_schedule`, on the pictures' device; None: computed here.
+        alpha_hat: of `noise_schedule`, on the images' device; None: computed here.
 
     Raises:
-        ValueError: another `combine`, a timestep that the model does not have, pictures of another size.
+        ValueError: another `combine`, a timestep that the model does not have, images of another size.
     """
     steps = unet.config.num_train_timesteps
     check_size(images, unet.config.sample_size)
@@ -203,7 +214,7 @@ def decoder_features(
         alpha_hat = noise_schedule(steps).to(images.device)
     noise = torch.randn((len(timesteps), *images.shape[1:]), generator=torch.Generator().manual_seed(noise_seed))
     clean, levels = as_inputs(images), level_outputs(unet)
-    found: list[list[Tensor]] = [[] for _ in levels]  # a level: a map (B, K, h, w) a timestep
+    found: list[list[Tensor]] = [[] for _ in levels]  # per level: a map (B, K, h, w) per timestep
     with contextlib.ExitStack() as hooks:
         for level, maps in zip(levels, found, strict=True):
             handle = level.register_forward_hook(lambda module, inputs, output, maps=maps: maps.append(output.float()))

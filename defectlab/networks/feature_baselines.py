@@ -1,7 +1,14 @@
-"""PatchCore: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, arXiv 2106.08265.
+"""Anomaly detection without training: what a frozen network sees of the good images is remembered, or modelled.
 
-The strong plain baseline: nothing is trained. The patches of all good images are remembered, thinned to a coreset, and
-a test patch is as anomalous as it is far from the nearest one remembered.
+- PatchCore: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, arXiv 2106.08265. A coreset
+  of all good patches; a patch is as anomalous as it is far from the nearest one.
+- PaDiM: Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and Localization", ICPR
+  2020 workshops, arXiv 2011.08785. A Gaussian per position, over a few channels drawn at
+  random; the Mahalanobis distance.
+- SPADE: Cohen and Hoshen, "Sub-Image Anomaly Detection with Deep Pyramid Correspondences", arXiv 2005.02357 (2020). The
+  nearest good images; each pixel's distance to the nearest pixel in them, wherever it lies.
+
+Section and equation numbers are those of the method's own paper.
 """
 
 from dataclasses import dataclass
@@ -11,7 +18,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-PROJECTION = 128  # dimensions in which the coreset is chosen (official code)
+PROJECTION = 128  # dimensions in which PatchCore's coreset is chosen (official code)
+REGULARISER = 0.01  # PaDiM section IV-B: added to the covariance's diagonal
+# PaDiM section IV-B: channels kept of 448 (ResNet-18) and of 1792 (WideResNet-50-2), by layer 1's width
+CHANNELS = {64: 100, 256: 550}
+
+
+# --- PatchCore --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PatchCoreSettings:
+    """PatchCore at 1 % of the patches."""
+
+    model: ClassVar[str] = "patchcore"
+    version: ClassVar[int] = 1
+
+    dataset: str = "magnetic_tile"
+    teacher: str = "resnet18"  # ours: the same teacher for every row
+    size: int = 256  # ours: the same input for every row (the paper crops 224 from 256)
+    coreset: float = 0.01  # PatchCore table 1, its fastest setting
+    precision: str = "bf16"  # of the cached teacher features
 
 
 def patch_features(features: list[Tensor]) -> Tensor:
@@ -73,11 +100,7 @@ def reweighted_score(patches: Tensor, distances: Tensor, indices: Tensor, bank: 
     return weight * distances[worst]
 
 
-REGULARISER = 0.01  # section IV-B: added to the covariance's diagonal
-CHANNELS = {
-    64: 100,
-    256: 550,
-}  # section IV-B: kept of 448 (ResNet-18) and of 1792 (WideResNet-50-2), by layer 1's width
+# --- PaDiM ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -89,7 +112,7 @@ class PaDiMSettings:
 
     dataset: str = "mvtec_ad/metal_nut"
     teacher: str = "resnet18"  # section IV-B: R18-Rd100; WR50-Rd550 is the paper's best
-    size: int = 224  # section IV-B crops 224 from 256; ours: the whole picture, as for every row
+    size: int = 224  # section IV-B crops 224 from 256; ours: the whole image, as for every row
     precision: str = "bf16"  # of the cached teacher features
 
 
@@ -117,7 +140,7 @@ def embedding(features: list[Tensor], channels: Tensor) -> Tensor:
 
 
 def fit_gaussians(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Section III-B, equation 1: a Gaussian a position.
+    """Section III-B, equation 1: a Gaussian per position.
 
     (P, N, d), N > 1 -> (mean (P, 1, d), lower Cholesky factor of the covariance with its regulariser (P, d, d)).
     """
@@ -137,6 +160,9 @@ def mahalanobis(samples: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     return whitened.square().sum(1).sqrt()
 
 
+# --- SPADE ------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class SPADESettings:
     """SPADE's nearest neighbours on layers 1 to 3."""
@@ -146,13 +172,13 @@ class SPADESettings:
 
     dataset: str = "mvtec_ad/metal_nut"
     teacher: str = "resnet18"  # ours: the same teacher for every row; section 4 has WideResNet-50-2
-    size: int = 224  # section 4 crops 224 from 256; ours: the whole picture, as for every row
+    size: int = 224  # section 4 crops 224 from 256; ours: the whole image, as for every row
     neighbours: int = 50  # section 4: K
     precision: str = "bf16"  # of the cached teacher features
 
 
 def descriptors(features: list[Tensor]) -> Tensor:
-    """One vector an image, (N, C3) float32: layer 3, pooled (ours; section 3.1 pools layer 4, which is not kept)."""
+    """One vector per image, (N, C3) float32: layer 3, pooled (ours; section 3.1 pools layer 4, which is not kept)."""
     return features[2].float().mean((2, 3))
 
 
@@ -187,17 +213,3 @@ def pixel_distances(queries: Tensor, good: Tensor, nearest: Tensor) -> Tensor:
         for query, chosen in zip(queries, nearest, strict=True)
     ]
     return torch.stack(found)
-
-
-@dataclass(frozen=True)
-class PatchCoreSettings:
-    """PatchCore at 1 % of the patches."""
-
-    model: ClassVar[str] = "patchcore"
-    version: ClassVar[int] = 1
-
-    dataset: str = "magnetic_tile"
-    teacher: str = "resnet18"  # ours: the same teacher for every row
-    size: int = 256  # ours: the same input for every row (the paper crops 224 from 256)
-    coreset: float = 0.01  # PatchCore table 1, its fastest setting
-    precision: str = "bf16"  # of the cached teacher features

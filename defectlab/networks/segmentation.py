@@ -1,21 +1,55 @@
-"""What all segmentation networks share: the pretrained encoder, and the way from uint8 images to logits."""
+"""Segmentation networks: the settings, the pretrained encoder that all share, the published comparators, the loss.
+
+Networks of segmentation_models_pytorch, and Attention U-Net (Oktay et al. 2018, arXiv 1804.03999).
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import segmentation_models_pytorch as smp
 import torch
-from segmentation_models_pytorch.decoders.deeplabv3.decoder import SeparableConv2d
-from segmentation_models_pytorch.encoders import get_encoder
-from segmentation_models_pytorch.encoders.resnet import ResNetEncoder
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.functional import interpolate
+from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 from torchvision.ops import FrozenBatchNorm2d
 
 from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD, base_name, load_teacher
+from defectlab.precision import at_least_float32, float32_on_cpu
+
+if TYPE_CHECKING:
+    from segmentation_models_pytorch.encoders.resnet import ResNetEncoder
 
 ENCODERS = ("resnet18", "resnet50")
+OUTPUT_STRIDES = {"unet": 32, "unetpp": 32, "deeplabv3plus": 16, "pspnet": 8}  # of the library's networks' encoders
+COMPARATORS = (*OUTPUT_STRIDES, "attention_unet")
+
+
+@dataclass(frozen=True)
+class SegmentationSettings:
+    """A network and its recipe. Defaults are frozen, since records are keyed by what differs from them.
+
+    "paper" is Guo and Lv, Machines 2025, 13, 712.
+    """
+
+    model: ClassVar[str] = "segmentation"
+    version: ClassVar[int] = 1
+
+    dataset: str = "mvtec_ad/metal_nut"  # paper section 4.1
+    target: str = "nut"  # paper section 4.1 says so, its numbers fit "defect": both are run
+    split: str = "paper"  # paper section 4.1: 268, 33, 34 images; "good": the good training images alone
+    network: str = "unet"  # one of `COMPARATORS`
+    encoder: str = "resnet18"  # ours: the weights at hand; paper section 3.1.1: ResNet-50
+    size: int = 256  # paper Table 1, "for illustration"
+    epochs: int = 400  # paper section 4.1
+    batch: int = 8  # paper section 4.1
+    learning_rate: float = 0.002  # paper section 4.1, cosine annealing
+    betas: tuple[float, float] = (0.5, 0.999)  # paper section 4.1
+    share: float = 1.0  # of the training images: paper Table 6
+    equal_steps: bool = False  # ours: with a share, as many optimiser steps as with all images
+    precision: str = "bf16"  # ours: where the device is fast at it, else fp32
+
+
+# --- Encoder ----------------------------------------------------------------------------------------------------------
 
 
 def load_encoder(name: str, output_stride: int = 32) -> ResNetEncoder:
@@ -39,6 +73,8 @@ def load_encoder(name: str, output_stride: int = 32) -> ResNetEncoder:
         raise ValueError(f"no segmentation encoder {name!r}: use {', '.join(ENCODERS)}, or one of them with _random")
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output stride {output_stride} is not possible: use 8, 16 or 32")
+    from segmentation_models_pytorch.encoders import get_encoder
+
     pretrained = load_teacher(name).requires_grad_(True)
     freeze_norms(pretrained)
     encoder = get_encoder(architecture, weights=None, output_stride=output_stride)  # None: downloads nothing
@@ -64,20 +100,6 @@ def freeze_norms(module: nn.Module) -> None:
             freeze_norms(child)
 
 
-class DilatedDepthwise(nn.Conv2d):
-    """A depthwise convolution that computes in float32 on CPUs, whatever autocast says.
-
-    There the bf16 gradient of the weight holds memory that nobody wrote as soon as the map is 32 pixels wide and the
-    dilation along its height is above 1 (torch 2.11, seen as NaN and 1e36; narrower maps are right).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.to(self.weight.dtype))
-
-
 class Segmenter(nn.Module):
     """A network of normalised float images, from the uint8 images that the data sets hold."""
 
@@ -94,6 +116,57 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, S, S) -> foreground logits (B, S, S)."""
         return self.network(self.normalise(images))[:, 0]
+
+
+# --- Comparators ------------------------------------------------------------------------------------------------------
+
+
+class DilatedDepthwise(nn.Conv2d):
+    """A depthwise convolution in float32 on CPUs, see `float32_on_cpu`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return float32_on_cpu(super().forward, x)
+
+
+def as_dilated_depthwise(old: nn.Conv2d) -> DilatedDepthwise:
+    """The same convolution, same weights."""
+    options = {"padding": old.padding, "dilation": old.dilation, "groups": old.groups, "bias": old.bias is not None}
+    new = DilatedDepthwise(old.in_channels, old.out_channels, old.kernel_size, **options)
+    new.load_state_dict(old.state_dict())
+    return new
+
+
+def library_network(name: str, encoder: str) -> nn.Module:
+    """One of `OUTPUT_STRIDES` with an encoder of this architecture, all weights at random."""
+    import segmentation_models_pytorch as smp
+    from segmentation_models_pytorch.decoders.deeplabv3.decoder import SeparableConv2d
+
+    if name == "unet":
+        return smp.Unet(encoder, encoder_weights=None)
+    if name == "unetpp":
+        return smp.UnetPlusPlus(encoder, encoder_weights=None)
+    if name == "pspnet":  # all layers at stride 8, as published; the library's default stops after layer 2
+        return smp.PSPNet(encoder, encoder_weights=None, encoder_depth=5, upsampling=8, output_stride=8)
+    network = smp.DeepLabV3Plus(encoder, encoder_weights=None, encoder_output_stride=16)
+    for module in list(network.decoder.modules()):
+        if isinstance(module, SeparableConv2d) and module[0].dilation != (1, 1):
+            module[0] = as_dilated_depthwise(module[0])
+    return network
+
+
+def build_comparator(name: str, encoder: str) -> nn.Module:
+    """One of `COMPARATORS` on the encoder of this name: float images (B, 3, S, S) -> logits (B, 1, S, S).
+
+    S is a multiple of the output stride. Raises ValueError for another name; errors of `load_encoder`.
+    """
+    if name == "attention_unet":
+        return AttentionUNet(encoder)
+    if name not in OUTPUT_STRIDES:
+        raise ValueError(f"unknown network {name!r}: use one of {', '.join(COMPARATORS)}")
+    pretrained = load_encoder(encoder, OUTPUT_STRIDES[name])
+    network = library_network(name, base_name(encoder))
+    network.encoder = pretrained
+    return network
 
 
 class AttentionGate(nn.Module):
@@ -140,86 +213,10 @@ class AttentionUNet(nn.Module):
         return self.head(self.blocks[-1](x, *image.shape[-2:]))
 
 
-def deeplabv3plus(encoder: str) -> nn.Module:
-    network = smp.DeepLabV3Plus(encoder, encoder_weights=None, encoder_output_stride=16)
-    for module in list(network.decoder.modules()):
-        if isinstance(module, SeparableConv2d) and module[0].dilation != (1, 1):
-            module[0] = as_dilated_depthwise(module[0])
-    return network
-
-
-def as_dilated_depthwise(old: nn.Conv2d) -> DilatedDepthwise:
-    """The same convolution, same weights; see `DilatedDepthwise`."""
-    options = {"padding": old.padding, "dilation": old.dilation, "groups": old.groups, "bias": old.bias is not None}
-    new = DilatedDepthwise(old.in_channels, old.out_channels, old.kernel_size, **options)
-    new.load_state_dict(old.state_dict())
-    return new
-
-
-def pspnet(encoder: str) -> nn.Module:
-    """With all layers at stride 8, as published; the library's default stops after layer 2."""
-    return smp.PSPNet(encoder, encoder_weights=None, encoder_depth=5, upsampling=8, output_stride=8)
-
-
-def unet(encoder: str) -> nn.Module:
-    return smp.Unet(encoder, encoder_weights=None)
-
-
-def unetplusplus(encoder: str) -> nn.Module:
-    return smp.UnetPlusPlus(encoder, encoder_weights=None)
-
-
-LIBRARY = {  # network, the output stride of its encoder
-    "unet": (unet, 32),
-    "unetpp": (unetplusplus, 32),
-    "deeplabv3plus": (deeplabv3plus, 16),
-    "pspnet": (pspnet, 8),
-}
-COMPARATORS = (*LIBRARY, "attention_unet")
-
-
-def build_comparator(name: str, encoder: str) -> nn.Module:
-    """One of `COMPARATORS` on the encoder of this name: float images (B, 3, S, S) -> logits (B, 1, S, S).
-
-    S is a multiple of the output stride. Raises ValueError for another name; errors of `load_encoder`.
-    """
-    if name == "attention_unet":
-        return AttentionUNet(encoder)
-    if name not in LIBRARY:
-        raise ValueError(f"unknown network {name!r}: use one of {', '.join(COMPARATORS)}")
-    make, output_stride = LIBRARY[name]
-    pretrained = load_encoder(encoder, output_stride)
-    network = make(base_name(encoder))
-    network.encoder = pretrained
-    return network
-
-
-@dataclass(frozen=True)
-class SegmentationSettings:
-    """A network and its recipe. Defaults are frozen, since records are keyed by what differs from them.
-
-    "paper" is Guo and Lv, Machines 2025, 13, 712.
-    """
-
-    model: ClassVar[str] = "segmentation"
-    version: ClassVar[int] = 1
-
-    dataset: str = "mvtec_ad/metal_nut"  # paper section 4.1
-    target: str = "nut"  # paper section 4.1 says so, its numbers fit "defect": both are run
-    split: str = "paper"  # paper section 4.1: 268, 33, 34 images; "good": the good training images alone
-    network: str = "unet"  # one of `comparators.COMPARATORS`
-    encoder: str = "resnet18"  # ours: the weights at hand; paper section 3.1.1: ResNet-50
-    size: int = 256  # paper Table 1, "for illustration"
-    epochs: int = 400  # paper section 4.1
-    batch: int = 8  # paper section 4.1
-    learning_rate: float = 0.002  # paper section 4.1, cosine annealing
-    betas: tuple[float, float] = (0.5, 0.999)  # paper section 4.1
-    share: float = 1.0  # of the training images: paper Table 6
-    equal_steps: bool = False  # ours: with a share, as many optimiser steps as with all images
-    precision: str = "bf16"  # ours: where the device is fast at it, else fp32
+# --- Loss -------------------------------------------------------------------------------------------------------------
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
     """Binary cross-entropy, mean over pixels and images (paper section 4.1): 2 x (B, H, W), masks 0 or 1."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # not in bf16
-    return {"loss": functional.binary_cross_entropy_with_logits(logits, masks.to(logits.dtype))}
+    logits = at_least_float32(logits)
+    return {"loss": binary_cross_entropy_with_logits(logits, masks.to(logits.dtype))}

@@ -1,10 +1,14 @@
-"""TODO networks.torchvision_detectors."""
+"""The field's older detectors, all torchvision's: Faster R-CNN, RetinaNet, SSD and FCOS.
+
+Ren et al., "Faster R-CNN", NeurIPS 2015; Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; Liu et al.,
+"SSD", ECCV 2016; Tian et al., "FCOS", ICCV 2019. Networks, assignment, losses, decoding and suppression are the
+library's. Meant for a GPU.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights
+from torch import nn
 from torchvision.models.detection import (
     fasterrcnn_resnet50_fpn_v2,
     fcos_resnet50_fpn,
@@ -13,18 +17,17 @@ from torchvision.models.detection import (
 )
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from defectlab.files import WeightsError
 from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD
 from defectlab.networks.yolo.settings import DetectorSettings
 
-# Ours: the rates of the papers, all but SSD's stated for 16 pictures a step (SSD: 32); none was tried here.
+# Ours: the rates of the papers, all but SSD's stated for 16 images per step (SSD: 32); none was tried here.
 RATES = {
     "faster_rcnn": 0.02,  # Lin et al., "Feature Pyramid Networks", CVPR 2017, section 5
     "retinanet": 0.01,  # Lin et al. 2017, section 4.1
     "ssd": 0.001,  # Liu et al. 2016, section 3.1
     "fcos": 0.01,  # Tian et al. 2019, section 4
 }
-LEAST_SCORE, MOST_BOXES = 0.001, 300  # as for our own detectors: average precision counts the tail, too
+LEAST_SCORE, MOST_BOXES = 0.001, 300  # as for the YOLO detectors: average precision counts the tail, too
 LEAST_SSD_SIZE = 268  # px: below that the last of SSD's six maps would be empty
 
 
@@ -37,19 +40,18 @@ class TorchvisionSettings:
 
     dataset: str = "neu_det"
     architecture: str = "faster_rcnn"  # "retinanet", "ssd", "fcos"
-    initialisation: str = "scratch"  # ours: as our own detectors; "imagenet": a pretrained ResNet-50, not for "ssd"
-    size: int = 512  # px a side
+    size: int = 512  # px per side
     epochs: int = 100
     batch: int = 16
     learning_rate: float | None = None  # None: the one of `RATES`
     momentum: float = 0.9  # all four papers
     weight_decay: float = 0.0001  # as published for all but SSD, which has 0.0005
-    warm_up: float = 3.0  # epochs; ours: as our own detectors
+    warm_up: float = 3.0  # epochs; ours: as the YOLO detectors
     flip_up_down: float = 0.5  # probability; ours: rolled steel has no up
 
     @property
     def recipe(self) -> DetectorSettings:
-        """What the shared training loop reads: flips and scale, no mosaic (ours: our baselines' other recipe).
+        """What the shared training loop reads: flips and scale, no mosaic (ours).
 
         In fp32, since torchvision gives anchors the dtype of the maps, and bf16 resolves 512 px in steps of 2 px.
         """
@@ -69,25 +71,15 @@ class TorchvisionSettings:
         )
 
 
-# --- Network ---------------------------------------------------------------------------------------------------------
-
-
 def build_torchvision(settings: TorchvisionSettings, classes: int) -> nn.Module:
-    """A fresh detector of `classes` defect types, its class 0 being the background; nothing in it resizes a picture.
+    """A fresh detector of `classes` defect types, its class 0 being the background; nothing in it resizes an image.
 
-    All layers are trained and batch norms are ordinary ones, also around pretrained weights (torchvision would freeze
-    them; ours: then both initialisations are the same network).
-
-    Raises:
-        ValueError: an unknown architecture or initialisation, "imagenet" for SSD, or a size too small for SSD.
-        WeightsError: ImageNet weights that are neither here nor to be fetched.
+    All layers are trained, from random weights, and batch norms are ordinary ones. ValueError for an unknown
+    architecture, or a size too small for SSD.
     """
     architecture = settings.architecture
     if architecture not in RATES:
         raise ValueError(f"unknown architecture {architecture!r}: use one of {', '.join(RATES)}")
-    allowed = ("scratch",) if architecture == "ssd" else ("scratch", "imagenet")
-    if settings.initialisation not in allowed:
-        raise ValueError(f"{architecture} cannot start from {settings.initialisation!r}: use {' or '.join(allowed)}")
     network = {"weights": None, "weights_backbone": None, "num_classes": classes + 1}  # None: downloads nothing
     if architecture == "ssd":
         return _ssd(settings.size, network)
@@ -95,40 +87,19 @@ def build_torchvision(settings: TorchvisionSettings, classes: int) -> nn.Module:
     limits = {"score_thresh": LEAST_SCORE, "detections_per_img": MOST_BOXES}
     if architecture == "faster_rcnn":
         limits = {f"box_{name}": value for name, value in limits.items()}
-        model = fasterrcnn_resnet50_fpn_v2(**network, **sizes, **limits)
-    elif architecture == "retinanet":
-        model = retinanet_resnet50_fpn_v2(**network, **sizes, **limits)
-    else:
-        model = fcos_resnet50_fpn(**network, **sizes, **limits)
-    if settings.initialisation == "imagenet":
-        model.backbone.body.load_state_dict(_imagenet_resnet50())
-    return model
+        return fasterrcnn_resnet50_fpn_v2(**network, **sizes, **limits)
+    build = retinanet_resnet50_fpn_v2 if architecture == "retinanet" else fcos_resnet50_fpn
+    return build(**network, **sizes, **limits)
 
 
 def _ssd(size: int, network: dict) -> nn.Module:
-    """SSD300's network on pictures of `size` px: default boxes follow the maps' own grids, since SSD300's steps fit
-    300 px only, and pictures are normalised as for the others (its own scaling to ±128 is that of one file of
-    pretrained weights)."""
+    """SSD300's network on images of `size` px: default boxes follow the maps' own grids, since SSD300's steps fit 300
+    px only, and images are normalised as for the others (its own scaling to ±128 is that of one weights file)."""
     if size < LEAST_SSD_SIZE:
-        raise ValueError(f"pictures of {size} px are too small for SSD: use {LEAST_SSD_SIZE} px or more")
+        raise ValueError(f"images of {size} px are too small for SSD: use {LEAST_SSD_SIZE} px or more")
     model = ssd300_vgg16(**network, score_thresh=LEAST_SCORE, detections_per_img=MOST_BOXES)
     model.anchor_generator.steps = None
     model.transform = GeneralizedRCNNTransform(
         size, size, list(IMAGENET_MEAN), list(IMAGENET_STD), size_divisible=1, fixed_size=(size, size)
     )
     return model
-
-
-def _imagenet_resnet50() -> dict[str, Tensor]:
-    """torchvision's ResNet-50 without its classifier, from its cache or fetched once; no pickled code is run."""
-    weights = ResNet50_Weights.IMAGENET1K_V1
-    try:
-        state = weights.get_state_dict(check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise WeightsError(
-            f"no ImageNet weights ({error}): let torchvision fetch {weights.url} once, or use initialisation scratch"
-        ) from error
-    return {name: value for name, value in state.items() if not name.startswith("fc.")}
-
-
-# --- Training --------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""Which anchors learn which truths: the assignment of both detector families, and dimension clusters.
+"""Which anchors learn which ground-truth boxes: the assignment of both detector families, and dimension clusters.
 
 - IoU and CIoU: Zheng et al., "Distance-IoU Loss", AAAI 2020, arXiv 1911.08287 (its complete form).
 - Task-aligned: Feng et al., "TOOD", ICCV 2021, arXiv 2108.07755, section 3.2, with CIoU for IoU as anchor-free YOLOs.
 - Shape matching with neighbour cells: the v5 generation of anchor-based YOLOs.
 - Dimension clusters: Redmon and Farhadi, "YOLO9000", CVPR 2017, arXiv 1612.08242, section 2.
 
-In the two assignments no shape depends on the number of truths in a picture, so nothing waits for the device.
+In the two assignments no shape depends on the number of boxes in an image, so nothing waits for the device.
 """
 
 import math
@@ -21,10 +21,10 @@ from defectlab.files import DataError
 class Assigned(NamedTuple):
     """What each of A anchors learns."""
 
-    foreground: Tensor  # (B, A) bool: has a truth
-    truth: Tensor  # (B, A) int64: its index into M; 0 where background
+    foreground: Tensor  # (B, A) bool: has a ground-truth box
+    ground_truth: Tensor  # (B, A) int64: its index into M; 0 where background
     target_scores: Tensor  # (B, A, C) float32 0..1, zero where background
-    boxes: Tensor  # (B, A, 4) float32 xyxy px: its truth's box; without meaning where background
+    boxes: Tensor  # (B, A, 4) float32 xyxy px: its ground-truth box; without meaning where background
     most: int  # no image has more foreground anchors than this
 
 
@@ -37,11 +37,11 @@ class Matched(NamedTuple):
     row: Tensor  # (n,) int64, within the map
     column: Tensor  # (n,) int64, within the map
     boxes: Tensor  # (n, 4) xyxy px
-    labels: Tensor  # (n,) int64; 0 where the truth is padding
+    labels: Tensor  # (n,) int64; 0 where the box is padding
 
 
 def constant(values: Tensor) -> Tensor:
-    """Stop-gradient, under a name of its own, so that a gradient check can hold such terms fixed."""
+    """Stop-gradient, by a name of its own so that a gradient check can hold such terms fixed."""
     return values.detach()
 
 
@@ -73,72 +73,74 @@ def task_aligned(
     scores: Tensor,
     boxes: Tensor,
     centres: Tensor,
-    truth_boxes: Tensor,
-    truth_labels: Tensor,
+    true_boxes: Tensor,
+    true_labels: Tensor,
     topk: int = 10,
     alpha: float = 0.5,
     beta: float = 6.0,
 ) -> Assigned:
-    """Each truth takes the `topk` anchors inside it whose score^alpha * overlap^beta is largest (and positive).
+    """Each ground-truth box takes the `topk` anchors inside it whose score^alpha * iou^beta is largest (and positive).
 
-    scores (B, A, C) 0..1, predicted boxes (B, A, 4) px, centres (A, 2) px, truth_boxes (B, M, 4) px, truth_labels
-    (B, M) with -1 where padded, M at least 1. The overlap is CIoU clamped at 0. An anchor taken by several truths goes
-    to the one it overlaps most. The target score is the metric, scaled so that the largest of a truth's anchors equals
-    the largest overlap of that truth's anchors. A truth too small to hold a cell centre, or overlapped by none of the
-    boxes of the anchors inside it, gets no anchor and so is not learned in this step.
+    scores (B, A, C) 0..1, predicted boxes (B, A, 4) px, centres (A, 2) px, true_boxes (B, M, 4) px, true_labels (B, M)
+    with -1 where padded, M at least 1. The iou is CIoU clamped at 0. An anchor taken by several boxes goes to the one
+    it overlaps most. The target score is the metric, scaled so that the largest of a box's anchors equals the largest
+    iou of that box's anchors. A box too small to hold a cell centre, or overlapped by none of the predictions of the
+    anchors inside it, gets no anchor and so is not learned in this step.
     """
-    scores, boxes, truth_boxes, centres = scores.float(), boxes.float(), truth_boxes.float(), centres.float()
+    scores, boxes, true_boxes, centres = scores.float(), boxes.float(), true_boxes.float(), centres.float()
     count, anchors, _ = scores.shape
-    labels = truth_labels.clamp(min=0)
+    labels = true_labels.clamp(min=0)
 
-    low, high = truth_boxes[:, :, None].split(2, -1)  # (B, M, 1, 2)
+    low, high = true_boxes[:, :, None].split(2, -1)  # (B, M, 1, 2)
     x, y = centres.unbind(-1)
     inside = (x > low[..., 0]) & (x < high[..., 0]) & (y > low[..., 1]) & (y < high[..., 1])  # (B, M, A)
-    inside &= (truth_labels >= 0)[..., None]
-    overlap = box_iou_aligned(truth_boxes[:, :, None], boxes[:, None], "ciou").clamp_(min=0)  # (B, M, A)
+    inside &= (true_labels >= 0)[..., None]
+    iou = box_iou_aligned(true_boxes[:, :, None], boxes[:, None], "ciou").clamp_(min=0)  # (B, M, A)
     image = torch.arange(count, device=scores.device)[:, None]
-    metric = scores.transpose(1, 2)[image, labels].pow_(alpha)  # (B, M, A): of the truth's own class
-    metric *= overlap.pow(beta)
+    metric = scores.transpose(1, 2)[image, labels].pow_(alpha)  # (B, M, A): of the box's own class
+    metric *= iou.pow(beta)
     metric *= inside
 
     best, chosen = metric.topk(min(topk, anchors), dim=-1)  # (B, M, k)
     claimed = torch.zeros_like(inside).scatter_(-1, chosen, best > 0)
-    truth = torch.where(claimed, overlap, -1.0).argmax(1)  # (B, A)
+    ground_truth = torch.where(claimed, iou, -1.0).argmax(1)  # (B, A)
     foreground = claimed.any(1)
 
-    metric = metric.gather(1, truth[:, None])[:, 0] * foreground  # (B, A): with its own truth only
-    overlap = overlap.gather(1, truth[:, None])[:, 0] * foreground
-    none = torch.zeros_like(truth_labels, dtype=metric.dtype)
-    largest_metric = none.scatter_reduce(1, truth, metric, "amax")  # (B, M)
-    largest_overlap = none.scatter_reduce(1, truth, overlap, "amax")
-    score = metric / largest_metric.gather(1, truth).clamp(min=torch.finfo(metric.dtype).tiny)
-    score = score * largest_overlap.gather(1, truth)
-    target_scores = torch.zeros_like(scores).scatter_(2, labels.gather(1, truth)[..., None], score[..., None])
-    return Assigned(foreground, truth, target_scores, truth_boxes[image, truth], min(anchors, topk * labels.shape[1]))
+    metric = metric.gather(1, ground_truth[:, None])[:, 0] * foreground  # (B, A): with its own box only
+    iou = iou.gather(1, ground_truth[:, None])[:, 0] * foreground
+    none = torch.zeros_like(true_labels, dtype=metric.dtype)
+    largest_metric = none.scatter_reduce(1, ground_truth, metric, "amax")  # (B, M)
+    largest_iou = none.scatter_reduce(1, ground_truth, iou, "amax")
+    score = metric / largest_metric.gather(1, ground_truth).clamp(min=torch.finfo(metric.dtype).tiny)
+    score = score * largest_iou.gather(1, ground_truth)
+    target_scores = torch.zeros_like(scores).scatter_(2, labels.gather(1, ground_truth)[..., None], score[..., None])
+    return Assigned(
+        foreground, ground_truth, target_scores, true_boxes[image, ground_truth], min(anchors, topk * labels.shape[1])
+    )
 
 
 @torch.no_grad()
 def match_anchors(
-    truth_boxes: Tensor,
-    truth_labels: Tensor,
+    true_boxes: Tensor,
+    true_labels: Tensor,
     anchors: Tensor,
     strides: Sequence[int],
     sizes: Sequence[tuple[int, int]],
     ratio: float = 4.0,
 ) -> list[Matched]:
-    """A truth matches the anchors whose width and height differ from its own by a factor less than `ratio`.
+    """A ground-truth box matches the anchors whose width and height differ from its own by a factor less than `ratio`.
 
-    truth_boxes (B, M, 4) px, truth_labels (B, M) with -1 where padded, anchors (levels, K, 2) width, height px, sizes
-    (height, width) of each level's map. Positives are the cell of the truth's centre and its nearest neighbours to
-    the left or right and above or below, where they lie within the map. Returns one `Matched` a level.
+    true_boxes (B, M, 4) px, true_labels (B, M) with -1 where padded, anchors (levels, K, 2) width, height px, sizes
+    (height, width) of each level's map. Positives are the cell of the box's centre and its nearest neighbours to the
+    left or right and above or below, where they lie within the map. Returns one `Matched` per level.
     """
-    count, truths = truth_labels.shape
-    device = truth_boxes.device
-    centres, extents = (truth_boxes[..., :2] + truth_boxes[..., 2:]) / 2, truth_boxes[..., 2:] - truth_boxes[..., :2]
+    count, most = true_labels.shape
+    device = true_boxes.device
+    centres, extents = (true_boxes[..., :2] + true_boxes[..., 2:]) / 2, true_boxes[..., 2:] - true_boxes[..., :2]
     matched = []
     for shapes, stride, (height, width) in zip(anchors, strides, sizes, strict=True):
         factor = extents[:, :, None] / shapes.to(extents)  # (B, M, K, 2)
-        fits = (torch.maximum(factor, 1 / factor).amax(-1) < ratio) & (truth_labels >= 0)[..., None]  # (B, M, K)
+        fits = (torch.maximum(factor, 1 / factor).amax(-1) < ratio) & (true_labels >= 0)[..., None]  # (B, M, K)
 
         x, y = (centres / stride).unbind(-1)  # (B, M) in cells
         column, row = x.floor().clamp(0, width - 1), y.floor().clamp(0, height - 1)
@@ -148,7 +150,7 @@ def match_anchors(
         rows = torch.stack([row, row, above], -1).long()
         within = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
 
-        full = (count, truths, len(shapes), 3)
+        full = (count, most, len(shapes), 3)
         valid = fits[..., None] & within[:, :, None]
         columns, rows = columns.clamp(0, width - 1), rows.clamp(0, height - 1)
         parts = (
@@ -158,8 +160,8 @@ def match_anchors(
             columns[:, :, None],
         )
         image, anchor, rows, columns = (part.expand(full).flatten() for part in parts)
-        boxes = truth_boxes[:, :, None, None].expand(*full, 4).reshape(-1, 4)
-        labels = truth_labels.clamp(min=0)[:, :, None, None].expand(full).flatten()
+        boxes = true_boxes[:, :, None, None].expand(*full, 4).reshape(-1, 4)
+        labels = true_labels.clamp(min=0)[:, :, None, None].expand(full).flatten()
         matched.append(Matched(valid.flatten(), image, anchor, rows, columns, boxes, labels))
     return matched
 

@@ -1,4 +1,4 @@
-"""The blocks that the detectors are made of, and the folding of batch norms for inference.
+"""The blocks that the detectors are made of, and the fusing of batch norms into them for inference.
 
 Published pieces: cross-stage partial networks (Wang et al. 2020, CSPNet) as C3 and C2f, spatial pyramid pooling (He et
 al. 2015) in its sequential form, residual bottlenecks (He et al. 2016), SiLU (Elfwing et al. 2018).

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from defectlab.networks.yolo.blocks import fused
-from defectlab.networks.yolo.model import Detector
+from defectlab.networks.yolo.model import BINS, STRIDES, Detector
 from defectlab.precision import at_least_float32, full_float32
 
 CANDIDATES = 3000  # ours: most (anchor, class) pairs of an image that enter the suppression
@@ -61,15 +61,19 @@ def boxes_from_distances(distances: Tensor, centres: Tensor, strides: Tensor) ->
 
 
 def decode_anchor_free(
-    raw: Sequence[Tensor], strides: Sequence[int] = (8, 16, 32), bins: int = 16
+    raw: Sequence[Tensor], strides: Sequence[int] = STRIDES, bins: int = BINS
 ) -> tuple[Tensor, Tensor]:
-    """Maps (B, 4 * bins + C, h, w), one a stride -> boxes (B, A, 4) xyxy in pixels of the input, scores (B, A, C) 0..1.
-
-    Boxes are not clipped.
+    """Maps (B, 4 * bins + C, h, w), one per stride -> boxes (B, A, 4) xyxy in pixels of the input, not clipped, and
+    scores (B, A, C) 0..1.
     """
     sides, classes = split_maps(raw, bins)
     centres, sizes = anchor_centres([m.shape[-2:] for m in raw], strides, raw[0].device)
     return boxes_from_distances(expected_distances(sides), centres, sizes), classes.sigmoid()
+
+
+def split_anchors(level: Tensor, anchors: int) -> Tensor:
+    """An anchor-based map (B, K * (5 + C), h, w) -> (B, K, h, w, 5 + C): x, y, w, h, objectness, classes."""
+    return at_least_float32(level).unflatten(1, (anchors, -1)).permute(0, 1, 3, 4, 2)
 
 
 def anchored_boxes(logits: Tensor, cells: Tensor, anchors: Tensor, stride: int) -> Tensor:
@@ -85,7 +89,7 @@ def anchored_boxes(logits: Tensor, cells: Tensor, anchors: Tensor, stride: int) 
 
 
 def decode_anchor_based(
-    raw: Sequence[Tensor], anchors: Tensor, strides: Sequence[int] = (8, 16, 32)
+    raw: Sequence[Tensor], anchors: Tensor, strides: Sequence[int] = STRIDES
 ) -> tuple[Tensor, Tensor]:
     """Maps (B, K * (5 + C), h, w), anchors (levels, K, 2) width, height in px -> boxes (B, A, 4) px, scores (B, A, C).
 
@@ -95,7 +99,7 @@ def decode_anchor_based(
     boxes, scores = [], []
     for level, stride, shapes in zip(raw, strides, anchors, strict=True):
         height, width = level.shape[-2:]
-        values = at_least_float32(level).unflatten(1, (len(shapes), -1)).permute(0, 1, 3, 4, 2)  # (B, K, h, w, 5 + C)
+        values = split_anchors(level, len(shapes))  # (B, K, h, w, 5 + C)
         rows = torch.arange(height, device=level.device)
         columns = torch.arange(width, device=level.device)
         cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)  # (h, w, 2)

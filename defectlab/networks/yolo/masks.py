@@ -22,26 +22,26 @@ from defectlab.precision import at_least_float32
 
 PROTOTYPES = 32  # YOLACT section 6
 MASK_GAIN = 0.05 * 6.125 / 1.5  # ours: YOLACT's weights of mask and box in their ratio, on this family's gain of boxes
-POSITIVES = 100  # ours: anchors of a picture that learn a mask in a step, at most
+POSITIVES = 100  # ours: most anchors of an image that learn a mask in a step
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
 
 
 class InstanceMaps(NamedTuple):
-    """What the head gives; K anchors a cell, M prototypes."""
+    """What the head gives; K anchors per cell, M prototypes."""
 
-    raw: list[Tensor]  # (B, K * (5 + C), h, w) a level, as without masks
-    coefficients: list[Tensor]  # (B, K * M, h, w) a level, before their tanh
+    raw: list[Tensor]  # (B, K * (5 + C), h, w) per level, as without masks
+    coefficients: list[Tensor]  # (B, K * M, h, w) per level, before their tanh
     prototypes: Tensor  # (B, M, S / 4, S / 4), not negative
 
 
 class InstanceHead(nn.Module):
-    """An anchor-based head, with a 1x1 convolution a level for coefficients and prototypes from the finest map."""
+    """An anchor-based head, with a 1x1 convolution per level for coefficients and prototypes from the finest map."""
 
     def __init__(self, boxes: nn.Module, widths: Sequence[int], anchors: int, prototypes: int = PROTOTYPES):
         super().__init__()
-        fine = widths[0]  # ours: YOLACT's prototype branch has 256 channels and three convolutions before it enlarges
+        fine = widths[0]  # ours: YOLACT's prototype branch has 256 channels and three convolutions before it upsamples
         self.boxes = boxes
         self.coefficients = nn.ModuleList(nn.Conv2d(width, anchors * prototypes, 1) for width in widths)
         self.before, self.after = ConvBlock(fine, fine, 3), ConvBlock(fine, fine, 3)
@@ -61,12 +61,12 @@ def with_masks(detector: Detector, prototypes: int = PROTOTYPES) -> Detector:
     return detector
 
 
-# --- Loss ------------------------------------------------------------------------------------------------------------
-
-
 def build_instance_detector(settings: DetectorSettings, classes: int, anchors: Tensor | None = None) -> Detector:
     """A fresh detector with masks; arguments as `build_detector`."""
     return with_masks(build_detector(settings, classes, anchors))
+
+
+# --- Loss ------------------------------------------------------------------------------------------------------------
 
 
 def mask_terms(
@@ -77,44 +77,45 @@ def mask_terms(
     boxes: Tensor,
     most: int = POSITIVES,
 ) -> dict[str, Tensor]:
-    """The term "mask": binary cross-entropy within the truth's box, its mean there, and the mean over positive anchors.
+    """The term "mask": binary cross-entropy within the instance's box, its mean there, and the mean over positive
+    anchors.
 
-    coefficients (B, K * M, h, w) a level; prototypes (B, M, S / s, S / s), s whole; `matched` by `match_anchors` of
+    coefficients (B, K * M, h, w) per level; prototypes (B, M, S / s, S / s), s whole; `matched` by `match_anchors` of
     boxes (B, T, 4) px; maps (B, S, S) of numbers, k + 1 where box k has its instance. The target of a cell is the part
-    of it, 0..1, that the instance covers (ours: a thin scratch would be lost to a threshold). A picture's positives
-    beyond `most` are left out; every truth has its first before any has its second (ours: no numbers are drawn). 0
+    of it, 0..1, that the instance covers (ours: a thin scratch would be lost to a threshold). An image's positives
+    beyond `most` are left out; every instance has its first before any has its second (ours: nothing is random). 0
     where no anchor is positive. In float32 whatever autocast does (float64 stays).
     """
     count, channels, height, width = prototypes.shape
-    truths, stride = boxes.shape[1], maps.shape[-1] // height
+    instances, stride = boxes.shape[1], maps.shape[-1] // height
     vectors, valid = [], []
-    for level, match in zip(coefficients, matched, strict=True):  # candidates go picture by picture, truth by truth
+    for level, match in zip(coefficients, matched, strict=True):  # candidates go image by image, box by box
         values = at_least_float32(level).unflatten(1, (-1, channels))  # (B, K, M, h, w)
         found = values[match.image, match.anchor, :, match.row, match.column]  # (n, M)
-        vectors.append(found.view(count, truths, -1, channels))
-        valid.append(match.valid.view(count, truths, -1))
+        vectors.append(found.view(count, instances, -1, channels))
+        valid.append(match.valid.view(count, instances, -1))
     vectors, valid = torch.cat(vectors, 2), torch.cat(valid, 2)  # (B, T, n, M), (B, T, n)
     each = valid.shape[2]
-    turn = valid.cumsum(2) * truths + torch.arange(truths, device=valid.device)[:, None]
-    turn = turn.masked_fill(~valid, (each + 1) * truths).flatten(1)
-    chosen = turn.topk(min(most, truths * each), largest=False).indices  # (B, P)
-    image, truth = torch.arange(count, device=chosen.device)[:, None], chosen // each
+    turn = valid.cumsum(2) * instances + torch.arange(instances, device=valid.device)[:, None]
+    turn = turn.masked_fill(~valid, (each + 1) * instances).flatten(1)
+    chosen = turn.topk(min(most, instances * each), largest=False).indices  # (B, P)
+    image, instance = torch.arange(count, device=chosen.device)[:, None], chosen // each
     used = valid.flatten(1)[image, chosen]
 
     cells = rearrange(maps, "b (h a) (w c) -> b 1 (a c) h w", a=stride, c=stride)
-    numbers = torch.arange(1, truths + 1, device=maps.device).view(-1, 1, 1, 1)
+    numbers = torch.arange(1, instances + 1, device=maps.device).view(-1, 1, 1, 1)
     with torch.autocast(prototypes.device.type, enabled=False):
         weights = vectors.flatten(1, 2)[image, chosen].tanh()  # (B, P, M)
         logits = einsum(weights, at_least_float32(prototypes), "b p m, b m h w -> b p h w")
-        target = (cells == numbers).sum(2, dtype=logits.dtype)[image, truth] / stride**2  # (B, P, h, w)
+        target = (cells == numbers).sum(2, dtype=logits.dtype)[image, instance] / stride**2  # (B, P, h, w)
         low, high = (boxes[..., :2] / stride).floor(), (boxes[..., 2:] / stride).ceil()  # (B, T, 2), whole cells
         column = torch.arange(width, device=boxes.device)
         row = torch.arange(height, device=boxes.device)
         across = (column >= low[..., :1]) & (column < high[..., :1])  # (B, T, w)
         down = (row >= low[..., 1:]) & (row < high[..., 1:])  # (B, T, h)
-        crop = (down[..., None] & across[..., None, :])[image, truth]  # (B, P, h, w)
-        surprise = binary_cross_entropy_with_logits(logits, target, reduction="none") * crop
-        mean = surprise.sum((2, 3)) / crop.sum((2, 3)).clamp(min=1)  # (B, P)
+        crop = (down[..., None] & across[..., None, :])[image, instance]  # (B, P, h, w)
+        cross_entropy = binary_cross_entropy_with_logits(logits, target, reduction="none") * crop
+        mean = cross_entropy.sum((2, 3)) / crop.sum((2, 3)).clamp(min=1)  # (B, P)
         return {"mask": (mean * used).sum() / used.sum().clamp(min=1)}
 
 
@@ -128,7 +129,7 @@ def add_masks(
 ) -> dict[str, Tensor]:
     """`terms` of the boxes, which hold "loss", with "mask" of `mask_terms`, which enters "loss" by MASK_GAIN.
 
-    criterion: the detector's loss, whose anchors learn the masks of the truths that they are matched to.
+    criterion: the detector's loss, whose anchors learn the masks of the boxes that they are matched to.
     boxes (B, T, 4) px, labels (B, T) with -1 where padded, maps (B, S, S) from `move_instances`.
     """
     matched = criterion.matched(output.raw, boxes, labels)

@@ -4,8 +4,8 @@ Both are a backbone that halves five times, spatial pyramid pooling, a path aggr
 over strides 8, 16, 32, and a head on each of the three maps.
 
 - "v8": C2f blocks; decoupled head without anchors: a distribution over 16 distances for each side of the box
-  (generalised focal loss, Li et al. 2020) and a logit a class.
-- "v5": C3 blocks; one 1x1 convolution a level predicts three anchors: offset, size, objectness, a logit a class.
+  (generalised focal loss, Li et al. 2020) and a logit per class.
+- "v5": C3 blocks; one 1x1 convolution per level predicts three anchors: offset, size, objectness, a logit per class.
 
 A scale multiplies depth and width: n, s, m, l and (v8) x. Papers change two things, given as factories: `fuse`, how the
 neck joins two maps, and `bottleneck`, the residual block inside C2f and C3.
@@ -86,7 +86,7 @@ class Neck(nn.Module):
         if family == "v8":
             self.shrink_fifth, self.shrink_fourth = nn.Identity(), nn.Identity()
             down5, down4 = fifth, fourth
-        else:  # v5 narrows a map before it is enlarged
+        else:  # v5 narrows a map before it is upsampled, by a lateral 1x1 convolution
             self.shrink_fifth, self.shrink_fourth = ConvBlock(fifth, fourth), ConvBlock(fourth, third)
             down5, down4 = fourth, third
         self.fuse_down_fourth = fuse((down5, fourth))
@@ -103,19 +103,19 @@ class Neck(nn.Module):
     def forward(self, maps: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
         third, fourth, fifth = maps
         top = self.shrink_fifth(fifth)
-        middle = self.shrink_fourth(self.down_fourth(self.fuse_down_fourth(enlarge(top, fourth), fourth)))
-        third = self.down_third(self.fuse_down_third(enlarge(middle, third), third))
+        middle = self.shrink_fourth(self.down_fourth(self.fuse_down_fourth(upsample(top, fourth), fourth)))
+        third = self.down_third(self.fuse_down_third(upsample(middle, third), third))
         fourth = self.up_fourth(self.fuse_up_fourth(self.halve_third(third), middle))
         fifth = self.up_fifth(self.fuse_up_fifth(self.halve_fourth(fourth), top))
         return [third, fourth, fifth]
 
 
-def enlarge(x: Tensor, like: Tensor) -> Tensor:
+def upsample(x: Tensor, like: Tensor) -> Tensor:
     return interpolate(x, like.shape[-2:], mode="nearest")
 
 
 class AnchorFreeHead(nn.Module):
-    """Two branches a level: 4 x 16 bins of distance, and a logit a class -> (B, 64 + classes, h, w) a level."""
+    """Two branches per level: 4 x 16 bins of distance, and a logit per class -> (B, 64 + classes, h, w) each."""
 
     def __init__(self, widths: list[int], classes: int):
         super().__init__()
@@ -129,7 +129,7 @@ class AnchorFreeHead(nn.Module):
 
         self.boxes = nn.ModuleList(branch(w, box_width, 4 * BINS) for w in widths)
         self.classes = nn.ModuleList(branch(w, class_width, classes) for w in widths)
-        # Start from short distances and from the rarity of objects: about five in a 640 px picture.
+        # Start from short distances and from the rarity of objects: about five in a 640 px image.
         for box, cls, stride in zip(self.boxes, self.classes, STRIDES, strict=True):
             nn.init.constant_(box[-1].bias, 1.0)
             nn.init.constant_(cls[-1].bias, math.log(5 / classes / (640 / stride) ** 2))
@@ -139,12 +139,12 @@ class AnchorFreeHead(nn.Module):
 
 
 class AnchorBasedHead(nn.Module):
-    """One 1x1 convolution a level -> (B, 3 * (5 + classes), h, w): x, y, w, h, objectness, classes for each anchor."""
+    """One 1x1 convolution per level -> (B, 3 * (5 + classes), h, w): x, y, w, h, objectness, classes per anchor."""
 
     def __init__(self, widths: list[int], classes: int):
         super().__init__()
         self.levels = nn.ModuleList(nn.Conv2d(w, 3 * (5 + classes), 1) for w in widths)
-        for level, stride in zip(self.levels, STRIDES, strict=True):  # about eight objects in a 640 px picture
+        for level, stride in zip(self.levels, STRIDES, strict=True):  # about eight objects in a 640 px image
             bias = level.bias.data.view(3, 5 + classes)
             bias[:, 4] += math.log(8 / (640 / stride) ** 2)
             bias[:, 5:] += math.log(0.6 / max(classes - 0.99, 0.01))
@@ -164,7 +164,7 @@ class Detector(nn.Module):
         anchors: v5 only, (3, 3, 2): level, anchor, (width, height) in pixels of the input; None: those of COCO.
 
     Raises:
-        ValueError: unknown family or scale, or a picture whose sides are not divisible by 32.
+        ValueError: unknown family or scale, or an image whose sides are not divisible by 32.
     """
 
     strides = STRIDES
@@ -198,7 +198,7 @@ class Detector(nn.Module):
         """The three maps that the head sees: (B, widths[k], S / stride, S / stride)."""
         height, width = images.shape[-2:]
         if height % 32 or width % 32:
-            raise ValueError(f"pictures of {height}x{width} px: a detector needs sides divisible by 32")
+            raise ValueError(f"images of {height}x{width} px: a detector needs sides divisible by 32")
         return self.neck(self.backbone(images))
 
     def forward(self, images: Tensor) -> list[Tensor]:

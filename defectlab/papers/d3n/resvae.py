@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from defectlab.networks.blocks import PreActivationBlock
-from defectlab.networks.diffusion import COMBINE, TIMESTEPS, decoder_channels
+from defectlab.networks.diffusion import COMBINE, TIMESTEPS
 
 CHUNK = 64  # images that are float32 at once outside of training
 METHODS = ("resvae", "pca", "none")
@@ -86,12 +86,13 @@ class ResVAE(nn.Module):
         return self.decoder(z)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C, H, W) -> reconstruction (of a sample in training, drawn by the generator on the device of `x`; of the
-        mean in evaluation), mean, log-variance."""
+        """(B, C, H, W) -> reconstruction (in training of a sample, by the generator on the device of `x`; in evaluation
+        of the mean), mean, log-variance."""
         mean, log_variance = self.posterior(x)
-        noise = torch.empty_like(mean).normal_(generator=generator) if self.training else torch.zeros_like(mean)
-        z = mean + (log_variance / 2).exp() * noise
-        return self.decode(z), mean, log_variance
+        if not self.training:
+            return self.decode(mean), mean, log_variance
+        noise = torch.empty_like(mean).normal_(generator=generator)
+        return self.decode(mean + (log_variance / 2).exp() * noise), mean, log_variance
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ class Compressor(nn.Module):
 def feature_shapes(settings: CompressionSettings) -> list[Shape]:
     """(C_k, H_k, W_k) of the features of one image, finest first."""
     times, side = len(settings.timesteps) if settings.combine == "concat" else 1, settings.ddpm.size
-    return [(times * c, side >> k, side >> k) for k, c in enumerate(decoder_channels(settings.ddpm))]
+    return [(times * c, side >> k, side >> k) for k, c in enumerate(settings.ddpm.channels)]
 
 
 def build_compressor(settings: CompressionSettings, shapes: Sequence[Shape]) -> Compressor:
