@@ -144,7 +144,7 @@ def fused(model: nn.Module) -> nn.Module:
 
 
 def _fuse(module: nn.Module) -> nn.Module:
-    if hasattr(module, "fuse"):
+    if hasattr(type(module), "fuse"):  # a method: a submodule may be called `fuse`, too
         return module.fuse()
     for name, child in module.named_children():
         module._modules[name] = _fuse(child)
