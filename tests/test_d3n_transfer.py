@@ -16,7 +16,6 @@ from defectlab.papers.d3n.transfer import (
     logit_distance,
     object_scaled_terms,
     per_place,
-    temperature_table,
 )
 
 STRIDES = (8, 16, 32)
@@ -91,22 +90,12 @@ def test_box_distances_by_hand():
     assert ciou.item() == pytest.approx(complete_box_iou_loss(student, teacher).item(), abs=1e-5)
 
 
-def test_temperature_table():
-    table = temperature_table(2.0, (-6, 2), (1, 20))
-    assert [list(line) for line in table] == [["teacher", "student", "T = 1", "T = 20", "limit"]] * 2
-    far, same = table
-    assert far["limit"] == 8**2 / 16
-    assert far["T = 1"] == pytest.approx((sigmoid(2) - sigmoid(-6)) ** 2)
-    assert far["T = 20"] == pytest.approx(400 * (sigmoid(0.1) - sigmoid(-0.3)) ** 2)
-    assert (same["T = 1"], same["T = 20"], same["limit"]) == (0, 0, 0)
-
-
 # Terms
 
 
 @readings
 def test_single_cell_by_hand(reading):
-    """One picture, one level of one cell, one anchor of 8 x 8 px, two classes: o_T is weight and its own divisor."""
+    """One image, one level of one cell, one anchor of 8 x 8 px, two classes: o_T is weight and its own divisor."""
     teacher = torch.tensor([0.0, 0, 0, 0, 1.0, 2.0, -2.0])  # the box of zeros: (0, 0, 8, 8) px
     student = torch.tensor([0.0, 0, math.log(3), 0, -1.0, 1.0, 0.0])  # width (2 * 0.75)^2 * 8 = 18 px
     raw = [values.view(1, 7, 1, 1) for values in (student, teacher)]
@@ -128,8 +117,8 @@ def test_single_cell_by_hand(reading):
     assert got["distill_box"].item() == pytest.approx(box, rel=1e-5)
 
 
-def test_places_weigh_as_the_teacher_believes():
-    """Loops over pictures, levels, anchors and cells."""
+def test_places_weigh_by_the_teachers_objectness():
+    """Loops over images, levels, anchors and cells."""
     student, teacher = maps(1), maps(2)
     got = object_scaled_terms(student, teacher, ANCHORS, STRIDES)
     total = cls = box = obj = 0.0
@@ -144,10 +133,10 @@ def test_places_weigh_as_the_teacher_believes():
                 x, y = (x - 0.5 + column) * stride, (y - 0.5 + row) * stride
                 w, h = w * w * float(anchors[k, 0]), h * h * float(anchors[k, 1])
                 boxes.append(torch.tensor([x - w / 2, y - h / 2, x + w / 2, y + h / 2]))
-            belief = wanted[4].sigmoid()
-            total += belief
-            cls += belief * logit_distance(found[5:], wanted[5:]).mean()
-            box += belief * complete_box_iou_loss(*boxes)
+            objectness = wanted[4].sigmoid()
+            total += objectness
+            cls += objectness * logit_distance(found[5:], wanted[5:]).mean()
+            box += objectness * complete_box_iou_loss(*boxes)
             obj += weight / len(places) * logit_distance(found[4], wanted[4])
     expected = {"distill_obj": obj, "distill_cls": cls / total, "distill_box": box / total}
     for name, value in expected.items():
@@ -309,7 +298,7 @@ def test_the_teacher_takes_the_detectors_gains():
 @pytest.mark.parametrize("reading", [("l2", "ciou"), ("bce", "l2")])
 def test_without_labels_the_student_becomes_the_teacher_where_it_sees_objects(reading):
     teacher = with_channel(maps(22, scale=1.0), 4, -6.0)
-    teacher[1].unflatten(1, (2, -1))[0, 1, 4, 2, 3] = 4.0  # one object, in one picture
+    teacher[1].unflatten(1, (2, -1))[0, 1, 4, 2, 3] = 4.0  # one object, in one image
     student = [torch.zeros_like(m, requires_grad=True) for m in teacher]
     optimizer = torch.optim.Adam(student, lr=0.1)
     for _ in range(150):

@@ -28,6 +28,7 @@ from defectlab.networks.yolo.decode import DefectFinder
 from defectlab.networks.yolo.losses import detection_loss
 from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.precision import float32_on_cpu
 
 
 @dataclass(frozen=True)
@@ -147,19 +148,12 @@ class MultiScaleResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
-        y = self.act(self.dense(h) + self.wide(h))
+        y = self.act(self.dense(h) + float32_on_cpu(self.wide, h))
         return x + y if self.shortcut else y
 
     def wide(self, h: Tensor) -> Tensor:
-        """Medium and large structure, (B, C, H, W) -> the same shape.
-
-        In float32 on CPUs: there the bf16 gradient of a dilated depthwise convolution's weight can hold memory that
-        nobody wrote (seen with torch 2.11 on maps of 56 px: NaN, or 1e36).
-        """
-        if h.device.type != "cpu" or h.dtype != torch.bfloat16:
-            return self.medium(h) + self.large(h)
-        with torch.autocast("cpu", enabled=False):
-            return self.medium(h.float()) + self.large(h.float())
+        """Medium and large structure, (B, C, H, W) -> the same shape."""
+        return self.medium(h) + self.large(h)
 
     def fuse(self) -> nn.Module:
         """The same function with one 3x3 and one depthwise 7x7 convolution, no norms."""

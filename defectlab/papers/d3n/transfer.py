@@ -18,13 +18,13 @@ boxes) and has no temperature; the section says "logit distillation", "L2" and "
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
 from defectlab.networks.yolo.assignment import box_iou_aligned
-from defectlab.networks.yolo.decode import decode_anchor_based, full_precision
+from defectlab.networks.yolo.decode import decode_anchor_based, split_anchors
 from defectlab.networks.yolo.losses import AnchorBasedLoss
+from defectlab.precision import at_least_float32
 
 LEAST_OBJECTNESS = 1e-6  # ours: least sum of o_T to divide by, so that a batch without any gives 0, not NaN
 
@@ -88,8 +88,8 @@ def object_scaled_terms(
     shapes, others = [tuple(m.shape) for m in student], [tuple(m.shape) for m in teacher]
     if shapes != others:
         raise ValueError(f"maps of the student {shapes} and of the teacher {others} differ; build both at one scale")
-    student = [full_precision(m) for m in student]
-    teacher = [full_precision(m).detach().to(student[0].dtype) for m in teacher]
+    student = [at_least_float32(m) for m in student]
+    teacher = [at_least_float32(m).detach().to(student[0].dtype) for m in teacher]
     found, target = per_place(student, anchors.shape[1]), per_place(teacher, anchors.shape[1])  # (B, A, 5 + C)
     objectness = target[..., 4].sigmoid()  # (B, A): o_T, 0..1
 
@@ -111,7 +111,7 @@ def object_scaled_terms(
 
 def per_place(raw: Sequence[Tensor], count: int) -> Tensor:
     """Maps (B, K * (5 + C), h, w) with K = count -> (B, A, 5 + C), places in the order of `decode_anchor_based`."""
-    return torch.cat([rearrange(m, "b (k values) h w -> b (k h w) values", k=count) for m in raw], 1)
+    return torch.cat([split_anchors(m, count).flatten(1, 3) for m in raw], 1)
 
 
 class PowerTransfer(nn.Module):
