@@ -1,119 +1,141 @@
 """The command line, without Jupyter: `python -m defectlab run|status|record|report|score|detect|reproduce|bench`."""
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
-from defectlab import runs
-from defectlab.batch import RowsFailed, Task, run_parallel, run_tasks, status_lines, tasks
+from defectlab import batch, runs
+from defectlab.batch import RowsFailed, Task, tasks
 from defectlab.files import DataError, WeightsError
 from defectlab.provenance import pick_device
 from defectlab.runs import PROFILES, NonFiniteLoss
 from defectlab.studies import STUDIES
 
+MODULES = {  # of the commands that have one, imported when it is asked for
+    "reproduce": "defectlab.reproduce",
+    "score": "defectlab.own.score",
+    "detect": "defectlab.own.detect",
+    "bench": "defectlab.bench",
+}
+
 
 def names(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def numbers(text: str) -> list[int]:
     return [int(part) for part in names(text)]
 
 
+def seeds(text: str) -> list[int]:
+    """ValueError, of which argparse makes a sentence, for none, a negative one, the same twice."""
+    found = numbers(text)
+    if min(found) < 0 or len(set(found)) < len(found):
+        raise ValueError
+    return found
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m defectlab", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, text: str, *, rows: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, text: str, profile: str | None = "quick") -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        if rows:
-            several = {} if name == "run" else {"nargs": "?"}
-            command.add_argument("study", choices=list(STUDIES), **several)
+        if name in ("run", "status", "record"):
+            command.add_argument("study", choices=list(STUDIES), nargs=None if name == "run" else "?")
             command.add_argument("--rows", type=names, metavar="A,B", help="rows of the study; default: all")
-            command.add_argument("--seeds", type=numbers, metavar="0,1", help="default: as the study plans them")
-            command.add_argument("--profile", choices=PROFILES, default="quick")
+            command.add_argument("--seeds", type=seeds, metavar="0,1", help="default: as the study plans them")
+        if profile:
+            command.add_argument("--profile", choices=PROFILES, default=profile, help=f"default: {profile}")
+        if name not in ("status", "record", "report"):
+            command.add_argument("--device", default="auto", help="auto, cpu or cuda")
         return command
 
     run = add("run", "run rows and seeds that this machine has not run yet")
-    run.add_argument("--minutes", type=float, help="stop cleanly after so many minutes; the same command goes on")
-    run.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    run.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    run.add_argument("--minutes", type=float, help="stop cleanly after so many; the same command goes on")
+    run.add_argument("--jobs", type=positive, default=1, help="processes side by side")
     run.add_argument("--tasks", type=names, metavar="ROW:SEED,...", help="exactly these, instead of --rows and --seeds")
 
     add("status", "which rows and seeds are recorded, run here, missing, in the order in which to run them")
     add("record", "promote finished runs of this machine into results/runs")
+    add("report", "write the page of tables and verdicts, and the generated parts of README")
 
-    report = add("report", "write the page of tables and verdicts, and the generated parts of README", rows=False)
-    report.add_argument("--profile", choices=PROFILES, default="quick")
+    reproduce = add("reproduce", "run the numbered notebooks, then write their HTML and the page", "smoke")
+    reproduce.add_argument("--notebooks", type=names, metavar="03,20", help="numbers or beginnings of names")
+    reproduce.add_argument("--minutes", type=float, help="budget of the whole call; the same command goes on")
+    reproduce.add_argument("--seeds", type=seeds, metavar="0,1", help="default: as each notebook says")
+    reproduce.add_argument("--jobs", type=positive, default=1, help="notebooks side by side")
 
-    score = add("score", "score a folder of pictures with a trained model: scores.csv and a map a picture", rows=False)
-    score.add_argument("--images", type=Path, required=True, help="folder of pictures to score")
+    score = add("score", "score a folder of images with a trained model: scores.csv and a map for each image", None)
+    score.add_argument("--images", type=Path, required=True, help="folder of images to score")
     score.add_argument("--out", type=Path, default=Path("scores"), help="folder for scores.csv and maps")
     model = score.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", type=Path, help="a .safetensors of runs/ or of an earlier --train-good")
-    model.add_argument("--train-good", type=Path, help="folder of good pictures: train on these first")
+    model.add_argument("--train-good", type=Path, help="folder of good images: train on these first")
     score.add_argument("--method", choices=("rd4ad", "bsdrd", "patchcore"), default="bsdrd", help="with --train-good")
     score.add_argument("--teacher", default="resnet18", help="with --train-good")
-    score.add_argument("--epochs", type=int, default=10, help="with --train-good")
-    score.add_argument("--size", type=int, default=256, help="with --train-good: pixels a side")
-    score.add_argument("--device", default="auto")
+    score.add_argument("--epochs", type=positive, default=10, help="with --train-good")
+    score.add_argument("--size", type=positive, default=256, help="with --train-good: pixels per side")
 
-    detect = add("detect", "train a detector on pictures with boxes, or find defects in others with it", rows=False)
+    detect = add("detect", "train a detector on images with boxes, or find defects in others with it", None)
     source = detect.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help="folder of pictures with boxes: train on it and evaluate")
+    source.add_argument("--data", type=Path, help="folder of images with boxes: train on it and evaluate")
     source.add_argument("--model", type=Path, help="a .safetensors of runs/ or of an earlier --data: find defects")
     detect.add_argument("--format", choices=("voc", "yolo", "coco"), help="with --data: how its boxes are written")
-    detect.add_argument("--size", type=int, default=320, help="with --data: pixels a side, a multiple of 32")
-    detect.add_argument("--epochs", type=int, default=50, help="with --data")
+    detect.add_argument("--size", type=positive, default=320, help="with --data: pixels per side, a multiple of 32")
+    detect.add_argument("--epochs", type=positive, default=50, help="with --data")
     detect.add_argument("--family", choices=("v8", "v5"), default="v8", help="with --data: anchor-free or anchor-based")
     detect.add_argument("--scale", default="n", help="with --data: t, n, s, m, l or (v8) x")
-    detect.add_argument("--batch", type=int, default=16, help="with --data: pictures a step")
+    detect.add_argument("--batch", type=int, default=16, help="with --data: images per step")
     detect.add_argument("--seed", type=int, default=0, help="with --data")
-    detect.add_argument(
-        "--minutes", type=float, help="with --data: stop cleanly after so many; the same command goes on"
-    )
-    detect.add_argument("--images", type=Path, help="with --model: folder of pictures to look at")
+    detect.add_argument("--minutes", type=float, help="with --data: stop cleanly after so many, to go on later")
+    detect.add_argument("--images", type=Path, help="with --model: folder of images to look at")
     detect.add_argument("--confidence", type=float, help="with --model: lowest score; default: the threshold from dev")
-    detect.add_argument("--draw", action="store_true", help="with --model: the pictures with their boxes, too")
+    detect.add_argument("--draw", action="store_true", help="with --model: the images with their boxes, too")
     detect.add_argument("--out", type=Path, help="folder of the results; default: detections, with --model found")
     detect.add_argument("--onnx", action="store_true", help="write detector.onnx, too, and compare it with torch")
-    detect.add_argument("--device", default="auto")
 
-    bench = add("bench", "speed of training, inference, metrics on this machine", rows=False)
-    bench.add_argument("--device", default="auto")
+    bench = add("bench", "speed of training and inference on this machine", None)
     bench.add_argument("--part", choices=("all", "detector", "anomaly"), default="all")
     bench.add_argument("--sizes", type=numbers, default=[224], metavar="224,320,640", help="of detectors; default: 224")
     bench.add_argument("--teacher", default="resnet18_random", help="of anomaly detection")
-    commands.add_parser("reproduce", help="run the notebooks headlessly and write the page", add_help=False)
     return top
 
 
 def chosen(options: argparse.Namespace) -> list[Task]:
-    if options.command == "run" and options.tasks:
+    """The tasks that --rows and --seeds or --tasks name. ValueError where there are none."""
+    if getattr(options, "tasks", None):
         pairs = [pair.partition(":")[::2] for pair in options.tasks]
         if not all(seed.isdigit() for _, seed in pairs):
             raise ValueError(f"--tasks takes ROW:SEED,ROW:SEED,..., got {','.join(options.tasks)}")
         wanted = [(row, int(seed)) for row, seed in pairs]
-        listed = {
-            (t.name, t.seed): t for row, seed in wanted for t in tasks(options.study, options.profile, [row], [seed])
-        }
+        rows, numbered = (list(dict.fromkeys(values)) for values in zip(*wanted, strict=True))
+        listed = {(t.name, t.seed): t for t in tasks(options.study, options.profile, rows, numbered)}
         return [listed[pair] for pair in wanted]
-    return tasks(options.study, options.profile, options.rows, options.seeds)
+    listed = tasks(options.study, options.profile, options.rows, options.seeds)
+    if unplanned := batch.unplanned(options.rows, listed):
+        raise ValueError(f"{', '.join(unplanned)}: {batch.unplanned_note(options.profile)}")
+    return listed
 
 
 def run(options: argparse.Namespace) -> int:
     listed, device = chosen(options), pick_device(options.device)
-    if options.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     if options.jobs > 1:
-        return run_parallel(options.study, listed, options.profile, device, options.minutes, options.jobs)
-    run_tasks(options.study, listed, options.profile, device, options.minutes)
+        return batch.run_parallel(options.study, listed, options.profile, device, options.minutes, options.jobs)
+    batch.run_tasks(options.study, listed, options.profile, device, options.minutes)
     return 0
 
 
 def status(options: argparse.Namespace) -> int:
     for name in [options.study] if options.study else STUDIES:
-        print("\n".join(status_lines(name, options.profile, options.rows, options.seeds)))
+        print("\n".join(batch.status_lines(name, options.profile, options.rows, options.seeds)))
     return 0
 
 
@@ -128,33 +150,20 @@ def record(options: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["reproduce"]:
-        from defectlab.reproduce import main as reproduce  # papermill is not needed for anything else
+def report(options: argparse.Namespace) -> int:
+    from defectlab.verdicts.page import update_generated, write_page
 
-        return reproduce(argv[1:])
+    update_generated()
+    print(f"wrote {write_page(options.profile)}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
-        if options.command in ("run", "status", "record"):
-            return {"run": run, "status": status, "record": record}[options.command](options)
-        if options.command == "report":
-            from defectlab.verdicts.page import update_generated, write_page
-
-            update_generated()
-            print(f"wrote {write_page(options.profile)}")
-            return 0
-        if options.command == "score":
-            from defectlab.own.score import score
-
-            return score(options)
-        if options.command == "detect":
-            from defectlab.own.detect import detect
-
-            return detect(options)
-        from defectlab.bench import bench
-
-        return bench(options)
+        action = {"run": run, "status": status, "record": record, "report": report}.get(options.command)
+        action = action or getattr(importlib.import_module(MODULES[options.command]), options.command)
+        return action(options)
     except (DataError, WeightsError, NonFiniteLoss, RowsFailed, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -56,10 +57,10 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
     with locked(folder / "locks" / key, context.log):
         if path.exists():
             return runs.read_record(path)
-        own = replace(context, checkpoint=checkpoint, require=require, load=load)
         reset_peak_memory(context.device)
-        earlier, started = _seconds_before(checkpoint), time.monotonic()
+        earlier, started = seconds_before(checkpoint), time.monotonic()
         data = row.load(settings, context.device)
+        own = replace(context, checkpoint=checkpoint, require=require, load=load)
         result = row.run(settings, seed, data, own)
         described = {
             "key": key,
@@ -80,8 +81,8 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
     return record
 
 
-def _seconds_before(checkpoint: Any) -> float:
-    """Seconds of training in earlier sittings, from the checkpoint that they left."""
+def seconds_before(checkpoint: Path) -> float:
+    """Seconds of training in earlier sittings, from the checkpoint that they left; 0 without one."""
     try:
         with safe_open(checkpoint, framework="pt") as file:
             return float(json.loads(file.metadata()["header"])["seconds"])
@@ -221,24 +222,30 @@ def run_parallel(name: str, listed: list[Task], profile: str, device: str, minut
         raise
 
 
-def status_lines(name: str, profile: str, rows: list[str] | None = None, seeds: list[int] | None = None) -> list[str]:
-    """A line for each row: seeds recorded, run here, missing; in the order in which to run them. Rows that the profile
-    plans no seed of are listed where they are named."""
-    by_row: dict[str, list[Task]] = {}
-    for task in tasks(name, profile, rows, seeds):
-        by_row.setdefault(task.name, []).append(task)
-    unplanned = [row for row in rows or [] if row not in by_row]
-    width = max(map(len, [*by_row, *unplanned, "row"]))
-    lines = [f"{name} ({profile}): {'row':{width}}  recorded  here      missing"]
-    indent = " " * (len(f"{name} ({profile}): "))
-    for row, listed in by_row.items():
-        columns = [
-            ",".join(str(t.seed) for t in listed if test(t)) or "-"
-            for test in (lambda t: t.recorded, lambda t: t.here, lambda t: not (t.recorded or t.here))
-        ]
-        lines.append(f"{indent}{row:{width}}  {columns[0]:8}  {columns[1]:8}  {columns[2]}")
-    return lines + [f"{indent}{row:{width}}  {unplanned_note(profile)}" for row in unplanned]
+def unplanned(rows: list[str] | None, listed: list[Task]) -> list[str]:
+    """The named rows that have no task: the profile plans no seed of them."""
+    return [row for row in rows or [] if row not in {task.name for task in listed}]
 
 
 def unplanned_note(profile: str) -> str:
     return f"not part of {profile}: name its seeds to run it, as in --seeds 0"
+
+
+def status_lines(name: str, profile: str, rows: list[str] | None = None, seeds: list[int] | None = None) -> list[str]:
+    """A line for each row: seeds recorded, run here, missing; in the order in which to run them. Rows that the profile
+    plans no seed of are listed where they are named."""
+    listed = tasks(name, profile, rows, seeds)
+    by_row: dict[str, list[str]] = {}
+    for task in listed:
+        columns = by_row.setdefault(task.name, [[], [], []])
+        for column, stands in zip(columns, (task.recorded, task.here, not (task.recorded or task.here)), strict=True):
+            column += [str(task.seed)] if stands else []
+    texts = {"row": "recorded  here      missing"}
+    for row, columns in by_row.items():
+        recorded, here, missing = (",".join(column) or "-" for column in columns)
+        texts[row] = f"{recorded:8}  {here:8}  {missing}"
+    texts |= {row: unplanned_note(profile) for row in unplanned(rows, listed)}
+    width = max(map(len, texts))
+    start = f"{name} ({profile}): "
+    lines = [f"{'':{len(start)}}{row:{width}}  {text}" for row, text in texts.items()]
+    return [start + lines[0][len(start) :], *lines[1:]]

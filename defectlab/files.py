@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DataError(RuntimeError):
@@ -38,7 +41,7 @@ def weights_dir() -> Path | None:
     return Path(chosen).expanduser() if chosen else None
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write(aside)` into a file beside `path`, then rename: what stands under `path` is always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{os.getpid()}-{path.name}")
@@ -57,6 +60,20 @@ def write_json(path: Path, content: Any) -> None:
     """Sorted and indented. ValueError for NaN or infinity, which JSON does not know."""
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     write_atomically(path, lambda aside: aside.write_text(text + "\n"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """A .safetensors file, from whatever device and memory order."""
+    from safetensors.torch import save_file  # needs torch, which takes a second
+
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(path, lambda aside: save_file(plain, aside, header))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU and the header, which may be empty. SafetensorError or OSError where it is no such file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 @contextlib.contextmanager

@@ -14,15 +14,15 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from defectlab.files import project_root, write_atomically, write_json
+from defectlab.files import project_root, read_tensors, write_atomically, write_json, write_tensors
 
 PROFILES = ("smoke", "quick", "paper")
 NPZ_LIMIT = 300_000  # bytes: what a committed record may weigh
@@ -105,20 +105,17 @@ def check_profile(profile: str) -> str:
 
 
 def changed(settings: Any) -> dict[str, Any]:
-    """The fields of a settings dataclass that differ from their frozen defaults."""
-    found = {f.name: (getattr(settings, f.name), f.default) for f in dataclasses.fields(settings)}
-    return {
-        name: plain(value)
-        for name, (value, default) in found.items()
-        if value != default or dataclasses.is_dataclass(value)  # whose version counts even where all is default
-    }
-
-
-def plain(value: Any) -> Any:
-    """Settings inside settings (a row that looks at another row's network) as a dict of what differs."""
-    if not dataclasses.is_dataclass(value):
-        return value
-    return {"model": value.model, "version": value.version} | changed(value)
+    """The fields of a settings dataclass that differ from their frozen defaults. Settings inside settings (a row that
+    looks at another row's network) always stand there, with model and version: these count even where all is default.
+    """
+    found = {}
+    for one in dataclasses.fields(settings):
+        value = getattr(settings, one.name)
+        if dataclasses.is_dataclass(value):
+            found[one.name] = {"model": value.model, "version": value.version} | changed(value)
+        elif value != one.default:
+            found[one.name] = value
+    return found
 
 
 def identity(model: str, version: int, different: dict[str, Any], profile: str) -> str:
@@ -210,14 +207,6 @@ def find(records: list[Record], settings: Any, profile: str) -> list[Record]:
     return sorted(ordered[-1], key=lambda r: r.seed) if ordered else []
 
 
-def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    def write(aside: Path) -> None:
-        with aside.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-
-    write_atomically(path, write)
-
-
 def write_run(path: Path, identity: dict[str, Any], result: Result) -> Record:
     """The files of a finished run: weights, arrays, and last the JSON, `identity` and what the result says.
 
@@ -236,11 +225,9 @@ def write_run(path: Path, identity: dict[str, Any], result: Result) -> Record:
     if result.model:
         weights = path.with_suffix(".safetensors")
         header = {"key": content["key"], "settings": json.dumps(content["settings"]), "model": content["model"]}
-        header["dev"] = json.dumps(content["dev"])
-        tensors = {k: v.detach().cpu().contiguous() for k, v in result.model.items()}
-        write_atomically(weights, lambda aside: save_file(tensors, aside, header))
+        write_tensors(weights, result.model, header | {"dev": json.dumps(content["dev"])})
         content["model_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    _write_npz(path.with_suffix(".npz"), result.predictions)
+    write_atomically(path.with_suffix(".npz"), lambda aside: np.savez_compressed(aside, **result.predictions))
     write_json(path, content)
     return read_record(path)
 
@@ -255,7 +242,7 @@ def load_weights(record: Record, network: nn.Module) -> None:
     if not path.exists():
         raise ValueError(f"{path} is missing beside its record: delete {record.path} and run that row again")
     try:
-        network.load_state_dict(load_file(path))
+        network.load_state_dict(read_tensors(path)[0])
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"{path} does not fit this network ({first_line(error)}): delete {record.path} and it"
@@ -268,15 +255,14 @@ def promote(records: list[Record]) -> list[str]:
     for record in records:
         if record.profile == "smoke":
             raise ValueError(f"{record.key} is a smoke run on synthetic data: only quick and paper runs are recorded")
-        target = recorded_dir() / record.path.name
-        if target.exists():
+        if (recorded_dir() / record.path.name).exists():
             lines.append(f"already recorded: {record.key}")
             continue
         arrays = record.path.with_suffix(".npz")
-        if arrays.stat().st_size > NPZ_LIMIT:
-            raise ValueError(f"{arrays} has {arrays.stat().st_size} bytes, more than the {NPZ_LIMIT} a record may have")
-        write_atomically(target.with_suffix(".npz"), lambda aside, a=arrays: shutil.copyfile(a, aside) and None)
-        write_json(target, record.content)
+        if (size := arrays.stat().st_size) > NPZ_LIMIT:
+            raise ValueError(f"{arrays} has {size} bytes, more than the {NPZ_LIMIT} a record may have")
+        for path in (arrays, record.path):  # the JSON last: with it the record is there
+            write_atomically(recorded_dir() / path.name, partial(shutil.copyfile, path))
         doubt = "" if record.dirty is False else "  (made with uncommitted changes, or outside a checkout)"
         lines.append(f"recorded: {record.key}{doubt}")
     return lines

@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from defectlab import runs
+
 SCRIPTS = Path(__file__).parents[1] / "data_scripts"
 
 
@@ -57,6 +59,13 @@ def real_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty project for the runs of one test file."""
     return tmp_path_factory.mktemp("project")
+
+
+@pytest.fixture
+def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty project folder in place of the repository, for runs and records."""
+    monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)

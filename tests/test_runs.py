@@ -1,9 +1,12 @@
 """Keys, records, and what is left when a run is killed or the disk is full."""
 
+import copy
 import dataclasses
 import errno
 import json
+import math
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -17,14 +20,17 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from defectlab import runs
+from defectlab import batch, provenance, runs
 from defectlab.files import locked, write_atomically, write_json
-from defectlab.runs import OutOfTime, Record, RecordError, Result, Session
+from defectlab.runs import Context, OutOfTime, Record, RecordError, Result
+from defectlab.studies import Row, Study
 
-COMMITTED = runs.recorded_dir()
+REPOSITORY = runs.project_root()
+PRINTS = {"data": "d1", "weights": "w1"}
 
 
 @dataclass(frozen=True)
@@ -56,29 +62,21 @@ def fake_result(seed: int = 0, npz_values: int = 5) -> Result:
     )
 
 
-def make_study(run_row: Callable[..., Result] | None = None, prints: dict[str, str] | None = None) -> SimpleNamespace:
-    """A study whose `run_row` counts its calls in `calls`."""
-    study = SimpleNamespace(calls=0)
+class Fakes:
+    """A row on pretended data whose runs give what `give(seed, context)` gives, and are counted in `calls`."""
 
-    def count(settings, seed, data, device, session):
-        study.calls += 1
-        return run_row(settings, seed, data, device, session) if run_row else fake_result(seed)
+    def __init__(self, give: Callable[..., Result] | None = None, **prints: str):
+        self.give, self.prints, self.calls = give, PRINTS | prints, 0
 
-    study.load = lambda settings, device: SimpleNamespace(label="pretended tiles")
-    study.fingerprints = lambda settings: prints or {"data": "d1", "weights": "w1"}
-    study.run_row = count
-    return study
+    def compute(self, settings: Fake, seed: int, data: object, context: Context) -> Result:
+        self.calls += 1
+        return self.give(seed, context) if self.give else fake_result(seed)
 
-
-@pytest.fixture
-def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty project folder in place of the repository."""
-    monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
-    return tmp_path
-
-
-def run(study: SimpleNamespace, seed: int = 0, profile: str = "quick", settings: Fake | None = None) -> Record:
-    return runs.run(study, settings or Fake(), seed, profile, "cpu", Session(say=lambda line: None))
+    def run(self, seed: int = 0, profile: str = "quick", settings: Fake | None = None) -> Record:
+        data = SimpleNamespace(label="pretended tiles")
+        row = Row(settings or Fake(), self.compute, lambda settings, device: data, lambda settings: self.prints)
+        study = Study("fakes", {profile: {"row": row}}, {}, ())
+        return batch.run_row(study, row, seed, profile, Context(log=lambda line: None))
 
 
 def leftovers(root: Path) -> list[str]:
@@ -91,15 +89,8 @@ def leftovers(root: Path) -> list[str]:
 
 def key(settings: Fake | None = None, seed: int = 0, profile: str = "quick", **prints: str) -> str:
     settings = settings or Fake()
-    fingerprints = {"data": "d1", "weights": "w1"} | prints
     row = runs.row_identity(settings, profile)
-    return runs.make_key(settings.model, settings.dataset, profile, seed, row, fingerprints)
-
-
-def test_a_new_field_with_its_old_behaviour_keeps_the_key() -> None:
-    assert key(FakeWithAnotherField()) == key(Fake())
-    assert key(FakeWithAnotherField(width=4)) == key(Fake(width=4))
-    assert key(FakeWithAnotherField(dilation=2)) != key(Fake())
+    return runs.make_key(settings.model, settings.dataset, profile, seed, row, PRINTS | prints)
 
 
 def test_what_is_computed_decides_the_key() -> None:
@@ -111,19 +102,24 @@ def test_what_is_computed_decides_the_key() -> None:
         key(Fake(width=4)),
         key(Fake(layers=(1,))),
         key(Fake(dataset="others/tiles")),
+        key(FakeWithAnotherField(dilation=2)),
+        key(type("Newer", (Fake,), {"version": 2})()),
+        key(type("Renamed", (Fake,), {"model": "other"})()),
     ]
     assert len({key(), *others}) == 1 + len(others)
     assert key() == key()
-
-
-def test_model_and_version_decide_the_key() -> None:
-    newer = type("Newer", (Fake,), {"version": 2})
-    renamed = type("Renamed", (Fake,), {"model": "other"})
-    assert len({runs.row_identity(kind(), "quick") for kind in (Fake, newer, renamed)}) == 3
-
-
-def test_key_is_readable() -> None:
     assert key(seed=3, profile="paper").startswith("fake-tiles-paper-s3-")
+
+
+def test_a_new_field_with_its_old_behaviour_keeps_the_key() -> None:
+    assert key(FakeWithAnotherField()) == key(Fake())
+    assert key(FakeWithAnotherField(width=4)) == key(Fake(width=4))
+
+
+def test_settings_inside_settings_count_with_their_version() -> None:
+    outer = dataclasses.make_dataclass("Outer", [("inner", Fake, Fake())], frozen=True)
+    assert runs.changed(outer()) == {"inner": {"model": "fake", "version": 1}}
+    assert runs.changed(outer(Fake(width=4))) == {"inner": {"model": "fake", "version": 1, "width": 4}}
 
 
 def test_tuples_and_lists_are_one_identity() -> None:
@@ -133,16 +129,11 @@ def test_tuples_and_lists_are_one_identity() -> None:
     assert runs.identity("fake", 1, stored, "quick") == runs.row_identity(settings, "quick")
 
 
-def test_unknown_profile(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown profile 'fast': use one of smoke, quick, paper"):
-        run(make_study(), profile="fast")
-
-
 # --- Running ---------------------------------------------------------------------------------------------------------
 
 
 def test_run_writes_record_arrays_and_weights(root: Path) -> None:
-    record = run(make_study(), seed=2, settings=Fake(width=4))
+    record = Fakes().run(seed=2, settings=Fake(width=4))
     assert record.path == root / "runs" / "quick" / f"{record.key}.json"
     assert leftovers(root) == [f"{record.key}.{ending}" for ending in ("json", "npz", "safetensors")]
     assert record.metrics == {"image_auroc": 92.0}
@@ -158,48 +149,84 @@ def test_run_writes_record_arrays_and_weights(root: Path) -> None:
         assert json.loads(file.metadata()["dev"]) == {"threshold": 0.5}
     for name in ("commit", "dirty", "versions", "device", "threads", "date", "seconds", "peak_memory_mb", "precision"):
         assert name in record.content
+    assert "notes" not in record.content  # only where there are any
+    noted = Fakes(lambda *_: dataclasses.replace(fake_result(), notes={"teacher": "fake-tiles"})).run()
+    assert noted.notes == {"teacher": "fake-tiles"}
 
 
 def test_second_call_reads_and_does_not_compute(root: Path) -> None:
-    study = make_study()
-    first, again = run(study), run(study)
-    assert study.calls == 1
+    fakes = Fakes()
+    first, again = fakes.run(), fakes.run()
+    assert fakes.calls == 1
     assert again == first
-    run(study, seed=1)
-    run(study, settings=Fake(width=4))
-    run(make_study(prints={"data": "d2", "weights": "w1"}))
-    assert study.calls == 3
+    fakes.run(seed=1)
+    fakes.run(settings=Fake(width=4))
+    Fakes(data="d2").run()
+    assert fakes.calls == 3
     assert len(runs.read_records(runs.runs_dir("quick"))) == 4
 
 
-def test_checkpoint_is_removed_when_the_run_is_finished(root: Path) -> None:
-    def interrupted(settings, seed, data, device, session):
-        session.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        session.checkpoint.write_bytes(b"half a training")
+def test_unknown_profile(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown profile 'fast': use one of smoke, quick, paper"):
+        Fakes().run(profile="fast")
+
+
+def test_seconds_are_those_of_all_sittings_and_the_checkpoint_goes(root: Path) -> None:
+    def interrupted(seed: int, context: Context) -> Result:
+        context.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        header = {"header": json.dumps({"epoch": 1, "seconds": 1234.5})}
+        safetensors.torch.save_file({"weights.a": torch.zeros(1)}, context.checkpoint, header)
         raise OutOfTime("after epoch 1")
 
     with pytest.raises(OutOfTime):
-        run(make_study(interrupted))
+        Fakes(interrupted).run()
     assert leftovers(root) == [f"{key()}.safetensors"]
 
-    def resumed(settings, seed, data, device, session):
-        assert session.checkpoint.read_bytes() == b"half a training"
+    def resumed(seed: int, context: Context) -> Result:
+        assert context.checkpoint.exists()
         return fake_result(seed)
 
-    run(make_study(resumed))
+    assert 1234.5 <= Fakes(resumed).run().seconds < 1244
     assert not list((root / "runs" / "quick" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("left", [None, b"half a file"])
+def test_no_checkpoint_and_a_broken_one_add_no_seconds(root: Path, left: bytes | None) -> None:
+    path = root / "runs" / "quick" / "checkpoints" / f"{key()}.safetensors"
+    if left:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(left)
+    assert Fakes().run().seconds < 10
+
+
+def test_seconds_of_a_required_row_are_its_own(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(batch.time, "monotonic", lambda: clock[0])
+
+    def compute(settings: Fake, seed: int, data: object, context: Context) -> Result:
+        clock[0] += 100 if settings.width == 8 else 7
+        if settings.width == 4:
+            assert context.require(Fake(), 0).seconds == 100
+            assert context.load(Fake()).label == "tiles"
+        return fake_result(seed)
+
+    load = lambda settings, device: SimpleNamespace(label="tiles")  # noqa: E731
+    teacher, student = (Row(Fake(width=width), compute, load, lambda settings: PRINTS) for width in (8, 4))
+    study = Study("fakes", {"quick": {"teacher": teacher, "student": student}}, {}, ())
+    assert batch.run_row(study, student, 0, "quick", Context(log=lambda line: None)).seconds == 7
+    assert len(runs.read_records(runs.runs_dir("quick"))) == 2
 
 
 def test_two_at_once_compute_once(root: Path) -> None:
     inside, go_on = threading.Event(), threading.Event()
 
-    def slow(settings, seed, data, device, session):
+    def slow(seed: int, context: Context) -> Result:
         inside.set()
         assert go_on.wait(20)
         return fake_result(seed)
 
-    study, found = make_study(slow), []
-    workers = [threading.Thread(target=lambda: found.append(run(study)), daemon=True) for _ in range(2)]
+    fakes, found = Fakes(slow), []
+    workers = [threading.Thread(target=lambda: found.append(fakes.run()), daemon=True) for _ in range(2)]
     workers[0].start()
     assert inside.wait(20)
     workers[1].start()
@@ -208,7 +235,7 @@ def test_two_at_once_compute_once(root: Path) -> None:
     go_on.set()
     for worker in workers:
         worker.join(20)
-    assert study.calls == 1
+    assert fakes.calls == 1
     assert len(found) == 2
     assert found[0] == found[1]
 
@@ -217,34 +244,34 @@ def test_two_at_once_compute_once(root: Path) -> None:
 
 
 def test_a_run_that_raises_leaves_no_record(root: Path) -> None:
-    def fails(settings, seed, data, device, session):
+    def fails(seed: int, context: Context) -> Result:
         raise RuntimeError("the row broke")
 
     with pytest.raises(RuntimeError, match="the row broke"):
-        run(make_study(fails))
+        Fakes(fails).run()
     assert leftovers(root) == []
-    study = make_study()
-    assert run(study).metrics == {"image_auroc": 90.0}
-    assert study.calls == 1
+    fakes = Fakes()
+    assert fakes.run().metrics == {"image_auroc": 90.0}
+    assert fakes.calls == 1
 
 
 KILLED = """
 import time
 from pathlib import Path
 from defectlab import runs
-from test_runs import make_study, run
+from test_runs import Fakes
 
 def hang(*arguments):
-    print("inside run_row", flush=True)
+    print("inside run", flush=True)
     time.sleep(600)
 
 runs.project_root = lambda: Path({root!r})
-run(make_study(hang))
+Fakes(hang).run()
 """
 
 
 def test_a_killed_run_leaves_no_record_and_no_lock(root: Path) -> None:
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    paths = os.pathsep.join([str(Path(__file__).parent), str(REPOSITORY)])
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED.format(root=str(root))],
         env=os.environ | {"PYTHONPATH": paths},
@@ -252,16 +279,16 @@ def test_a_killed_run_leaves_no_record_and_no_lock(root: Path) -> None:
         text=True,
     )
     try:
-        assert child.stdout.readline() == "inside run_row\n"
+        assert child.stdout.readline() == "inside run\n"
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait(20)
         child.stdout.close()
     assert (root / "runs" / "quick" / "locks" / key()).exists()  # the child held it
     assert leftovers(root) == []
-    study = make_study()
-    run(study)
-    assert study.calls == 1
+    fakes = Fakes()
+    fakes.run()
+    assert fakes.calls == 1
     assert len(runs.read_records(runs.runs_dir("quick"))) == 1
 
 
@@ -296,7 +323,7 @@ def no_space_for_tensors(*arguments, **options):
 @pytest.mark.parametrize(
     ("place", "name", "failure", "ending"),
     [
-        (runs, "save_file", no_space_for_tensors, "safetensors"),
+        (safetensors.torch, "save_file", no_space_for_tensors, "safetensors"),
         (np, "savez_compressed", no_space, "npz"),
         (Path, "write_text", no_space, "json"),
         (os, "replace", no_space, "safetensors"),
@@ -305,16 +332,16 @@ def no_space_for_tensors(*arguments, **options):
 def test_full_disk_names_the_file_and_leaves_no_record(
     root: Path, monkeypatch: pytest.MonkeyPatch, place, name: str, failure: Callable, ending: str
 ) -> None:
-    study = make_study()
+    fakes = Fakes()
     with monkeypatch.context() as patch:
         patch.setattr(place, name, failure)
         with pytest.raises(OSError, match=r"could not write .*No space left.*free some disk space") as caught:
-            run(study)
+            fakes.run()
     assert str(root / "runs" / "quick" / f"{key()}.{ending}") in str(caught.value)
     assert not list(root.rglob("*.json"))
     assert not list(root.rglob(".*"))  # no half-written file beside
-    run(study)
-    assert study.calls == 2
+    fakes.run()
+    assert fakes.calls == 2
     assert leftovers(root) == [f"{key()}.{ending}" for ending in ("json", "npz", "safetensors")]
 
 
@@ -337,54 +364,71 @@ def test_a_failed_write_keeps_what_was_there(root: Path) -> None:
 
 @pytest.mark.parametrize("broken", [b"", b'{"key": "fake"', b"\xff\xfe\x00"])
 def test_a_corrupt_record_is_named(root: Path, broken: bytes) -> None:
-    path = run(make_study()).path
+    path = Fakes().run().path
     path.write_bytes(broken)
     with pytest.raises(RecordError, match=r"is not a readable record .*; delete it and run again") as caught:
         runs.read_records(path.parent)
     assert str(path) in str(caught.value)
 
 
-def test_no_folder_is_no_record(root: Path) -> None:
-    assert runs.read_records(runs.runs_dir("paper")) == []
+def test_a_record_can_be_copied_and_pickled(root: Path) -> None:
+    record = Fakes().run()
+    for other in (copy.copy(record), copy.deepcopy(record), pickle.loads(pickle.dumps(record))):
+        assert other == record and other.metrics == record.metrics
+    with pytest.raises(AttributeError, match="nonsense"):
+        record.nonsense  # noqa: B018
+
+
+def test_what_is_not_finite_is_no_metric_and_a_gap_in_the_curve(root: Path) -> None:
+    def diverged(seed: int, context: Context) -> Result:
+        odd, found = {"f1": math.nan, "recall": math.inf}, fake_result(seed)
+        found.metrics, found.per_class, found.dev, found.costs = ({**odd, "map50": 1.0} for _ in range(4))
+        found.per_class, found.curve = {"crack": found.per_class}, {"loss": [1.0, math.nan, -math.inf]}
+        return found
+
+    record = Fakes(diverged).run()
+    stored = json.loads(record.path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
+    assert [stored[name] for name in ("metrics", "dev", "costs")] == [{"map50": 1.0}] * 3
+    assert stored["per_class"] == {"crack": {"map50": 1.0}}
+    assert stored["curve"] == {"loss": [1.0, None, None]}
+    np.testing.assert_equal(record.curve["loss"], [1.0, math.nan, math.nan])  # a plot leaves these out
+    assert runs.promote([record])[0].startswith("recorded: ")
+    (copied,) = runs.read_records(runs.recorded_dir())
+    np.testing.assert_equal(copied.curve["loss"], record.curve["loss"])
 
 
 def test_find_by_row_and_seed(root: Path) -> None:
-    study = make_study()
+    fakes = Fakes()
     for seed in (2, 0, 1):
-        run(study, seed)
-    run(study, settings=Fake(width=4))
+        fakes.run(seed)
+    fakes.run(settings=Fake(width=4))
     records = runs.read_records(runs.runs_dir("quick"))
     assert [r.seed for r in runs.find(records, Fake(), "quick")] == [0, 1, 2]
     assert [r.seed for r in runs.find(records, FakeWithAnotherField(), "quick")] == [0, 1, 2]
     assert len(runs.find(records, Fake(width=4), "quick")) == 1
     assert runs.find(records, Fake(), "paper") == []
+    assert runs.find([], Fake(), "quick") == runs.read_records(runs.runs_dir("paper")) == []
 
 
 @pytest.mark.parametrize("larger", ["d1", "d2"])
-def test_find_mixes_no_fingerprints_and_prefers_the_largest_group(root: Path, larger: str) -> None:
-    for data in ("d1", "d2"):
-        for seed in range(3 if data == larger else 2):
-            run(make_study(prints={"data": data, "weights": "w1"}), seed)
-    found = runs.find(runs.read_records(runs.runs_dir("quick")), Fake(), "quick")
+def test_find_mixes_no_fingerprints_and_says_what_it_leaves_out(root: Path, larger: str) -> None:
+    smaller = {"d1": "d2", "d2": "d1"}[larger]
+    for data, count in ((larger, 3), (smaller, 2)):
+        for seed in range(count):
+            Fakes(data=data).run(seed)
+    records = runs.read_records(runs.runs_dir("quick"))
+    with pytest.warns(UserWarning, match="left out, since made from other data or weights") as said:
+        found = runs.find(records, Fake(), "quick")
     assert [r.fingerprints["data"] for r in found] == [larger] * 3
-
-
-def test_notes_are_kept_only_where_there_are_any(root: Path) -> None:
-    plain = run(make_study())
-    assert "notes" not in plain.content
-
-    def taught(settings, seed, data, device, session):
-        return dataclasses.replace(fake_result(seed), notes={"teacher": "fake-tiles-quick-s0", "sha256": "ab"})
-
-    record = run(make_study(taught), seed=1)
-    assert record.notes == {"teacher": "fake-tiles-quick-s0", "sha256": "ab"}
-    assert set(record.content) - {"notes"} == set(plain.content)
+    assert all(key(seed=seed, data=smaller) in str(said[0].message) for seed in (0, 1))
 
 
 def test_promote_copies_once(root: Path) -> None:
-    record = run(make_study())
+    record = Fakes().run()
     doubt = "  (made with uncommitted changes, or outside a checkout)"
-    assert runs.promote([record]) == [f"recorded: {record.key}{doubt}"]
+    assert runs.promote([dataclasses.replace(record, content=record.content | {"dirty": None})]) == [
+        f"recorded: {record.key}{doubt}"
+    ]
     (copied,) = runs.read_records(runs.recorded_dir())
     assert copied.content == record.content
     np.testing.assert_array_equal(copied.arrays["scores"], record.arrays["scores"])
@@ -394,24 +438,23 @@ def test_promote_copies_once(root: Path) -> None:
     assert {p.name: p.stat().st_mtime_ns for p in runs.recorded_dir().iterdir()} == before
 
 
-def test_promote_refuses_smoke(root: Path) -> None:
-    record = run(make_study(), profile="smoke")
-    with pytest.raises(ValueError, match=r"is a smoke run on synthetic data: only quick and paper runs") as caught:
+@pytest.mark.parametrize(
+    ("profile", "values", "message"),
+    [
+        ("smoke", 5, r"is a smoke run on synthetic data: only quick and paper runs"),
+        ("quick", 60_000, r"bytes, more than the 300000 a record may have"),
+    ],
+)
+def test_what_is_not_promoted(root: Path, profile: str, values: int, message: str) -> None:
+    record = Fakes(lambda *_: fake_result(npz_values=values)).run(profile=profile)
+    with pytest.raises(ValueError, match=message) as caught:
         runs.promote([record])
     assert record.key in str(caught.value)
     assert not runs.recorded_dir().exists()
 
 
-def test_promote_refuses_large_arrays(root: Path) -> None:
-    record = run(make_study(lambda *arguments: fake_result(npz_values=60_000)))
-    with pytest.raises(ValueError, match=r"bytes, more than the 300000 a record may have") as caught:
-        runs.promote([record])
-    assert str(record.path.with_suffix(".npz")) in str(caught.value)
-    assert not runs.recorded_dir().exists()
-
-
 def test_promote_on_a_full_disk_leaves_no_record(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = run(make_study())
+    record = Fakes().run()
     with monkeypatch.context() as patch:
         patch.setattr(runs.shutil, "copyfile", no_space)
         with pytest.raises(OSError, match=r"could not write .*\.npz"):
@@ -420,20 +463,20 @@ def test_promote_on_a_full_disk_leaves_no_record(root: Path, monkeypatch: pytest
     assert runs.promote([record])[0].startswith(f"recorded: {record.key}")
 
 
-def test_provenance_outside_a_checkout_says_unknown(root: Path) -> None:
-    found = runs.provenance("cpu")
-    assert (found["commit"], found["dirty"]) == ("unknown", None)
+# --- Where a run was made --------------------------------------------------------------------------------------------
 
 
-def test_provenance_names_only_packages_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "PACKAGES", ("numpy", "surely-not-installed"))
-    assert runs.provenance("cpu")["versions"].keys() == {"python", "numpy"}
-
-
-def test_provenance_in_the_repository() -> None:
-    if not (COMMITTED.parents[1] / ".git").exists():
-        pytest.skip("needs a git checkout")
-    found = runs.provenance("cpu")
-    assert len(found["commit"]) == 40
-    assert isinstance(found["dirty"], bool)
+def test_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "PACKAGES", ("numpy", "torch", "surely-not-installed"))
+    found = provenance.provenance("cpu")
+    assert found["versions"].keys() == {"python", "numpy", "torch"}  # those that are installed
     assert torch.__version__.startswith(found["versions"]["torch"])  # which leaves out a build tag such as +cpu
+    if (REPOSITORY / ".git").exists():
+        assert len(found["commit"]) == 40 and isinstance(found["dirty"], bool)
+    assert found["jobs"] == 1
+    monkeypatch.setenv(provenance.JOBS, "4")
+    assert provenance.provenance("cpu")["jobs"] == 4  # runs that shared the device
+    monkeypatch.setattr(provenance, "project_root", lambda: tmp_path)
+    found = provenance.provenance("cpu")
+    assert (found["commit"], found["dirty"]) == ("unknown", None)
+    assert provenance.peak_memory_mb("cpu") > 50
