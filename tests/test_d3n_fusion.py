@@ -1,9 +1,13 @@
 """D3N's cross-model fusion: the noise filter, attention as printed and as meant, every fusion of Tables I to III."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+from defectlab.papers.d3n import D3N, StudentSettings
 from defectlab.papers.d3n.fusion import (
     CrossModelFusion,
     DynamicCrossFusion,
@@ -12,7 +16,6 @@ from defectlab.papers.d3n.fusion import (
     NoiseFilter,
     WeightedSum,
     attention,
-    attention_memory,
     pixel_norm,
     resized,
     wrapped,
@@ -99,8 +102,8 @@ def test_a_spectrum_goes_on_periodically_on_all_sides() -> None:
     assert wrapped(torch.ones(1, 1, 1, 2), 3).shape == (1, 1, 7, 8)  # the border is wider than the map
 
 
-def test_filter_moves_with_the_picture() -> None:
-    """Amplitudes do not change when a picture is rolled, so the filter commutes with it."""
+def test_filter_moves_with_the_image() -> None:
+    """Amplitudes do not change when an image is rolled, so the filter commutes with it."""
     noise_filter, y = shaken(NoiseFilter()), torch.randn(1, 4, 8, 8)
     rolled = noise_filter(y.roll((3, 2), (2, 3)))
     torch.testing.assert_close(rolled, noise_filter(y).roll((3, 2), (2, 3)), atol=1e-5, rtol=1e-4)
@@ -151,11 +154,6 @@ def test_sinusoids_tell_rows_from_columns_of_maps_that_are_not_square() -> None:
     assert len(placed.view(6, 8).unique(dim=0)) == 6
     angles = torch.tensor([8.0, 0.08])
     torch.testing.assert_close(row[1, 0], torch.cat([angles.sin(), angles.cos()]))
-
-
-def test_memory_of_attention_on_the_finest_level() -> None:
-    assert attention_memory(64, 64, 4) == 4096**2 * 4 * 2 == 134_217_728
-    assert attention_memory(2, 3, 1, bytes=4) == 36 * 4
 
 
 # --- One level -------------------------------------------------------------------------------------------------------
@@ -306,24 +304,24 @@ def test_bad_switches_are_refused(make, said: str) -> None:
         make()
 
 
-def test_a_detector_level_learns_from_features_that_hold_the_answer() -> None:
-    """Maps of noise, features with the target in one channel: each way to fuse finds it within 60 steps."""
-    features = torch.randn(8, 6, 6, 6)
-    target = features[:, :1]
+# --- The package -----------------------------------------------------------------------------------------------------
 
-    def losses(**switches) -> tuple[float, float]:
-        torch.manual_seed(1)
-        model = nn.ModuleDict({"fusion": LevelFusion(8, 6, **switches), "head": nn.Conv2d(8, 1, 1)})
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-        seen = []
-        for _ in range(60):
-            loss = (model["head"](model["fusion"](torch.randn(8, 8, 6, 6), features)) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            seen.append(loss.item())
-        return seen[0], seen[-1]
 
-    for switches in ({}, {"fuse": "sum"}, {"fuse": "weighted_sum"}, {"fuse": "concat"}):
-        first, last = losses(**switches)
-        assert last < 0.5 * first
+def test_images_become_boxes_by_the_deployed_student() -> None:
+    d3n = D3N(StudentSettings(family="v5", scale="t", size=64), classes=3)
+    found = d3n(torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8), confidence=0.0)
+    assert len(found) == 2
+    for image in found:
+        assert image["boxes"].shape == (len(image["scores"]), 4) and len(image["labels"]) == len(image["scores"]) > 0
+        assert image["boxes"].min() >= 0 and image["boxes"].max() <= 64
+
+
+def test_importing_the_papers_is_quick() -> None:
+    """What takes seconds to import waits until it is used."""
+    papers = (
+        "import sys, defectlab.papers.d3n, defectlab.papers.amam_kd, defectlab.papers.bsdrd, defectlab.papers.yolo_dcf"
+    )
+    heavy = ("diffusers", "segmentation_models_pytorch", "sklearn", "torchmetrics", "onnx", "matplotlib", "pandas")
+    code = f"{papers}; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
