@@ -61,8 +61,7 @@ def fit(
         "count": IMAGES,
         "optimizer": adam(parts, 0.01, (0.5, 0.999)),
         "rate": rate_per_epoch(0.01, schedule, epochs),
-        "epochs": epochs,
-        "batch": BATCH,
+        "settings": SimpleNamespace(epochs=epochs, batch=BATCH),
         "seed": seed,
         "context": context or quiet(),
     }

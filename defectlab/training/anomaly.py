@@ -146,12 +146,11 @@ def train_student(
         draw,
         step,
         len(data.train),
+        settings,
+        seed,
+        context,
         optimizer=adam(parts, settings.learning_rate, settings.betas),
         rate=rate_per_epoch(settings.learning_rate, settings.schedule, settings.epochs),
-        epochs=settings.epochs,
-        batch=settings.batch,
-        seed=seed,
-        context=context,
     )
     return Student(network, loss, trained, precision)
 

@@ -1,18 +1,19 @@
-"""Section III-B of D3N, feature preparation: from pictures to a repository of compressed features.
+"""Section III-B of D3N, feature preparation: from images to a repository of compressed features.
 
 Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845, section III-B and Fig. 3. The
-training pictures go through the frozen diffusion model once; their decoder features are the first repository, on which
+training images go through the frozen diffusion model once; their decoder features are the first repository, on which
 the compressor is trained; its latents are the second one, which the detector's training reads. Both hold training
-pictures alone, as in the paper, which leaves open how a test picture is then queried. Ours: features of dev and test
-pictures are computed on the fly by the same frozen models. No label is used anywhere here.
+images alone, as in the paper, which leaves open how a test image is then queried. Ours: features of dev and test
+images are computed on the fly by the same frozen models. No label is used anywhere here.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,14 +33,75 @@ from defectlab.papers.d3n.resvae import (
 )
 from defectlab.precision import autocast, full_float32, precision_of
 from defectlab.runs import Context, Record, Result, load_weights
+from defectlab.training import feature_store
 from defectlab.training.diffusion import load_ddpm
-from defectlab.training.feature_store import Repository, build_repository
 from defectlab.training.loop import Trained, adam, rate_per_epoch, train
+from defectlab.training.results import rounded
 
+PARTS = ("dev", "test")
 PCA_VECTORS, PCA_CHUNK = 200_000, 4096  # channel vectors that a PCA sees: in all, and at once
 
 
-def channel_vectors(level: "Level", x: Tensor, seed: int) -> Iterable[Tensor]:
+def joined(chunks: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """Levels of some images after the other -> levels of all."""
+    return [torch.cat(level) for level in zip(*chunks, strict=True)]
+
+
+# --- Features --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """The frozen diffusion model of a run, as a function from images to features."""
+
+    unet: nn.Module
+    settings: CompressionSettings
+    record: Record
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, batch: int = 64) -> list[Tensor]:
+        """uint8 (N, C, 64, 64) -> three levels (N, C_k, H_k, W_k) float32, finest first."""
+        alpha_hat = noise_schedule(self.settings.ddpm.steps).to(images.device)
+        options = {"timesteps": self.settings.timesteps, "combine": self.settings.combine, "alpha_hat": alpha_hat}
+        with autocast(images.device, precision_of(self.settings.ddpm, images.device)):
+            return joined(decoder_features(self.unet, part, **options) for part in images.split(batch))
+
+    def made_of(self, data: DetectionData) -> str:
+        """What the training images' features follow from: weights, images, settings and precision."""
+        precision = precision_of(self.settings.ddpm, next(self.unet.parameters()).device)
+        how = f"{self.settings.timesteps} {self.settings.combine} {precision}"
+        return f"{self.record.model_sha256} {data.fingerprint} {how}"
+
+
+def extractor(settings: CompressionSettings, data: DetectionData, context: Context) -> Extractor:
+    """The diffusion model that `settings` name, trained first if this machine has not run it."""
+    record = context.require(settings.ddpm, 0)  # ours: one diffusion model for all seeds of what follows
+    return Extractor(load_ddpm(record, settings.ddpm, data.train.images.shape[1], context.device), settings, record)
+
+
+def _repository(
+    record: Record, made_of: str, shapes: Sequence, compute: Callable, data: DetectionData, context: Context
+) -> list[np.ndarray]:
+    """Of the training images, beside the run of the network that makes it: (N, *shape) fp16 per level, on disk."""
+    identity = hashlib.sha256(made_of.encode()).hexdigest()
+    folder = record.path.parent / "features" / f"{record.key}-{identity[:8]}"
+    return feature_store.build(folder, data.train.names, shapes, compute, identity, log=context.log)
+
+
+def feature_repository(extract: Extractor, data: DetectionData, context: Context) -> list[np.ndarray]:
+    """The first repository: features at native scales."""
+
+    def compute(indices: list[int]) -> list[Tensor]:
+        return extract(data.train.images[indices])
+
+    shapes = feature_shapes(extract.settings)
+    return _repository(extract.record, extract.made_of(data), shapes, compute, data, context)
+
+
+# --- Compression -----------------------------------------------------------------------------------------------------
+
+
+def channel_vectors(level: Level, x: Tensor, seed: int) -> Iterable[Tensor]:
     """The standardised channel vectors of all pixels of (N, C, H, W), in chunks of about 4096: (M, C) float32.
 
     Of more than 200,000 so many are drawn without repetition (ours: some 400 for each of 512 channels will do).
@@ -58,11 +120,11 @@ def fit_compressor(
     """Fit on training features: ResVAEs in one loop, on the sum of the levels' losses; PCA level by level.
 
     Args:
-        features: (N, C_k, H_k, W_k) a level, finest first, fp16 or wider, whole on the device that trains.
+        features: (N, C_k, H_k, W_k) per level, finest first, fp16 or wider, whole on the device that trains.
 
     Returns:
         The compressor on the features' device; what `train` returned (curve: "loss", then "mse_level_k" in units of
-        variance and "kl_level_k" in nats a latent value), None where nothing is trained by gradients.
+        variance and "kl_level_k" in nats per latent value), None where nothing is trained by gradients.
 
     Raises:
         ValueError: settings, features that are not finite or too few for a PCA; OutOfTime, NonFiniteLoss of `train`.
@@ -100,12 +162,11 @@ def fit_compressor(
         draw,
         step,
         len(features[0]),
+        settings,
+        seed,
+        context,
         optimizer=adam(codecs, settings.learning_rate),
         rate=rate_per_epoch(settings.learning_rate, "constant", settings.epochs),
-        epochs=settings.epochs,
-        batch=settings.batch,
-        seed=seed,
-        context=context,
     )
     codecs.requires_grad_(False)
     return compressor, trained
@@ -113,13 +174,13 @@ def fit_compressor(
 
 @torch.inference_mode()
 def reconstruction_error(compressor: Compressor, features: list[Tensor]) -> dict[str, float]:
-    """What features (N, C_k, H_k, W_k) a level lose on the way through latents in fp16, as the repository holds them.
+    """What features (N, C_k, H_k, W_k) per level lose on the way through latents in fp16, as the repository holds them.
 
     Returns:
-        "unexplained_level_k": per cent of the variance about the mean map: 100 times squared errors by squares, both
-        summed over the standardised features. "unexplained": mean over levels.
+        "unexplained_level_k": the fraction of variance (about the mean map) unexplained, in per cent: squared errors by
+        squares, both summed over the standardised features. "unexplained": mean over levels.
         "latent_std": of the latent values, mean over levels.
-        "kl" (ResVAE only): nats a latent value, mean over levels; near 0 the posterior has collapsed to the prior.
+        "kl" (ResVAE only): nats per latent value, mean over levels; near 0 the posterior has collapsed to the prior.
         "compression_ratio": feature values per latent value.
     """
     levels = [level_error(level, x) for level, x in zip(compressor.levels, features, strict=True)]
@@ -147,81 +208,6 @@ def level_error(level: Level, x: Tensor) -> dict[str, float]:
     return found | ({"kl": nats / latents} if variational else {})
 
 
-PARTS = ("dev", "test")
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """The frozen diffusion model of a run, as a function from pictures to features."""
-
-    unet: nn.Module
-    settings: CompressionSettings
-    record: Record
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, batch: int = 64) -> list[Tensor]:
-        """uint8 (N, C, 64, 64) -> three levels (N, C_k, H_k, W_k) float32, finest first."""
-        alpha_hat = noise_schedule(self.settings.ddpm.steps).to(images.device)
-        options = {"timesteps": self.settings.timesteps, "combine": self.settings.combine, "alpha_hat": alpha_hat}
-        with autocast(images.device, precision_of(self.settings.ddpm, images.device)):
-            chunks = [decoder_features(self.unet, part, **options) for part in images.split(batch)]
-        return [torch.cat(level) for level in zip(*chunks, strict=True)]
-
-    def made_of(self, data: DetectionData) -> str:
-        """What the training pictures' features follow from: weights, pictures, settings and precision."""
-        precision = precision_of(self.settings.ddpm, next(self.unet.parameters()).device)
-        how = f"{self.settings.timesteps} {self.settings.combine} {precision}"
-        return f"{self.record.model_sha256} {data.fingerprint} {how}"
-
-
-def extractor(settings: CompressionSettings, data: DetectionData, context: Context) -> Extractor:
-    """The diffusion model that `settings` name, trained first if this machine has not run it."""
-    record = context.require(settings.ddpm, 0)  # ours: one diffusion model for all seeds of what follows
-    return Extractor(load_ddpm(record, settings.ddpm, data.train.images.shape[1], context.device), settings, record)
-
-
-def feature_repository(extract: Extractor, data: DetectionData, context: Context) -> Repository:
-    """The first repository: features of the training pictures at native scales, fp16, beside the model's run."""
-    settings = extract.settings
-    identity = hashlib.sha256(extract.made_of(data).encode()).hexdigest()
-    folder = extract.record.path.parent / "features" / f"{extract.record.key}-{identity[:8]}"
-
-    def compute(indices: list[int]) -> list[Tensor]:
-        return extract(data.train.images[indices])
-
-    return build_repository(folder, data.train.names, feature_shapes(settings), compute, identity, log=context.log)
-
-
-def latent_repository(
-    record: Record, compressor: Compressor, extract: Extractor, data: DetectionData, context: Context
-) -> Repository:
-    """The second repository: the latents of the compressor whose run is `record`, on training pictures alone."""
-    settings, device = extract.settings, next(extract.unet.parameters()).device
-    identity = hashlib.sha256(f"{record.model_sha256} {extract.made_of(data)}".encode()).hexdigest()
-    folder = record.path.parent / "features" / f"{record.key}-{identity[:8]}"
-    raw = cache(lambda: feature_repository(extract, data, context))  # needed only where a latent is missing
-
-    def compute(indices: list[int]) -> list[Tensor]:
-        return encode(compressor, [level.to(device) for level in raw().read(indices)])
-
-    ratio = 1 if settings.method == "none" else settings.ratio
-    shapes = [(channels // ratio, *sides) for channels, *sides in feature_shapes(settings)]
-    return build_repository(folder, data.train.names, shapes, compute, identity, log=context.log)
-
-
-@torch.no_grad()
-def encode(compressor: Compressor, features: list[Tensor]) -> list[Tensor]:
-    """Features of a few pictures -> their latents in fp16, computed alike for training pictures and for new ones."""
-    with full_float32():
-        return [latents.half() for latents in compressor.encode([level.float() for level in features])]
-
-
-def latents_of(extract: Extractor, compressor: Compressor, images: Tensor, batch: int = 64) -> list[Tensor]:
-    """Pictures uint8 (N, C, 64, 64) -> their latents, on the fly: three levels (N, C_k / 8, H_k, W_k) fp16."""
-    chunks = [encode(compressor, extract(part)) for part in images.split(batch)]
-    return [torch.cat(level) for level in zip(*chunks, strict=True)]
-
-
 def load_compressor(record: Record, settings: CompressionSettings, device: str) -> Compressor:
     """The compressor of a finished run, frozen."""
     compressor = build_compressor(settings, feature_shapes(settings))
@@ -230,32 +216,64 @@ def load_compressor(record: Record, settings: CompressionSettings, device: str) 
 
 
 def run_compression(settings: CompressionSettings, seed: int, data: DetectionData, context: Context) -> Result:
-    """Build the first repository, train the compressor on it, and measure what it loses, on dev and test pictures.
+    """Build the first repository, train the compressor on it, and measure what it loses, on dev and test images.
 
-    Costs: seconds of training; memory of the training pictures' features before and after (MB, fp16).
+    Costs: seconds of training; memory of the training images' features before and after (MB, fp16).
     """
     extract = extractor(settings, data, context)
-    raw = feature_repository(extract, data, context)
-    features = raw.load(context.device)
+    features = feature_store.load(feature_repository(extract, data, context), context.device)
     compressor, trained = fit_compressor(settings, features, seed, context)
     compressor = compressor.eval().requires_grad_(False)
     found = {"train": reconstruction_error(compressor, features)}
     for part in PARTS:
-        fresh = [[level.half() for level in extract(few)] for few in getattr(data, part).images.split(64)]
-        found[part] = reconstruction_error(compressor, [torch.cat(level) for level in zip(*fresh, strict=True)])
-    rounded = {part: {k: round(v, 4) for k, v in values.items()} for part, values in found.items()}
-    ratio = found["train"]["compression_ratio"]
-    before = raw.bytes / 1e6
-    costs = {"features_mb": round(before, 3), "latents_mb": round(before / ratio, 3)}
-    if trained:
-        costs |= trained.costs
+        few = getattr(data, part).images.split(64)
+        fresh = joined([level.half() for level in extract(images)] for images in few)
+        found[part] = reconstruction_error(compressor, fresh)
+    before = sum(level.nbytes for level in features) / 1e6
+    costs = {"features_mb": before, "latents_mb": before / found["train"]["compression_ratio"]}
     notes = {"ddpm": extract.record.key, "ddpm_sha256": extract.record.model_sha256}
     notes["unexplained_train"] = f"{found['train']['unexplained']:.2f} %"
-    curve = trained.curve if trained else {}
-    precision = precision_of(settings, context.device) if trained else "fp32"
     return Result(
-        rounded["test"], {}, rounded["dev"], curve, {}, compressor.state_dict(), costs, precision, notes=notes
+        metrics=rounded(found["test"]),
+        per_class={},
+        dev=rounded(found["dev"]),
+        curve=trained.curve if trained else {},
+        predictions={},
+        model=compressor.state_dict(),
+        costs={name: round(mb, 3) for name, mb in costs.items()} | (trained.costs if trained else {}),
+        precision=precision_of(settings, context.device) if trained else "fp32",
+        notes=notes,
     )
+
+
+# --- Latents ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode(compressor: Compressor, features: list[Tensor]) -> list[Tensor]:
+    """Features of a few images -> their latents in fp16, computed alike for training images and for new ones."""
+    with full_float32():
+        return [latents.half() for latents in compressor.encode([level.float() for level in features])]
+
+
+def latents_of(extract: Extractor, compressor: Compressor, images: Tensor, batch: int = 64) -> list[Tensor]:
+    """Images uint8 (N, C, 64, 64) -> their latents, on the fly: three levels (N, C_k / 8, H_k, W_k) fp16."""
+    return joined(encode(compressor, extract(part)) for part in images.split(batch))
+
+
+def latent_repository(
+    record: Record, compressor: Compressor, extract: Extractor, data: DetectionData, context: Context
+) -> list[np.ndarray]:
+    """The second repository: the latents of the compressor whose run is `record`, on training images alone."""
+    raw = cache(lambda: feature_repository(extract, data, context))  # needed only where a latent is missing
+
+    def compute(indices: list[int]) -> list[Tensor]:
+        return encode(compressor, [torch.tensor(level[indices], device=context.device) for level in raw()])
+
+    settings = extract.settings
+    ratio = 1 if settings.method == "none" else settings.ratio
+    shapes = [(channels // ratio, *sides) for channels, *sides in feature_shapes(settings)]
+    return _repository(record, f"{record.model_sha256} {extract.made_of(data)}", shapes, compute, data, context)
 
 
 @dataclass(frozen=True)
@@ -263,7 +281,7 @@ class Prepared:
     """What a hybrid detector's training and test read."""
 
     compressor: Compressor
-    latents: list[Tensor]  # of the training pictures: three levels (N, C_k / 8, H_k, W_k) fp16 on the device
+    latents: list[Tensor]  # of the training images: three levels (N, C_k / 8, H_k, W_k) fp16 on the device
     unseen: dict[str, list[Tensor]]  # "dev", "test": the same, computed on the fly
     extract: Extractor
     notes: dict[str, str]
@@ -278,7 +296,7 @@ def prepare(
     extract = extractor(settings, data, context)
     if record.notes["ddpm_sha256"] != extract.record.model_sha256:
         raise DataError(f"{record.path} was made from another diffusion model than {extract.record.path}: delete it")
-    latents = latent_repository(record, compressor, extract, data, context).load(context.device)
+    latents = feature_store.load(latent_repository(record, compressor, extract, data, context), context.device)
     unseen = {part: latents_of(extract, compressor, getattr(data, part).images) for part in parts}
     notes = {"compressor": record.key, "compressor_sha256": record.model_sha256, "ddpm": extract.record.key}
     return Prepared(compressor, latents, unseen, extract, notes)

@@ -86,12 +86,11 @@ def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, context: 
         draw,
         step,
         len(images),
+        settings,
+        seed,
+        context,
         optimizer=adam(unet, settings.learning_rate),
         rate=rate_per_epoch(settings.learning_rate, "cosine", settings.epochs, settings.final_rate),
-        epochs=settings.epochs,
-        batch=settings.batch,
-        seed=seed,
-        context=context,
         average=average,
     )
     return average.model, trained

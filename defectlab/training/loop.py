@@ -97,13 +97,12 @@ def train(
     draw: Callable[[Tensor, torch.Generator, int], Any],
     step: Callable[[Any], dict[str, Tensor]],
     count: int,
+    settings: Any,
+    seed: int,
+    context: Context,
     *,
     optimizer: torch.optim.Optimizer,
     rate: Callable[[int, int], float],
-    epochs: int,
-    batch: int,
-    seed: int,
-    context: Context,
     stream: int = 50_000,
     clip: float | None = None,
     average: MovingAverage | None = None,
@@ -115,6 +114,7 @@ def train(
         draw: (indices on the device, CPU generator, epoch from 0) -> a batch of these examples, augmented. The
             generator depends on seed, epoch and `stream` alone; at stream 0 it starts as that of the order does.
         step: a batch -> named scalars, of which "loss" is minimised.
+        settings: have `epochs` and `batch`.
         rate: (step of the whole training, from 0, steps per epoch) -> learning rate.
         clip: largest norm of the gradient.
         average: follows after each step.
@@ -125,7 +125,7 @@ def train(
     """
     if count < 2:
         raise ValueError(f"training needs at least 2 images, got {count}")
-    weights = [p for p in parts.parameters() if p.requires_grad]
+    epochs, weights = settings.epochs, [p for p in parts.parameters() if p.requires_grad]
     kept = nn.ModuleList([parts, average.model]) if average else parts  # what a checkpoint holds
     done, earlier, curve = resume(context, kept, optimizer, epochs)
     parts.train()
@@ -133,7 +133,7 @@ def train(
     saved = started  # when the last checkpoint was written
     for epoch in range(done, epochs):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch + stream)
-        batches, logged = epoch_order(count, batch, seed, epoch, weights[0].device), []
+        batches, logged = epoch_order(count, settings.batch, seed, epoch, weights[0].device), []
         for position, indices in enumerate(batches, epoch * len(batches)):
             scalars = step(draw(indices, generator, epoch))
             for group in optimizer.param_groups:

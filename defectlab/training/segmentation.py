@@ -1,6 +1,7 @@
 """Training and evaluation of segmentation networks: recipe, flips on the device, one evaluation of the last epoch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -93,12 +94,11 @@ def run_segmentation(
         draw,
         step,
         len(split),
+        replace(settings, epochs=epochs),
+        seed,
+        context,
         optimizer=adam(network, settings.learning_rate, settings.betas),
         rate=rate_per_epoch(settings.learning_rate, "cosine", epochs),
-        epochs=epochs,
-        batch=settings.batch,
-        seed=seed,
-        context=context,
     )
     result = evaluate(network, data, precision)
     result.curve = trained.curve
