@@ -134,6 +134,16 @@ def test_examples_are_drawn_in_pixels_of_the_small_image(tmp_path):
     assert sides(prediction) == (10, 5.5, 19.5, 15.5)
 
 
+def test_images_as_seen_come_with_their_boxes_alone():
+    split = toy_split(3, 1, 64)
+    seen, ground_truth = figures.as_seen(split, [2, 0])
+    assert np.array_equal(seen[0], split.images[2, 0]) and seen[0].shape == (64, 64)
+    there = split.labels[2] >= 0
+    assert torch.equal(ground_truth[0]["boxes"], split.boxes[2][there]) and len(ground_truth[0]["labels"]) == int(
+        there.sum()
+    )
+
+
 # --- Curves and counts -----------------------------------------------------------------------------------------------
 
 
@@ -283,11 +293,3 @@ def test_an_index_error_is_not_swallowed(detector, images, monkeypatch):
     monkeypatch.setattr(figures, "decode", broken)
     with pytest.raises(IndexError, match="too many indices"):
         figures.heat_maps(detector, images, 0)
-
-
-def test_pointing_game_by_hand():
-    maps = np.zeros((3, 8, 8), np.float32)
-    maps[:, 2, 5] = 1  # row 2, column 5: its middle is (5.5, 2.5)
-    inside, outside = torch.tensor([[5.0, 2.0, 6.0, 3.0]]), torch.tensor([[2.0, 5.0, 3.0, 6.0]])
-    assert figures.points_into(maps, [inside, outside, torch.cat([outside, inside])]) == [True, False, True]
-    assert figures.points_into(maps[:1], [torch.zeros(0, 4)]) == [False]

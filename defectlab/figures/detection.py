@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from defectlab.data.augment import plain
+from defectlab.data.boxes import DetectionSplit
 from defectlab.figures import Rows, frame, nothing_yet, panels
 from defectlab.metrics import detection as metrics
 from defectlab.networks.yolo.blocks import fused
@@ -37,6 +38,17 @@ HALO = [patheffects.withStroke(linewidth=1.2, foreground="black")]  # the same f
 Boxes = Sequence[Mapping[str, Tensor]]
 
 # --- Images with boxes -----------------------------------------------------------------------------------------------
+
+
+def as_seen(split: DetectionSplit, indices: Sequence[int]) -> tuple[list[np.ndarray], list[dict[str, Tensor]]]:
+    """Images of a split as the network sees them, uint8 (S, S) or (S, S, 3), and their boxes in pixels of these."""
+    images = [split.images[i].movedim(0, -1).squeeze(-1).cpu().numpy() for i in indices]
+    there = [split.labels[i] >= 0 for i in indices]
+    boxes = [
+        {"boxes": split.boxes[i][k].cpu(), "labels": split.labels[i][k].cpu()}
+        for i, k in zip(indices, there, strict=True)
+    ]
+    return images, boxes
 
 
 def boxed(
@@ -250,15 +262,3 @@ def heat_maps(detector: Detector, images: Tensor, label: int, batch: int = 8) ->
             maps.append(method(inputs, [lambda of_classes: of_classes[label]] * len(chunk)))
             sums.append(method.outputs[:, label].detach().exp().cpu().numpy())
     return np.concatenate(maps), np.concatenate(sums)
-
-
-def points_into(maps: np.ndarray, boxes: Sequence[Tensor]) -> list[bool]:
-    """Whether each map's hottest pixel lies in one of its image's boxes (n, 4), xyxy in pixels of the map: the pointing
-    game of Zhang et al., "Top-down neural attention by excitation backprop", ECCV 2016."""
-    found = []
-    for heat, inside in zip(maps, boxes, strict=True):
-        row, column = np.unravel_index(heat.argmax(), heat.shape)
-        x1, y1, x2, y2 = inside.cpu().numpy().reshape(-1, 4).T
-        hit = (x1 <= column + 0.5) & (column + 0.5 <= x2) & (y1 <= row + 0.5) & (row + 0.5 <= y2)
-        found.append(bool(hit.any()))
-    return found
