@@ -1,60 +1,40 @@
-"""torchvision's detectors as rows: the networks as published, boxes there and back, one training from end to end."""
+"""torchvision's detectors as rows: boxes there and back, one training from end to end."""
 
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.error import URLError
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import _api, resnet50
 from torchvision.models.detection import (
-    FasterRCNN_ResNet50_FPN_V2_Weights,
-    FCOS_ResNet50_FPN_Weights,
-    RetinaNet_ResNet50_FPN_V2_Weights,
-    SSD300_VGG16_Weights,
     faster_rcnn,
     fcos,
     retinanet,
     ssd,
 )
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.models.vgg import make_layers
-from torchvision.ops import FrozenBatchNorm2d
 from toy_detection import CLASSES, toy_data, toy_split
+from toy_runs import quiet
 
 from defectlab.data.augment import Batch, plain
 from defectlab.data.boxes import DetectionData
 from defectlab.metrics import costs
-from defectlab.metrics.costs import parameters
 from defectlab.metrics.detection import unpack
-from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD, WeightsError
-from defectlab.networks.torchvision_detectors import (
-    LEAST_SSD_SIZE,
-    RATES,
-    TorchvisionSettings,
-    build_torchvision,
+from defectlab.networks.torchvision_detectors import LEAST_SSD_SIZE, RATES, TorchvisionSettings, build_torchvision
+from defectlab.runs import OutOfTime
+from defectlab.training import torchvision_detectors
+from defectlab.training.detector import augmentation_of
+from defectlab.training.torchvision_detectors import (
+    predict_torchvision,
+    run_torchvision,
     to_targets,
     torchvision_loss,
 )
-from defectlab.runs import OutOfTime, Session
-from defectlab.training import torchvision_detectors
-from defectlab.training.torchvision_detectors import predict_torchvision, run_torchvision
 
-PUBLISHED = {
-    "faster_rcnn": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
-    "retinanet": RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1,
-    "ssd": SSD300_VGG16_Weights.COCO_V1,
-    "fcos": FCOS_ResNet50_FPN_Weights.COCO_V1,
-}
 TOY = TorchvisionSettings(dataset="toy", size=64, epochs=3, batch=4, learning_rate=0.1)
-
-
-def quiet(path: Path | None = None, **options) -> Session:
-    return Session(path, say=lambda line: None, **options)
 
 
 @pytest.fixture
@@ -72,90 +52,6 @@ def small_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speed is not measured: ten forward passes of 32 pictures take longer than all else."""
     monkeypatch.setattr(costs, "inference_seconds", lambda model, images, *options: 0.01 * len(images))
-
-
-# --- Networks --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("architecture", list(RATES))
-def test_networks_are_the_published_ones_and_train_whole(architecture: str) -> None:
-    with torch.device("meta"):
-        model = build_torchvision(TorchvisionSettings(architecture=architecture), 90)
-    of_norms = 53_120 if architecture == "fcos" else 0  # the published one has its ResNet's norms frozen, as buffers
-    assert parameters(model) == PUBLISHED[architecture].meta["num_params"] + of_norms
-    assert all(p.requires_grad for p in model.parameters())
-    assert not any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
-    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) is (architecture != "ssd")
-    kept = model.roi_heads if architecture == "faster_rcnn" else model
-    assert (kept.score_thresh, kept.detections_per_img) == (0.001, 300)
-    pictures = torch.rand(2, 3, 512, 512)
-    seen, _ = model.transform(list(pictures))  # normalised, and neither resized nor padded
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    torch.testing.assert_close(seen.tensors, (pictures - mean) / std)
-
-
-def test_default_boxes_of_ssd_follow_the_maps() -> None:
-    with torch.device("meta"):
-        model = build_torchvision(TorchvisionSettings(architecture="ssd"), 6)
-        maps = list(model.backbone(torch.zeros(1, 3, 512, 512)).values())
-    sides = [m.shape[-1] for m in maps]
-    assert sides == [64, 32, 16, 8, 6, 4]
-    maps = [torch.zeros(m.shape) for m in maps]
-    boxes = model.anchor_generator(ImageList(torch.zeros(1, 3, 512, 512), [(512, 512)]), maps)[0]  # (A, 4)
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    counts = [4 * 64**2, 6 * 32**2, 6 * 16**2, 6 * 8**2, 4 * 6**2, 4 * 4**2]
-    for side, of_map in zip(sides, centres.split(counts), strict=True):
-        expected = (torch.arange(side) + 0.5) * 512 / side
-        for axis in (0, 1):
-            found = of_map[:, axis].mul(100).round().unique() / 100
-            torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
-
-
-def test_the_least_size_of_ssd() -> None:
-    with torch.device("meta"):
-        model = build_torchvision(TorchvisionSettings(architecture="ssd", size=LEAST_SSD_SIZE), 6)
-        assert all(m.numel() for m in model.backbone(torch.zeros(1, 3, LEAST_SSD_SIZE, LEAST_SSD_SIZE)).values())
-        with pytest.raises(RuntimeError):
-            model.backbone(torch.zeros(1, 3, LEAST_SSD_SIZE - 1, LEAST_SSD_SIZE - 1))
-    with pytest.raises(ValueError, match="pictures of 267 px are too small for SSD: use 268 px or more"):
-        build_torchvision(TorchvisionSettings(architecture="ssd", size=267), 6)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"architecture": "detr"}, "unknown architecture 'detr': use one of faster_rcnn, retinanet, ssd, fcos"),
-        ({"initialisation": "coco"}, "faster_rcnn cannot start from 'coco': use scratch or imagenet"),
-        ({"architecture": "ssd", "initialisation": "imagenet"}, "ssd cannot start from 'imagenet': use scratch"),
-    ],
-)
-def test_settings_that_are_not_possible(changes: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_torchvision(TorchvisionSettings(**changes), 6)
-
-
-def test_imagenet_weights_are_read_without_pickled_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrained, asked = resnet50().state_dict(), []
-
-    def fetched(url: str, **options) -> dict[str, Tensor]:
-        asked.append(options)
-        return pretrained
-
-    monkeypatch.setattr(_api, "load_state_dict_from_url", fetched)
-    settings = TorchvisionSettings(architecture="fcos", initialisation="imagenet", size=64)
-    body = build_torchvision(settings, 2).backbone.body.state_dict()
-    assert asked == [{"check_hash": True, "weights_only": True}]
-    assert body.keys() == {name for name in pretrained if not name.startswith("fc.")}
-    assert all(torch.equal(value, pretrained[name]) for name, value in body.items())
-
-
-def test_imagenet_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, small_backbones: None) -> None:
-    def offline(url: str, **options) -> None:
-        raise URLError("no network")
-
-    monkeypatch.setattr(_api, "load_state_dict_from_url", offline)
-    with pytest.raises(WeightsError, match=r"no network.*fetch .*resnet50.*\.pth once, or use initialisation scratch"):
-        build_torchvision(TorchvisionSettings(initialisation="imagenet", size=64), 2)
 
 
 # --- Boxes there and back --------------------------------------------------------------------------------------------
@@ -228,10 +124,10 @@ def test_the_recipe() -> None:
     recipe = TorchvisionSettings(architecture="retinanet").recipe
     assert (recipe.learning_rate, recipe.momentum, recipe.weight_decay, recipe.optimizer) == (0.01, 0.9, 0.0001, "sgd")
     assert (recipe.size, recipe.epochs, recipe.batch, recipe.precision) == (512, 100, 16, "fp32")
-    drawn = recipe.augmentation
+    drawn = augmentation_of(recipe)
     assert (drawn.mosaic, drawn.mixup, drawn.flip_left_right, drawn.flip_up_down, drawn.scale) == (0, 0, 0.5, 0.5, 0.5)
     changed = TorchvisionSettings(architecture="ssd", learning_rate=0.5, flip_up_down=0.0, epochs=7).recipe
-    assert (changed.learning_rate, changed.augmentation.flip_up_down, changed.epochs) == (0.5, 0.0, 7)
+    assert (changed.learning_rate, augmentation_of(changed).flip_up_down, changed.epochs) == (0.5, 0.0, 7)
 
 
 class Oracle(nn.Module):
@@ -268,7 +164,7 @@ def oracle(monkeypatch: pytest.MonkeyPatch, no_clock: None) -> DetectionData:
 
 
 def test_an_oracle_gets_everything_right(oracle: DetectionData) -> None:
-    result = run_torchvision(TOY, 0, oracle, "cpu", quiet())
+    result = run_torchvision(TOY, 0, oracle, quiet())
     assert {result.metrics[name] for name in ("map50", "map50_95", "map33", "precision_dev", "recall_dev")} == {100.0}
     assert set(result.per_class) == set(CLASSES) and result.per_class["ellipse"]["map50"] == 100.0
     assert result.dev["threshold"] == 0.75 and result.dev["map50"] == 100.0
@@ -285,20 +181,20 @@ def test_an_oracle_gets_everything_right(oracle: DetectionData) -> None:
 
 
 def test_an_interrupted_training_goes_on(oracle: DetectionData, tmp_path: Path) -> None:
-    whole = run_torchvision(TOY, 0, oracle, "cpu", quiet())
+    whole = run_torchvision(TOY, 0, oracle, quiet())
     path = tmp_path / "half.safetensors"
     for _ in range(TOY.epochs - 1):
         with pytest.raises(OutOfTime):
-            run_torchvision(TOY, 0, oracle, "cpu", quiet(path, deadline=time.monotonic() - 1))
-    parts = run_torchvision(TOY, 0, oracle, "cpu", quiet(path))
+            run_torchvision(TOY, 0, oracle, quiet(checkpoint=path, deadline=time.monotonic() - 1))
+    parts = run_torchvision(TOY, 0, oracle, quiet(checkpoint=path))
     assert torch.equal(whole.model["count"], parts.model["count"]) and whole.curve == parts.curve
-    other = run_torchvision(TOY, 1, oracle, "cpu", quiet())
+    other = run_torchvision(TOY, 1, oracle, quiet())
     assert other.curve["loss"] != whole.curve["loss"]
 
 
 def test_one_architecture_from_end_to_end(small_backbones: None, no_clock: None) -> None:
     data = toy_data(counts=(4, 2, 2))
-    result = run_torchvision(replace(TOY, architecture="fcos", epochs=1, batch=2), 0, data, "cpu", quiet())
+    result = run_torchvision(replace(TOY, architecture="fcos", epochs=1, batch=2), 0, data, quiet())
     assert set(result.curve) >= {"loss", "classification", "bbox_regression", "bbox_ctrness", "dev_map50"}
     assert 0 <= result.metrics["map50"] <= 100 and set(result.per_class) == set(CLASSES)
     assert 5 < result.costs["parameters_m"] < 30 and result.costs["gflops"] > 1
