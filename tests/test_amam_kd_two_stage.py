@@ -1,4 +1,4 @@
-"""Boxes around the nut, cutting them out, pasting maps back; a run of both stages; who may learn from what."""
+"""Boxes around the nut, cutting them out, pasting maps back; images to maps; a run of both stages."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
+from toy_runs import quiet
 
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.data.masks import PAPER_LIST
-from defectlab.papers.amam_kd import distillation, segmentation, two_stage
-from defectlab.papers.amam_kd.distillation import DistillationSettings
-from defectlab.papers.amam_kd.two_stage import TwoStageSettings, cut, paste_back, square_boxes
-from defectlab.runs import Result, Session
-from defectlab.studies.amam_kd import ROWS
+from defectlab.papers.amam_kd import DistillationSettings, TwoStage, TwoStageSettings, segmentation
+from defectlab.papers.amam_kd.two_stage import cut, paste_back, square_boxes
+from defectlab.runs import Result
+from defectlab.training import amam_kd as training
 from defectlab.training.amam_kd import cut_split, outside, run_distillation, run_two_stage
-from defectlab.training.anomaly import result_of
 
 
 def rectangle(top: int, left: int, bottom: int, right: int, side: int = 100) -> torch.Tensor:
@@ -29,38 +28,28 @@ def rectangle(top: int, left: int, bottom: int, right: int, side: int = 100) -> 
 # --- Boxes -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_box_is_a_square_around_the_component() -> None:
-    (box,) = square_boxes(rectangle(20, 30, 60, 50), margin=0.0).tolist()
-    assert box == pytest.approx([0.2, 0.2, 0.6, 0.6])  # 40 high, 20 wide: 40 x 40 around (40, 40)
-
-
-def test_the_margin_is_added_on_each_side() -> None:
-    (box,) = square_boxes(rectangle(40, 40, 60, 60), margin=0.1).tolist()
-    assert box == pytest.approx([0.38, 0.38, 0.62, 0.62])
-
-
-def test_a_box_at_the_border_is_moved_inside_and_keeps_its_size() -> None:
-    (box,) = square_boxes(rectangle(0, 70, 40, 100), margin=0.0).tolist()
-    assert box == pytest.approx([0.6, 0.0, 1.0, 0.4])
-
-
-def test_the_largest_component_counts() -> None:
-    mask = rectangle(50, 50, 80, 80) | rectangle(0, 0, 5, 5)
-    assert square_boxes(mask, 0.0)[0].tolist() == pytest.approx([0.5, 0.5, 0.8, 0.8])
-
-
-@pytest.mark.parametrize("mask", [torch.zeros(1, 100, 100, dtype=torch.bool), rectangle(1, 0, 99, 40)])
-def test_the_whole_picture_where_nothing_is_found_or_the_square_does_not_fit(mask: torch.Tensor) -> None:
-    assert square_boxes(mask, 0.05)[0].tolist() == [0.0, 0.0, 1.0, 1.0]
+@pytest.mark.parametrize(
+    ("mask", "margin", "expected"),
+    [
+        (rectangle(20, 30, 60, 50), 0.0, [0.2, 0.2, 0.6, 0.6]),  # 40 high, 20 wide: a square of 40 around (40, 40)
+        (rectangle(40, 40, 60, 60), 0.1, [0.38, 0.38, 0.62, 0.62]),  # the margin on each side
+        (rectangle(0, 70, 40, 100), 0.0, [0.6, 0.0, 1.0, 0.4]),  # moved inside, of the same size
+        (rectangle(50, 50, 80, 80) | rectangle(0, 0, 5, 5), 0.0, [0.5, 0.5, 0.8, 0.8]),  # the largest component
+        (rectangle(0, 0, 0, 0), 0.05, [0.0, 0.0, 1.0, 1.0]),  # nothing found
+        (rectangle(1, 0, 99, 40), 0.05, [0.0, 0.0, 1.0, 1.0]),  # the square does not fit
+    ],
+)
+def test_the_box_is_a_square_around_the_largest_component(mask: Tensor, margin: float, expected: list[float]) -> None:
+    assert square_boxes(mask, margin)[0].tolist() == pytest.approx(expected)
 
 
 # --- Cutting and pasting ---------------------------------------------------------------------------------------------
 
 
 def test_cutting_takes_the_pixels_of_the_box() -> None:
-    pictures = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(1, 3, 8, 8)
-    found = cut(pictures, torch.tensor([[0.25, 0.5, 0.75, 1.0]]), 4, InterpolationMode.NEAREST_EXACT)
-    assert torch.equal(found, pictures[:, :, 4:8, 2:6])
+    images = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(1, 3, 8, 8)
+    found = cut(images, torch.tensor([[0.25, 0.5, 0.75, 1.0]]), 4, InterpolationMode.NEAREST_EXACT)
+    assert torch.equal(found, images[:, :, 4:8, 2:6])
 
 
 def test_a_pasted_map_lies_where_it_was_cut() -> None:
@@ -71,7 +60,7 @@ def test_a_pasted_map_lies_where_it_was_cut() -> None:
     assert (pasted[:, :128] == -1).all() and (pasted[:, :, :64] == -1).all() and (pasted[:, :, 192:] == -1).all()
 
 
-def test_the_box_of_the_whole_picture_changes_nothing() -> None:
+def test_the_box_of_the_whole_image_changes_nothing() -> None:
     maps = torch.rand(2, 256, 256)
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64).expand(2, 4)
     assert torch.allclose(paste_back(maps, boxes, -1.0), maps, atol=1e-5)
@@ -96,7 +85,7 @@ def split_of_two() -> AnomalySplit:
 BOXES = torch.tensor([[0.25, 0.25, 0.75, 0.75]], dtype=torch.float64).expand(2, 4)
 
 
-def test_a_cut_split_keeps_masks_with_their_pictures() -> None:
+def test_a_cut_split_keeps_masks_with_their_images() -> None:
     cropped = cut_split(split_of_two(), BOXES, 32)
     assert cropped.images.shape == (2, 3, 32, 32)
     assert cropped.masks.shape == (2, 256, 256)
@@ -110,15 +99,16 @@ def test_the_share_of_defect_pixels_cut_off() -> None:
     assert outside(split_of_two().masks, BOXES) == pytest.approx(100 / 500)
 
 
-# --- A run of both stages --------------------------------------------------------------------------------------------
+# --- Both stages -----------------------------------------------------------------------------------------------------
 
 DETECTOR = DistillationSettings(teacher="resnet18_random", size=64, epochs=1, batch=4, vit_depth=1, precision="fp32")
-SETTINGS = TwoStageSettings(segmentation.Settings(size=32, precision="fp32"), DETECTOR, source=64)
+SEGMENTER = segmentation.Settings(encoder="resnet18_random", size=32, precision="fp32")
+SETTINGS = TwoStageSettings(SEGMENTER, DETECTOR, source=64)
 
 
 def nuts(good: int, bad: int, seed: int) -> AnomalySplit:
-    """Pictures of 64 px: a grey square of 32 px on black. A bad one has a white spot of 4 px in the square's middle,
-    the last bad one in the picture's upper left corner, where no square reaches."""
+    """Images of 64 px: a grey square of 32 px on black. A bad one has a white spot of 4 px in the square's middle,
+    the last bad one in the image's upper left corner, where no square reaches."""
     generator = torch.Generator().manual_seed(seed)
     count = good + bad
     images = torch.zeros(count, 3, 64, 64, dtype=torch.uint8)
@@ -152,23 +142,36 @@ class Brightness(nn.Module):
         return images.float().mean(1) - self.level
 
 
+def test_images_become_maps_of_the_whole_images_by_the_crop_of_the_nut() -> None:
+    both, images = TwoStage(SETTINGS, fill=-1.0), nuts(0, 3, 0).images
+    assert both(images).shape == (3, 256, 256)
+    both.segmenter = Brightness(45)
+    boxes = both.boxes(images)
+    assert (boxes[:, 2] - boxes[:, 0]).tolist() == pytest.approx([0.55] * 3)  # 16 of 32 px, and 5 % on each side
+    expected = paste_back(both.detector(cut(images, boxes, 64, InterpolationMode.BILINEAR)), boxes, -1.0)
+    torch.testing.assert_close(both(images), expected)
+    assert (both(images) == -1).float().mean().item() == pytest.approx(1 - 0.55**2, abs=0.01)
+
+
+# --- A run -----------------------------------------------------------------------------------------------------------
+
+
 def run_with(level: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Result, list[tuple[Any, int]]]:
     """The result with this segmenter, and the rows that were asked for before."""
-    needed = []
+    required = []
 
-    def need(settings: Any, seed: int) -> SimpleNamespace:
-        needed.append((settings, seed))
+    def require(settings: Any, seed: int) -> SimpleNamespace:
+        required.append((settings, seed))
         return SimpleNamespace(key="stage one", model_sha256="0123", dev={"threshold": 0.5})
 
-    monkeypatch.setattr(two_stage, "load_segmenter", lambda *_: Brightness(level))
-    session = Session(say=lambda line: None, need=need)
-    return run_two_stage(SETTINGS, 3, data(), "cpu", session), needed
+    monkeypatch.setattr(training, "load_segmenter", lambda *_: Brightness(level))
+    return run_two_stage(SETTINGS, 3, data(), quiet(require=require)), required
 
 
 def test_without_a_nut_two_stages_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     result, _ = run_with(300, monkeypatch)
-    alone = run_distillation(DETECTOR, 3, data(), "cpu", Session(say=lambda line: None))
-    assert result.notes["boxes"].startswith("21 of 21 pictures were not cut")  # 8 + 6 + 7
+    alone = run_distillation(DETECTOR, 3, data(), quiet())
+    assert result.notes["boxes"].startswith("21 of 21 ")  # 8 + 6 + 7
     assert result.metrics["crop_share"] == 100
     for metric, value in alone.metrics.items():
         assert result.metrics[metric] == pytest.approx(value, abs=0.05), metric
@@ -178,27 +181,27 @@ def test_without_a_nut_two_stages_are_one(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_run_cuts_the_nut_and_says_what_it_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    result, needed = run_with(45, monkeypatch)
-    assert needed == [(SETTINGS.segmenter, 3)]  # stage one first, with the same seed
-    # The square has 16 of the segmenter's 32 px; with 5 % on each side 17.6, 0.55 of the side.
+    result, required = run_with(45, monkeypatch)
+    assert required == [(SETTINGS.segmenter, 3)]  # stage one first, with the same seed
     assert result.metrics["crop_share"] == pytest.approx(100 * 0.55**2)
-    assert result.notes["boxes"].startswith("0 of 21 pictures")
+    assert result.notes["boxes"].startswith("0 of 21 ")
     assert result.notes["outside"].startswith("33.333 %")  # one spot of three
     assert (result.notes["segmenter"], result.notes["segmenter_sha256"]) == ("stage one", "0123")
     assert {"image_auroc", "pixel_auroc", "aupro", "image_auroc_crop", "pixel_auroc_crop"} <= result.metrics.keys()
     assert result.predictions["scores"].shape == (7,)
-    network = distillation.build(DETECTOR, (64, 128, 256), 0)
-    network.load_state_dict(result.model)  # what is kept is the detector; the segmenter has a record of its own
+    TwoStage(SETTINGS).detector.network.load_state_dict(
+        result.model
+    )  # what is kept is the detector; the segmenter has a record of its own
 
 
 def test_what_lies_outside_the_box_is_called_normal(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, original = {}, result_of
+    seen, original = {}, training.result_of
 
     def keep(student: Any, data: AnomalyData, dev_maps: Tensor, test_maps: Tensor) -> Result:
         seen["maps"] = dev_maps, test_maps
         return original(student, data, dev_maps, test_maps)
 
-    monkeypatch.setattr(two_stage, "result_of", keep)
+    monkeypatch.setattr(training, "result_of", keep)
     result, _ = run_with(45, monkeypatch)
     dev, test = seen["maps"]
     assert test.shape == (7, 256, 256)
@@ -210,17 +213,7 @@ def test_what_lies_outside_the_box_is_called_normal(monkeypatch: pytest.MonkeyPa
 # --- Leakage ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", ROWS)
-def test_stage_one_learns_from_good_training_pictures_but_in_the_row_labelled_so(profile: str) -> None:
-    rows = ROWS[profile]
-    assert rows["two_stage"].segmenter == rows["nut_from_good"]
-    assert rows["two_stage"].segmenter.split == "good"
-    assert rows["two_stage_paper_split"].segmenter == rows["amam_nut"]
-    assert rows["two_stage_paper_split"].segmenter.split == "paper"
-    assert rows["two_stage"].detector == rows["two_stage_paper_split"].detector == rows["kd_metal_nut"]
-
-
-def test_a_list_of_the_papers_sizes_has_most_test_pictures_in_its_training_part() -> None:
+def test_a_list_of_the_papers_sizes_has_most_test_images_in_its_training_part() -> None:
     lines = [line.split() for line in PAPER_LIST.read_text().splitlines() if not line.startswith("#")]
     tested = [part for name, part in lines if name.startswith("test/")]
     assert (len(lines), len(tested)) == (335, 115)
