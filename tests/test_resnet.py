@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from defectlab.networks import resnet as teachers
-from defectlab.networks.resnet import Teacher, WeightsError, extract, fingerprint, load_teacher
+from defectlab.files import WeightsError
+from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD, Teacher, extract, fingerprint, load_teacher
 
 STEM = {"stem.0": "conv1", "stem.1": "bn1"}
 LOCAL = "resnet18_imagenet_layers1-3.safetensors"
@@ -46,56 +46,56 @@ def torchvision_state(teacher: Teacher) -> dict[str, torch.Tensor]:
 
 
 def test_stays_in_eval_mode_and_frozen(random_teacher: Teacher) -> None:
+    images = some_images()
+    before, digest = random_teacher(images), fingerprint(random_teacher)
     parent = nn.ModuleList([random_teacher, nn.Dropout()]).train()
     assert parent[1].training
-    assert not any(module.training for module in random_teacher.train().modules())
+    assert not any(module.training for module in random_teacher.modules())
     assert not any(p.requires_grad for p in random_teacher.parameters())
-    assert not any(f.requires_grad for f in random_teacher(some_images()))
-
-
-def test_train_does_not_change_the_output(random_teacher: Teacher) -> None:
-    images = some_images()
-    before, print_before = random_teacher(images), fingerprint(random_teacher)
-    after = random_teacher.train()(images)
+    after = random_teacher(images)
+    assert not any(f.requires_grad for f in after)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert fingerprint(random_teacher) == print_before
+    assert fingerprint(random_teacher) == digest
 
 
 @pytest.mark.parametrize(
-    ("name", "channels", "bottleneck"),
-    [("resnet18", (64, 128, 256), 0), ("resnet50", (256, 512, 1024), 4), ("wide_resnet50_2", (256, 512, 1024), 2)],
+    ("name", "channels", "width"),
+    [
+        ("resnet18", (64, 128, 256), 256),
+        ("resnet50", (256, 512, 1024), 256),
+        ("wide_resnet50_2", (256, 512, 1024), 512),
+    ],
 )
-def test_shapes(name: str, channels: tuple[int, ...], bottleneck: int) -> None:
+def test_shapes(name: str, channels: tuple[int, ...], width: int) -> None:
     with torch.device("meta"):  # shapes only: no memory, no arithmetic
         teacher = Teacher(name)
         features = teacher(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
     assert teacher.channels == channels
-    assert teacher.bottleneck == bottleneck
+    assert teacher.layer3[1].conv2.out_channels == width == channels[2] // (teacher.bottleneck or 1)
     assert [tuple(f.shape) for f in features] == [
         (2, c, 64 // stride, 96 // stride) for c, stride in zip(channels, (4, 8, 16), strict=True)
     ]
 
 
-def test_width_of_the_bottleneck_is_the_one_named() -> None:
-    with torch.device("meta"):
-        widths = {name: Teacher(name).layer3[1].conv2.out_channels for name in ("resnet50", "wide_resnet50_2")}
-    assert widths == {"resnet50": 1024 // 4, "wide_resnet50_2": 1024 // 2}
-
-
 def test_images_are_normalised_as_imagenet(random_teacher: Teacher) -> None:
     images = some_images(1)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (teachers.IMAGENET_MEAN, teachers.IMAGENET_STD))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     expected = random_teacher.layer1(random_teacher.stem((images.float() / 255 - mean) / std))
     assert torch.equal(random_teacher(images)[0], expected)
 
 
-def test_random_teacher_is_the_same_each_time_and_leaves_the_generator_alone(random_teacher: Teacher) -> None:
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    torch.manual_seed(7)
+def test_random_teacher_is_the_same_each_time_and_leaves_all_generators_alone(
+    random_teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    first = fingerprint(Teacher("resnet18_random"))
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # what torch.manual_seed calls for the GPUs
+    before = torch.get_rng_state()
     again = load_teacher("resnet18_random")
-    assert torch.equal(torch.rand(3), expected)
-    assert fingerprint(again) == fingerprint(random_teacher)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
+    assert fingerprint(again) == fingerprint(random_teacher) == first
 
 
 def test_missing_weights_name_the_variable_and_the_file(empty_machine: Path) -> None:
@@ -133,29 +133,26 @@ def test_torchvision_cache_is_used(empty_machine: Path, random_teacher: Teacher)
     assert fingerprint(load_teacher("resnet18")) == fingerprint(random_teacher)
 
 
-def test_file_that_lacks_tensors_names_the_first(empty_machine: Path, random_teacher: Teacher) -> None:
-    state = torchvision_state(random_teacher)
-    del state["layer2.0.conv1.weight"], state["layer3.1.bn2.bias"]
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer2.0.conv1.weight": None, "layer3.1.bn2.bias": None}, r"lacks layer2\.0\.conv1\.weight and 1 more"),
+        ({"conv1.weight": torch.zeros(64, 1, 7, 7)}, "does not fit resnet18"),
+    ],
+)
+def test_file_of_other_tensors_is_refused(
+    empty_machine: Path, random_teacher: Teacher, changes: dict, message: str
+) -> None:
+    state = torchvision_state(random_teacher) | changes
     path = empty_machine / "resnet18.safetensors"
-    save_file(state, path)
-    with pytest.raises(WeightsError, match=r"lacks layer2\.0\.conv1\.weight and 1 more") as caught:
-        load_teacher("resnet18")
-    assert str(path) in str(caught.value)
-
-
-def test_file_of_other_shapes_is_refused(empty_machine: Path, random_teacher: Teacher) -> None:
-    state = torchvision_state(random_teacher)
-    state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
-    path = empty_machine / "resnet18.safetensors"
-    save_file(state, path)
-    with pytest.raises(WeightsError, match="does not fit resnet18") as caught:
+    save_file({key: value for key, value in state.items() if value is not None}, path)
+    with pytest.raises(WeightsError, match=message) as caught:
         load_teacher("resnet18")
     assert str(path) in str(caught.value)
 
 
 def test_damaged_file_is_a_weights_error(empty_machine: Path) -> None:
-    path = empty_machine / "resnet18.safetensors"
-    path.write_bytes(b"not weights")
+    (empty_machine / "resnet18.safetensors").write_bytes(b"not weights")
     with pytest.raises(WeightsError, match=r"resnet18\.safetensors"):
         load_teacher("resnet18")
 
