@@ -6,17 +6,14 @@ from itertools import pairwise
 import pytest
 
 from defectlab.data.anomaly import MVTEC_CATEGORIES
-from defectlab.verdicts import audit_amam_kd as arithmetic
-from defectlab.verdicts.audit_amam_kd import printed
+from defectlab.verdicts.audit import PrintedNumbers
 from defectlab.verdicts.claims import claims_of
 from defectlab.verdicts.tables import printed_table
 
 lines_of = partial(printed_table, "amam_kd")
+NUMBERS = PrintedNumbers("amam_kd")
 METRIC_TABLES = [f"table{n}" for n in (2, 4, 5, 6, 7, 8, 9, 10, 11)] + ["audit/table7_originals", "text"]
 TWICE = ["table2", "table4", "table5", "table6"]
-
-
-# --- The printed numbers ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -44,10 +41,10 @@ def test_means_over_categories_have_columns_of_their_own_and_no_key() -> None:
         for line in lines_of(table):
             if line["column"].endswith("average"):
                 assert line["value"] and not line["key"] and "a mean over" in line["not_comparable"]
-    assert printed("pixel_auroc", "table7", "PaDiM", "total_average") == 97.4
-    assert printed("pixel_auroc", "table7", "CutPaste", "screw") == 96.6
-    assert printed("pixel_auroc", "table10", "L1", "objects_average") == 95.2
-    assert printed("pixel_auroc", "table11", "5 × 5", "textures_average") == 97.4
+    assert NUMBERS.printed("pixel_auroc", "table7", "PaDiM", "total_average") == 97.4
+    assert NUMBERS.printed("pixel_auroc", "table7", "CutPaste", "screw") == 96.6
+    assert NUMBERS.printed("pixel_auroc", "table10", "L1", "objects_average") == 95.2
+    assert NUMBERS.printed("pixel_auroc", "table11", "5 × 5", "textures_average") == 97.4
 
 
 @pytest.mark.parametrize("table", METRIC_TABLES)
@@ -92,9 +89,6 @@ def test_the_printed_sizes_follow_on_each_other() -> None:
     assert lines_of("audit/shapes3")[1]["output"] == "16x16x2048"  # the teacher
 
 
-# --- Claims ----------------------------------------------------------------------------------------------------------
-
-
 def test_only_the_two_stages_and_amam_at_ten_per_cent_are_primary() -> None:
     primary = {claim["id"] for claim in claims_of("amam_kd") if claim["primary"]}
     assert primary == {"two_stage_better", "amam_at_ten_per_cent_nut", "amam_at_ten_per_cent_defect"}
@@ -116,7 +110,7 @@ def test_printed_gains_of_the_claims_are_differences_of_printed_numbers() -> Non
         sides = []
         for side in ("a", "b"):
             if (claim["id"], side) in objects:
-                sides.append({printed("pixel_auroc", *objects[claim["id"], side], "objects_average")})
+                sides.append({NUMBERS.printed("pixel_auroc", *objects[claim["id"], side], "objects_average")})
                 continue
             found = [line for table in METRIC_TABLES for line in lines_of(table) if line["key"] == claim[side]]
             sides.append({float(x["value"]) for x in found if x["metric"] == claim["metric"] and x["value"]})
@@ -126,46 +120,24 @@ def test_printed_gains_of_the_claims_are_differences_of_printed_numbers() -> Non
     assert checked == 24
 
 
-# --- Does it add up? -------------------------------------------------------------------------------------------------
-
-
 def test_a_number_that_is_not_printed_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"table7\.csv prints no pixel_auroc for row 'PatchCore 1 % \(added\)'"):
-        printed("pixel_auroc", "table7", "PatchCore 1 % (added)", "tile")
-
-
-def test_averages_of_table_7() -> None:
-    table = arithmetic.table7_averages()
-    worked = {  # by hand
-        ("Ours", "textures"): 97.90,
-        ("Ours", "objects"): 98.27,
-        ("Ours", "total"): 98.15,
-        ("SPADE", "total"): 95.96,
-        ("CutPaste", "objects"): 95.78,
-        ("CutPaste", "total"): 95.91,
-        ("PaDiM", "textures"): 96.90,
-    }
-    for place, value in worked.items():
-        assert table.loc[place, "computed"] == pytest.approx(value, abs=0.005), place
-    assert (table.loc["RIAD", "remark"] == "agrees").all()
-    beyond = table.index[table["remark"] == "differs by more than its own rounding"]
-    assert set(beyond) == {("SPADE", "total"), ("CutPaste", "total"), ("Ours", "objects"), ("Ours", "total")}
-    assert "rounding of the rows" in table.loc[("PaDiM", "textures"), "remark"]
+        NUMBERS.printed("pixel_auroc", "table7", "PatchCore 1 % (added)", "tile")
 
 
 def test_stated_gains() -> None:
-    table = arithmetic.stated_gains().reset_index().set_index("printed")
+    table = NUMBERS.stated_gains().reset_index().set_index("printed")
     assert table.loc[14.9, ["computed", "relative"]].tolist() == [11.9, 14.46]
     assert table.loc[1.5, "computed"] == 1.9
     assert table.loc[2.1, "computed"] == 1.3
     assert set(table.index[table["remark"] == "agrees"]) == {1.7, 2.2, 3.1, 4.8}
-    mious = [arithmetic.printed("miou", "table5", row) for row in arithmetic._rows("table5", "miou")]
+    mious = NUMBERS.column("miou", "table5").values()
     assert len(mious) == 6
     assert 2.1 not in {round(a - b, 1) for a in mious for b in mious}
 
 
 def test_what_stands_twice() -> None:
-    table = arithmetic.printed_twice()["difference"]
+    table = NUMBERS.printed_twice()["difference"]
     assert table["full model, Tables 4 and 5", "miou"] == 0.2  # 96.4 in the abstract, 96.2 in Table 5
     assert table["U-Net, Tables 4 and 5", "miou"] == 1.0
     assert table["full method, Tables 8 and 9", "image_auroc"] == -0.2
@@ -174,74 +146,8 @@ def test_what_stands_twice() -> None:
     assert table["metal nut, sections 4.3 and 4.2.2", "pixel_auroc"] == -0.5
 
 
-def test_printed_dice_is_below_iou_and_like_the_foreground_iou() -> None:
-    table = arithmetic.dice_and_iou()
-    assert table["computed"].tolist() == [87.6, 91.1, 86.8, 92.4, 89.4, 91.4, 92.9]
-    assert (table["printed"] < table["miou"]).all()
-    assert (table["remark"] == "nearer to the foreground IoU").all()
-    assert (table["dice"] > table["computed"]).all()
-
-
-def test_share_of_the_foreground() -> None:
-    # 100 pixels, 10 true, 10 found, 8 in common: MAE 4 %, IoU 8 / 12
-    assert arithmetic.foreground_share(4, 100 * 8 / 12) == pytest.approx(10)
-    assert arithmetic.expected_mae(10, 100 * 8 / 12) == pytest.approx(4)
-    table = arithmetic.implied_foreground()
-    assert table.loc["Ours", ["share", "low", "high"]].tolist() == [1.44, 0.72, 2.16]
-    assert table["share"].between(1, 4).all()  # a few per cent: small targets
-    assert table["mae_of_a_third"].between(2, 5).all()  # ten times the printed 0.1 to 0.3
-    assert arithmetic.foreground_share(0.1, 99.7) > 33  # a third of the picture at that MAE needs IoU above 99
-
-
-def test_smaller_training_sets() -> None:
-    table = arithmetic.data_reduction()
-    assert table["gain"].tolist() == [11.9, 4.6, 3.9, 1.3]
-    assert table.loc[20, "step_without"] == 7.8
-    assert table.loc[100, ["step_without", "step_with"]].tolist() == [3.6, 1.0]
-
-
-def test_latency_is_not_monotone_in_dilation() -> None:
-    table = arithmetic.latency_by_dilation()
-    assert table["latency_ms"].tolist() == [34.5, 35.2, 36.0, 35.8]
-    assert not table["latency_ms"].is_monotonic_increasing and table["step"].iloc[-1] == -0.2
-
-
-def test_parameters_of_separable_convolutions() -> None:
-    channels = 512
-    separable, standard = 9 * channels + channels**2, 9 * channels**2
-    assert arithmetic.separable_share(channels) == pytest.approx(separable / standard)
-    assert arithmetic.separable_share(channels) < 0.12
-    assert arithmetic.separable_share(channels, taps=3) == pytest.approx(1 / 3, abs=0.003)
-
-
-def test_lead_over_other_methods() -> None:
-    leads = arithmetic.mean_lead()
-    assert leads["computed"].to_dict() == {"SPADE": 1.9, "PaDiM": 0.9, "RIAD": 4.2, "CutPaste": 2.2, "their mean": 2.3}
-    assert (leads["printed"] == 3.5).all() and "agrees" not in set(leads["remark"])
-    behind = arithmetic.categories_behind()
-    assert behind["method"].to_dict() == {
-        "capsule": "SPADE",
-        "metal_nut": "SPADE",
-        "transistor": "PaDiM",
-        "zipper": "CutPaste",
-    }
-    assert behind.loc["metal_nut", "difference"] == -0.4
-
-
-def test_other_methods_against_their_own_papers() -> None:
-    table = arithmetic.against_originals()["difference"]
-    padim = "PaDiM, WideResNet-50-2, 550 channels"
-    assert table["SPADE", "total_average"] == 0.4
-    assert table["SPADE, in PaDiM's paper", "total_average"] == table[padim, "total_average"] == -0.1
-    by_category = table.drop("total_average", level="column").abs()
-    assert by_category["SPADE"].value_counts().to_dict() == {0.1: 14, 0.0: 1}  # audit point 15
-    assert by_category[padim].value_counts().to_dict() == {0.1: 15}
-    gaps = arithmetic.image_level().loc["RD4AD, image AUROC", "difference"]
-    assert gaps.to_dict() == {"table8": -1.1, "table9": -0.9}
-
-
-def test_modules_and_losses() -> None:
-    steps = arithmetic.module_steps()
-    assert steps["step_image_auroc"].tolist()[1:] == [4.1, -3.7, 4.0]
-    assert steps["step_pixel_auroc"].tolist()[1:] == [2.3, 0.5, 0.4]
-    assert arithmetic.l2_and_mse()["difference"].tolist() == [0.1, 0.4]
+def test_rows_and_columns_as_printed() -> None:
+    own = NUMBERS.row("pixel_auroc", "table7", "the paper's method")
+    assert len(own) == 18 and sum(own[c] for c in MVTEC_CATEGORIES) / 15 == pytest.approx(98.15, abs=0.005)
+    assert list(NUMBERS.column("dice", "table4"))[-1] == "the paper's method"  # each once, though two targets print it
+    assert NUMBERS.column("image_auroc", "table9").keys() == NUMBERS.column("pixel_auroc", "table9").keys()
