@@ -1,0 +1,282 @@
+"""PatchCore, PaDiM and SPADE: each step against a slow or written-out version, and whole runs."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from toy_anomaly import fake_split
+from toy_runs import quiet
+
+from defectlab.data.anomaly import AnomalyData
+from defectlab.files import WeightsError
+from defectlab.networks.feature_baselines import (
+    PROJECTION,
+    PaDiMSettings,
+    PatchCoreSettings,
+    SPADESettings,
+    descriptors,
+    draw_channels,
+    embedding,
+    fit_gaussians,
+    greedy_coreset,
+    mahalanobis,
+    nearest_distances,
+    nearest_images,
+    patch_features,
+    pixel_distances,
+    pyramid,
+    reweighted_score,
+)
+from defectlab.training import feature_baselines
+from defectlab.training.feature_baselines import run_padim, run_patchcore, run_spade
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def features(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Of two images: three layers with 2, 3 and 4 channels."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(2, c, s, s, generator=generator).to(dtype) for c, s in ((2, 8), (3, 4), (4, 2))]
+
+
+@pytest.mark.parametrize("seen", [patch_features, pyramid, lambda layers: embedding(layers, torch.arange(9))])
+def test_bf16_features_become_float32(seen) -> None:
+    assert seen(features(torch.bfloat16)).dtype == torch.float32
+
+
+# --- PatchCore -------------------------------------------------------------------------------------------------------
+
+
+def test_patch_features_are_layers_2_and_3_at_the_resolution_of_2() -> None:
+    layers = features()
+    patches = patch_features(layers)
+    assert patches.shape == (2, 4, 4, 3 + 4)
+    torch.testing.assert_close(patches[1, 2, 1, :3], layers[1][1, :, 1:4, 0:3].mean((1, 2)))  # 3x3 around (2, 1)
+    assert torch.equal(patches, patch_features([layers[0] + 1, *layers[1:]]))  # layer 1 is not used
+
+
+def slow_coreset(patches: Tensor, keep: int, seed: int) -> list[int]:
+    """Algorithm 1 word by word, in float64: the farthest point from all chosen ones, one distance at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.randn(patches.shape[1], PROJECTION, generator=generator) / PROJECTION**0.5
+    projected = patches.double() @ projection.double()
+    chosen = [int(torch.randint(len(patches), (1,), generator=generator))]
+    while len(chosen) < keep:
+        to_chosen = [min(float(torch.dist(p, projected[c])) for c in chosen) for p in projected]
+        chosen.append(max(range(len(patches)), key=to_chosen.__getitem__))
+    return chosen
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_coreset_equals_the_slow_one(seed: int) -> None:
+    patches = normal(40, 12, seed=seed)
+    assert greedy_coreset(patches, 10, seed).tolist() == slow_coreset(patches, 10, seed)
+
+
+def test_coreset_is_seeded() -> None:
+    patches = normal(200, 12)
+    torch.manual_seed(1)
+    first = greedy_coreset(patches, 20, 0)
+    torch.manual_seed(2)  # the global generator plays no part
+    assert torch.equal(greedy_coreset(patches, 20, 0), first)
+    assert not torch.equal(greedy_coreset(patches, 20, 1), first)
+
+
+@pytest.mark.parametrize("distinct", [30, 3, 1])
+def test_coreset_never_repeats(distinct: int) -> None:
+    patches = normal(distinct, 6).repeat(30 // distinct, 1)  # copies: all distances become 0
+    chosen = greedy_coreset(patches, 30, 0)
+    assert sorted(chosen.tolist()) == list(range(30))
+
+
+@pytest.mark.parametrize("chunk", [4096, 7])
+def test_nearest_distances_are_cdists(chunk: int) -> None:
+    queries, bank = normal(50, 16, seed=1), normal(23, 16, seed=2)
+    expected, index = torch.cdist(queries.double(), bank.double()).min(1)
+    distances, indices = nearest_distances(queries, bank, chunk)
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(indices, index)
+
+
+def test_distance_of_a_remembered_patch_is_zero_and_never_nan() -> None:
+    bank = 10 * normal(20, 64)
+    distances, indices = nearest_distances(bank, bank)
+    assert torch.equal(indices, torch.arange(20))
+    assert float(distances.max()) < 0.1  # of norms around 80: rounding of squares near 6400
+    assert float(distances.min()) >= 0
+
+
+def formula(patches: Tensor, bank: Tensor, neighbours: int) -> float:
+    """Equations 6-7: s* and w = 1 - exp(d*) / sum over the neighbours of m*, itself among them, of exp(d)."""
+    distances = torch.cdist(patches.double(), bank.double())
+    test_patch = int(distances.min(1).values.argmax())
+    memory = int(distances[test_patch].argmin())
+    star = float(distances[test_patch, memory])
+    around = torch.cdist(bank[memory][None].double(), bank.double())[0].argsort()[:neighbours].tolist()
+    assert around[0] == memory
+    weight = 1 - math.exp(star) / sum(math.exp(float(distances[test_patch, m])) for m in around)
+    return weight * star
+
+
+@pytest.mark.parametrize(("size", "neighbours"), [(30, 9), (30, 3), (5, 9)])  # the last: fewer memories than asked for
+def test_reweighted_score_is_the_formula(size: int, neighbours: int) -> None:
+    for seed in range(5):
+        patches, bank = normal(12, 8, seed=seed), normal(size, 8, seed=100 + seed)
+        found = reweighted_score(patches, *nearest_distances(patches, bank), bank, neighbours)
+        assert float(found) == pytest.approx(formula(patches, bank, min(neighbours, size)), rel=1e-4)
+
+
+def test_a_memory_that_is_there_twice_gives_the_weight_of_its_distance() -> None:
+    """The weight is that of m* whichever of two equal memories counts as the nearest of its own neighbours."""
+    patch = torch.tensor([[0.0, 3.0]])
+    bank = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, -1.0], [7.0, 0.0]])
+    found = float(reweighted_score(patch, *nearest_distances(patch, bank), bank))
+    others = torch.cdist(patch, bank)[0]
+    assert found == pytest.approx(float(3 * (1 - others.softmax(0)[0])), rel=1e-5)
+
+
+def test_single_memory_is_not_weighed() -> None:
+    """With one memory the formula's weight would be 1 - exp(d)/exp(d) = 0 for every image: the distance stands."""
+    patch = torch.tensor([[1.0, 1.0]])
+    bank = torch.zeros(1, 2)
+    assert float(reweighted_score(patch, *nearest_distances(patch, bank), bank)) == pytest.approx(2**0.5)
+
+
+# --- PaDiM -----------------------------------------------------------------------------------------------------------
+
+
+def test_channels_are_drawn_without_repetition_and_by_the_seed() -> None:
+    first = draw_channels(448, 100, 0)
+    assert first.shape == (100,)
+    assert len(set(first.tolist())) == 100
+    assert 0 <= int(first.min()) < int(first.max()) < 448
+    torch.manual_seed(7)  # the global generator plays no part
+    assert torch.equal(draw_channels(448, 100, 0), first)
+    assert not torch.equal(draw_channels(448, 100, 1), first)
+    with pytest.raises(ValueError, match="449 channels cannot be drawn from 448"):
+        draw_channels(448, 449, 0)
+
+
+def test_embedding_holds_the_drawn_channels_of_each_layer_at_the_finest_resolution() -> None:
+    features = [torch.rand(2, 3, 8, 8), torch.rand(2, 4, 4, 4), torch.rand(2, 5, 2, 2)]
+    embedded = embedding(features, torch.tensor([1, 2, 3, 6, 11]))  # 2 of layer 1, 2 of layer 2, the last of layer 3
+    assert embedded.shape == (64, 2, 5)
+    row, column = 5, 2
+    expected = [
+        features[0][1, 1, row, column],
+        features[0][1, 2, row, column],
+        features[1][1, 0, row // 2, column // 2],
+        features[1][1, 3, row // 2, column // 2],
+        features[2][1, 4, row // 4, column // 4],
+    ]
+    assert embedded[8 * row + column, 1].tolist() == pytest.approx([float(x) for x in expected])
+
+
+def test_gaussians_and_distances_are_numpys() -> None:
+    train, test = normal(3, 12, 5), normal(3, 4, 5, seed=1)
+    mean, factor = fit_gaussians(train)
+    distances = mahalanobis(test, mean, factor)
+    assert distances.shape == (3, 4)
+    for position in range(3):
+        points = train[position].double().numpy()
+        covariance = np.cov(points, rowvar=False) + 0.01 * np.eye(5)
+        for image in range(4):
+            off = test[position, image].double().numpy() - points.mean(0)
+            expected = np.sqrt(off @ np.linalg.inv(covariance) @ off)
+            assert float(distances[position, image]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_distance_by_hand() -> None:
+    train = torch.tensor([[[-1.0, 0.0], [1.0, 0.0]]])  # variance 2 along the first axis, none along the second
+    distances = mahalanobis(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]]), *fit_gaussians(train))
+    assert distances[0].tolist() == pytest.approx([(1 / 2.01) ** 0.5, (1 / 0.01) ** 0.5, 0.0])
+
+
+def test_fewer_images_than_channels_still_have_a_gaussian() -> None:
+    train = normal(2, 5, 40)
+    distances = mahalanobis(train, *fit_gaussians(train))
+    assert torch.isfinite(distances).all()
+    with pytest.raises(ValueError, match="at least 2 good images, got 1"):
+        fit_gaussians(train[:, :1])
+
+
+# --- SPADE -----------------------------------------------------------------------------------------------------------
+
+
+def test_descriptors_pool_layer_3_alone() -> None:
+    maps = features()
+    found = descriptors(maps)
+    assert found.shape == (2, 4)
+    assert float(found[1, 2]) == pytest.approx(float(maps[2][1, 2].mean()))
+    assert torch.equal(descriptors([maps[0] + 1, maps[1] + 1, maps[2]]), found)
+
+
+def test_pyramid_holds_all_layers_at_the_resolution_of_2() -> None:
+    maps = features()
+    found = pyramid(maps)
+    assert found.shape == (2, 4, 4, 9)
+    torch.testing.assert_close(found[1, 3, 1, :2], maps[0][1, :, 6:8, 2:4].mean((1, 2)))  # the four pixels of layer 1
+    torch.testing.assert_close(found[1, 3, 1, 2:5], maps[1][1, :, 3, 1])
+    torch.testing.assert_close(found[1, 0, 0, 5:], maps[2][1, :, 0, 0])  # a corner is not mixed with its neighbours
+
+
+def test_nearest_images_by_hand() -> None:
+    good = torch.tensor([[0.0], [1.0], [10.0]])
+    distances, indices = nearest_images(torch.tensor([[0.0], [9.0]]), good, 2)
+    assert indices.tolist() == [[0, 1], [2, 1]]
+    assert distances.tolist() == pytest.approx([(0 + 1) / 2, (1 + 64) / 2])
+    fewer, all_of_them = nearest_images(torch.tensor([[0.0]]), good, 50)
+    assert sorted(all_of_them[0].tolist()) == [0, 1, 2]
+    assert float(fewer) == pytest.approx((0 + 1 + 100) / 3)
+
+
+def test_pixel_distances_equal_the_slow_ones_and_look_only_into_the_nearest_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, good = torch.rand(2, 3, 4, 5, generator=generator), torch.rand(6, 3, 4, 5, generator=generator)
+    nearest = torch.tensor([[0, 4], [5, 2]])
+    found = pixel_distances(queries, good, nearest)
+    assert found.shape == (2, 3, 4)
+    for image in range(2):
+        gallery = good[nearest[image]].reshape(-1, 5).double()
+        expected = torch.cdist(queries[image].reshape(-1, 5).double(), gallery).amin(1).view(3, 4)
+        torch.testing.assert_close(found[image].double(), expected, rtol=1e-3, atol=1e-4)
+    moved = pixel_distances(good[[4]].roll(2, 2), good, nearest[:1])  # a pixel may lie anywhere in them
+    assert float(moved.max()) < 1e-2
+
+
+# --- Whole runs ------------------------------------------------------------------------------------------------------
+
+SMALL = {"teacher": "resnet18_random", "size": 64, "precision": "fp32"}
+RUNS = {
+    "patchcore": (run_patchcore, PatchCoreSettings(coreset=0.05, **SMALL), {"remembered_patches": 38}),
+    "padim": (run_padim, PaDiMSettings(**SMALL), {"gaussians": 256}),
+    "spade": (run_spade, SPADESettings(neighbours=4, **SMALL), {"remembered_images": 12}),
+}
+
+
+@pytest.fixture(scope="module")
+def fake_data() -> AnomalyData:
+    splits = fake_split(12, 0, 1), fake_split(2, 2, 2), fake_split(3, 3, 3)
+    return AnomalyData("fake", "fake", ("good", "square"), *splits, "fake")
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_run_finds_the_square(method: str, fake_data: AnomalyData, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, settings, costs = RUNS[method]
+    first, other = (run(settings, seed, fake_data, quiet()) for seed in (0, 1))
+    assert first.metrics["pixel_auroc"] > 95
+    assert first.metrics["image_auroc"] == 100
+    assert first.costs == {"parameters": 0} | costs
+    assert set(first.model) == ({"bank"} if method == "patchcore" else set())
+    same = (first.predictions["scores"] == other.predictions["scores"]).all()
+    assert same == (method == "spade")  # the others draw channels or the coreset's first patch
+    monkeypatch.setattr(feature_baselines, "POSITIONS", 100)  # the last chunk is smaller
+    again = run(settings, 0, fake_data, quiet()).predictions["scores"]
+    assert np.allclose(again, first.predictions["scores"], rtol=1e-4)
+    with pytest.raises(WeightsError, match="unknown teacher 'resnet9'"):
+        run(replace(settings, teacher="resnet9"), 0, fake_data, quiet())
