@@ -1,4 +1,4 @@
-"""RD4AD: shapes, its two losses, where gradients go; anomaly maps, image scores, the threshold from dev."""
+"""RD4AD: shapes, its two losses, where gradients go; anomaly maps, image scores, images to maps."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,14 @@ from scipy import ndimage
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from defectlab.metrics.ranking import best_f1_threshold
-from defectlab.networks.resnet import Teacher, load_teacher
+from defectlab.networks.blocks import PreActivationBlock
+from defectlab.networks.resnet import Teacher, extract
 from defectlab.networks.reverse_distillation import (
     LOSSES,
-    MAP_SIZE,
+    RD4AD,
     MultiScaleFusion,
     OneClassEmbedding,
+    RD4ADSettings,
     ResidualBlock,
     ReverseDecoder,
     ReverseDistillation,
@@ -26,7 +27,7 @@ from defectlab.networks.reverse_distillation import (
     whole_map_loss,
 )
 
-SMALL = (8, 16, 32)  # channels of a pretended teacher
+SMALL = (8, 16, 32)  # channels of a toy teacher
 
 
 def features(channels: tuple[int, ...] = SMALL, count: int = 2, coarsest: int = 4, seed: int = 0) -> list[Tensor]:
@@ -37,18 +38,6 @@ def features(channels: tuple[int, ...] = SMALL, count: int = 2, coarsest: int = 
 
 
 # --- Shapes ----------------------------------------------------------------------------------------------------------
-
-
-def test_fusion_brings_every_scale_to_the_coarsest() -> None:
-    assert MultiScaleFusion(SMALL)(features()).shape == (2, 3 * 32, 4, 4)
-
-
-@pytest.mark.parametrize("bottleneck", [0, 4, 2])
-def test_embedding_and_decoder_shapes(bottleneck: int) -> None:
-    embedded = OneClassEmbedding(3 * 32, 2 * 32, bottleneck)(torch.rand(2, 3 * 32, 4, 4))
-    assert embedded.shape == (2, 64, 2, 2)
-    decoded = ReverseDecoder(SMALL, bottleneck)(embedded)
-    assert [f.shape for f in decoded] == [f.shape for f in features()]
 
 
 @pytest.mark.parametrize("bottleneck", [0, 4, 2])
@@ -66,8 +55,26 @@ def test_student_gives_the_teachers_shapes(name: str) -> None:
     with torch.device("meta"):
         teacher = Teacher(name)
         maps = teacher(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+        third = teacher.channels[2]
+        fused = MultiScaleFusion(teacher.channels)(maps)
+        embedded = OneClassEmbedding(3 * third, 2 * third, teacher.bottleneck)(fused)
+        decoded = ReverseDecoder(teacher.channels, teacher.bottleneck)(embedded)
         student = ReverseDistillation(teacher.channels, teacher.bottleneck)(maps)
-    assert [f.shape for f in student] == [f.shape for f in maps]
+    assert fused.shape == (2, 3 * third, 4, 4) and embedded.shape == (2, 2 * third, 2, 2)
+    assert [f.shape for f in student] == [f.shape for f in decoded] == [f.shape for f in maps]
+
+
+@pytest.mark.parametrize(("widths", "project", "projects"), [((4, 6), None, 1), ((4, 4), None, 0), ((4, 4), True, 1)])
+def test_pre_activation_block(widths: tuple[int, int], project: bool | None, projects: int) -> None:
+    block = PreActivationBlock(*widths, project).eval()
+    x = torch.randn(2, widths[0], 5, 5)
+    kept = x.clone()
+    assert block(x).shape == (2, widths[1], 5, 5)
+    assert torch.equal(x, kept)  # nothing in place on what comes in
+    assert len(list(block.shortcut.parameters())) == projects
+    for convolution in (block.residual[2], block.residual[5]):
+        torch.nn.init.zeros_(convolution.weight)
+    torch.testing.assert_close(block(x), block.shortcut(x))  # neither norm nor ReLU after the sum
 
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
@@ -113,20 +120,7 @@ def test_gradients_of_losses(name: str) -> None:
     torch.manual_seed(0)
     teacher = torch.rand(2, 3, 2, 2, dtype=torch.float64) + 0.2
     student = (torch.rand(2, 3, 2, 2, dtype=torch.float64) + 0.2).requires_grad_()
-    # Wide steps and tolerance: the losses bring everything to float32, so that a plain float64 gradcheck is too strict.
-    assert gradcheck(lambda s: LOSSES[name]([teacher], [s]).double(), student, eps=1e-3, atol=2e-3, rtol=1e-2)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_gradient_check_would_notice_an_error(name: str) -> None:
-    torch.manual_seed(0)
-    teacher = torch.rand(2, 3, 2, 2, dtype=torch.float64) + 0.2
-    student = (torch.rand(2, 3, 2, 2, dtype=torch.float64) + 0.2).requires_grad_()
-
-    def wrong(s: Tensor) -> Tensor:  # the right value with half its gradient
-        return LOSSES[name]([teacher], [0.5 * s + 0.5 * s.detach()]).double()
-
-    assert not gradcheck(wrong, student, eps=1e-3, atol=2e-3, rtol=1e-2, raise_exception=False)
+    assert gradcheck(lambda s: LOSSES[name]([teacher], [s]), student)
 
 
 @pytest.mark.parametrize("bottleneck", [0, 4])
@@ -144,16 +138,6 @@ def test_every_student_weight_learns(loss: str, bottleneck: int) -> None:
     assert moved == {n for n, _ in student.named_parameters()}
 
 
-def test_no_teacher_weight_learns() -> None:
-    teacher = load_teacher("resnet18_random")
-    before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    maps = teacher(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
-    student = ReverseDistillation(teacher.channels, teacher.bottleneck)
-    per_pixel_loss(maps, student(maps)).backward()
-    assert all(p.grad is None for p in teacher.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
-
-
 # --- Maps and scores -------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +151,7 @@ def test_gaussian_smooth_is_scipys(shape: tuple[int, int]) -> None:
 def test_upsample_is_bilinear_with_aligned_corners() -> None:
     small = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
     large = upsample(small)
-    assert large.shape == (1, MAP_SIZE, MAP_SIZE) == (1, 256, 256)
+    assert large.shape == (1, 256, 256)
     assert large[0, [0, 0, -1, -1], [0, -1, 0, -1]].tolist() == [0, 1, 2, 3]  # the corners stay
     rows, columns = torch.meshgrid(torch.linspace(0, 2, 256), torch.linspace(0, 1, 256), indexing="ij")
     torch.testing.assert_close(large[0], rows + columns)
@@ -194,43 +178,14 @@ def test_image_scores_are_maxima() -> None:
     assert image_scores(maps).tolist() == [7, 0, -2]
 
 
-@pytest.mark.parametrize(
-    ("scores", "labels", "threshold"),
-    [
-        ([1, 2, 3, 4], [0, 0, 1, 1], 2.5),  # separable: midway
-        ([1, 2, 3, 4], [0, 1, 0, 1], 1.5),  # all but the lowest: F1 0.8, against 2/3 for {4} alone
-        ([4, 3, 2, 1], [1, 1, 1, 1], 1.0),  # all anomalous: the lowest score itself
-        ([5], [1], 5.0),
-        ([3, 3, 1, 1], [1, 1, 0, 0], 2.0),  # ties within a class do not matter
-    ],
-)
-def test_threshold_by_hand(scores: list[float], labels: list[int], threshold: float) -> None:
-    for order in (list(range(len(scores))), list(range(len(scores)))[::-1]):
-        s = torch.tensor(scores, dtype=torch.float32)[order]
-        found = best_f1_threshold(s, torch.tensor(labels, dtype=torch.uint8)[order])
-        assert found == pytest.approx(threshold)
-
-
-def f1_at(threshold: float, scores: Tensor, labels: Tensor) -> float:
-    called = scores.double() >= threshold
-    return float(2 * (called & (labels == 1)).sum() / (called.sum() + labels.sum()))
-
-
-def test_threshold_reaches_the_best_f1_when_the_classes_tie() -> None:
-    """Equal scores fall on one side together: no threshold divides a tie, whatever the order of the images."""
-    scores, labels = torch.tensor([3.0, 2.0, 2.0, 2.0, 2.0, 1.0]), torch.tensor([1, 1, 0, 0, 0, 1])
-    # Possible: {3} with F1 1/2, {3, 2, 2, 2, 2} with 1/2, all with 2/3. A cut inside the tie would pretend 4/5.
-    for order in (list(range(6)), list(range(6))[::-1]):
-        found = best_f1_threshold(scores[order], labels[order])
-        assert f1_at(found, scores, labels) == pytest.approx(2 / 3)
-
-
-@pytest.mark.parametrize("levels", [1000, 6])  # 6: most scores tie, also across the classes
-def test_threshold_reaches_the_best_f1(levels: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
-        labels = torch.randint(0, 2, (24,), generator=generator, dtype=torch.uint8)
-        labels[0] = 1
-        scores = (torch.randint(0, levels, (24,), generator=generator) + levels // 3 * labels).float()
-        best = max(f1_at(float(t), scores, labels) for t in scores.double())
-        assert f1_at(best_f1_threshold(scores, labels), scores, labels) == pytest.approx(best)
+def test_rd4ad_maps_images() -> None:
+    torch.manual_seed(0)
+    whole = RD4AD(RD4ADSettings(teacher="resnet18_random")).train(False)
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    maps = whole(images)
+    assert maps.shape == (3, 256, 256) and not maps.requires_grad
+    taught = extract(whole.teacher, images, torch.float32)
+    torch.testing.assert_close(maps, gaussian_smooth(anomaly_map(taught, whole.network(taught))).detach())
+    torch.testing.assert_close(whole(images[1:2]), maps[1:2])  # whatever the batch: norms are in eval mode
+    assert not any(p.requires_grad for p in whole.teacher.parameters())
+    assert all(p.requires_grad for p in whole.network.parameters())
