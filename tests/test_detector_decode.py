@@ -2,16 +2,19 @@
 
 import pytest
 import torch
-from torchvision.ops import box_iou
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import batched_nms, box_iou
 
 from defectlab.networks.yolo import decode
 from defectlab.networks.yolo.decode import (
+    DefectFinder,
     anchor_centres,
     decode_anchor_based,
     decode_anchor_free,
     expected_distances,
     select,
 )
+from defectlab.networks.yolo.model import Detector
 
 
 def test_centres_go_level_by_level_and_row_by_row():
@@ -84,7 +87,7 @@ def test_anchored_boxes_by_hand():
 
 
 def one(boxes, scores, **options):
-    """`select` for a single picture of 100 px."""
+    """`select` for a single image of 100 px."""
     (found,) = select(torch.tensor([boxes]), torch.tensor([scores]), 100, **options)
     return found
 
@@ -117,8 +120,16 @@ def test_limits_keep_the_best(monkeypatch):
     assert one(boxes, scores)["scores"].tolist() == pytest.approx([0.85, 0.75, 0.65, 0.55])
 
 
+def random_pairs(*shape):
+    """Boxes (*shape, 4) that overlap, in whole pixels, and scores (*shape, 3) with many ties."""
+    torch.manual_seed(0)
+    corner = (torch.rand(*shape, 2) * 60).round()
+    boxes = torch.cat([corner, corner + 10 + (torch.rand(*shape, 2) * 30).round()], -1)
+    return boxes, (torch.rand(*shape, 3) * 20).round() / 20
+
+
 def slow_select(boxes, scores, confidence, iou):
-    """Greedy suppression in plain loops, one picture: (score, label, anchor) of what stays."""
+    """Greedy suppression in plain loops, one image: (score, label, anchor) of what stays."""
     pairs = [(float(scores[a, c]), c, a) for a in range(len(boxes)) for c in range(scores.shape[1])]
     kept = []
     for score, c, a in sorted(pairs, reverse=True):
@@ -128,19 +139,64 @@ def slow_select(boxes, scores, confidence, iou):
     return kept
 
 
-def test_select_agrees_with_plain_loops_in_any_batch():
-    torch.manual_seed(0)
-    corner = torch.rand(3, 40, 2) * 60
-    boxes = torch.cat([corner, corner + 10 + torch.rand(3, 40, 2) * 30], -1)
-    scores = torch.rand(3, 40, 3)
-    found = select(boxes, scores, 100, confidence=0.3, iou=0.4)
-    for i in range(3):
-        expected = slow_select(boxes[i], scores[i], 0.3, 0.4)
-        assert found[i]["scores"].tolist() == [score for score, _, _ in expected]
-        assert found[i]["labels"].tolist() == [label for _, label, _ in expected]
-        assert torch.equal(found[i]["boxes"], boxes[i, [anchor for _, _, anchor in expected]])
-        (alone,) = select(boxes[i : i + 1], scores[i : i + 1], 100, confidence=0.3, iou=0.4)
-        assert all(torch.equal(alone[key], found[i][key]) for key in alone)
+def test_select_agrees_with_plain_loops():
+    boxes, scores = random_pairs(3, 40)
+    scores = scores + torch.arange(120).view(3, 40, 1) * 1e-5 + torch.arange(3) * 1e-6  # no ties: their order is free
+    for found, own, of_own in zip(select(boxes, scores, 100, confidence=0.31, iou=0.4123), boxes, scores, strict=True):
+        expected = slow_select(own, of_own, 0.31, 0.4123)
+        assert found["scores"].tolist() == [score for score, _, _ in expected]
+        assert found["labels"].tolist() == [label for _, label, _ in expected]
+        assert torch.equal(found["boxes"], own[[anchor for _, _, anchor in expected]])
+
+
+def select_one(boxes, scores, confidence, iou, most, scale, offset, size):
+    """Of one image, step by step: what `select` has to give, whatever the batch."""
+    best, pairs = scores.flatten().topk(min(decode.CANDIDATES, scores.numel()))
+    enough = best > confidence
+    values, labels, candidates = best[enough], pairs[enough] % scores.shape[1], boxes[pairs[enough] // scores.shape[1]]
+    kept = batched_nms(candidates, values, labels, iou)[:most]
+    original = ((candidates[kept] - offset.repeat(2)) / scale).clamp(min=0)
+    original = torch.minimum(original, size.flip(0).repeat(2).to(original))
+    return {"boxes": original, "scores": values[kept], "labels": labels[kept]}
+
+
+@pytest.mark.parametrize("anchors", [40, 1200])  # torchvision takes another way from 1000 boxes on
+@pytest.mark.parametrize(("confidence", "iou", "most"), [(0.001, 0.7, 300), (0.3, 0.4, 300), (0.5, 0.6, 7)])
+def test_an_image_is_the_same_in_any_batch(anchors, confidence, iou, most):
+    """Ties, an image without any box, thresholds that scores are equal to."""
+    boxes, scores = random_pairs(5, anchors)
+    scores[1], scores[2] = 0, scores[2] * 0.7
+    scale, offset = torch.tensor([1.0, 0.5, 2.0, 0.3, 1.7]), torch.arange(10.0).view(5, 2)
+    sizes = torch.tensor([[90, 80], [100, 200], [30, 40], [300, 300], [20, 50]])
+    limits = {"confidence": confidence, "iou": iou, "most": most}
+    together = select(boxes, scores, 100, **limits, scale=scale, offset=offset, sizes=sizes)
+    assert len(together[1]["scores"]) == 0 < len(together[2]["scores"]) <= most
+    for i, found in enumerate(together):
+        expected = select_one(boxes[i], scores[i], confidence, iou, most, scale[i], offset[i], sizes[i])
+        for key, values in expected.items():
+            assert torch.equal(found[key], values) and found[key].dtype == values.dtype
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result's shape or number the host has to wait for, suppression itself apart."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += by_mask or name in ("nonzero", "masked_select", "_local_scalar_dense")
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_wait_for_each_image():
+    waits = []
+    for count in (1, 8):
+        boxes, scores = random_pairs(count, 40)
+        with Waits() as mode:
+            select(boxes, scores, 100)
+        waits.append(mode.count)
+    assert waits[0] == waits[1]
 
 
 def test_nothing_found_has_the_right_shapes():
@@ -150,8 +206,8 @@ def test_nothing_found_has_the_right_shapes():
     assert select(torch.zeros(0, 5, 4), torch.zeros(0, 5, 2), 100) == []
 
 
-def test_boxes_return_to_the_pictures_pixels_and_are_clipped():
-    """A picture of 200 x 120 px (width x height) halved into 100 px has a border of 20 px above and below."""
+def test_boxes_return_to_the_pixels_of_the_image_and_are_clipped():
+    """An image of 200 x 120 px (width x height) halved into 100 px has a border of 20 px above and below."""
     boxes = torch.tensor([[[10.0, 30, 40, 70], [-5, 10, 50, 95], [60, 20, 105, 60]], [[10.0, 30, 40, 70]] * 3])
     scores = torch.tensor([[[0.9], [0.8], [0.7]], [[0.9], [0.0], [0.0]]])
     letterbox = {
@@ -173,3 +229,18 @@ def test_numbers_that_are_not_finite_are_an_error(value):
         with pytest.raises(ValueError, match="not finite"):
             select(boxes, scores, 100)
         broken[0, 1, 0] = 0.5
+
+
+@pytest.mark.parametrize("family", ["v8", "v5"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_to_boxes_by_a_detector(family, channels):
+    torch.manual_seed(0)
+    detector = Detector(family, "t", 2)
+    images = torch.randint(0, 256, (3, channels, 64, 64), dtype=torch.uint8)
+    found = DefectFinder(detector)(images, confidence=0.0, most=5)
+    with torch.no_grad():
+        raw = detector((images / 255).expand(-1, 3, -1, -1))
+    expected = select(*decode.decode(detector, raw), 64, confidence=0.0, most=5)
+    for one_found, wanted in zip(found, expected, strict=True):
+        assert len(one_found["boxes"]) == 5 and (one_found["boxes"] >= 0).all() and (one_found["boxes"] <= 64).all()
+        torch.testing.assert_close(one_found["scores"], wanted["scores"], rtol=1e-3, atol=1e-6)

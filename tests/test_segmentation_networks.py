@@ -1,5 +1,7 @@
 """The encoder that all segmentation networks share, and the published networks on it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,6 @@ from defectlab.networks.segmentation import (
     Segmenter,
     as_dilated_depthwise,
     build_comparator,
-    deeplabv3plus,
     freeze_norms,
     load_encoder,
 )
@@ -44,15 +45,12 @@ def test_encoder_gives_six_maps_and_dilates_in_place_of_strides(output_stride: i
     assert encoder.layer3[1].conv1.dilation == (max(16 // output_stride, 1),) * 2
 
 
-def test_encoder_has_the_teachers_features_in_train_mode_too() -> None:
+def test_encoder_is_the_teacher_in_train_mode_too_and_layer_4_has_ordinary_norms() -> None:
     segmenter = Segmenter(load_encoder(ENCODER)).train()
     found = segmenter.network(segmenter.normalise(images()))[2:5]
     for mine, teachers in zip(found, load_teacher(ENCODER)(images()), strict=True):
         torch.testing.assert_close(mine, teachers, rtol=1e-4, atol=1e-5)
-
-
-def test_pretrained_norms_are_frozen_and_layer_4_has_ordinary_ones() -> None:
-    encoder = load_encoder(ENCODER)
+    encoder = segmenter.network
     assert all(name.startswith("layer4") for name in norms(encoder, nn.BatchNorm2d))
     assert len(norms(encoder, nn.BatchNorm2d)) == 5
     assert len(norms(encoder, FrozenBatchNorm2d)) == 15
@@ -67,13 +65,6 @@ def test_only_layer_4_depends_on_the_seed() -> None:
         states.append(load_encoder(ENCODER).state_dict())
     differ = {k.split(".")[0] for k in states[0] if not torch.equal(states[0][k], states[1][k])}
     assert differ == {"layer4"}
-
-
-def test_unknown_encoders_and_strides_are_named() -> None:
-    with pytest.raises(ValueError, match="no segmentation encoder 'wide_resnet50_2_random': use resnet18, resnet50"):
-        load_encoder("wide_resnet50_2_random")
-    with pytest.raises(ValueError, match="output stride 4 is not possible"):
-        load_encoder(ENCODER, 4)
 
 
 def test_frozen_norm_is_the_norm_of_eval_mode() -> None:
@@ -126,7 +117,7 @@ def test_dilated_depthwise_gradient_is_right_under_bf16_autocast() -> None:
 
 
 def test_deeplab_keeps_its_function_when_its_dilated_convolutions_are_replaced() -> None:
-    found = [m for m in deeplabv3plus("resnet18").modules() if isinstance(m, DilatedDepthwise)]
+    found = [m for m in build_comparator("deeplabv3plus", ENCODER).modules() if isinstance(m, DilatedDepthwise)]
     assert [m.dilation for m in found] == [(12, 12), (24, 24), (36, 36)]
     old = nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=True)
     x = torch.randn(1, 4, 9, 9)
@@ -156,9 +147,20 @@ def test_pspnet_reads_layer_4_at_stride_8() -> None:
     assert network.decoder.psp.blocks[0].pool[1][0].in_channels == 512
 
 
-def test_unknown_network_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown network 'fcn': use one of unet, unetpp"):
-        build_comparator("fcn", ENCODER)
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: build_comparator("fcn", ENCODER), "unknown network 'fcn': use one of unet, unetpp"),
+        (
+            lambda: load_encoder("wide_resnet50_2_random"),
+            "no segmentation encoder 'wide_resnet50_2_random': use resnet18",
+        ),
+        (lambda: load_encoder(ENCODER, 4), "output stride 4 is not possible"),
+    ],
+)
+def test_what_is_unknown_is_named(build: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 # --- Attention U-Net -------------------------------------------------------------------------------------------------
@@ -178,13 +180,9 @@ def test_attention_gate_by_hand() -> None:
     wanted = torch.tensor([2.25, 0.25]).sigmoid().view(1, 1, 1, 2)
     torch.testing.assert_close(gate.coefficients(x, gating), wanted)
     torch.testing.assert_close(gate(x, gating), x * wanted)
-
-
-def test_attention_gate_brings_the_coarse_map_up() -> None:
-    torch.manual_seed(0)
-    gate = AttentionGate(4, 6)
-    x, flat = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 1, 1)
-    torch.testing.assert_close(gate(x, flat.expand(-1, -1, 4, 4)), gate(x, flat.expand(-1, -1, 8, 8)))
+    fine = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    flat = gating[..., :1]
+    torch.testing.assert_close(gate(fine, flat), gate(fine, flat.expand(-1, -1, 2, 4)))  # the coarse map is brought up
 
 
 def test_attention_unet_with_open_gates_is_the_unet() -> None:

@@ -69,12 +69,7 @@ class C2f(nn.Module):
     bottlenecks, and the outputs of all of them are concatenated."""
 
     def __init__(
-        self,
-        channels: int,
-        out_channels: int,
-        depth: int,
-        shortcut: bool,
-        bottleneck: BottleneckFactory = Bottleneck,
+        self, channels: int, out_channels: int, depth: int, shortcut: bool, bottleneck: BottleneckFactory = Bottleneck
     ):
         super().__init__()
         half = out_channels // 2
@@ -93,12 +88,7 @@ class C3(nn.Module):
     """Cross-stage partial block of the anchor-based generation: 1x1 convolutions around a chain of bottlenecks."""
 
     def __init__(
-        self,
-        channels: int,
-        out_channels: int,
-        depth: int,
-        shortcut: bool,
-        bottleneck: BottleneckFactory = Bottleneck,
+        self, channels: int, out_channels: int, depth: int, shortcut: bool, bottleneck: BottleneckFactory = Bottleneck
     ):
         super().__init__()
         half = out_channels // 2
