@@ -1,7 +1,6 @@
 """The training loop: seeds, resuming, the time budget, and what it says when the loss breaks."""
 
 import json
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from toy_runs import one_sitting, quiet
 
-from defectlab.precision import autocast, precision_of
 from defectlab.runs import Context, NonFiniteLoss, OutOfTime
 from defectlab.training.loop import Trained, adam, epoch_order, rate_per_epoch, schedule_factor, train
 
@@ -324,22 +322,3 @@ def test_non_finite_loss_leaves_no_broken_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLoss):
         fit(loss=BreaksAt(2, float("nan")), context=quiet(checkpoint=checkpoint, every_seconds=0.0))
     assert not checkpoint.exists()
-
-
-# --- Precision -------------------------------------------------------------------------------------------------------
-
-
-def test_autocast_computes_in_bf16_only_when_asked() -> None:
-    convolution, x, cpu = nn.Conv2d(2, 2, 1), torch.rand(1, 2, 2, 2), torch.device("cpu")
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        with autocast(cpu, precision):
-            assert convolution(x).dtype == dtype
-
-
-@pytest.mark.parametrize("has_units", [True, False])
-def test_a_gpu_without_bf16_units_computes_in_fp32(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
-    """What is emulated counts as not there."""
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units or including_emulation)
-    assert precision_of(SimpleNamespace(precision="bf16"), "cuda") == ("bf16" if has_units else "fp32")
-    assert precision_of(SimpleNamespace(precision="fp32"), "cuda") == "fp32"
