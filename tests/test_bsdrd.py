@@ -22,7 +22,7 @@ from defectlab.papers.bsdrd import (
     Wavelet,
     dimension_discrepancies,
     gated_fusion,
-    student_maps,
+    to_maps,
 )
 from defectlab.training.bsdrd import run_bsdrd
 
@@ -281,24 +281,29 @@ def flat_student(apart: tuple[int, int, int]) -> list[Tensor]:
         ("product", 2**0.5 + 2**0.5 + (1e-6 * 1) ** 0.5),
     ],
 )
-def test_student_maps_by_hand(fusion: str, expected: float) -> None:
+def test_maps_by_hand(fusion: str, expected: float) -> None:
     teacher, students = flat_student((0, 0, 0)), [flat_student((2, 1, 0)), flat_student((1, 2, 1))]
     torch.testing.assert_close(
-        student_maps(teacher, students, fusion), torch.full((1, 256, 256), expected), rtol=1e-5, atol=1e-5
+        to_maps(replace(NARROW, fusion=fusion), teacher, students),
+        torch.full((1, 256, 256), expected),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
 @pytest.mark.parametrize("fusion", ["sum", "max", "product"])
 def test_one_student_needs_no_fusion(fusion: str) -> None:
     teacher, student = flat_student((0, 0, 0)), flat_student((2, 1, 1))
-    torch.testing.assert_close(student_maps(teacher, [student], fusion), torch.full((1, 256, 256), 4.0))
+    torch.testing.assert_close(
+        to_maps(replace(NARROW, fusion=fusion), teacher, [student]), torch.full((1, 256, 256), 4.0)
+    )
 
 
 def test_what_does_not_exist_is_named() -> None:
     with pytest.raises(ValueError, match=r"unknown gate 'nonsense': use learned, focus or equal"):
         gated_fusion(torch.rand(1, 3), torch.zeros(1, 3), "nonsense", 1.0)
     with pytest.raises(ValueError, match=r"unknown fusion 'mean': use sum, max or product"):
-        student_maps(flat_student((0, 0, 0)), [flat_student((1, 1, 1))], "mean")
+        to_maps(replace(NARROW, fusion="mean"), flat_student((0, 0, 0)), [flat_student((1, 1, 1))])
 
 
 # --- The whole method ------------------------------------------------------------------------------------------------
@@ -312,7 +317,7 @@ def test_images_become_smoothed_maps_of_both_students() -> None:
     assert maps.shape == (6, 256, 256) and maps.dtype == torch.float32
     with torch.no_grad():
         features = bsdrd.teacher(images)
-        expected = gaussian_smooth(student_maps(features, bsdrd.network(features), "sum"))
+        expected = gaussian_smooth(to_maps(SMALL, features, bsdrd.network(features)))
     torch.testing.assert_close(maps, expected)
 
 

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from defectlab.networks.resnet import Teacher, load_teacher
+from defectlab.networks.resnet import load_teacher
 from defectlab.precision import at_least_float32, full_float32
 
 MAP_SIZE = 256  # pixel metrics are taken at 256x256 in every profile
@@ -261,12 +261,22 @@ def to_maps(settings: RD4ADSettings, teacher: list[Tensor], student: list[Tensor
 class AnomalyMapper(nn.Module):
     """Images -> anomaly maps, by a frozen teacher and a network that gives the teacher's features back; in eval mode.
 
-    `to_maps`: (teacher features, the network's output for them) -> maps (B, 256, 256), not smoothed.
+    `network` is fresh until trained weights are loaded into it.
+
+    Args:
+        build: (settings, the teacher's channels, its bottleneck) -> network.
+        to_maps: (settings, teacher features, the network's output for them) -> maps (B, 256, 256), not smoothed.
+
+    Raises:
+        WeightsError: the teacher's weights are missing.
     """
 
-    def __init__(self, teacher: Teacher, network: nn.Module, to_maps: Callable[[list[Tensor], Any], Tensor]):
+    def __init__(self, settings: Any, build: Callable[..., nn.Module], to_maps: Callable[..., Tensor]):
         super().__init__()
-        self.teacher, self.network, self.to_maps = teacher, network, to_maps
+        self.teacher = load_teacher(settings.teacher)
+        self.network = build(settings, self.teacher.channels, self.teacher.bottleneck)
+        initialise(self.network)
+        self.to_maps = partial(to_maps, settings)
         self.eval()
 
     @torch.no_grad()
@@ -278,13 +288,7 @@ class AnomalyMapper(nn.Module):
 
 
 class RD4AD(AnomalyMapper):
-    """The whole method: `RD4AD(RD4ADSettings())(images)`. `network` is fresh until trained weights are loaded into it.
-
-    Raises WeightsError where the teacher's weights are missing.
-    """
+    """The whole method: `RD4AD(RD4ADSettings())(images)`."""
 
     def __init__(self, settings: RD4ADSettings):
-        teacher = load_teacher(settings.teacher)
-        network = build(settings, teacher.channels, teacher.bottleneck)
-        initialise(network)
-        super().__init__(teacher, network, partial(to_maps, settings))
+        super().__init__(settings, build, to_maps)

@@ -14,7 +14,6 @@ is the whole method: images -> anomaly maps.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import pywt
@@ -23,7 +22,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from defectlab.networks.resnet import load_teacher
 from defectlab.networks.reverse_distillation import (
     LOSSES,
     AnomalyMapper,
@@ -32,7 +30,6 @@ from defectlab.networks.reverse_distillation import (
     RD4ADSettings,
     ReverseDecoder,
     downsample_to,
-    initialise,
     per_position_discrepancy,
     stage,
     upsample,
@@ -66,8 +63,7 @@ class DynamicFusion(MultiScaleFusion):
     """RD4AD's fusion with input-dependent weights over the three scales, one set per channel (ours: attention in the
     style of selective kernels).
 
-    Every scale is brought to the coarsest; their pooled descriptors decide, by a softmax over the scales, how much
-    of each scale a channel takes.
+    The pooled descriptors of the aligned scales decide, by a softmax over the scales, how much of each a channel takes.
     """
 
     def __init__(self, channels: tuple[int, int, int]):
@@ -88,7 +84,7 @@ class DynamicFusion(MultiScaleFusion):
 
 
 class StructStudent(nn.Module):
-    """Dynamic fusion, one-class embedding (the compression), reverse decoder."""
+    """Dynamic fusion, RD4AD's one-class embedding (the compression) and reverse decoder."""
 
     def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: Settings):
         super().__init__()
@@ -153,18 +149,15 @@ class Wavelet(nn.Module):
 
 
 def squeeze(channels: int, width: int) -> nn.Sequential:
-    """Embed `channels` in `width`, mix over a 3x3 neighbourhood, and come back: a band has to pass this waist."""
-    return nn.Sequential(
-        *stage(channels, width, "same", 1, 0),
-        *stage(width, width, "same", 1, 0),
-        nn.Conv2d(width, channels, 1),
-    )
+    """The waist that a band has to pass: `channels` to `width` and back, over a 3x3 neighbourhood."""
+    narrow, mix = stage(channels, width, "same", 1, 0), stage(width, width, "same", 1, 0)
+    return nn.Sequential(*narrow, *mix, nn.Conv2d(width, channels, 1))
 
 
 class DetailStudent(nn.Module):
-    """Wavelet bands of the high-level features, each embedded narrowly; the inverse transform decodes them.
+    """Wavelet bands of the high-level features, each through a waist of its own, and the inverse transform.
 
-    With two levels the approximation is transformed again and the waist of the low band sits at the coarsest level.
+    With two levels the approximation is transformed again, and the low band's waist is at the coarsest level.
     """
 
     def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: Settings):
@@ -223,8 +216,7 @@ DIMENSIONS = ("position", "channel", "map")
 def dimension_discrepancies(teacher: Tensor, student: Tensor) -> Tensor:
     """1 - cosine along three dimensions of 2 x (B, C, H, W): (3,), each in 0..2 (our reading of "multi-dimensional").
 
-    Per position (over channels), per channel (over positions; channels silent in the teacher have no direction and are
-    left out), and over the whole map at once.
+    Per position, per channel (without those that are silent in the teacher: they have no direction), per whole map.
     """
     teacher, student = (at_least_float32(f).flatten(2) for f in (teacher, student))  # (B, C, H W)
     position = (1 - functional.cosine_similarity(teacher, student, dim=1)).mean()
@@ -239,20 +231,16 @@ def gated_fusion(discrepancies: Tensor, logits: Tensor, gate: str, barrier: floa
 
     "learned": gates are softmax(logits), trained with the student. Alone they would go to whichever term is smallest;
     the barrier -(barrier / 3) sum(log 3 g) goes to infinity as a gate closes. With discrepancies in 0..2 the best
-    gates obey g >= barrier / (3 (2 + barrier)): no term can be switched off (tests hold the bound).
-    "focus": gates are softmax(5 d) of the detached discrepancies: the largest term leads, nothing is learned.
-    "equal": 1/3 each.
+    gates obey g >= barrier / (3 (2 + barrier)): no term can be switched off.
+    "focus": softmax(5 d) of the detached discrepancies: the largest term leads, nothing is learned. "equal": 1/3 each.
     """
     if gate == "learned":
         gates = logits.softmax(-1)
-        penalty = -(barrier / 3) * torch.log(3 * gates).sum()
-    elif gate == "focus":
-        gates, penalty = (5 * discrepancies.detach()).softmax(-1), discrepancies.new_zeros(())
-    elif gate == "equal":
-        gates, penalty = torch.full_like(discrepancies, 1 / 3), discrepancies.new_zeros(())
-    else:
+        return (gates * discrepancies).sum() - (barrier / 3) * torch.log(3 * gates).sum(), gates
+    if gate not in ("focus", "equal"):
         raise ValueError(f"unknown gate {gate!r}: use learned, focus or equal")
-    return (gates * discrepancies).sum() + penalty, gates
+    gates = (5 * discrepancies.detach()).softmax(-1) if gate == "focus" else torch.full_like(discrepancies, 1 / 3)
+    return (gates * discrepancies).sum(), gates
 
 
 class MDGFLoss(nn.Module):
@@ -276,26 +264,26 @@ class MDGFLoss(nn.Module):
 # --- Scoring ---------------------------------------------------------------------------------------------------------
 
 
-def student_maps(teacher: list[Tensor], students: list[list[Tensor]], fusion: str) -> Tensor:
+def to_maps(settings: Settings, teacher: list[Tensor], students: list[list[Tensor]]) -> Tensor:
     """One anomaly map of all students: (B, 256, 256), not smoothed.
 
-    `fusion` (ours; the choice is made on dev): "sum" or "max" over the students of their summed maps; "product": the
-    geometric mean over the students at each scale, high only where both fail.
+    `settings.fusion` (ours; the choice is made on dev): "sum" or "max" over the students of their summed maps;
+    "product": the geometric mean over the students at each scale, high only where both fail.
     """
     scales = [
         torch.stack([upsample(per_position_discrepancy(t, maps[i])) for maps in students])
         for i, t in enumerate(teacher)
     ]  # three times (students, B, 256, 256)
-    if fusion == "sum":
+    if settings.fusion == "sum":
         return sum(scales).sum(0)
-    if fusion == "max":
+    if settings.fusion == "max":
         return sum(scales).amax(0)
-    if fusion == "product":
+    if settings.fusion == "product":
         return sum(m.clamp(min=1e-6).log().mean(0).exp() for m in scales)
-    raise ValueError(f"unknown fusion {fusion!r}: use sum, max or product")
+    raise ValueError(f"unknown fusion {settings.fusion!r}: use sum, max or product")
 
 
-# --- The parts by their settings, and the whole method ----------------------------------------------------------------
+# --- The whole method ------------------------------------------------------------------------------------------------
 
 
 def build(settings: Settings, channels: tuple[int, int, int], bottleneck: int) -> TwoStudents:
@@ -310,18 +298,8 @@ def make_loss(settings: Settings):
     return lambda teacher, students: {"loss": sum(plain(teacher, maps) for maps in students)}
 
 
-def to_maps(settings: Settings, teacher: list[Tensor], students: list[list[Tensor]]) -> Tensor:
-    return student_maps(teacher, students, settings.fusion)
-
-
 class BSDRD(AnomalyMapper):
-    """The whole method: `BSDRD(Settings())(images)`. `network` is fresh until trained weights are loaded into it.
-
-    Raises WeightsError where the teacher's weights are missing.
-    """
+    """The whole method: `BSDRD(Settings())(images)`."""
 
     def __init__(self, settings: Settings):
-        teacher = load_teacher(settings.teacher)
-        network = build(settings, teacher.channels, teacher.bottleneck)
-        initialise(network)
-        super().__init__(teacher, network, partial(to_maps, settings))
+        super().__init__(settings, build, to_maps)

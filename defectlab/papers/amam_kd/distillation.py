@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from defectlab.networks.blocks import PreActivationBlock
-from defectlab.networks.resnet import load_teacher
 from defectlab.networks.reverse_distillation import (
     AnomalyMapper,
     MultiScaleFusion,
     RD4ADSettings,
     ResidualBlock,
-    initialise,
     per_position_discrepancy,
     stage,
 )
@@ -284,14 +282,8 @@ def to_maps(network: DistillationNetwork, teacher: list[Tensor], student: list[T
 
 
 class KnowledgeDistillation(AnomalyMapper):
-    """The whole of stage two: `KnowledgeDistillation(DistillationSettings())(images)`; the images have the settings'
-    size. `network` is fresh until trained weights are loaded into it.
-
-    Raises ValueError for settings that do not exist, WeightsError where the teacher's weights are missing.
-    """
+    """The whole of stage two: `KnowledgeDistillation(DistillationSettings())(images)`, images of the settings' size."""
 
     def __init__(self, settings: DistillationSettings):
-        teacher = load_teacher(settings.teacher)
-        network = build(settings, teacher.channels, teacher.bottleneck)
-        initialise(network)
-        super().__init__(teacher, network, partial(to_maps, network))
+        super().__init__(settings, build, to_maps)
+        self.to_maps = partial(to_maps, self.network)  # its weighting is part of the network
