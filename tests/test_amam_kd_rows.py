@@ -1,14 +1,21 @@
 """The rows of the two-stage paper's study: what each profile runs, and how often."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
 from defectlab.files import DataError
 from defectlab.papers.amam_kd.two_stage import TwoStageSettings
-from defectlab.studies import amam_kd
+from defectlab.studies import Row, amam_kd
+
+
+def settings_by_name(rows: Mapping[str, Row]) -> dict[str, Any]:
+    return {name: row.settings for name, row in rows.items()}
 
 
 def test_rows_are_the_same_in_every_profile() -> None:
-    smoke, quick, paper = (list(amam_kd.ROWS[profile]) for profile in ("smoke", "quick", "paper"))
+    smoke, quick, paper = (list(amam_kd.STUDY.rows[profile]) for profile in ("smoke", "quick", "paper"))
     assert smoke == quick == paper
     assert set(amam_kd.PRIMARY) | set(amam_kd.OPTIONAL) <= set(paper)
 
@@ -28,11 +35,11 @@ def test_rows_are_the_same_in_every_profile() -> None:
     ],
 )
 def test_the_primary_claims_get_most_seeds(row: str, quick: int, paper: int) -> None:
-    assert [amam_kd.planned_seeds(row, p) for p in ("smoke", "quick", "paper")] == [1, quick, paper]
+    assert [amam_kd.STUDY.rows[p][row].seeds for p in ("smoke", "quick", "paper")] == [1, quick, paper]
 
 
 def test_two_stages_use_the_rows_of_their_stages() -> None:
-    for rows in amam_kd.ROWS.values():
+    for rows in map(settings_by_name, amam_kd.STUDY.rows.values()):
         two, leaky = rows["two_stage"], rows["two_stage_paper_split"]
         assert isinstance(two, TwoStageSettings)
         assert (two.segmenter, two.detector) == (rows["nut_from_good"], rows["kd_metal_nut"])
@@ -40,7 +47,7 @@ def test_two_stages_use_the_rows_of_their_stages() -> None:
 
 
 def test_rows_without_amam_differ_in_nothing_else() -> None:
-    for rows in amam_kd.ROWS.values():
+    for rows in map(settings_by_name, amam_kd.STUDY.rows.values()):
         for share in ("", "_10", "_20_steps"):
             with_it, without = rows[f"amam{share}_nut"], rows[f"gates{share}_nut"]
             assert (with_it.amam, without.amam) == (True, False)
@@ -48,11 +55,12 @@ def test_rows_without_amam_differ_in_nothing_else() -> None:
 
 
 def test_categories_that_are_not_here_are_not_present(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fingerprints(settings) -> dict[str, str]:
-        if settings.dataset not in ("mvtec_ad/metal_nut", "mvtec_ad/screw"):
+    def data_fingerprint(dataset: str) -> str:
+        if dataset not in ("mvtec_ad/metal_nut", "mvtec_ad/screw"):
             raise DataError("not here")
-        return {"data": "d", "weights": "w"}
+        return "d"
 
-    monkeypatch.setattr(amam_kd.baselines, "fingerprints", fingerprints)
+    monkeypatch.setattr(amam_kd.baselines, "data_fingerprint", data_fingerprint)
+    monkeypatch.setattr(amam_kd.baselines, "weights_fingerprint", lambda teacher: "w")
     assert amam_kd.present("quick") == ["metal_nut", "screw"]
-    assert amam_kd.present("smoke") == ["metal_nut"]  # the drawn one
+    assert amam_kd.present("smoke") == ["metal_nut"]  # the synthetic one

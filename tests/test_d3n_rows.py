@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from toy_detection import recorded, runs_of, toy_data
+from toy_detection import toy_data
+from toy_runs import recorded, runs_of
 
 from defectlab import runs
 from defectlab.data.augment import Augmentation, augment
@@ -19,12 +21,11 @@ from defectlab.networks.yolo.model import build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers.d3n import hybrid
 from defectlab.papers.d3n.hybrid import HybridSettings, StudentSettings
-from defectlab.papers.d3n.resvae import CompressionSettings, build_compressor
+from defectlab.papers.d3n.resvae import CompressionSettings, build_compressor, feature_shapes
 from defectlab.runs import Record
 from defectlab.studies import d3n
-from defectlab.training import d3n_features as preparation
 from defectlab.training.d3n import check_recipe, with_latents
-from defectlab.training.detection import deployed_costs
+from defectlab.training.detection import deployed_costs, fresh
 
 RECIPE = {
     "dataset": "toy", "family": "v5", "scale": "t", "size": 64, "epochs": 1, "batch": 4, "warm_up": 0.0,
@@ -39,6 +40,10 @@ HYBRID = d3n.hybrid_of(BASELINE, COMPRESSION)
 STUDENT = d3n.student_of(HYBRID)
 
 
+def settings_of(profile: str) -> dict[str, Any]:
+    return {name: row.settings for name, row in d3n.STUDY.rows[profile].items()}
+
+
 def differing(first: object, second: object) -> set[str]:
     one, other = asdict(first), asdict(second)
     return {name for name in one.keys() & other.keys() if one[name] != other[name]}
@@ -49,7 +54,7 @@ def differing(first: object, second: object) -> set[str]:
 
 @pytest.mark.parametrize("profile", runs.PROFILES)
 def test_hybrid_student_and_baseline_share_one_recipe_without_mosaic(profile: str) -> None:
-    rows = d3n.ROWS[profile]
+    rows = settings_of(profile)
     for prefix in ("", "pcb_"):
         baseline, whole, student = (rows[prefix + name] for name in ("baseline", "hybrid", "student"))
         assert not differing(baseline, whole) and not differing(baseline, student)
@@ -68,7 +73,7 @@ def ticks(row: HybridSettings) -> tuple[bool, bool, bool, bool]:
 
 @pytest.mark.parametrize("profile", runs.PROFILES)
 def test_ablation_rows_change_what_their_name_says(profile: str) -> None:
-    rows = d3n.ROWS[profile]
+    rows = settings_of(profile)
     assert [  # the ticks of Table I, from the top
         ticks(rows[name])
         for name in (
@@ -95,7 +100,7 @@ def test_ablation_rows_change_what_their_name_says(profile: str) -> None:
 
 
 def test_planned_seeds() -> None:
-    planned = {p: {row: d3n.planned_seeds(row, p) for row in d3n.ROWS[p]} for p in runs.PROFILES}
+    planned = {p: {name: row.seeds for name, row in rows.items()} for p, rows in d3n.STUDY.rows.items()}
     assert all(planned["paper"][row] == 5 for row in ("baseline", "hybrid", "student"))
     assert planned["paper"]["ddpm"] == planned["quick"]["ddpm"] == 1
     quick = {row for row, seeds in planned["quick"].items() if seeds}
@@ -114,13 +119,13 @@ class Seen(torch.nn.Module):
         return list(maps)
 
 
-def test_features_follow_the_picture() -> None:
-    """A picture, and features that are the picture itself, stay one picture under flips and scale."""
+def test_features_follow_the_image() -> None:
+    """An image, and features that are the image itself, stay one image under flips and scale."""
     data = toy_data(64)
     split = data.train
     latents = [torch.nn.functional.avg_pool2d(split.images.float() / 255, 64 // side) for side in (64, 32, 16)]
     compressor = build_compressor(replace(COMPRESSION, method="none"), [(1, 64, 64), (1, 32, 32), (1, 16, 16)])
-    network = hybrid.HybridDetector(build_detector(BASELINE, data), compressor, Seen()).eval()
+    network = hybrid.HybridDetector(fresh(build_detector, BASELINE, data), compressor, Seen()).eval()
     recipe = Augmentation(mosaic=0.0, brightness=0.0, flip_left_right=0.5, flip_up_down=0.5)
     generator = torch.Generator().manual_seed(3)
     batch = augment(split.images, split.boxes, split.labels, torch.tensor([5, 2, 7, 0]), recipe, generator)
@@ -137,7 +142,7 @@ def test_features_follow_the_picture() -> None:
 
 
 @pytest.mark.parametrize("part", ["mosaic", "mixup"])
-def test_a_recipe_that_mixes_pictures_is_refused(part: str) -> None:
+def test_a_recipe_that_mixes_images_is_refused(part: str) -> None:
     with pytest.raises(ValueError, match=rf"{part} 0\.5.*needs both at 0"):
         check_recipe(replace(HYBRID, **{part: 0.5}))
 
@@ -147,10 +152,14 @@ def test_a_recipe_that_mixes_pictures_is_refused(part: str) -> None:
 
 def made() -> tuple[hybrid.HybridDetector, Tensor, list[Tensor]]:
     torch.manual_seed(0)
-    compressor = build_compressor(COMPRESSION, preparation.feature_shapes(COMPRESSION))
+    compressor = build_compressor(COMPRESSION, feature_shapes(COMPRESSION))
     images = torch.rand(2, 3, 64, 64)
     latents = compressor.encode([torch.randn(2, c, 16 >> k, 16 >> k) for k, c in enumerate((8, 8, 16))])
-    return hybrid.build_hybrid(HYBRID, toy_data(64), compressor), images, [z.detach() for z in latents]
+    return (
+        hybrid.build_hybrid(HYBRID, fresh(build_detector, HYBRID, toy_data(64)), compressor),
+        images,
+        [z.detach() for z in latents],
+    )
 
 
 def test_the_hybrid_reads_its_latents_and_its_compressor_is_fixed() -> None:
@@ -169,7 +178,7 @@ def test_the_hybrid_reads_its_latents_and_its_compressor_is_fixed() -> None:
 
 def test_the_student_costs_what_the_baseline_costs() -> None:
     data = toy_data(64)
-    baseline, student = (build_detector(settings, data) for settings in (BASELINE, STUDENT))
+    baseline, student = (fresh(build_detector, settings, data) for settings in (BASELINE, STUDENT))
     assert baseline.state_dict().keys() == student.state_dict().keys()
     costs = [deployed_costs(network, 64, "cpu") for network in (baseline, student)]
     for name in ("parameters_m", "gflops", "size_mb"):
@@ -184,13 +193,12 @@ def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]
     """run(settings, seed) -> record, in a project of this file's own, on the toy set."""
     monkeypatch.setattr(runs, "project_root", lambda: project)
     monkeypatch.setattr("defectlab.training.detection.COST_SIZE", 64)
-    monkeypatch.setattr("defectlab.papers.d3n.hybrid.COST_SIZE", 64)
+    monkeypatch.setattr("defectlab.training.d3n.COST_SIZE", 64)
 
     def load(settings: object, device: str) -> object:
         return toy_data(settings.ddpm.size if isinstance(settings, CompressionSettings) else settings.size)
 
-    monkeypatch.setattr(d3n, "load", load)
-    return runs_of(d3n.run_row, load)
+    return runs_of(lambda settings: d3n.KINDS[type(settings)][0], load)
 
 
 def test_a_student_has_all_its_stages_run_first_and_once(run: Callable[..., Record], project: Path) -> None:
@@ -227,7 +235,7 @@ def test_stages_that_do_not_belong_together_are_refused(run: Callable[..., Recor
         compressor.write_text(json.dumps(content))
 
 
-def test_the_repositories_hold_training_pictures_alone(run: Callable[..., Record], project: Path) -> None:
+def test_the_repositories_hold_training_images_alone(run: Callable[..., Record], project: Path) -> None:
     run(HYBRID)
     indices = sorted((project / "runs" / "smoke" / "features").glob("*/index.json"))
     assert len(indices) == 2  # features, and latents

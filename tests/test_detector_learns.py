@@ -11,7 +11,7 @@ from defectlab.metrics.detection import evaluate
 from defectlab.networks.yolo.assignment import kmeans_anchors
 from defectlab.networks.yolo.model import ANCHORS, Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.training.detection import predict
+from defectlab.training.detection import fresh, predict
 
 # --- Building, predicting --------------------------------------------------------------------------------------------
 
@@ -19,20 +19,20 @@ from defectlab.training.detection import predict
 def test_anchors_from_coco_or_from_the_training_boxes() -> None:
     data = toy_data(96, (24, 2, 2))
     settings = replace(SHORT, family="v5", size=96)
-    coco = build_detector(settings, data).anchors
+    coco = fresh(build_detector, settings, data).anchors
     torch.testing.assert_close(coco, torch.tensor(ANCHORS, dtype=torch.float32) * 96 / 640)
-    found = build_detector(replace(settings, anchors="kmeans"), data).anchors
+    found = fresh(build_detector, replace(settings, anchors="kmeans"), data).anchors
     boxes = data.train.boxes[data.train.labels >= 0]
     sizes = boxes[:, 2:] - boxes[:, :2]
     assert torch.equal(found.view(9, 2), kmeans_anchors(sizes, 9, torch.Generator().manual_seed(0)))
     areas = found.prod(-1).flatten()
     assert torch.equal(areas, areas.sort().values)
     assert sizes.min() <= found.min() and found.max() <= sizes.max()  # none of the padding
-    assert build_detector(replace(settings, family="v8"), data).class_count == 2
+    assert fresh(build_detector, replace(settings, family="v8"), data).class_count == 2
 
 
 class Certain(nn.Module):
-    """Says of every picture: class 1, a box of (12, 20, 44, 36) px, and one that leaves the picture."""
+    """Says of every image: class 1, a box of (12, 20, 44, 36) px, and one that leaves the image."""
 
     family, class_count = "v8", 2
 
@@ -49,8 +49,8 @@ class Certain(nn.Module):
         return raw
 
 
-def test_predictions_are_in_pixels_of_pictures_that_are_not_square() -> None:
-    """A picture of 100 x 50 px scaled by 0.64 to 64 x 32 px, 16 px from above; and one of 32 x 64 px, 16 from left."""
+def test_predictions_are_in_pixels_of_images_that_are_not_square() -> None:
+    """An image of 100 x 50 px scaled by 0.64 to 64 x 32 px, 16 px from above; and one of 32 x 64 px, 16 from left."""
     split = toy_split(2, 0, 64)
     split = replace(
         split,
@@ -69,7 +69,7 @@ def test_predictions_are_in_pixels_of_pictures_that_are_not_square() -> None:
     assert [len(found["labels"]) for found in predict(Certain(), split, confidence=0.8)] == [1, 1]
 
 
-def test_predictions_do_not_depend_on_the_batch_and_follow_other_pictures() -> None:
+def test_predictions_do_not_depend_on_the_batch_and_follow_other_images() -> None:
     torch.manual_seed(0)
     detector, split = Detector("v8", "t", 2), toy_split(5, 0, 64)
     together, apart = (predict(detector, split, batch=batch, confidence=1e-5) for batch in (5, 2))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from toy_detection import equal, toy_data
 from toy_diffusion import TOY, KnowsImage, random_images, toy_unet
-from toy_runs import quiet
+from toy_runs import one_sitting, quiet
 
 from defectlab.data.detection import load_detection
-from defectlab.networks.diffusion import as_inputs, decoder_features
+from defectlab.networks.diffusion import as_inputs, build_unet, decoder_features
 from defectlab.runs import Context, OutOfTime, Record
-from defectlab.training import diffusion as ddpm
 from defectlab.training.diffusion import (
     error_per_timestep,
     load_ddpm,
@@ -28,7 +25,7 @@ from defectlab.training.diffusion import (
     spread,
     train_ddpm,
 )
-from defectlab.training.loop import schedule_factor
+from defectlab.training.loop import MovingAverage
 
 SPLITS = ("train", "dev", "test")
 
@@ -39,9 +36,9 @@ def fit(seed: int = 0, context: Context | None = None, **options):
     return train_ddpm(random_images(9), replace(TOY, **options), seed, context or quiet())
 
 
-def test_flips_are_of_each_picture_and_of_all_four_kinds() -> None:
-    picture = torch.arange(4.0).reshape(1, 1, 2, 2)
-    flipped = random_flips(picture.repeat(64, 1, 1, 1), torch.Generator().manual_seed(0))
+def test_flips_are_of_each_image_and_of_all_four_kinds() -> None:
+    image = torch.arange(4.0).reshape(1, 1, 2, 2)
+    flipped = random_flips(image.repeat(64, 1, 1, 1), torch.Generator().manual_seed(0))
     kinds = {tuple(x.flatten().tolist()) for x in flipped}
     assert kinds == {(0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0)}
 
@@ -58,17 +55,18 @@ def test_training_is_decided_by_its_seed_and_learns() -> None:
 
 
 def test_the_average_follows_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recomputed from the weights that each step left; the ramp starts with the untrained weights."""
-    seen: list[Tensor] = []
-    follow = ddpm.Averaging.follow
+    """Recomputed from the weights that each step left; the ramp counts the untrained weights as a step's."""
+    torch.manual_seed(0)
+    seen = [build_unet(replace(TOY, average=0.9), 1).conv_in.weight.detach().clone()]
+    update = MovingAverage.update
 
-    def watch(parts: ddpm.Averaging) -> None:
-        seen.append(parts.network.conv_in.weight.detach().clone())
-        follow(parts)
+    def watch(average: MovingAverage, step: int) -> None:
+        seen.append(average.network.conv_in.weight.detach().clone())
+        update(average, step)
 
-    monkeypatch.setattr(ddpm.Averaging, "follow", watch)
+    monkeypatch.setattr(MovingAverage, "update", watch)
     unet, _ = fit(epochs=2, average=0.9)
-    assert len(seen) == 2 * 2 + 1  # 9 pictures in batches of 4, the single last one dropped; and once at the end
+    assert len(seen) == 1 + 2 * 2  # 9 images in batches of 4, the single last one dropped
     expected = seen[0].clone()
     for step, weight in enumerate(seen):
         decay = 0.9 * (1 - math.exp(-(step + 1) / 3.0))
@@ -84,25 +82,19 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     checkpoint = tmp_path / "ddpm.safetensors"
     for _ in range(2):
         with pytest.raises(OutOfTime):
-            fit(context=quiet(checkpoint=checkpoint, deadline=time.monotonic() - 1))
+            fit(context=one_sitting(checkpoint))
     resumed, trained_again = fit(context=quiet(checkpoint=checkpoint))
     assert equal(resumed, whole)
     assert trained_again.curve == trained.curve
 
 
-def test_the_cosine_can_end_above_nothing() -> None:
-    assert schedule_factor("cosine", 0, 4, 0.01) == 1.0
-    assert schedule_factor("cosine", 2, 4, 0.01) == pytest.approx(0.505)
-    assert schedule_factor("cosine", 4, 4, 0.01) == pytest.approx(0.01)
-    assert [schedule_factor("cosine", e, 7) for e in range(7)] == [
-        0.5 * (1 + math.cos(math.pi * e / 7)) for e in range(7)
-    ]
-    assert not equal(fit()[0], fit(final_rate=1.0)[0])  # it reaches the optimiser
+def test_the_rate_falls_to_a_part_of_the_first() -> None:
+    assert not equal(fit()[0], fit(final_rate=1.0)[0])
 
 
 def test_images_of_another_size_are_refused() -> None:
     for call in (
-        lambda: train_ddpm(random_images(4, size=32), TOY, 0, Context()),
+        lambda: train_ddpm(random_images(4, size=32), TOY, 0, quiet()),
         lambda: error_per_timestep(toy_unet(), random_images(4, size=32), [5], 0),
     ):
         with pytest.raises(ValueError, match=r"16 x 16 px images, got .*32.*load them at 16"):
@@ -137,7 +129,7 @@ def test_middles_of_equal_parts() -> None:
 
 def test_a_run_and_its_network_loaded_again(tmp_path: Path) -> None:
     data = toy_data(16)
-    result = run_ddpm(TOY, 0, data, "cpu", quiet())
+    result = run_ddpm(TOY, 0, data, quiet())
     arrays = result.predictions
     assert result.metrics["noise_error"] == pytest.approx(100 * arrays["errors"].mean(), abs=1e-3)
     assert result.dev["noise_error"] != result.metrics["noise_error"]
@@ -164,15 +156,15 @@ def test_a_run_and_its_network_loaded_again(tmp_path: Path) -> None:
         load_ddpm(Record({}, path), replace(TOY, layers=2), 1, "cpu")
 
 
-def test_a_run_on_pictures_with_colours() -> None:
+def test_a_run_on_images_with_colours() -> None:
     data = toy_data(16, counts=(4, 2, 2))
     parts = {p: replace(getattr(data, p), images=getattr(data, p).images.repeat(1, 3, 1, 1)) for p in SPLITS}
-    result = run_ddpm(replace(TOY, epochs=1), 0, replace(data, **parts), "cpu", quiet())
+    result = run_ddpm(replace(TOY, epochs=1), 0, replace(data, **parts), quiet())
     assert result.predictions["samples"].shape == (16, 16, 16, 3)
     assert result.predictions["case_told"].shape == result.predictions["case_images"].shape == (2, 16, 16, 3)
 
 
-def test_pictures_that_are_measured_are_spread_over_the_set() -> None:
+def test_images_that_are_measured_are_spread_over_the_set() -> None:
     images = torch.arange(10)[:, None]
     assert spread(images, 4).flatten().tolist() == [0, 3, 6, 9]
     assert torch.equal(spread(images, 12), images)

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,20 +11,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from toy_runs import one_sitting, quiet
 
 from defectlab.data.masks import SegmentationData, SegmentationSplit, load_segmentation
 from defectlab.networks.segmentation import SegmentationSettings, Segmenter, segmentation_loss
-from defectlab.runs import NPZ_LIMIT, OutOfTime, Record, Session
+from defectlab.runs import NPZ_LIMIT, Context, OutOfTime, Record
 from defectlab.training.loop import epoch_order
 from defectlab.training.segmentation import (
     draw_flipped,
     epochs_of,
+    examples,
     flip,
     load_segmenter,
     run_segmentation,
     segment,
-    steps_an_epoch,
-    telling_cases,
+    steps_per_epoch,
 )
 
 SMALL = SegmentationSettings(size=32, epochs=6, batch=4, learning_rate=0.02, precision="fp32")
@@ -54,12 +54,8 @@ def build(settings: SegmentationSettings) -> Segmenter:
     return Segmenter(nn.Sequential(*layers))
 
 
-def quiet(**options) -> Session:
-    return Session(say=lambda line: None, **options)
-
-
-def run(settings: SegmentationSettings = SMALL, seed: int = 0, session: Session | None = None):
-    return run_segmentation(settings, seed, data(), "cpu", session or quiet(), build)
+def run(settings: SegmentationSettings = SMALL, seed: int = 0, context: Context | None = None):
+    return run_segmentation(settings, seed, data(), context or quiet(), build)
 
 
 # --- Loss ------------------------------------------------------------------------------------------------------------
@@ -93,9 +89,8 @@ def test_flip_decides_for_each_image() -> None:
 
 def test_images_and_masks_are_flipped_alike_and_each_image_in_its_own_way() -> None:
     split = nuts(200, 0, 12)
-    drawn = draw_flipped(split)
     indices = torch.arange(199, -1, -1)
-    images, masks = drawn(indices, torch.Generator().manual_seed(5))
+    images, masks = draw_flipped(split, indices, torch.Generator().manual_seed(5))
     assert images.dtype == torch.uint8
     assert torch.equal(images[:, 0] >= 150, masks == 1)
     originals = split.images[indices]
@@ -103,8 +98,8 @@ def test_images_and_masks_are_flipped_alike_and_each_image_in_its_own_way() -> N
     counts = [sum(torch.equal(a, b) for a, b in zip(images, way, strict=True)) for way in ways]
     assert sum(counts) == 200
     assert all(25 < count < 75 for count in counts)  # 50 each, standard deviation 6
-    again, _ = drawn(indices, torch.Generator().manual_seed(5))
-    other, _ = drawn(indices, torch.Generator().manual_seed(6))
+    again, _ = draw_flipped(split, indices, torch.Generator().manual_seed(5))
+    other, _ = draw_flipped(split, indices, torch.Generator().manual_seed(6))
     assert torch.equal(images, again)
     assert not torch.equal(images, other)
 
@@ -114,7 +109,7 @@ def test_images_and_masks_are_flipped_alike_and_each_image_in_its_own_way() -> N
 
 @pytest.mark.parametrize(("images", "batch"), [(268, 8), (27, 8), (54, 8), (17, 8), (16, 8), (3, 8)])
 def test_steps_are_those_that_training_takes(images: int, batch: int) -> None:
-    assert steps_an_epoch(images, batch) == len(epoch_order(images, batch, 0, 0, torch.device("cpu")))
+    assert steps_per_epoch(images, batch) == len(epoch_order(images, batch, 0, 0, torch.device("cpu")))
 
 
 def test_equal_steps_scale_the_epochs() -> None:
@@ -178,8 +173,8 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     """Its dropout, too."""
     whole, checkpoint = run(), tmp_path / "row.safetensors"
     with pytest.raises(OutOfTime):
-        run(session=quiet(checkpoint=checkpoint, deadline=time.monotonic() - 1))
-    assert same(run(session=quiet(checkpoint=checkpoint)).model, whole.model)
+        run(context=one_sitting(checkpoint))
+    assert same(run(context=quiet(checkpoint=checkpoint)).model, whole.model)
 
 
 def test_a_share_trains_on_fewer_images_for_as_many_steps_if_asked() -> None:
@@ -201,7 +196,7 @@ def test_segment_does_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(segment(network, images, batch=2), whole)
 
 
-# --- Telling cases ---------------------------------------------------------------------------------------------------
+# --- Examples --------------------------------------------------------------------------------------------------------
 
 
 def counted(truth: list[int], hit: list[int], wrong: list[int]) -> dict[str, np.ndarray]:
@@ -209,10 +204,10 @@ def counted(truth: list[int], hit: list[int], wrong: list[int]) -> dict[str, np.
     return {"tp": hit, "fn": truth - hit, "fp": wrong, "nonempty": truth > 0}
 
 
-def test_telling_cases_are_the_worst_the_best_and_the_false_alarms() -> None:
+def test_examples_are_the_worst_the_best_and_the_false_alarms() -> None:
     hits = [90, 10, 50, 20, 80, 30, 70, 40, 60, 85]
     images = counted([100] * 10 + [0] * 5, hits + [0] * 5, [0] * 10 + [0, 3, 900, 2, 1])
-    found = telling_cases(nuts(15, 0), torch.rand(15, 32, 32), images)
+    found = examples(nuts(15, 0), torch.rand(15, 32, 32), images)
     assert found["case_index"].tolist() == [1, 3, 5, 7, 12, 2, 8, 11, 6, 4, 9, 0]
     whys = ["lowest IoU"] * 4 + ["most wrong pixels of the others"] * 4 + ["highest IoU"] * 4
     assert found["case_why"].tolist() == whys
@@ -223,7 +218,7 @@ def test_telling_cases_are_the_worst_the_best_and_the_false_alarms() -> None:
 
 def test_few_images_are_each_shown_once() -> None:
     images = counted([100] * 5, [90, 10, 50, 20, 80], [0] * 5)
-    found = telling_cases(nuts(5, 0), torch.rand(5, 32, 32), images)
+    found = examples(nuts(5, 0), torch.rand(5, 32, 32), images)
     assert sorted(found["case_index"].tolist()) == [0, 1, 2, 3, 4]
 
 
@@ -238,7 +233,7 @@ def test_a_record_on_real_nuts_is_small_enough(real_set) -> None:
     root = real_set("mvtec_ad/metal_nut", "mvtec_ad", "mvtec_metal_nut_512.zip", "--category", "metal_nut")
     real = load_segmentation("mvtec_ad/metal_nut", "defect", "paper", 128, root=root)
     settings = replace(SMALL, target="defect", size=128, share=0.1, epochs=1)
-    result = run_segmentation(settings, 0, real, "cpu", quiet(), build)
+    result = run_segmentation(settings, 0, real, quiet(), build)
     assert len(result.predictions["names"]) == 34
     assert npz_bytes(result.predictions) < 0.9 * NPZ_LIMIT
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from toy_detection import recorded, runs_of, toy_data
+from toy_detection import toy_data
+from toy_runs import quiet, recorded, runs_of
 
 from defectlab import runs
 from defectlab.data.boxes import DetectionData
@@ -18,11 +20,13 @@ from defectlab.metrics.robustness import KEPT, robustness_statistic, summary
 from defectlab.networks.yolo.model import build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers import yolo_dcf
-from defectlab.runs import Record, Session
-from defectlab.studies.yolo_dcf import PRIMARY, ROWS, planned_seeds, run_row
+from defectlab.papers.yolo_dcf import teacher_settings
+from defectlab.runs import Record, Result
+from defectlab.studies.yolo_dcf import STUDY
 from defectlab.training import robustness
+from defectlab.training.detection import run_detector
 from defectlab.training.robustness import RobustnessSettings, run_robustness
-from defectlab.training.yolo_dcf import teacher_settings
+from defectlab.training.yolo_dcf import run_yolo_dcf
 
 TINY = {
     "dataset": "toy", "scale": "t", "size": 64, "epochs": 1, "batch": 4, "warm_up": 0.0, "close_mosaic": 0,
@@ -45,10 +49,9 @@ def differing(first: DetectorSettings, second: DetectorSettings) -> set[str]:
 
 @pytest.mark.parametrize("profile", runs.PROFILES)
 def test_rows(profile: str) -> None:
-    rows = ROWS[profile]
-    assert list(rows) == [*STEEL, *BOARD, "baseline_robustness", "yolo_dcf_robustness"]
-    assert set(PRIMARY) < set(rows)
-    assert all(planned_seeds(row, profile) >= 1 for row in rows)
+    assert list(STUDY.rows[profile]) == [*STEEL, *BOARD, "baseline_robustness", "yolo_dcf_robustness"]
+    assert all(row.seeds >= 1 for row in STUDY.rows[profile].values())
+    rows = {name: row.settings for name, row in STUDY.rows[profile].items()}
     for prefix in ("", "pcb_"):
         whole, modules, teacher = (rows[prefix + name] for name in ("yolo_dcf", "modules", "teacher"))
         assert differing(whole, modules) == {"teacher_scale", "relation", "channel"}
@@ -80,7 +83,13 @@ def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]
     monkeypatch.setattr(runs, "project_root", lambda: project)
     monkeypatch.setattr(robustness, "load_detection", lambda dataset, size, device: toy_data(size))
     monkeypatch.setattr("defectlab.training.detection.COST_SIZE", 64)
-    return runs_of(run_row, lambda settings, device: toy_data(settings.size))
+
+    def run_of(settings: object) -> Callable[..., Result]:
+        if isinstance(settings, RobustnessSettings):
+            return partial(run_robustness, build=yolo_dcf.build)
+        return run_yolo_dcf if isinstance(settings, yolo_dcf.Settings) else run_detector
+
+    return runs_of(run_of, lambda settings, device: toy_data(settings.size))
 
 
 def test_the_teacher_is_trained_first_and_once(run: Callable[..., Record], project: Path) -> None:
@@ -179,17 +188,16 @@ def guesses(seen: list[Tensor], false_boxes: int) -> Callable[..., list[dict[str
 @pytest.fixture
 def looked_at(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> tuple[runs.Result, list[Tensor], DetectionData]:
+) -> tuple[Result, list[Tensor], DetectionData]:
     """What a row of 40 pictures of 96 px gives, looked at with 64 px; the parameter: false boxes a picture."""
     data, seen = toy_data(96, (2, 2, 40)), []
     small = replace(data, test=replace(data.test, images=data.test.images[..., :64, :64]))
     monkeypatch.setattr(robustness, "load_detection", lambda dataset, size, device: toy_data(size, (2, 2, 40)))
     monkeypatch.setattr(robustness, "frozen", lambda record, detector, device: detector)
     monkeypatch.setattr(robustness, "predict", guesses(seen, request.param))
-    session = Session(say=lambda line: None)
-    session.need = lambda settings, seed: SimpleNamespace(key="k", model_sha256="h")
+    context = quiet(require=lambda settings, seed: SimpleNamespace(key="k", model_sha256="h"))
     settings = RobustnessSettings(of=DetectorSettings(**TINY))
-    return run_robustness(settings, 0, small, "cpu", session, build_detector), seen, data
+    return run_robustness(settings, 0, small, context, build_detector), seen, data
 
 
 @pytest.mark.parametrize("looked_at", [30], indirect=True)

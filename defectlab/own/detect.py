@@ -33,7 +33,7 @@ from defectlab.papers import yolo_dcf
 from defectlab.provenance import pick_device
 from defectlab.runs import Context, OutOfTime, Result
 from defectlab.studies import detector as baselines
-from defectlab.training.detection import fresh, predict, train_and_evaluate
+from defectlab.training.detection import fresh, predict, run_detector
 
 CHUNK = 64  # pictures that are read and held at once
 LISTED = 0.01  # lowest score in predictions.json
@@ -109,7 +109,7 @@ def train(options: argparse.Namespace) -> int:
         device=device, checkpoint=out / f"checkpoint-{key.rsplit('-', 1)[-1]}.safetensors", deadline=deadline
     )
     try:
-        result = train_and_evaluate(settings, options.seed, data, context)
+        result = run_detector(settings, options.seed, data, context)
     except OutOfTime as stop:
         print(stop)
         return 0

@@ -94,7 +94,7 @@ def find_boxes(settings: TwoStageSettings, record: Record, split: AnomalySplit, 
 
 
 def run_two_stage(settings: TwoStageSettings, seed: int, data: AnomalyData, context: Context) -> Result:
-    """One row and seed: the usual metrics on whole pictures, those of the cut-outs as "..._crop", "crop_share"."""
+    """One row and seed: the usual metrics on whole images, those of the cut-outs as "..._crop", "crop_share"."""
     record = context.require(settings.segmenter, seed)
     boxes = {part: find_boxes(settings, record, getattr(data, part), context.device) for part in PARTS}
     crops = replace(
@@ -115,13 +115,13 @@ def run_two_stage(settings: TwoStageSettings, seed: int, data: AnomalyData, cont
         "segmenter": record.key,
         "segmenter_sha256": record.model_sha256,
         "weighting": weights_in_words(student.network),
-        "boxes": f"{whole} of {sum(map(len, boxes.values()))} pictures were not cut (no nut found, or it fills them)",
+        "boxes": f"{whole} of {sum(map(len, boxes.values()))} images were not cut (no nut found, or it fills them)",
         "outside": f"{100 * outside(data.test.masks, boxes['test']):.3f} % of the test set's defect pixels are cut off",
     }
     return result
 
 
 def outside(masks: Tensor, boxes: Tensor) -> float:
-    """The share of the defect pixels (N, 256, 256) that lie outside their picture's box."""
+    """The share of the defect pixels (N, 256, 256) that lie outside their image's box."""
     kept = paste_back(torch.ones_like(masks, dtype=torch.float32), boxes, 0.0) > 0
     return float((masks.bool() & ~kept).sum() / masks.sum())

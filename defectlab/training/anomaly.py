@@ -113,7 +113,7 @@ def train_student(
     make_loss: Callable[..., Callable],
 ) -> Student:
     """Train a student on the teacher's features of `data.train`; with `settings.flips`, of each image as it is or
-    flipped, drawn anew every epoch, both flips with probability 1/2.
+    flipped, chosen anew every epoch, both flips with probability 1/2.
 
     Args:
         build: (settings, teacher's channels, its bottleneck) -> network.

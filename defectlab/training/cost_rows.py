@@ -13,7 +13,7 @@ from defectlab.runs import Context, Result
 
 @dataclass(frozen=True)
 class CostSettings:
-    """A detector as it is published: for the 80 classes of COCO, on pictures of 640 px."""
+    """A detector as it is published: for the 80 classes of COCO, on images of 640 px."""
 
     model: ClassVar[str] = "detector_costs"
     version: ClassVar[int] = 1
@@ -36,7 +36,7 @@ class NoData:
 def run_costs(settings: CostSettings, seed: int, data: NoData, context: Context) -> Result:
     """Costs of an untrained detector as deployed (fused, fp32, before decoding and suppression); no metrics.
 
-    costs: those of `model_costs` at `size`, one by one, and fps, pictures a second. ValueError for an unknown detector
+    costs: those of `model_costs` at `size`, one by one, and fps, images per second. ValueError for an unknown detector
     or a size that is not divisible by 32.
     """
     torch.manual_seed(0)

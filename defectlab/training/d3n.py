@@ -20,11 +20,19 @@ from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers.d3n.hybrid import HybridDetector, HybridSettings, InstanceSettings, StudentSettings, build_hybrid
 from defectlab.papers.d3n.resvae import build_compressor, feature_shapes
 from defectlab.papers.d3n.transfer import PowerTransfer
-from defectlab.precision import precision_of
 from defectlab.runs import Context, Result
 from defectlab.training.d3n_features import Prepared, prepare
-from defectlab.training.detection import COST_SIZE, deployed_costs, evaluate_detector, fresh, frozen, predict, probe_on
-from defectlab.training.detector import train_detector
+from defectlab.training.detection import (
+    COST_SIZE,
+    Probe,
+    evaluate_detector,
+    fresh,
+    frozen,
+    predict,
+    probe_on,
+    train_and_evaluate,
+)
+from defectlab.training.detector import Loss
 from defectlab.training.instances import evaluate_instances
 
 
@@ -46,11 +54,11 @@ def task_of(data: DetectionData) -> Task:
         maps = move_instances(data.train, batch)
         return add_masks(terms, criterion, output, batch.boxes, batch.labels, maps)
 
-    # masks are learnt from the truth alone (ours: equations 6 and 7 name boxes, objectness and classes)
+    # masks are learnt from the ground truth alone (ours: equations 6 and 7 name boxes, objectness and classes)
     return Task(partial(fresh, build_instance_detector), lambda output: output.raw, whole, evaluate_instances)
 
 
-def dev_probe(data: DetectionData, features: Sequence[Tensor] = ()) -> Callable[[Any], dict[str, float]]:
+def dev_probe(data: DetectionData, features: Sequence[Tensor] = ()) -> Probe:
     """mAP of boxes on dev, for the curve; nothing for sets with masks, whose evaluation takes long."""
     if isinstance(data, InstanceData):
         return lambda average: {}
@@ -58,16 +66,16 @@ def dev_probe(data: DetectionData, features: Sequence[Tensor] = ()) -> Callable[
 
 
 def check_recipe(settings: DetectorSettings) -> None:
-    """ValueError where the recipe mixes pictures, whose features could not follow."""
+    """ValueError where the recipe mixes images, whose features could not follow."""
     if settings.mosaic or settings.mixup:
         raise ValueError(
-            f"mosaic {settings.mosaic}, mixup {settings.mixup}: a row that reads features of whole pictures needs both "
+            f"mosaic {settings.mosaic}, mixup {settings.mixup}: a row that reads features of whole images needs both "
             f"at 0"
         )
 
 
 def with_latents(hybrid: HybridDetector, latents: list[Tensor]) -> Callable[[Batch], Any]:
-    """The hybrid on an augmented batch: it is given the latents of the batch's pictures, and how these were moved."""
+    """The hybrid on an augmented batch: it is given the latents of the batch's images, and how these were moved."""
 
     def on_batch(batch: Batch) -> Any:
         index = batch.sources[:, 0]
@@ -76,11 +84,30 @@ def with_latents(hybrid: HybridDetector, latents: list[Tensor]) -> Callable[[Bat
     return on_batch
 
 
+def start(task: Task, settings: DetectorSettings, seed: int, data: DetectionData, context: Context) -> Detector:
+    torch.manual_seed(seed)
+    return task.build(settings, data).to(context.device, memory_format=torch.channels_last)
+
+
+def own_loss(
+    task: Task, detector: Detector, settings: DetectorSettings, data: DetectionData, forward: Callable[[Batch], Any]
+) -> Loss:
+    """The detector's loss, and that of its masks, of what `forward` makes of a batch."""
+    criterion = detection_loss(detector, settings.size)
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        output = forward(batch)
+        terms = criterion(task.raw(output), batch.boxes, batch.labels)
+        return task.whole(terms, criterion, output, batch)
+
+    return loss
+
+
 def run_hybrid(settings: HybridSettings, seed: int, data: DetectionData, context: Context) -> Result:
     """One row and seed of Tables I to III.
 
     The curve holds the shares of Fig. 11 ("weight_det", ...) beside dev's mAP. Costs are those of all that a test
-    picture needs, the diffusion model included.
+    image needs, the diffusion model included.
     """
     check_recipe(settings)
     small = context.load(settings.compression)  # the same set at the diffusion model's size
@@ -89,37 +116,35 @@ def run_hybrid(settings: HybridSettings, seed: int, data: DetectionData, context
     task = task_of(data)
     hybrid = build_hybrid(settings, task.build(settings, data), prepared.compressor)
     hybrid.to(context.device, memory_format=torch.channels_last)
-    criterion = detection_loss(hybrid.detector, settings.size)
-    forward = with_latents(hybrid, prepared.latents)
-
-    def loss(batch: Batch) -> dict[str, Tensor]:
-        output = forward(batch)
-        terms = criterion(task.raw(output), batch.boxes, batch.labels)
-        return task.whole(terms, criterion, output, batch)
-
+    loss = own_loss(task, hybrid.detector, settings, data, with_latents(hybrid, prepared.latents))
     dev = dev_probe(data, prepared.unseen["dev"])
 
     def probe(average: HybridDetector) -> dict[str, float]:
         return dev(average) | {f"weight_{k}": v for k, v in average.fusion.mean_weights().items()}
 
-    average, trained = train_detector(hybrid, loss, data.train, settings, seed, context, probe=probe)
-    result = task.evaluate(average, data, prepared.unseen)
-    result.curve, result.notes = trained.curve, prepared.notes
-    result.precision = precision_of(settings, context.device)
-    result.costs = whole_costs(average, prepared, small) | trained.costs
+    def evaluation(average: HybridDetector, data: DetectionData) -> Result:
+        return task.evaluate(average, data, prepared.unseen)
+
+    def costs(average: HybridDetector, size: int, device: str) -> dict[str, float]:
+        return whole_costs(average, prepared, small)
+
+    result = train_and_evaluate(
+        hybrid, loss, settings, seed, data, context, probe=probe, evaluation=evaluation, costs=costs
+    )
+    result.notes = prepared.notes
     return result
 
 
 def whole_costs(hybrid: HybridDetector, prepared: Prepared, small: DetectionData) -> dict[str, float]:
-    """Parameters (millions) and GFLOPs of all that one test picture needs: the diffusion model at each timestep, the
+    """Parameters (millions) and GFLOPs of all that one test image needs: the diffusion model at each timestep, the
     compressor there and back, and the hybrid at 640 px, the size at which detectors are counted."""
     latents = [level[:1].float() for level in prepared.latents]
     features = prepared.compressor.decode(latents)
-    picture = torch.zeros(1, 3, COST_SIZE, COST_SIZE, device=latents[0].device)
+    image = torch.zeros(1, 3, COST_SIZE, COST_SIZE, device=latents[0].device)
     extraction = flops(prepared.extract, small.train.images[:1]) + flops(prepared.compressor.encode, features)
     return {
         "parameters_m": round((parameters(hybrid) + parameters(prepared.extract.unet)) / 1e6, 4),
-        "gflops": round((extraction + flops(fused(hybrid), picture, *latents)) / 1e9, 3),
+        "gflops": round((extraction + flops(fused(hybrid), image, *latents)) / 1e9, 3),
     }
 
 
@@ -138,9 +163,8 @@ def run_student(settings: StudentSettings, seed: int, data: DetectionData, conte
     if record.notes["compressor_sha256"] != prepared.notes["compressor_sha256"]:
         raise DataError(f"{record.path} was trained with another compressor than this machine's now: delete it")
     teacher = load_hybrid(record, settings.teacher, data, context.device)
-    torch.manual_seed(seed)
     task = task_of(data)
-    student = task.build(settings, data).to(context.device, memory_format=torch.channels_last)
+    student = start(task, settings, seed, data, context)
     criterion = detection_loss(student, settings.size)
     transfer = PowerTransfer(criterion, settings.transfer, settings.distance, settings.temperature, settings.box)
     taught = with_latents(teacher, prepared.latents)
@@ -152,39 +176,18 @@ def run_student(settings: StudentSettings, seed: int, data: DetectionData, conte
         terms = transfer(task.raw(output), target, batch.boxes, batch.labels)
         return task.whole(terms, criterion, output, batch)
 
-    result = train_deployed(task, student, loss, settings, seed, data, context)
+    result = train_and_evaluate(
+        student, loss, settings, seed, data, context, probe=dev_probe(data), evaluation=task.evaluate
+    )
     result.notes = {"teacher": record.key, "teacher_sha256": record.model_sha256} | prepared.notes
     return result
 
 
 def run_with_masks(settings: InstanceSettings, seed: int, data: InstanceData, context: Context) -> Result:
     """The baseline of Table IV: the plain detector with masks."""
-    torch.manual_seed(seed)
     task = task_of(data)
-    detector = task.build(settings, data).to(context.device, memory_format=torch.channels_last)
-    criterion = detection_loss(detector, settings.size)
-
-    def loss(batch: Batch) -> dict[str, Tensor]:
-        output = detector(batch.images)
-        terms = criterion(task.raw(output), batch.boxes, batch.labels)
-        return task.whole(terms, criterion, output, batch)
-
-    return train_deployed(task, detector, loss, settings, seed, data, context)
-
-
-def train_deployed(
-    task: Task,
-    detector: Detector,
-    loss: Callable[[Batch], dict[str, Tensor]],
-    settings: DetectorSettings,
-    seed: int,
-    data: DetectionData,
-    context: Context,
-) -> Result:
-    """Train and evaluate a detector that reads pictures alone; its costs are those of the deployed network."""
-    average, trained = train_detector(detector, loss, data.train, settings, seed, context, probe=dev_probe(data))
-    result = task.evaluate(average, data)
-    result.curve, result.precision = trained.curve, precision_of(settings, context.device)
-    result.costs |= deployed_costs(average, settings.size, context.device)
-    result.costs |= trained.costs
-    return result
+    detector = start(task, settings, seed, data, context)
+    loss = own_loss(task, detector, settings, data, lambda batch: detector(batch.images))
+    return train_and_evaluate(
+        detector, loss, settings, seed, data, context, probe=dev_probe(data), evaluation=task.evaluate
+    )

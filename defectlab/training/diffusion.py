@@ -1,17 +1,4 @@
-"""Denoising diffusion: the noise schedule, the network that predicts the noise, its training, samples, its error.
-
-Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239. A picture x_0 loses its signal over
-`steps` steps of
-
-    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                                       (their eq. 2)
-
-so that, with alpha_hat_t the product of (1 - beta_s) over s up to t, any step is reached at once:
-
-    x_t = sqrt(alpha_hat_t) x_0 + sqrt(1 - alpha_hat_t) noise,  noise ~ N(0, I)                    (their eq. 4)
-
-A U-Net learns to tell the noise from x_t and t (their eq. 14), which gives the mean of the way back, q(x_{t-1} | x_t)
-(their eqs. 3 and 11). Timesteps count from 0 here: alpha_hat[0] holds one factor.
-"""
+"""Denoising diffusion trained (Ho et al. 2020, arXiv 2006.11239); error, samples and features of its record."""
 
 from __future__ import annotations
 
@@ -20,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from defectlab.data.boxes import DetectionData
@@ -40,27 +26,29 @@ from defectlab.networks.diffusion import (
 from defectlab.precision import autocast, precision_of
 from defectlab.runs import Context, Record, Result, load_weights
 from defectlab.training.loop import MovingAverage, Trained, adam, rate_per_epoch, train
+from defectlab.training.results import rounded
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: where it is needed, not for every table that names a row
     from diffusers import UNet2DModel
-# of a finished network: the error at so many timesteps, on so many pictures of a split (a hundred settle it, and the
-# whole set would take a CPU longer than other rows train), and so many drawn pictures in its record
-ERROR_TIMESTEPS, ERROR_PICTURES, SAMPLES, CASES = 20, 120, 16, 6
+
+# of a finished network: the error at so many timesteps, on so many images of a split (a hundred settle it, and the
+# whole set would take a CPU longer than other rows train), and so many samples and examples in its record
+ERROR_TIMESTEPS, ERROR_IMAGES, SAMPLES, EXAMPLES = 20, 120, 16, 6
 
 
-def random_flips(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def random_flips(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each of (B, C, H, W) flipped upside down or left to right or both or not, with equal probability."""
     for axis in (-2, -1):
-        flipped = (torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5).to(pictures.device)
-        pictures = torch.where(flipped, pictures.flip(axis), pictures)
-    return pictures
+        flipped = (torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5).to(images.device)
+        images = torch.where(flipped, images.flip(axis), images)
+    return images
 
 
 def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, context: Context) -> tuple[UNet2DModel, Trained]:
-    """Train on uint8 pictures (N, C, size, size), on their device. -> (moving average of the U-Net, curve and speed).
+    """Train on uint8 images (N, C, size, size), on their device. -> (moving average of the U-Net, curve and speed).
 
     Timesteps, noise and flips of a step are drawn on the CPU from seed and epoch alone: the same on every device, and
-    in a training that was interrupted. Raises ValueError for pictures of another size, and as `train`.
+    in a training that was interrupted. Raises ValueError for images of another size, and as `train`.
     """
     check_size(images, settings.size)
     device, precision = images.device, precision_of(settings, images.device)
@@ -102,15 +90,15 @@ def error_per_timestep(
 ) -> Tensor:
     """Mean squared error of the predicted noise at each timestep, (len(timesteps),) float64 on the CPU.
 
-    1 is as bad as predicting nothing. Each of the uint8 pictures (N, C, S, S) has one noise map at all timesteps, drawn
-    from the seed; the network computes in the caller's autocast. Raises ValueError for pictures of another size.
+    1 is as bad as predicting nothing. Each of the uint8 images (N, C, S, S) has one noise map at all timesteps, drawn
+    from the seed; the network computes in the caller's autocast. Raises ValueError for images of another size.
     """
     check_size(images, unet.config.sample_size)
     alpha_hat = noise_schedule(unet.config.num_train_timesteps).to(images.device)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     total = torch.zeros(len(timesteps), dtype=torch.float64)
-    for pictures, drawn in zip(images.split(batch), noise.split(batch), strict=True):
-        clean, drawn = as_inputs(pictures), drawn.to(images.device)
+    for some, drawn in zip(images.split(batch), noise.split(batch), strict=True):
+        clean, drawn = as_inputs(some), drawn.to(images.device)
         for index, timestep in enumerate(timesteps):
             at = torch.full((len(clean),), int(timestep), device=images.device)
             total[index] += len(clean) * noise_loss(unet, clean, at, drawn, alpha_hat)["loss"].item()
@@ -123,38 +111,37 @@ def middles(steps: int, count: int) -> list[int]:
 
 
 def spread(images: Tensor, count: int) -> Tensor:
-    """At most `count` of the pictures, evenly spaced: a set is sorted by name, which is by class in the steel sets."""
+    """At most `count` of the images, evenly spaced: a set is sorted by name, which is by class in the steel sets."""
     return images[torch.linspace(0, len(images) - 1, min(count, len(images))).round().long().to(images.device)]
 
 
 def run_ddpm(settings: DiffusionSettings, seed: int, data: DetectionData, context: Context) -> Result:
-    """Train on the training pictures, measure on 120 of each split; no label is looked at.
+    """Train on the training images, measure on 120 of each split; no label is looked at.
 
     -> metrics and dev {"noise_error": per cent of the noise's power that is mispredicted, mean over 20 timesteps};
-    predictions "timesteps" (20,), "errors" (20,) on test, "errors_train" on training pictures, "samples" uint8
-    (16, S, S), with colours (16, S, S, 3), and `telling_maps` of six test pictures. Raises ValueError for pictures of
+    predictions "timesteps" (20,), "errors" (20,) on test, "errors_train" on training images, "samples" uint8
+    (16, S, S), with colours (16, S, S, 3), and `examples` of six test images. Raises ValueError for images of
     another size, and as `train`.
     """
     unet, trained = train_ddpm(data.train.images, settings, seed, context)
     precision, timesteps = precision_of(settings, context.device), middles(settings.steps, ERROR_TIMESTEPS)
     with autocast(torch.device(context.device), precision):
         errors = {
-            part: error_per_timestep(unet, spread(getattr(data, part).images, ERROR_PICTURES), timesteps, seed)
+            part: error_per_timestep(unet, spread(getattr(data, part).images, ERROR_IMAGES), timesteps, seed)
             for part in ("train", "dev", "test")
         }
         samples = sample_ddim(unet, SAMPLES, seed, device=context.device)  # (16, C, S, S)
-        kept = telling_maps(unet, spread(data.test.images, CASES))
-    samples = samples[:, 0] if samples.shape[1] == 1 else rearrange(samples, "n c h w -> n h w c")
+        kept = examples(unet, spread(data.test.images, EXAMPLES))
     return Result(
-        metrics={"noise_error": round(100 * errors["test"].mean().item(), 4)},
+        metrics=rounded({"noise_error": 100 * errors["test"].mean().item()}),
         per_class={},
-        dev={"noise_error": round(100 * errors["dev"].mean().item(), 4)},
+        dev=rounded({"noise_error": 100 * errors["dev"].mean().item()}),
         curve=trained.curve,
         predictions={
-            "timesteps": torch.tensor(timesteps).numpy(),
+            "timesteps": np.array(timesteps),
             "errors": errors["test"].float().numpy(),
             "errors_train": errors["train"].float().numpy(),
-            "samples": samples.cpu().numpy(),
+            "samples": channels_last(samples).cpu().numpy(),
             **kept,
         },
         model=unet.state_dict(),
@@ -171,23 +158,28 @@ def load_ddpm(record: Record, settings: DiffusionSettings, colours: int, device:
 
 
 @torch.no_grad()
-def telling_maps(unet: UNet2DModel, images: Tensor, channels: int = 3) -> dict[str, np.ndarray]:
-    """What a record keeps of a few uint8 pictures (B, C, S, S), all uint8: case_images and case_told (B, S, S) or with
-    colours (B, S, S, 3), the picture and what one step from the last of `TIMESTEPS` makes of it; case_features_k
-    (B, channels, h, w), some channels of level k, darkest to brightest over the pictures.
+def examples(unet: UNet2DModel, images: Tensor, channels: int = 3) -> dict[str, np.ndarray]:
+    """What a record keeps of a few uint8 images (B, C, S, S), all uint8: case_images and case_told (B, S, S) or with
+    colours (B, S, S, 3), the image and the predicted x_0 at the last of `TIMESTEPS`; case_features_k (B, channels, h,
+    w), some channels of level k, darkest to brightest over the images.
     """
     alpha_hat, last = noise_schedule(unet.config.num_train_timesteps).to(images.device), TIMESTEPS[-1]
     at = torch.full((len(images),), last, device=images.device)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
     noisy = q_sample(as_inputs(images), at, noise, alpha_hat)
     left = alpha_hat[last].float()
-    told = (noisy - (1 - left).sqrt() * unet(noisy, at).sample.float()) / left.sqrt()  # x_0 of eq. 2
-    found = {"case_images": images, "case_told": ((told + 1) * 127.5).round().clamp(0, 255)}
+    predicted_x0 = (noisy - (1 - left).sqrt() * unet(noisy, at).sample.float()) / left.sqrt()  # of eq. 4
+    found = {
+        "case_images": channels_last(images),
+        "case_told": channels_last(((predicted_x0 + 1) * 127.5).round().clamp(0, 255)),
+    }
     for level, maps in enumerate(decoder_features(unet, images, alpha_hat=alpha_hat)):
         chosen = maps[:, torch.linspace(0, maps.shape[1] - 1, channels).round().long()]  # (B, channels, h, w)
         low, high = chosen.amin((0, 2, 3), keepdim=True), chosen.amax((0, 2, 3), keepdim=True)
         found[f"case_features_{level}"] = (255 * (chosen - low) / (high - low).clamp(min=1e-9)).round()
-    arrays = {name: values.to(torch.uint8).cpu().numpy() for name, values in found.items()}
-    for name in ("case_images", "case_told"):
-        arrays[name] = arrays[name][:, 0] if images.shape[1] == 1 else arrays[name].transpose(0, 2, 3, 1)
-    return arrays
+    return {name: values.to(torch.uint8).cpu().numpy() for name, values in found.items()}
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W), with colours (B, H, W, 3)."""
+    return images[:, 0] if images.shape[1] == 1 else images.movedim(1, -1)

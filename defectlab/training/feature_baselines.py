@@ -1,4 +1,4 @@
-"""TODO training.feature_baselines."""
+"""PaDiM, SPADE and PatchCore on the features of a teacher: fitted to the good images, scored, evaluated."""
 
 from functools import partial
 

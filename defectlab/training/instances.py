@@ -8,20 +8,18 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from torchmetrics.detection import MeanAveragePrecision
-from torchvision.ops import batched_nms
 
 from defectlab.data.augment import plain
 from defectlab.data.instances import InstanceData, InstanceSplit, to_square
 from defectlab.metrics.detection import COCO_IOUS, RECALLS, Boxes, best_f1_threshold, evaluate, greedy_match, pack
 from defectlab.networks.yolo.blocks import fused
-from defectlab.networks.yolo.decode import CANDIDATES, decode_anchor_based
+from defectlab.networks.yolo.decode import decode_anchor_based, suppress
 from defectlab.precision import full_float32
 from defectlab.runs import Result
-from defectlab.training.detection import CASE_SIDE, cases, result_of
+from defectlab.training.detection import SIDE, example_arrays, result_of
 
-MOST = 100  # detections of a picture that get a mask, at most: as many as COCO counts
-Instances = dict[str, Tensor]  # of a picture: boxes (n, 4), labels (n,), masks (n, H, W) bool; scores (n,) if predicted
+MOST = 100  # detections of an image that get a mask, at most: as many as COCO counts
+Instances = dict[str, Tensor]  # of an image: boxes (n, 4), labels (n,), masks (n, H, W) bool; scores (n,) if predicted
 
 
 # --- Prediction ------------------------------------------------------------------------------------------------------
@@ -38,11 +36,11 @@ def predict_instances(
     iou: float = 0.7,
     most: int = MOST,
 ) -> Iterator[Instances]:
-    """Picture after picture of a split: boxes by descending score and masks, in pixels of the originals, on the CPU.
+    """Image after image of a split: boxes by descending score and masks, in pixels of the originals, on the CPU.
 
     Args:
-        latents: further inputs of the detector, one entry a picture in each.
-        indices: the pictures, by default all.
+        latents: further inputs of the detector, one entry per image in each.
+        indices: the images, by default all.
         confidence, iou, most: as `decode.select`, whose boxes these are.
 
     Raises:
@@ -51,25 +49,20 @@ def predict_instances(
     model = fused(detector).to(memory_format=torch.channels_last)
     indices = torch.tensor(range(len(split)) if indices is None else indices, device=split.images.device)
     for chunk in indices.split(batch):
-        pictures = plain(split.images, chunk).contiguous(memory_format=torch.channels_last)
+        inputs = plain(split.images, chunk).contiguous(memory_format=torch.channels_last)
         with full_float32():
-            output = model(pictures, *(level[chunk] for level in latents))
+            output = model(inputs, *(level[chunk] for level in latents))
         boxes, scores = decode_anchor_based(output.raw, detector.anchors)  # (B, A, 4), (B, A, C)
         channels = output.prototypes.shape[1]
         vectors = [rearrange(x, "b (k m) h w -> b (k h w) m", m=channels) for x in output.coefficients]
         vectors = torch.cat(vectors, 1).tanh()  # (B, A, M), in the order of the boxes
-        if not all(values.isfinite().all() for values in (boxes, scores, vectors, output.prototypes)):
-            raise ValueError("predictions are not finite: the training diverged; lower its learning rate")
-        best, pairs = scores.flatten(1).topk(min(CANDIDATES, scores[0].numel()), dim=1)
-        for i, index in enumerate(chunk.tolist()):
-            enough = best[i] > confidence
-            values, labels = best[i][enough], pairs[i][enough] % scores.shape[2]
-            anchors = pairs[i][enough] // scores.shape[2]
-            kept = batched_nms(boxes[i, anchors], values, labels, iou)[:most]
-            chosen = anchors[kept]
-            probability = einsum(vectors[i, chosen], output.prototypes[i], "n m, m h w -> n h w").sigmoid()
-            own, masks = _to_original(split, index, boxes[i, chosen], probability)
-            yield {"boxes": own, "scores": values[kept].cpu(), "labels": labels[kept].cpu(), "masks": masks}
+        if not (vectors.isfinite().all() & output.prototypes.isfinite().all()):
+            raise ValueError("predicted masks are not finite: the training diverged; lower its learning rate")
+        kept = suppress(boxes, scores, confidence, iou, most)
+        for i, (index, (anchors, labels, values)) in enumerate(zip(chunk.tolist(), kept, strict=True)):
+            probability = einsum(vectors[i, anchors], output.prototypes[i], "n m, m h w -> n h w").sigmoid()
+            own, masks = _to_original(split, index, boxes[i, anchors], probability)
+            yield {"boxes": own, "scores": values.cpu(), "labels": labels.cpu(), "masks": masks}
 
 
 def _to_original(split: InstanceSplit, index: int, boxes: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,16 +84,16 @@ def _to_original(split: InstanceSplit, index: int, boxes: Tensor, probability: T
 # --- Evaluation ------------------------------------------------------------------------------------------------------
 
 
-def instance_truths(split: InstanceSplit, indices: Sequence[int] | None = None) -> Iterator[Instances]:
-    """Picture after picture of a split, or those of `indices`: boxes, labels and masks in pixels of the originals."""
-    truths = split.truths()
+def instance_ground_truth(split: InstanceSplit, indices: Sequence[int] | None = None) -> Iterator[Instances]:
+    """Image after image of a split, or those of `indices`: boxes, labels and masks in pixels of the originals."""
+    boxes = split.truths()
     for index in range(len(split)) if indices is None else indices:
-        yield truths[index] | {"masks": split.masks(index)}
+        yield boxes[index] | {"masks": split.masks(index)}
 
 
 def right_masks(predicted: Instances, truth: Instances, ious: Sequence[float] = (0.5,)) -> Tensor:
-    """(n, T) bool: by descending score each prediction takes the free truth of its class that its mask overlaps most,
-    if by at least the IoU; the rule of `evaluation.match`."""
+    """(n, T) bool: by descending score each prediction takes the free instance of its class that its mask
+    overlaps most, if by at least the IoU; the rule of `metrics.detection.match`."""
     masks, true = predicted["masks"].flatten(1).float(), truth["masks"].flatten(1).float()
     both = masks @ true.T  # (n, m) pixels
     overlap = both.double() / (masks.sum(1)[:, None] + true.sum(1) - both).clamp(min=1)
@@ -112,17 +105,19 @@ def right_masks(predicted: Instances, truth: Instances, ious: Sequence[float] = 
 
 
 class Scored(NamedTuple):
-    """What evaluation needs of the pictures of a split, without their masks."""
+    """What evaluation needs of the images of a split, without their masks."""
 
     found: Boxes
-    truths: Boxes
-    right: list[Tensor]  # (n, T) bool a picture, by `right_masks` at COCO's IoUs, the first 0.5
-    per_class: dict[str, dict[str, float]]  # mask_map50 and mask_map50_95 in per cent of classes that have truths
+    ground_truth: Boxes
+    right: list[Tensor]  # (n, T) bool per image, by `right_masks` at COCO's IoUs, the first 0.5
+    per_class: dict[str, dict[str, float]]  # mask_map50 and mask_map50_95 in per cent of classes that have ground truth
 
 
-def score(predictions: Iterable[Instances], truths: Iterable[Instances], class_names: Sequence[str]) -> Scored:
-    """Both streams are read once, so that the masks of one picture at a time are in memory. Average precision is
+def score(predictions: Iterable[Instances], ground_truth: Iterable[Instances], class_names: Sequence[str]) -> Scored:
+    """Both streams are read once, so that the masks of one image at a time are in memory. Average precision is
     torchmetrics' (faster-coco-eval), as `evaluate` has it for boxes."""
+    from torchmetrics.detection import MeanAveragePrecision  # takes seconds to import
+
     metric = MeanAveragePrecision(
         iou_type="segm",
         iou_thresholds=list(COCO_IOUS),
@@ -132,14 +127,14 @@ def score(predictions: Iterable[Instances], truths: Iterable[Instances], class_n
     )
     metric.warn_on_many_detections = False
     scored = Scored([], [], [], {})
-    for predicted, truth in zip(predictions, truths, strict=True):
+    for predicted, truth in zip(predictions, ground_truth, strict=True):
         metric.update([_without(predicted, "boxes")], [_without(truth, "boxes")])
         scored.right.append(right_masks(predicted, truth, COCO_IOUS))
         scored.found.append(_without(predicted, "masks"))
-        scored.truths.append(_without(truth, "masks"))
+        scored.ground_truth.append(_without(truth, "masks"))
     result = metric.compute()
     classes = result["classes"].reshape(-1).tolist()
-    for label in torch.cat([truth["labels"] for truth in scored.truths]).unique().tolist():
+    for label in torch.cat([truth["labels"] for truth in scored.ground_truth]).unique().tolist():
         curves = result["precision"][:, :, classes.index(label), 0, -1].double()  # (T, 101): all areas, 100 predictions
         means = {"mask_map50": 100 * float(curves[0].mean()), "mask_map50_95": 100 * float(curves.mean())}
         scored.per_class[class_names[label]] = means
@@ -152,17 +147,17 @@ def instance_metrics(
     """(metrics of the set, metrics of each class), in per cent: `evaluate`'s for the boxes, and for the masks
     mask_map50, mask_map50_95, mask_precision_dev and mask_recall_dev (of "score >= threshold", all classes together).
 
-    ValueError where there is no truth.
+    ValueError where there is no ground truth.
     """
     if not scored.per_class:
-        raise ValueError("no truth to evaluate masks by: give pictures that have defects")
-    metrics, per_class = evaluate(scored.found, scored.truths, class_names, threshold)
+        raise ValueError("no ground truth to evaluate masks by: give images that have defects")
+    metrics, per_class = evaluate(scored.found, scored.ground_truth, class_names, threshold)
     for name in ("mask_map50", "mask_map50_95"):
         metrics[name] = float(np.mean([values[name] for values in scored.per_class.values()]))
     kept = torch.cat([found["scores"] for found in scored.found]) >= threshold
     right = int((torch.cat(scored.right)[:, 0] & kept).sum())
     metrics["mask_precision_dev"] = 100 * right / int(kept.sum()) if kept.any() else np.nan
-    metrics["mask_recall_dev"] = 100 * right / sum(len(truth["labels"]) for truth in scored.truths)
+    metrics["mask_recall_dev"] = 100 * right / sum(len(truth["labels"]) for truth in scored.ground_truth)
     return metrics, {name: values | scored.per_class.get(name, {}) for name, values in per_class.items()}
 
 
@@ -171,35 +166,35 @@ def evaluate_instances(
 ) -> Result:
     """Metrics of the test set, boxes and masks; the score threshold is the one of the best F1 of boxes on dev.
 
-    `latents`: further inputs for "dev" and "test". The arrays are those of a detector, and of its telling cases
+    `latents`: further inputs for "dev" and "test". The arrays are those of a detector, and of its examples
     case_found and case_true (K, side, side) uint8: 1 + class of a pixel, 0 for background.
     """
     latents = latents or {"dev": (), "test": ()}
     dev, test = (
-        score(predict_instances(detector, split, latents[part]), instance_truths(split), data.class_names)
+        score(predict_instances(detector, split, latents[part]), instance_ground_truth(split), data.class_names)
         for part, split in (("dev", data.dev), ("test", data.test))
     )
-    threshold = best_f1_threshold(dev.found, dev.truths)
+    threshold = best_f1_threshold(dev.found, dev.ground_truth)
     on_dev, _ = instance_metrics(dev, data.class_names, threshold)
     on_test = instance_metrics(test, data.class_names, threshold)
-    arrays = pack(test.found, test.truths, data.test.names, data.class_names, test.right)
-    arrays |= cases(data.test, test.found, test.truths)
+    arrays = pack(test.found, test.ground_truth, data.test.names, data.class_names, test.right)
+    arrays |= example_arrays(data.test, test.found, test.ground_truth)
     chosen = arrays["case_index"].tolist()
     found = predict_instances(detector, data.test, latents["test"], chosen)
     arrays["case_found"] = _painted(found, threshold)
-    arrays["case_true"] = _painted(instance_truths(data.test, chosen))
+    arrays["case_true"] = _painted(instance_ground_truth(data.test, chosen))
     return result_of(on_test, on_dev, threshold, arrays, detector)
 
 
-def _painted(pictures: Iterable[Instances], threshold: float = 0.0) -> np.ndarray:
+def _painted(images: Iterable[Instances], threshold: float = 0.0) -> np.ndarray:
     """(K, side, side) uint8: 1 + class of the best instance at each pixel, 0 where none scores `threshold` or more."""
     painted = []
-    for instances in pictures:
-        picture = torch.zeros(instances["masks"].shape[1:], dtype=torch.uint8)
+    for instances in images:
+        image = torch.zeros(instances["masks"].shape[1:], dtype=torch.uint8)
         for index in reversed(range(len(instances["labels"]))):  # the best one is painted last
             if "scores" not in instances or instances["scores"][index] >= threshold:
-                picture[instances["masks"][index]] = int(instances["labels"][index]) + 1
-        painted.append(to_square(picture[None], CASE_SIDE)[0])
+                image[instances["masks"][index]] = int(instances["labels"][index]) + 1
+        painted.append(to_square(image[None], SIDE)[0])
     return torch.stack(painted).numpy()
 
 

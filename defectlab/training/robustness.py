@@ -1,4 +1,4 @@
-"""A trained detector looked at through spoilt pictures: motion blur and noise at five strengths each."""
+"""A trained detector on corrupted images: motion blur and noise at five strengths each."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,13 +20,13 @@ PLAIN = DetectorSettings()
 
 @dataclass(frozen=True)
 class RobustnessSettings:
-    """The trained network of another row, looked at pictures that are blurred or noisy; nothing is trained."""
+    """The trained network of another row, on images that are blurred or noisy; nothing is trained."""
 
     model: ClassVar[str] = "robustness"
     version: ClassVar[int] = 1
 
     of: DetectorSettings = PLAIN  # the row whose network it is
-    blur: tuple[int, ...] = (3, 6, 9, 12, 15)  # ours: px of the original picture; the angle differs by picture
+    blur: tuple[int, ...] = (3, 6, 9, 12, 15)  # ours: px of the original image; the angle differs by image
     noise: tuple[int, ...] = (5, 10, 20, 30, 40)  # ours: standard deviation in grey levels of 255
 
     @property
@@ -45,25 +45,25 @@ def run_robustness(
     context: Context,
     build: Build,
 ) -> Result:
-    """mAP50 at each strength of blur and of noise; strength 0 is the clean picture.
+    """mAP50 at each strength of blur and of noise; strength 0 is the clean image.
 
-    The pictures are spoilt at their own size, as in a camera, and then brought to the network's; every row and seed
+    The images are corrupted at their own size, as in a camera, and then brought to the network's; every row and seed
     sees the same ones. metrics: "map50_blur_0" .. "map50_blur_5", "map50_blur" (mean of 1 to 5), "kept_blur" (that
     mean in per cent of the clean value), and the same for noise.
     """
     record = context.require(settings.of, seed)
     detector = frozen(record, fresh(build, settings.of, data), context.device)
-    split, truths = data.test, data.test.truths()
+    split, ground_truth = data.test, data.test.truths()
     native = load_detection(settings.dataset, int(split.sizes.max()), context.device).test.images
     metrics: dict[str, float] = {}
     classes = len(data.class_names)
-    counts = np.stack([np.bincount(t["labels"].numpy(), minlength=classes) for t in truths]).astype(np.uint8)
+    counts = np.stack([np.bincount(t["labels"].numpy(), minlength=classes) for t in ground_truth]).astype(np.uint8)
     arrays = {"names": np.array(split.names), "class_names": np.array(data.class_names), "truths": counts}
 
     def look(condition: str, images: torch.Tensor) -> float:
         found = predict(detector, split, resized(images, settings.size))
-        value = evaluate(found, truths, data.class_names)[0]["map50"]
-        arrays.update(pack_matches(condition, found, truths, classes))
+        value = evaluate(found, ground_truth, data.class_names)[0]["map50"]
+        arrays.update(pack_matches(condition, found, ground_truth, classes))
         context.log(f"  {condition}: mAP50 {value:.1f}")
         return value
 

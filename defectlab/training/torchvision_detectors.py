@@ -1,8 +1,8 @@
-"""The field's older detectors as rows beside our own: Faster R-CNN, RetinaNet, SSD and FCOS, all torchvision's.
+"""The field's older detectors as rows beside this project's: Faster R-CNN, RetinaNet, SSD and FCOS, all torchvision's.
 
 Ren et al., "Faster R-CNN", NeurIPS 2015; Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; Liu et al.,
 "SSD", ECCV 2016; Tian et al., "FCOS", ICCV 2019. Networks, assignment, losses, decoding and suppression are the
-library's; pictures, augmentation, schedule, moving average, evaluation and costs are those of our own detectors. Meant
+library's; images, augmentation, schedule, moving average, evaluation and costs are this project's. Meant
 for a GPU.
 """
 
@@ -14,18 +14,16 @@ from defectlab.data.boxes import DetectionData, DetectionSplit
 from defectlab.metrics.costs import model_costs
 from defectlab.metrics.detection import Boxes
 from defectlab.networks.torchvision_detectors import TorchvisionSettings, build_torchvision
-from defectlab.precision import full_float32, precision_of
+from defectlab.precision import full_float32
 from defectlab.runs import Context, Result
-from defectlab.training.detection import evaluate_found, probe_on
-from defectlab.training.detector import Loss, train_detector
-
-# --- Evaluation ------------------------------------------------------------------------------------------------------
+from defectlab.training.detection import evaluate_found, probe_on, train_and_evaluate
+from defectlab.training.detector import Loss
 
 
 def to_targets(boxes: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
-    """Padded boxes (B, M, 4) and labels (B, M), -1 where padded, real ones first -> torchvision's targets: per picture
+    """Padded boxes (B, M, 4) and labels (B, M), -1 where padded, real ones first -> torchvision's targets: per image
     {"boxes": (n, 4), "labels": (n,)}, labels from 1 on, since 0 is the background."""
-    counts = (labels >= 0).sum(1).tolist()  # one synchronisation a batch
+    counts = (labels >= 0).sum(1).tolist()  # one synchronisation per batch
     return [{"boxes": b[:n], "labels": k[:n] + 1} for b, k, n in zip(boxes, labels, counts, strict=True)]
 
 
@@ -45,7 +43,7 @@ def torchvision_loss(model: nn.Module) -> Loss:
 
 @torch.inference_mode()
 def predict_torchvision(model: nn.Module, split: DetectionSplit, batch: int = 16) -> Boxes:
-    """Detections of every picture of a split by a model in eval mode, boxes in pixels of the original pictures, fp32.
+    """Detections of every image of a split by a model in eval mode, boxes in pixels of the original images, fp32.
 
     Suppression is the library's, with each architecture's own IoU.
     """
@@ -53,31 +51,32 @@ def predict_torchvision(model: nn.Module, split: DetectionSplit, batch: int = 16
     for chunk in torch.arange(len(split.images), device=split.images.device).split(batch):
         with full_float32():
             raw = model(list(plain(split.images, chunk)))
-        for index, picture in zip(chunk.tolist(), raw, strict=True):
-            picture = {name: values.cpu() for name, values in picture.items()}
-            real = picture["labels"] > 0  # RetinaNet and FCOS have an output for the background, too
-            boxes = (picture["boxes"][real] - split.offset[index].repeat(2)) / split.scale[index]  # (n, 4)
+        for index, image in zip(chunk.tolist(), raw, strict=True):
+            image = {name: values.cpu() for name, values in image.items()}
+            real = image["labels"] > 0  # RetinaNet and FCOS have an output for the background, too
+            boxes = (image["boxes"][real] - split.offset[index].repeat(2)) / split.scale[index]  # (n, 4)
             limits = split.sizes[index].flip(0).repeat(2).to(boxes)  # width, height, width, height
             boxes = boxes.clamp(min=0).minimum(limits)
-            found.append({"boxes": boxes, "scores": picture["scores"][real], "labels": picture["labels"][real] - 1})
+            found.append({"boxes": boxes, "scores": image["scores"][real], "labels": image["labels"][real] - 1})
     return found
 
 
 def run_torchvision(settings: TorchvisionSettings, seed: int, data: DetectionData, context: Context) -> Result:
     """Train one of torchvision's detectors and evaluate the moving average of its last epoch, once.
 
-    Costs are those at `settings.size`, not fused; unlike our own detectors' they hold decoding and suppression, and
-    Faster R-CNN's GFLOPs the proposals that one picture of noise gives.
+    Costs are those at `settings.size`, not fused; unlike this project's they hold decoding and suppression, and
+    Faster R-CNN's GFLOPs the proposals that one image of noise gives.
     """
     torch.manual_seed(seed)
     model = build_torchvision(settings, len(data.class_names)).to(context.device, memory_format=torch.channels_last)
-    recipe = settings.recipe
-    probe = probe_on(data.dev, data.class_names, predict_torchvision)
-    average, trained = train_detector(model, torchvision_loss(model), data.train, recipe, seed, context, probe=probe)
-    found = {part: predict_torchvision(average, getattr(data, part)) for part in ("dev", "test")}
-    result = evaluate_found(found, data, average)
-    result.curve = trained.curve
-    result.precision = precision_of(recipe, context.device)
-    result.costs = model_costs(average, settings.size, context.device) | trained.costs
+
+    def evaluation(average: nn.Module, data: DetectionData) -> Result:
+        found = {part: predict_torchvision(average, getattr(data, part)) for part in ("dev", "test")}
+        return evaluate_found(found, data, average)
+
+    loss, probe = torchvision_loss(model), probe_on(data.dev, data.class_names, predict_torchvision)
+    result = train_and_evaluate(
+        model, loss, settings.recipe, seed, data, context, probe=probe, evaluation=evaluation, costs=model_costs
+    )
     result.notes = {"costs": f"at {settings.size} px, not fused, with decoding and suppression"}
     return result
