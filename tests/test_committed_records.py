@@ -1,55 +1,52 @@
-"""The committed records: whole, small, and under the key of their content."""
+"""The committed records: whole, small, under the key that the code computes of their content today, and each the record
+of a row."""
 
 import dataclasses
 import json
 
+import pytest
+
 from defectlab import runs
+from defectlab.runs import Record
 from defectlab.studies import STUDIES, study
 
-COMMITTED = runs.recorded_dir()
+RECORDS = {record.path.stem: record for record in runs.read_records(runs.recorded_dir())}
+ROWS = {
+    runs.row_identity(row.settings, profile): row.settings
+    for name in STUDIES
+    for profile in ("quick", "paper")
+    for row in study(name).rows[profile].values()
+}
+WITHOUT_ROW: dict[str, str] = {}  # key -> why it is kept although no study has its row
 
 
-def rebuilt(kind: type, fields: dict, changed: dict, kinds: dict[str, type]):
-    """Settings from a record; those inside of settings say their kind in what differs."""
-    values = {}
-    for name, value in fields.items():
-        if not isinstance(value, dict):
-            values[name] = tuple(value) if isinstance(value, list) else value
-        elif name in changed:
-            values[name] = rebuilt(kinds[changed[name]["model"]], value, changed[name], kinds)
-    return kind(**values)
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
+def test_a_record_stands_under_the_key_of_its_content_and_is_that_of_a_row(record: Record) -> None:
+    row = runs.identity(record.model, record.version, record.changed, record.profile)
+    key = runs.make_key(record.model, record.dataset, record.profile, record.seed, row, record.fingerprints)
+    assert record.key == key == record.path.stem
+    if record.key in WITHOUT_ROW:
+        assert row not in ROWS
+        return
+    # a changed default, field or version would show here: the record would no longer be that of the row's settings
+    assert row in ROWS, "no study has this row: run it again, or say in WITHOUT_ROW why it is kept"
+    settings = json.loads(json.dumps(runs.changed(ROWS[row])))
+    assert set(record.settings) <= {field.name for field in dataclasses.fields(ROWS[row])}
+    assert (settings, ROWS[row].version, ROWS[row].dataset) == (record.changed, record.version, record.dataset)
 
 
-def test_committed_records_stand_under_the_key_of_their_content() -> None:
-    rows = [row for name in STUDIES for rows in study(name).ROWS.values() for row in rows.values()]
-    kinds = {row.model: type(row) for row in rows}
-    for record in runs.read_records(COMMITTED):
-        kind = kinds[record.model]
-        known = {f.name for f in dataclasses.fields(kind)}
-        assert set(record.settings) <= known, f"{record.path.name}: settings that {record.model} no longer has"
-        settings = rebuilt(kind, record.settings, record.changed, kinds)
-        # changed defaults would show here: the record's row would no longer be the row of its own settings
-        assert json.loads(json.dumps(runs.changed(settings))) == record.changed, record.path.name
-        assert record.version == kind.version, f"{record.path.name}: results changed since; run it again"
-        assert runs.row_identity(settings, record.profile) == record.row, record.path.name
-        expected = runs.make_key(
-            record.model, record.dataset, record.profile, record.seed, record.row, record.fingerprints
-        )
-        assert record.key == expected == record.path.stem
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
+def test_a_record_is_whole_small_and_not_synthetic(record: Record) -> None:
+    arrays = record.path.with_suffix(".npz")
+    assert arrays.is_file() and arrays.stat().st_size <= runs.NPZ_LIMIT
+    assert record.profile in ("quick", "paper") and "NaN" not in record.path.read_text()
+    content = record.arrays
+    per_image = {"scores", "labels", "truth_counts", "prediction_counts", "truths"} & content.keys()
+    assert all(len(content[name]) == len(content["names"]) > 0 for name in per_image)
+    if record.per_class:  # stages and costs have no classes, and no images
+        assert len(content["names"]) > 0
 
 
-def test_committed_records_are_whole_small_and_not_synthetic() -> None:
-    records = runs.read_records(COMMITTED)
-    for record in records:
-        arrays = record.path.with_suffix(".npz")
-        assert arrays.is_file(), f"{record.path.name} has no arrays beside it"
-        assert arrays.stat().st_size <= 300_000, f"{arrays.name} is too large to commit"
-        assert record.profile in ("quick", "paper")
-        content = record.arrays
-        known = {"scores", "labels", "truth_counts", "prediction_counts", "truths"}
-        per_image = sorted(known & content.keys())
-        assert all(len(content[name]) == len(content["names"]) > 0 for name in per_image), record.path.name
-        if record.per_class:  # stages and costs have no classes, and no images
-            assert len(content["names"]) > 0, record.path.name
-    stems = {record.path.stem for record in records}
-    assert {p.stem for p in COMMITTED.glob("*.npz")} == stems
+def test_no_arrays_without_a_record() -> None:
+    assert {path.stem for path in runs.recorded_dir().glob("*.npz")} == set(RECORDS)
+    assert set(WITHOUT_ROW) <= set(RECORDS)

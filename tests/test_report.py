@@ -1,28 +1,25 @@
-"""Tables and verdicts from records written by hand."""
+"""Tables and verdicts of an anomaly study, from records written by hand."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from toy_records import PRINTS, Project, row, toy_study, with_row
 
 from defectlab import runs
-from defectlab.files import project_root, write_json
-from defectlab.metrics.anomaly import metrics_from_histograms
-from defectlab.papers import bsdrd
-from defectlab.studies.bsdrd import ROWS
-from defectlab.verdicts import claims, measured
-from defectlab.verdicts import tables as report
-from defectlab.verdicts.tables import agreement, claims_table, judge_claims, per_class_table, results_table, shelf, show
+from defectlab.verdicts import page, tables
+from defectlab.verdicts.measured import within
+from defectlab.verdicts.tables import agreement, claims_table, findings, per_class_table, results_table, show
 
-PAPERS = project_root() / "results" / "papers"
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 TYPES = ("crack", "fray", "break")
-
-TABLE = """row,column,metric,unit,value,higher_is_better,status,key,not_comparable,source
-RD4AD,all,image_auroc,%,81.5,true,runnable,rd4ad,,made up
+STUDY = toy_study("rd4ad", "bsdrd", "patchcore", metrics=(METRICS,))
+TABLE = """RD4AD,all,image_auroc,%,81.5,true,runnable,rd4ad,,made up
 RD4AD,all,aupro,%,,true,runnable,rd4ad,,made up
 BSDRD,all,image_auroc,%,,true,runnable,bsdrd,,made up
 BSDRD,all,aupro,%,,true,runnable,bsdrd,,made up
@@ -32,74 +29,44 @@ Another,all,aupro,%,,true,not run: code,,,made up
 
 
 @pytest.fixture
-def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A project with one table, no claims and no runs."""
-    monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(report, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(claims, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(measured, "BOOTSTRAP_REPEATS", 20)
-    monkeypatch.setattr(report, "fingerprints_here", lambda module, settings: {"data": "d", "weights": "w"})
-    papers = tmp_path / "results" / "papers" / "bsdrd"
-    papers.mkdir(parents=True)
-    (papers / "main.csv").write_text(TABLE)
-    return tmp_path
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Project:
+    return Project(tmp_path, monkeypatch, STUDY, TABLE)
 
 
-def claim(name: str, metric: str = "image_auroc", **changes) -> dict:
-    plain = {"id": name, "kind": "gain", "a": "bsdrd", "b": "rd4ad", "metric": metric, "primary": True}
-    return plain | changes
+def claim(name: str, metric: str = "image_auroc", **changes: Any) -> dict[str, Any]:
+    return {"id": name, "kind": "gain", "a": "bsdrd", "b": "rd4ad", "metric": metric, "primary": True} | changes
 
 
-def write_claims(root: Path, *claims: dict) -> None:
-    lines = []
-    for one in claims:
-        lines += ["[[claim]]", *(f"{k} = {json.dumps(v)}" for k, v in one.items())]
-    (root / "results" / "papers" / "bsdrd" / "claims.toml").write_text("\n".join(lines))
-
-
-def write_records(
-    row: str,
+def write(
+    toy: Project,
+    name: str,
     values: dict[str, Sequence[float]],
     profile: str = "paper",
-    here: bool = False,
     per_class: Callable[[int, str], float] = lambda seed, kind: 90.0,
-    names: str = "image",
-    prints: dict[str, str] | None = None,
+    images: str = "image",
+    **more: Any,
 ) -> None:
-    """A record for each seed; `values`: metric -> a value a seed."""
-    settings = ROWS[profile][row]
-    folder = runs.runs_dir(profile) if here else runs.recorded_dir()
+    """A record for each seed; `values`: metric -> a value for each seed."""
+    labels = np.repeat([0, 1], 6)
     for seed in range(len(next(iter(values.values())))):
-        mark, prints = runs.row_identity(settings, profile), prints or {"data": "d", "weights": "w"}
-        key = runs.make_key(settings.model, settings.dataset, profile, seed, mark, prints)
-        content = {
-            "key": key,
-            "model": settings.model,
-            "version": settings.version,
-            "profile": profile,
-            "seed": seed,
-            "changed": runs.changed(settings),
-            "fingerprints": prints,
-            "metrics": {metric: listed[seed] for metric, listed in values.items()},
-            "curve": {"loss": [1.0, 0.5]},
-            "per_class": {kind: {metric: per_class(seed, kind) for metric in values} for kind in TYPES},
-        }
-        write_json(folder / f"{key}.json", content)
-        rng = np.random.default_rng([seed, len(row)])
-        labels = np.repeat([0, 1], 6)
+        rng = np.random.default_rng([seed, len(name)])
         arrays = {
-            "scores": rng.random(12) + (0.8 if row == "bsdrd" else 0.2) * labels,
+            "scores": rng.random(12) + (0.8 if name == "bsdrd" else 0.2) * labels,
             "labels": labels,
             "types": np.repeat([0, 1, 2, 3], [6, 2, 2, 2]),
-            "type_names": np.array(["good", "crack", "fray", "break"]),
-            "names": np.array([f"{names}{i}" for i in range(12)]),
+            "type_names": np.array(["good", *TYPES]),
+            "names": np.array([f"{images}{i}" for i in range(12)]),
             "histogram_edges": np.array([0.5], np.float32),
             "histogram_normal": np.full((12, 2), 8, np.uint16),
             "histogram_defect": np.outer(labels, (1, 3)).astype(np.uint16),
             "histogram_overlap": np.outer(labels, (0.25, 0.75)).astype(np.float32),
             "histogram_regions": labels.astype(np.uint32),
         }
-        np.savez_compressed(folder / f"{key}.npz", **arrays)
+        content = {
+            "metrics": {metric: listed[seed] for metric, listed in values.items()},
+            "per_class": {kind: {metric: per_class(seed, kind) for metric in values} for kind in TYPES},
+        }
+        toy.write_record(name, seed, arrays, profile, **content, **more)
 
 
 def around(mean: float, spread: float = 0.5) -> tuple[float, float, float]:
@@ -113,265 +80,281 @@ def all_metrics(mean: float, spread: float = 0.5) -> dict[str, tuple[float, ...]
 # --- Numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_show() -> None:
-    assert show([]) == "–"
-    assert show([float("nan")]) == "–"
-    assert show([87.34]) == "87.3 n=1"
-    assert show([86.0, 87.0, 88.0]) == "87.0 [84.5, 89.5] n=3"  # t(0.975, 2) = 4.303, over sqrt(3)
-    assert show([86.0, 88.0, float("nan")]) == "87.0 [74.3, 99.7] n=2"
-    assert show([86.0, 90.0], "miou") == "88.0 [62.6, 100.0] n=2"  # not 113.4 %
-    assert show([1.0, 5.0], "miou") == "3.0 [0.0, 28.4] n=2"
-    assert show([0.2, 1.0], "kl") == "0.6 [-4.5, 5.7] n=2"  # nats, not per cent
+@pytest.mark.parametrize(
+    ("values", "metric", "text"),
+    [
+        ([], "", "–"),
+        ([float("nan")], "", "–"),
+        ([87.34], "", "87.3 n=1"),
+        ([86.0, 87.0, 88.0], "", "87.0 [84.5, 89.5] n=3"),  # t(0.975, 2) = 4.303, over sqrt(3)
+        ([86.0, 88.0, float("nan")], "", "87.0 [74.3, 99.7] n=2"),
+        ([86.0, 90.0], "miou", "88.0 [62.6, 100.0] n=2"),  # not 113.4 %
+        ([1.0, 5.0], "miou", "3.0 [0.0, 28.4] n=2"),
+        ([96.0, 104.0], "kept_blur", "100.0 [49.2, 150.8] n=2"),  # per cent of what can be exceeded
+        ([0.2, 1.0], "kl", "0.6 [-4.5, 5.7] n=2"),  # nats, not per cent
+        ([4.0, 4.2, 4.4], "latency_ms", "4.20 [3.70, 4.70] n=3"),
+        ([912.4, 912.4], "images_per_second_32", "912 n=2"),  # costs on which seeds agree
+    ],
+)
+def test_show(values: list[float], metric: str, text: str) -> None:
+    assert show(values, metric) == text
 
 
-def test_results_table(root: Path) -> None:
-    write_records("bsdrd", {"image_auroc": (86.0, 87.0, 88.0), "aupro": (70.0, 70.0, 70.0)})
-    write_records("bsdrd", {"image_auroc": (80.0,), "aupro": (60.0,)}, here=True)
-    frame = results_table("bsdrd", "main", "paper")
+def test_intervals_of_differences_end_where_two_percentages_can_differ() -> None:
+    assert within("miou", -130.0, 120.0, differences=1) == (-100.0, 100.0)
+    assert within("miou", -130.0, 220.0, differences=2) == (-130.0, 200.0)  # of an order
+    assert within("latency_ms", -130.0, 120.0, differences=1) == (-130.0, 120.0)
+
+
+def test_results_table(toy: Project) -> None:
+    write(toy, "bsdrd", {"image_auroc": (86.0, 87.0, 88.0), "aupro": (70.0, 70.0, 70.0)})
+    write(toy, "bsdrd", {"image_auroc": (80.0,), "aupro": (60.0,)}, here=True)
+    frame = results_table("toy", "main", "paper")
     assert list(frame.index) == ["RD4AD", "BSDRD", "Another"]
     assert list(frame.columns) == [
-        *(("image AUROC", column) for column in ("paper", "recorded (paper)", "this run", "verdict")),
-        *(("AUPRO", column) for column in ("paper", "recorded (paper)", "this run")),  # nothing printed, no verdict
-        ("", "note"),
+        *(("image AUROC", column) for column in ("paper", "recorded", "this run", "verdict")),
+        *(("AUPRO", column) for column in ("paper", "recorded", "this run")),  # nothing printed, no verdict
+        *(("", column) for column in ("profile", "note")),
     ]
-    assert frame.loc["BSDRD"].tolist() == [
-        "–", "87.0 [84.5, 89.5] n=3", "80.0 n=1", "", "–", "70.0 [70.0, 70.0] n=3", "60.0 n=1", "",
-    ]  # fmt: skip
-    assert frame.loc["RD4AD"].tolist() == ["81.5", "–", "–", "not run yet", "–", "–", "–", "not run yet"]
-    assert frame.loc["Another"].tolist() == [
-        "97.7",
-        "–",
-        "–",
-        "",
-        "–",
-        "–",
-        "–",
-        "not run: code",
-    ]
-    assert "87.0 [84.5, 89.5] n=3" in report.styled(frame).to_html()
+    bsdrd = ["–", "87.0 [84.5, 89.5] n=3", "80.0 n=1", "", "–", "70.0 [70.0, 70.0] n=3", "60.0 n=1", "paper", ""]
+    assert frame.loc["BSDRD"].tolist() == bsdrd
+    assert frame.loc["RD4AD"].tolist() == ["81.5", "–", "–", "not run yet", "–", "–", "–", "–", "not run yet"]
+    assert frame.loc["Another"].tolist() == ["97.7", "–", "–", "", "–", "–", "–", "–", "not run: code"]
+    assert "87.0 [84.5, 89.5] n=3" in tables.styled(frame).to_html()
+    some = results_table("toy", "main", "paper", ["aupro"])
+    assert {title for title, _ in some.columns} == {"AUPRO", ""}
+    with pytest.raises(ValueError, match="toy has no table 'other': there is main"):
+        results_table("toy", "other", "paper")
 
 
 @pytest.mark.parametrize(
     ("values", "verdict"),
-    [((81.0, 81.4, 81.9), "agrees"), ((84.0, 84.2, 84.1), "above"), ((70.0, 70.2), "needs at least 3 seeds")],
+    [((81.0, 81.4, 81.9), "agrees"), ((84.0, 84.2, 84.1), "above"), ((70.0, 70.2), "2 seeds: no verdict")],
 )
-def test_printed_level_gets_a_verdict(root: Path, values: tuple[float, ...], verdict: str) -> None:
-    write_records("rd4ad", {"image_auroc": values, "aupro": values})
-    assert results_table("bsdrd", "main", "paper").loc["RD4AD", ("image AUROC", "verdict")] == verdict
+def test_printed_level_gets_a_verdict(toy: Project, values: tuple[float, ...], verdict: str) -> None:
+    write(toy, "rd4ad", {"image_auroc": values, "aupro": values})
+    assert results_table("toy", "main", "paper").loc["RD4AD", ("image AUROC", "verdict")] == verdict
 
 
-def test_near_100_the_interval_is_the_bootstrap_and_stays_below(root: Path) -> None:
-    write_records("rd4ad", {"image_auroc": (99.7, 100.0, 99.9), "aupro": (70.0, 70.0, 70.0)})
-    cell = results_table("bsdrd", "main", "paper").loc["RD4AD", ("image AUROC", "recorded (paper)")]
+def test_near_100_the_interval_is_the_bootstrap_and_stays_below(toy: Project) -> None:
+    write(toy, "rd4ad", {"image_auroc": (99.7, 100.0, 99.9), "aupro": (70.0, 70.0, 70.0)})
+    cell = results_table("toy", "main", "paper").loc["RD4AD", ("image AUROC", "recorded")]
     low, high = re.fullmatch(r"99\.9 \[([\d.]+), ([\d.]+)\]‡ n=3", cell).groups()
     assert float(low) <= 99.9 <= float(high) <= 100
 
 
-def test_records_from_other_data_are_not_compared(root: Path) -> None:
-    write_claims(root, claim("image"))
-    write_records("rd4ad", all_metrics(80))
-    write_records("bsdrd", all_metrics(86), prints={"data": "other", "weights": "w"})
-    assert verdicts() == {"image (primary)": "cannot be judged (records differ in data or weights)"}
-
-
-def test_results_table_of_some_metrics(root: Path) -> None:
-    frame = results_table("bsdrd", "main", "paper", ["aupro"])
-    assert {title for title, _ in frame.columns} == {"AUPRO", ""}
-
-
-def test_smoke_column_is_called_synthetic_and_recorded_runs_stay_beside_it(root: Path) -> None:
-    write_records("rd4ad", {"image_auroc": (50.0,), "aupro": (40.0,)}, "smoke", here=True)
-    write_records("rd4ad", {"image_auroc": (77.0,), "aupro": (66.0,)}, "quick")
-    frame = results_table("bsdrd", "main", "smoke")
+def test_smoke_column_is_called_synthetic_and_recorded_runs_stay_beside_it(toy: Project) -> None:
+    write(toy, "rd4ad", {"image_auroc": (50.0,), "aupro": (40.0,)}, "smoke", here=True)
+    write(toy, "rd4ad", {"image_auroc": (77.0,), "aupro": (66.0,)}, "quick")
+    frame = results_table("toy", "main", "smoke")
     assert frame.loc["RD4AD", ("image AUROC", "synthetic")] == "50.0 n=1"
-    assert frame.loc["RD4AD", ("image AUROC", "recorded (quick)")] == "77.0 n=1"
+    assert frame.loc["RD4AD", ("image AUROC", "recorded")] == "77.0 n=1"
     assert "this run" not in frame.columns.get_level_values(1)
-    html = report.styled(frame).to_html()
-    assert "#999" in html
-    write_records(
-        "rd4ad", {"image_auroc": (78.0,), "aupro": (67.0,)}, "paper"
-    )  # one profile a table: the best there is
-    frame = results_table("bsdrd", "main", "smoke")
-    assert frame.loc["RD4AD", ("image AUROC", "recorded (paper)")] == "78.0 n=1"
+    assert "#999" in tables.styled(frame).to_html()
 
 
-def test_profiles_are_not_mixed(root: Path) -> None:
-    write_records("rd4ad", {"image_auroc": (78.0,), "aupro": (67.0,)}, "paper")
-    frame = results_table("bsdrd", "main", "quick")
-    assert frame.loc["RD4AD", ("image AUROC", "recorded (quick)")] == "–"
+@pytest.mark.parametrize("profile", runs.PROFILES)
+def test_every_row_shows_the_best_profile_that_it_has_and_says_which(toy: Project, profile: str) -> None:
+    """One paper record does not empty the other rows."""
+    for name, level in (("rd4ad", 77.0), ("bsdrd", 79.0)):
+        write(toy, name, {"image_auroc": (level,), "aupro": (66.0,)}, "quick")
+    write(toy, "rd4ad", {"image_auroc": (82.0,), "aupro": (67.0,)}, "paper")
+    frame = results_table("toy", "main", profile)
+    shown = frame["image AUROC", "recorded"].tolist(), frame["", "profile"].tolist()
+    assert shown == (["82.0 n=1", "79.0 n=1", "–"], ["paper", "quick", "–"])
+    toy.write_claims(claim("gain"))
+    (one,) = toy.judged(profile)  # and a claim is judged at the best profile that all its rows have
+    assert (one.profile, one.difference.mean) == ("quick", 2.0)
+    write(toy, "bsdrd", {"image_auroc": (85.0,)}, "paper")
+    assert [(one.profile, one.difference.mean) for one in toy.judged(profile)] == [("paper", 3.0)]
 
 
-def test_unknown_table(root: Path) -> None:
-    with pytest.raises(ValueError, match="bsdrd has no table 'other': there is main"):
-        results_table("bsdrd", "other", "paper")
+def test_the_note_says_which_network_is_recorded_where_it_is_not_the_papers(toy: Project) -> None:
+    smaller = with_row(STUDY, "quick", "rd4ad", row("rd4ad", scale="n", size=192))
+    toy.use(with_row(smaller, "quick", "bsdrd", row("bsdrd", size=192)))
+    for name in ("rd4ad", "bsdrd"):
+        write(toy, name, {"image_auroc": (78.0,)}, "quick")
+    notes = results_table("toy", "main", "quick")["", "note"]
+    assert notes.tolist() == ["recorded: YOLOv5n, 192 px", "recorded: 192 px", "not run: code"]
+    write(toy, "rd4ad", {"image_auroc": (78.0,)}, "paper")
+    assert results_table("toy", "main", "quick").loc["RD4AD", ("", "note")] == ""
 
 
-def test_per_class_table(root: Path) -> None:
-    write_records("bsdrd", {"image_auroc": (86.0, 88.0)}, per_class=lambda seed, kind: 70.0 + seed + len(kind))
-    frame = per_class_table("bsdrd", ["bsdrd", "rd4ad"], "image_auroc", "paper")
+def test_per_class_table(toy: Project) -> None:
+    write(toy, "bsdrd", {"image_auroc": (86.0, 88.0)}, per_class=lambda seed, kind: 70.0 + seed + len(kind))
+    frame = per_class_table("toy", ["bsdrd", "rd4ad"], "image_auroc", "paper")
     assert list(frame.index) == ["bsdrd"]  # rd4ad has no record
-    assert list(frame.columns) == [*sorted(TYPES), "all"]
+    assert set(frame.columns) == {*TYPES, "all"}
     assert frame.loc["bsdrd", "fray"] == show([74.0, 75.0], "image_auroc")
     assert frame.loc["bsdrd", "all"] == show([86.0, 88.0], "image_auroc")
+
+
+def test_a_table_with_a_column_for_each_data_set(toy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(name: str, column: str, value: str, key: str) -> dict[str, str]:
+        status = "runnable" if key else "not run: code"
+        return {"row": name, "column": column, "metric": "image_auroc", "value": value, "key": key,
+                "status": status, "not_comparable": ""}  # fmt: skip
+
+    lines = [
+        line("Own", "tiles", "90.0", "bsdrd"),
+        line("Own", "nuts", "91.0", "rd4ad"),
+        line("Own", "average", "90.5", ""),
+        line("Other", "tiles", "80.0", ""),
+        line("Plain", "tiles", "", "patchcore"),
+    ]
+    monkeypatch.setattr(tables, "printed_table", lambda study_name, table: lines)
+    write(toy, "bsdrd", {"image_auroc": (88.0, 90.0, 92.0)})
+    frame = results_table("toy", "main", "paper")
+    assert list(frame.columns) == ["tiles", "nuts", "average", "verdict"]
+    assert list(frame.index) == ["Own: paper", "Own: recorded (paper)", "Other: paper", "Plain: paper"]
+    assert list(frame.loc["Own: paper"])[:3] == ["90.0", "91.0", "90.5"]
+    recorded = frame.loc["Own: recorded (paper)"]
+    assert recorded["tiles"].startswith("90.0 [") and recorded["nuts"] == "–"
+    assert recorded["verdict"] == "tiles: agrees; means: cannot be judged (1 of 2 data sets)"
+    assert frame["verdict"].tolist()[2:] == ["not run: code", "not run yet"]
 
 
 # --- Claims ----------------------------------------------------------------------------------------------------------
 
 
-def verdicts(profile: str = "paper") -> dict[str, str]:
-    frame = claims_table("bsdrd", profile)
-    return dict(zip(frame["claim"], frame[f"outcome ({shelf(profile, ROWS).recorded_profile})"], strict=True))
+def test_claims_without_runs(toy: Project) -> None:
+    assert claims_table("toy", "paper").empty
+    toy.write_claims(claim("sample_level"))
+    assert toy.verdicts() == {"sample_level": "not run yet: bsdrd, rd4ad"}
+    write(toy, "rd4ad", all_metrics(80))
+    (line,) = claims_table("toy", "paper").to_dict("records")
+    assert (line["claim"], line["outcome"]) == ("sample level (primary)", "not run yet: bsdrd")
+    assert [line[name] for name in ("difference", "n", "profile")] == ["–"] * 3
 
 
-def test_claims_without_runs(root: Path) -> None:
-    write_claims(root, claim("sample_level"))
-    assert verdicts() == {"sample level (primary)": "not run yet: bsdrd, rd4ad"}
-    write_records("rd4ad", all_metrics(80))
-    frame = claims_table("bsdrd", "paper")
-    assert frame["outcome (paper)"].tolist() == ["not run yet: bsdrd"]
-    assert frame["difference"].tolist() == ["–"]
-    assert frame["n"].tolist() == ["–"]
-
-
-def test_a_claim_about_rows_that_the_profile_leaves_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_claims(root, claim("sample_level"))
-    monkeypatch.setattr(bsdrd, "planned_seeds", lambda row, profile: int(row != "rd4ad"))
+def test_a_claim_about_rows_that_the_profile_leaves_out(toy: Project) -> None:
+    toy.write_claims(claim("sample_level"))
+    toy.use(with_row(STUDY, "paper", "rd4ad", replace(STUDY.rows["paper"]["rd4ad"], seeds=0)))
     said = "not run: time (rd4ad: not part of paper)"
-    assert verdicts() == {"sample level (primary)": said}
-    assert report.findings("bsdrd", "paper").splitlines()[0].endswith(said)
-    write_records("rd4ad", all_metrics(80))  # it can be run all the same
-    assert verdicts() == {"sample level (primary)": "not run yet: bsdrd"}
+    assert toy.verdicts() == {"sample_level": said}
+    assert findings("toy", "paper").splitlines()[0].endswith(said)
+    assert results_table("toy", "main", "paper").loc["RD4AD", ("", "note")] == "not run: time (not part of paper)"
+    write(toy, "rd4ad", all_metrics(80))  # it can be run all the same
+    assert toy.verdicts() == {"sample_level": "not run yet: bsdrd"}
 
 
-def test_no_claims_at_all(root: Path) -> None:
-    assert claims_table("bsdrd", "paper").empty
-
-
-def test_reconstruction_verdicts_with_three_seeds(root: Path) -> None:
-    write_claims(root, *(claim(metric, metric) for metric in METRICS))
-    write_records("rd4ad", all_metrics(80))
-    write_records("bsdrd", {"image_auroc": around(86), "pixel_auroc": around(80.1), "aupro": around(70)})
-    assert verdicts() == {
-        "image auroc (primary)": "supports",
-        "pixel auroc (primary)": "no evidence",
-        "aupro (primary)": "contradicts",
-    }
-    frame = claims_table("bsdrd", "paper").set_index("claim")
-    line = frame.loc["image auroc (primary)"]
-    assert line["compared"] == "bsdrd − rd4ad, image AUROC"
-    assert line["difference"] == "+6.0"
-    assert line["n"] == 3
+def test_reconstruction_verdicts_with_three_seeds(toy: Project) -> None:
+    toy.write_claims(*(claim(metric, metric) for metric in METRICS), claim("ablation", primary=False))
+    write(toy, "rd4ad", all_metrics(80))
+    write(toy, "bsdrd", {"image_auroc": around(86), "pixel_auroc": around(80.1), "aupro": around(70)})
+    expected = ("supports", "no evidence", "contradicts", "not primary: interval only")
+    assert tuple(toy.verdicts().values()) == expected
+    line = claims_table("toy", "paper").iloc[0]
+    assert (line["compared"], line["difference"], line["n"]) == ("bsdrd − rd4ad, image AUROC", "+6.0", 3)
     half = 2.776 * 0.5 * (2 / 3) ** 0.5  # t(0.975, 4), spread 0.5, two means of three
-    assert line["95 % over seeds"] == f"[{6 - half:+.1f}, {6 + half:+.1f}]"
-    assert frame.loc["aupro (primary)", "difference"] == "-10.0"
+    interval = f"[{6 - half:+.1f}, {6 + half:+.1f}]"
+    assert line["95 % over seeds"] == interval
+    said = findings("toy", "paper").splitlines()
+    assert said[0] == f"image auroc: bsdrd − rd4ad, image AUROC: +6.0 points, {interval} over 3 seeds: supports"
+    assert said[-1] == "cost: 6 recorded paper runs, 6.0 hours on one GPU"
 
 
-def test_printed_gain_gets_a_gains_verdict(root: Path) -> None:
-    write_claims(root, claim("near", printed=6.2), claim("far", printed=20.0), claim("little", printed=1.0))
-    write_records("rd4ad", all_metrics(80))
-    write_records("bsdrd", all_metrics(86))
-    assert list(verdicts().values()) == ["reproduced", "direction only", "larger than printed"]
+def test_printed_gain_gets_a_gains_verdict(toy: Project) -> None:
+    toy.write_claims(claim("near", printed=6.2), claim("far", printed=20.0), claim("little", printed=1.0))
+    write(toy, "rd4ad", all_metrics(80))
+    write(toy, "bsdrd", all_metrics(86))
+    assert list(toy.verdicts().values()) == ["reproduced", "direction only", "larger than printed"]
 
 
-def test_holm_takes_back_what_one_test_alone_would_give(root: Path) -> None:
+def test_holm_takes_back_what_one_test_alone_would_give(toy: Project) -> None:
     """p = 0.03 each: alone it supports, among three it does not."""
-    write_records("rd4ad", all_metrics(80, 1.0))
-    write_records("bsdrd", all_metrics(82.7, 1.0))
-    write_claims(root, claim("alone"))
-    assert verdicts() == {"alone (primary)": "supports"}
-    write_claims(root, *(claim(metric, metric) for metric in METRICS))
-    judged = judge_claims("bsdrd", shelf("paper", ROWS))
-    assert all(m.difference.low > 0 and 0.017 < m.difference.p < 0.05 for m in judged)
-    assert [m.verdict for m in judged] == ["no evidence"] * 3
-    # claims that are not primary are not counted
-    write_claims(root, claim("alone"), *(claim(f"{metric} too", metric, primary=False) for metric in METRICS))
-    assert verdicts()["alone (primary)"] == "supports"
+    write(toy, "rd4ad", all_metrics(80, 1.0))
+    write(toy, "bsdrd", all_metrics(82.7, 1.0))
+    toy.write_claims(claim("alone"), *(claim(f"{metric} too", metric, primary=False) for metric in METRICS))
+    assert toy.verdicts()["alone"] == "supports"  # claims that are not primary are not counted
+    toy.write_claims(*(claim(metric, metric) for metric in METRICS))
+    assert all(m.difference.low > 0 and 0.017 < m.difference.p < 0.05 for m in toy.judged())
+    assert [m.verdict for m in toy.judged()] == ["no evidence"] * 3
 
 
-def test_claims_that_are_not_primary_get_no_verdict(root: Path) -> None:
-    write_claims(root, claim("ablation", primary=False))
-    write_records("rd4ad", all_metrics(80))
-    write_records("bsdrd", all_metrics(86))
-    assert verdicts() == {"ablation": "+  (not primary: interval only)"}
+@pytest.mark.parametrize("profile", ["quick", "paper"])
+@pytest.mark.parametrize("primary", [True, False])
+def test_one_seed_has_one_rule(toy: Project, profile: str, primary: bool) -> None:
+    """The difference, its interval over test images, none over the seeds of other rows, and no verdict."""
+    toy.write_claims(claim("gain", primary=primary))
+    write(toy, "rd4ad", {"image_auroc": (80.0, 80.1, 79.9)}, profile)
+    write(toy, "bsdrd", {"image_auroc": (86.0,)}, profile)
+    line = claims_table("toy", profile).iloc[0]
+    assert (line["difference"], line["95 % over seeds"], line["n"]) == ("+6.0", "–", 1)
+    assert line["95 % over images"].startswith("[") and line["outcome"] == "one seed: no verdict"
+    if primary:
+        said = f"gain: bsdrd − rd4ad, image AUROC: +6.0 points, {line['95 % over images']} over test images"
+        assert findings("toy", profile).splitlines()[0] == f"{said}: one seed: no verdict"
 
 
-def test_two_seeds_get_no_verdict(root: Path) -> None:
-    write_claims(root, claim("sample_level"))
-    write_records("rd4ad", {"image_auroc": (80.0, 80.1, 79.9)})
-    write_records("bsdrd", {"image_auroc": (86.0, 86.1)})
-    assert verdicts() == {"sample level (primary)": "+  (needs at least 3 seeds)"}
+def test_few_seeds_quick_and_synthetic_runs_get_no_verdict(toy: Project) -> None:
+    toy.write_claims(claim("gain"))
+    for name, mean in (("rd4ad", 80), ("bsdrd", 86)):
+        write(toy, name, all_metrics(mean), "smoke", here=True)
+    assert toy.verdicts("smoke") == {"gain": "not run yet: bsdrd, rd4ad"}  # recorded runs alone are judged
+    for name, mean in (("rd4ad", 80), ("bsdrd", 86)):
+        write(toy, name, all_metrics(mean), "quick")
+    assert toy.verdicts("quick") == {"gain": "no verdict: quick profile"}
+    write(toy, "rd4ad", {"image_auroc": (80.0, 80.1, 79.9)})
+    write(toy, "bsdrd", {"image_auroc": (86.0, 86.1)})
+    assert toy.verdicts() == {"gain": "2 seeds: no verdict"}
 
 
-@pytest.mark.parametrize(("mean", "sign"), [(86.0, "+"), (80.1, "0"), (74.0, "−")])
-def test_quick_gives_a_direction_only(root: Path, mean: float, sign: str) -> None:
-    write_claims(root, claim("sample_level"))
-    write_records("rd4ad", all_metrics(80), "quick")
-    write_records("bsdrd", all_metrics(mean), "quick")
-    assert verdicts("quick") == {"sample level (primary)": f"{sign}  (quick runs show a direction only)"}
-
-
-def test_one_seed_each_has_no_interval(root: Path) -> None:
-    write_claims(root, claim("sample_level"))
-    write_records("rd4ad", {"image_auroc": (80.0,)}, "quick")
-    write_records("bsdrd", {"image_auroc": (86.0,)}, "quick")
-    frame = claims_table("bsdrd", "quick")
-    assert frame["95 % over seeds"].tolist() == ["–"]
-    assert frame["outcome (quick)"].tolist() == ["+  (quick runs show a direction only)"]
-
-
-def test_synthetic_runs_are_never_judged(root: Path) -> None:
-    write_claims(root, claim("sample_level"))
-    write_records("rd4ad", all_metrics(80), "smoke", here=True)
-    write_records("bsdrd", all_metrics(86), "smoke", here=True)
-    assert verdicts("smoke") == {"sample level (primary)": "not run yet: bsdrd, rd4ad"}  # the recorded column is empty
-
-
-def test_order_claims_compare_the_gain_at_some_types(root: Path) -> None:
+def test_order_claims_say_that_they_are_differences_of_differences(toy: Project) -> None:
     """bsdrd gains 6 at cracks and nothing elsewhere: 6 less the mean gain of 2."""
-    write_claims(root, claim("small", kind="order", types=["crack"], primary=False), claim("all"))
-    write_records("rd4ad", all_metrics(80), per_class=lambda seed, kind: 80.0 + seed)
-    write_records("bsdrd", all_metrics(82), per_class=lambda seed, kind: 80.0 + seed + 6 * (kind == "crack"))
-    judged = judge_claims("bsdrd", shelf("paper", ROWS))[0]
-    assert judged.difference.mean == pytest.approx(6 - 2)
-    assert judged.images.low <= judged.images.mean <= judged.images.high
-    line = claims_table("bsdrd", "paper").iloc[0]
-    assert line["compared"] == "bsdrd − rd4ad, image AUROC at crack"
-    assert line["difference"] == "+4.0"
+    toy.write_claims(claim("small", kind="order", types=["crack"]))
+    write(toy, "rd4ad", all_metrics(80), per_class=lambda seed, kind: 80.0 + seed)
+    write(toy, "bsdrd", all_metrics(82), per_class=lambda seed, kind: 80.0 + seed + 6 * (kind == "crack"))
+    (one,) = toy.judged()
+    assert one.difference.mean == pytest.approx(6 - 2)
+    assert one.images.low <= one.images.mean <= one.images.high
+    compared = "bsdrd − rd4ad, image AUROC: gain at crack minus mean gain"
+    line = claims_table("toy", "paper").iloc[0]
+    assert (line["compared"], line["difference"]) == (compared, "+4.0")
+    assert f"small: {compared}: +4.0 points" in findings("toy", "paper")
+    assert f"| {compared} | +4.0 |" in page.verdicts_markdown() and f"| {compared} |" in page.tables_markdown("toy")
 
 
-def test_order_claim_about_a_type_that_is_not_there(root: Path) -> None:
-    write_claims(root, claim("small", kind="order", types=["crack", "rust"]))
-    write_records("rd4ad", all_metrics(80))
-    write_records("bsdrd", all_metrics(82))
-    with pytest.raises(ValueError, match=r"claim 'small' names defect types that .* lacks: \['rust'\]"):
-        claims_table("bsdrd", "paper")
+@pytest.mark.parametrize(
+    ("one", "more", "why"),
+    [
+        (claim("small", kind="order", types=["crack", "rust"]), {}, r"claim 'small' names .* lacks: \['rust'\]"),
+        (claim("image"), {"images": "another"}, "'image': the records were not tested on the same images"),
+    ],
+)
+def test_claims_that_contradict_their_records(toy: Project, one: dict, more: dict, why: str) -> None:
+    toy.write_claims(one)
+    write(toy, "rd4ad", all_metrics(80))
+    write(toy, "bsdrd", all_metrics(82), **more)
+    with pytest.raises(ValueError, match=why):
+        claims_table("toy", "paper")
 
 
-def test_bootstrap_over_images_is_paired_and_reads_the_arrays(root: Path) -> None:
-    write_claims(root, claim("image"), claim("pixel", "aupro"))
-    write_records("rd4ad", all_metrics(80))
-    write_records("bsdrd", all_metrics(86))
-    image, pixel = judge_claims("bsdrd", shelf("paper", ROWS))
-    books = shelf("paper", ROWS)
-    means = []
-    for row in ("bsdrd", "rd4ad"):
-        arrays = [r.arrays for r in books.of(bsdrd, row)[0]]
+def test_rows_are_compared_where_their_data_and_weights_agree(toy: Project) -> None:
+    toy.write_claims(claim("gain"))
+    write(toy, "rd4ad", all_metrics(80))
+    write(toy, "bsdrd", all_metrics(86), prints=PRINTS | {"masks": "m"})  # a row may need more
+    assert toy.verdicts() == {"gain": "supports"}
+    for path in runs.recorded_dir().iterdir():
+        path.unlink()
+    write(toy, "rd4ad", all_metrics(80))
+    write(toy, "bsdrd", all_metrics(86), prints={"data": "other", "weights": "w"})
+    assert toy.verdicts() == {"gain": "cannot be judged (records differ in data or weights)"}
+
+
+def test_bootstrap_over_images_is_paired_and_reads_the_arrays(toy: Project) -> None:
+    toy.write_claims(claim("image"), claim("pixel", "aupro"))
+    write(toy, "rd4ad", all_metrics(80))
+    write(toy, "bsdrd", all_metrics(86))
+    image, pixel = toy.judged()
+    store, means = tables.record_store("paper"), []
+    for name in ("bsdrd", "rd4ad"):
+        arrays = [record.arrays for record in store.recorded_of(STUDY, name)[0]]
         pairs = [(a["scores"][6:, None] > a["scores"][None, :6]).mean() for a in arrays]  # AUROC by its definition
         means.append(100 * np.mean(pairs))
     assert image.images.mean == pytest.approx(means[0] - means[1])
-    assert image.images.low <= image.images.mean <= image.images.high
-    assert image.images.low < image.images.high
+    assert image.images.low <= image.images.mean <= image.images.high and image.images.low < image.images.high
     assert (pixel.images.mean, pixel.images.low, pixel.images.high) == (0, 0, 0)  # equal maps under equal weights
-    histogram = {k.removeprefix("histogram_"): v for k, v in arrays[0].items() if k.startswith("histogram_")}
-    assert np.isfinite(metrics_from_histograms(histogram)["aupro"])
-
-
-def test_records_of_other_test_images_are_not_compared(root: Path) -> None:
-    write_claims(root, claim("image"))
-    write_records("rd4ad", all_metrics(80))
-    write_records("bsdrd", all_metrics(86), names="another")
-    with pytest.raises(ValueError, match="'image': the records were not tested on the same images"):
-        claims_table("bsdrd", "paper")
 
 
 # --- This run against the record -------------------------------------------------------------------------------------
@@ -380,52 +363,31 @@ def test_records_of_other_test_images_are_not_compared(root: Path) -> None:
 @pytest.mark.parametrize(
     ("recorded", "here", "words"),
     [
-        ((80.0, 81.0, 82.0), (82.9,), "image AUROC agrees with the record: off by 1.90, allowed 2.00"),
-        ((80.0, 81.0, 82.0), (83.1,), "image AUROC does NOT agree with the record: off by 2.10, allowed 2.00"),
+        ((80.0, 81.0, 82.0), (82.9,), "rd4ad: image AUROC agrees with the record: off by 1.90, allowed 2.00 points"),
+        ((80.0, 81.0, 82.0), (83.1,), "rd4ad: image AUROC does NOT agree with the record: off by 2.10, allowed 2.00"),
         ((80.0,), (80.4,), "agrees with the record: off by 0.40, allowed 0.50"),
         ((80.0,), (79.4,), "does NOT agree with the record: off by 0.60, allowed 0.50"),
     ],
 )
-def test_agreement(root: Path, recorded: tuple[float, ...], here: tuple[float, ...], words: str) -> None:
-    write_records("rd4ad", {"image_auroc": recorded})
-    write_records("rd4ad", {"image_auroc": here}, here=True)
-    assert words in agreement("bsdrd", "rd4ad", "image_auroc", "paper")
+def test_agreement(toy: Project, recorded: tuple[float, ...], here: tuple[float, ...], words: str) -> None:
+    compare = partial(agreement, "toy", "rd4ad", "image_auroc", "paper")
+    write(toy, "rd4ad", {"image_auroc": recorded})
+    assert compare() == ""  # nothing to compare
+    write(toy, "rd4ad", {"image_auroc": here}, here=True)
+    assert words in compare()
 
 
-def test_agreement_with_nothing_to_compare(root: Path) -> None:
-    write_records("rd4ad", {"image_auroc": (80.0,)})
-    text = agreement("bsdrd", "rd4ad", "image_auroc", "paper")
-    assert text == "rd4ad: nothing to compare (this run: 0, recorded: 1, profile paper)"
+# --- Generated files -------------------------------------------------------------------------------------------------
 
 
-def test_a_table_with_a_column_a_data_set(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def line(row: str, column: str, value: str, key: str) -> dict[str, str]:
-        status = "runnable" if key else "not run: code"
-        return {"row": row, "column": column, "metric": "image_auroc", "unit": "%", "value": value, "key": key,
-                "higher_is_better": "true", "status": status, "not_comparable": "", "source": "made up"}  # fmt: skip
+def test_what_is_written_into_the_readme_meanwhile_is_kept(toy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = toy.root / "README.md"
+    readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
 
-    lines = [
-        line("Ours", "tiles", "90.0", "bsdrd"),
-        line("Ours", "nuts", "91.0", "rd4ad"),
-        line("Ours", "average", "90.5", ""),
-        line("Theirs", "tiles", "80.0", ""),
-        line("Plain", "tiles", "", "patchcore"),
-    ]
-    monkeypatch.setattr(report, "printed_table", lambda study_name, table: lines)
-    write_records("bsdrd", {"image_auroc": (88.0, 90.0, 92.0)})
-    frame = results_table("bsdrd", "main", "paper")
-    assert list(frame.columns) == ["tiles", "nuts", "average", "verdict"]
-    assert list(frame.index) == ["Ours: paper", "Ours: recorded (paper)", "Theirs: paper", "Plain: paper"]
-    assert list(frame.loc["Ours: paper"])[:3] == ["90.0", "91.0", "90.5"]
-    assert frame.loc["Ours: recorded (paper)", "tiles"].startswith("90.0 [")
-    assert frame.loc["Ours: recorded (paper)", "nuts"] == "–"
-    assert frame.loc["Ours: recorded (paper)", "verdict"] == "tiles: agrees; means: cannot be judged (1 of 2 data sets)"
-    assert frame.loc["Theirs: paper", "verdict"] == "not run: code"
-    assert frame.loc["Plain: paper", "verdict"] == "not run yet"
+    def verdicts() -> str:
+        readme.write_text(readme.read_text().replace("before", "edited"))
+        return "new"
 
-
-def test_a_row_that_needs_more_is_compared_where_data_and_weights_agree(root: Path) -> None:
-    write_claims(root, claim("image"))
-    write_records("rd4ad", all_metrics(80))
-    write_records("bsdrd", all_metrics(86), prints={"data": "d", "weights": "w", "masks": "m"})
-    assert not verdicts()["image (primary)"].startswith("cannot be judged")
+    monkeypatch.setattr(page, "verdicts_markdown", verdicts)
+    assert readme in page.update_generated()
+    assert readme.read_text() == f"edited\n{page.BEGIN}\n\nnew\n\n{page.END}\nafter\n"

@@ -1,7 +1,6 @@
 """Intervals and tests against scipy and scikit-learn; each verdict by a hand-worked case."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from defectlab.metrics.ranking import auroc, average_precision, f1_max, overlap
 from defectlab.verdicts.stats import (
     Difference,
     Interval,
-    direction,
     holm,
     judge_gain,
     judge_level,
@@ -28,13 +26,13 @@ def interval(low, high):
     return Interval((low + high) / 2, low, high, 5)
 
 
-# ---------------------------------------------------------------------------------------------- between seeds
+# --- Between seeds ---------------------------------------------------------------------------------------------------
 
 
 def test_mean_interval():
     values = [96.1, 97.0, 95.4, 96.6]
-    result = mean_interval(values, 0.9)
-    low, high = distributions.t.interval(0.9, 3, np.mean(values), distributions.sem(values))
+    result = mean_interval(values)
+    low, high = distributions.t.interval(0.95, 3, np.mean(values), distributions.sem(values))
     assert (result.low, result.high) == pytest.approx((low, high))
     assert (result.mean, result.n) == (pytest.approx(96.275), 4)
     # By hand: 1, 2, 3 has s = 1, and the 97.5 % point of t with 2 degrees of freedom is 4.3027.
@@ -48,15 +46,13 @@ def test_one_seed_has_no_interval():
     assert math.isnan(mean_interval([90.0, math.nan]).low)
     with pytest.raises(ValueError, match="values is empty"):
         mean_interval([])
-    with pytest.raises(ValueError, match="confidence"):
-        mean_interval([1, 2], confidence=95)
 
 
 def test_pooled_difference_of_two_rows_is_the_t_test():
     a, b = [3.1, 4.0, 3.6], [2.0, 2.9, 2.2, 3.0]
-    result = pooled_difference(a, b, [a, b], confidence=0.9)
+    result = pooled_difference(a, b, [a, b])
     expected = distributions.ttest_ind(a, b, equal_var=True)
-    low, high = expected.confidence_interval(0.9)
+    low, high = expected.confidence_interval(0.95)
     assert (result.low, result.high) == pytest.approx((low, high))
     assert result.p == pytest.approx(expected.pvalue)
     assert (result.mean, result.df) == (pytest.approx(np.mean(a) - np.mean(b)), 5)
@@ -98,7 +94,7 @@ def test_holm_by_hand():
             holm(broken)
 
 
-# --------------------------------------------------------------------------------------------- between images
+# --- Between images --------------------------------------------------------------------------------------------------
 
 
 def scored_images(seed=0, count=200, levels=None):
@@ -148,12 +144,8 @@ def test_overlap_by_hand():
     assert overlap([5.0, 5.0], [5.0]) == 1.0  # no range at all
 
 
-def test_overlap_of_two_normals_is_close_to_theory():
-    # Two normal densities of spread 1, a distance d apart, share 2 Phi(-d / 2).
-    generator = np.random.default_rng(0)
-    a, b = generator.normal(size=100_000), 2 + generator.normal(size=100_000)
-    assert overlap(a, b) == pytest.approx(2 * distributions.norm.cdf(-1), abs=0.01)
-    # One distribution, but small samples: the docstring's 0.73.
+def test_overlap_of_small_samples_of_one_distribution():
+    generator = np.random.default_rng(0)  # the docstring's 0.73
     few = [overlap(generator.normal(size=22), generator.normal(size=93)) for _ in range(200)]
     assert np.mean(few) == pytest.approx(0.73, abs=0.02)
 
@@ -182,27 +174,16 @@ def test_bootstrap_of_a_mean_is_close_to_theory():
 
 
 def test_bootstrap_covers():
-    """Of 200 samples of 40, the 90 % interval holds the true mean 0 in about 180 (too few by chance: <
-    1e-4)."""
+    """Of 200 samples of 40, the 95 % interval holds the true mean 0 in about 188 (fewer than 176 by chance: < 1e-4)."""
     generator = np.random.default_rng(4)
     hits = 0
     for trial in range(200):
         values = generator.normal(size=40)
         result = paired_bootstrap(
-            lambda weights, values=values: float(weights @ values / 40), 40, repeats=200, seed=trial, confidence=0.9
+            lambda weights, values=values: float(weights @ values / 40), 40, repeats=200, seed=trial
         )
         hits += result.low <= 0 <= result.high
-    assert 160 <= hits <= 196
-
-
-def test_bootstrap_is_a_function_of_its_seed():
-    scores, labels, _ = scored_images()
-
-    def run(seed):
-        return paired_bootstrap(lambda w: auroc(scores, labels, w), 200, labels, repeats=50, seed=seed)
-
-    assert run(1) == run(1)
-    assert run(1).low != run(2).low
+    assert 176 <= hits <= 199
 
 
 def test_strata_keep_their_sizes():
@@ -240,14 +221,7 @@ def test_bootstrap_edges():
         paired_bootstrap(lambda weights: 0.0, 3, [0, 1])
 
 
-def test_bootstrap_speed():
-    scores, labels, _ = scored_images(count=583)
-    start = time.process_time()
-    paired_bootstrap(lambda w: auroc(scores, labels, w), 583, labels)
-    assert time.process_time() - start < 2
-
-
-# --------------------------------------------------------------------------------------------------- verdicts
+# --- Verdicts --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,10 +281,6 @@ def test_meaningless_verdicts_are_errors():
     for printed in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="printed gain must be positive"):
             judge_gain(interval(1, 2), printed)
-    with pytest.raises(ValueError, match="printed number must be finite"):
-        judge_level(interval(1, 2), math.nan)
-    with pytest.raises(ValueError, match="adjusted_p"):
-        judge_gain(interval(1, 2), 1.0, adjusted_p=2)
     one_seed = mean_interval([1.0])
     for judge in (lambda: judge_gain(one_seed, 1.0), lambda: judge_level(one_seed, 1.0)):
         with pytest.raises(ValueError, match="needs more seeds"):
@@ -318,30 +288,15 @@ def test_meaningless_verdicts_are_errors():
 
 
 @pytest.mark.parametrize(
-    ("mean", "low", "high", "sign"),
+    ("n", "profile", "why"),
     [
-        (1.0, 0.1, 1.9, "+"),
-        (1.0, 0.0, 2.0, "0"),
-        (-1.0, -1.9, -0.1, "−"),
-        (0.3, 0.1, 0.5, "+"),  # with an interval, small differences have a direction too
-        (0.49, math.nan, math.nan, "0"),
-        (0.5, math.nan, math.nan, "+"),
-        (-0.5, math.nan, math.nan, "−"),
+        (1, "paper", "one seed: no verdict"),
+        (1, "quick", "one seed: no verdict"),  # one rule, whatever the profile
+        (2, "paper", "2 seeds: no verdict"),
+        (3, "paper", None),
+        (5, "quick", "no verdict: quick profile"),
+        (1, "smoke", "no verdict: synthetic data"),
     ],
 )
-def test_direction(mean, low, high, sign):
-    assert direction(Difference(mean, low, high, math.nan, 0)) == sign
-
-
-def test_direction_of_nan():
-    with pytest.raises(ValueError, match="no direction"):
-        direction(Difference(math.nan, math.nan, math.nan, math.nan, 0))
-
-
-def test_who_gets_a_verdict():
-    assert verdict_allowed(3, "paper") is None
-    assert verdict_allowed(2, "paper") == "needs at least 3 seeds"
-    assert verdict_allowed(5, "quick") == "quick runs show a direction only"
-    assert verdict_allowed(5, "smoke") == "synthetic data get no verdict"
-    with pytest.raises(ValueError, match="unknown profile 'full'"):
-        verdict_allowed(3, "full")
+def test_who_gets_a_verdict(n, profile, why):
+    assert verdict_allowed(n, profile) == why

@@ -104,25 +104,24 @@ def bootstrap_difference(a: list[Record], b: list[Record], claim: Claim) -> stat
 # --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def judge(claims: list[Claim], found: Found, unplanned: Mapping[str, Collection[str]]) -> list[Judged]:
+def judge(claims: list[Claim], found: Found, profile: str, unplanned: Collection[str] = ()) -> list[Judged]:
     """Every claim, from `found`, at the best profile that has records of all its rows.
 
-    `unplanned`: profile -> rows that it leaves out; the last profile's are named where a claim has no records.
+    A claim that has no records says what `profile` lacks; `unplanned` are the rows that this one leaves out.
     """
     measured = []
     for claim in claims:
         sides = [claim["a"], claim["b"]] if "b" in claim else [claim["a"]]
-        profile = next((p for p, rows in found.items() if all(rows.get(side) for side in sides)), None)
-        if profile is None:
-            last = list(found)[-1]
-            lacking = [side for side in sides if not found[last].get(side)]
-            left_out = [side for side in lacking if side in unplanned[last]]
-            why = f"not run: time ({', '.join(left_out)}: not part of {last})" if left_out else ""
+        best = next((p for p, rows in found.items() if all(rows.get(side) for side in sides)), None)
+        if best is None:
+            lacking = [side for side in sides if not found[profile].get(side)]
+            left_out = [side for side in lacking if side in unplanned]
+            why = f"not run: time ({', '.join(left_out)}: not part of {profile})" if left_out else ""
             measured.append(Judged(claim, 0, why or f"not run yet: {', '.join(lacking)}"))
         elif claim["kind"] == "bound":
-            measured.append(_bound(claim, [found[profile][side] for side in sides], profile, found))
+            measured.append(_bound(claim, [found[best][side] for side in sides], best, found))
         else:
-            measured.append(_gain(claim, found[profile], profile))
+            measured.append(_gain(claim, found[best], best))
     return _with_verdicts(measured)
 
 

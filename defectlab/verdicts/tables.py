@@ -20,6 +20,7 @@ from defectlab.studies import Study, study
 from defectlab.verdicts import claims, stats
 from defectlab.verdicts.measured import BOOTSTRAPPED, COSTS, METRIC_NAMES, bootstrap_level, value_of, within, written
 
+BEST_FIRST = ("paper", "quick")  # the profiles of committed records
 NEAR_100 = 98.0  # per cent: from here on seeds say less than images
 
 
@@ -34,7 +35,7 @@ class RecordStore:
 
     def recorded_of(self, study: Study, name: str) -> tuple[list[Record], str]:
         """The committed records of a row at the best profile that it has, paper before quick, and that profile."""
-        for profile in ("paper", "quick"):
+        for profile in BEST_FIRST:
             row = study.rows[profile].get(name)
             found = runs.find(self.recorded, row.settings, profile) if row else []
             if found:
@@ -254,11 +255,10 @@ def per_class_table(study_name: str, keys: list[str], metric: str, profile: str)
 
 def judge_claims(study_name: str, store: RecordStore) -> list[claims.Judged]:
     """Every claim of a study, from the recorded runs."""
-    rows = study(study_name).rows
-    profiles = sorted(("paper", "quick"), key=lambda profile: profile == store.shown_profile)
-    found = {p: {n: runs.find(store.recorded, row.settings, p) for n, row in rows[p].items()} for p in profiles}
-    unplanned = {p: [name for name, row in rows[p].items() if not row.seeds] for p in profiles}
-    return claims.judge(claims.claims_of(study_name), found, unplanned)
+    rows, shown = study(study_name).rows, store.shown_profile
+    found = {p: {n: runs.find(store.recorded, row.settings, p) for n, row in rows[p].items()} for p in BEST_FIRST}
+    unplanned = [name for name, row in rows[shown].items() if not row.seeds]
+    return claims.judge(claims.claims_of(study_name), found, shown, unplanned)
 
 
 def _intervals(judged: claims.Judged) -> tuple[str, str]:
