@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy_runs import quiet
 
 from defectlab.data.augment import Augmentation, augment, plain
 from defectlab.data.instances import load_instances, move_instances
@@ -17,13 +18,12 @@ from defectlab.networks.yolo.losses import AnchorBasedLoss, detection_loss
 from defectlab.networks.yolo.masks import MASK_GAIN, InstanceMaps, add_masks, mask_terms, with_masks
 from defectlab.networks.yolo.model import ANCHORS, Detector
 from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.runs import Session
 from defectlab.training import instances
 from defectlab.training.detector import train_detector
 from defectlab.training.instances import (
     evaluate_instances,
+    instance_ground_truth,
     instance_metrics,
-    instance_truths,
     predict_instances,
     right_masks,
     score,
@@ -262,8 +262,10 @@ def test_a_mask_by_hand():
 
 
 def test_perfect_prediction_gives_100(data):
-    found = [truth | {"scores": torch.linspace(0.9, 0.5, len(truth["labels"]))} for truth in instance_truths(data.test)]
-    scored = score(found, instance_truths(data.test), data.class_names)
+    found = [
+        truth | {"scores": torch.linspace(0.9, 0.5, len(truth["labels"]))} for truth in instance_ground_truth(data.test)
+    ]
+    scored = score(found, instance_ground_truth(data.test), data.class_names)
     metrics, per_class = instance_metrics(scored, data.class_names, 0.1)
     names = ("map50", "map50_95", "mask_map50", "mask_map50_95", "precision_dev", "recall_dev")
     assert [metrics[name] for name in names] == pytest.approx([100] * 6)
@@ -275,7 +277,7 @@ def test_perfect_prediction_gives_100(data):
 
 def test_right_boxes_with_wrong_masks(data):
     """The first picture's masks are emptied: boxes stay perfect, masks lose just these."""
-    truths = list(instance_truths(data.test))
+    truths = list(instance_ground_truth(data.test))
     found = [truth | {"scores": torch.ones(len(truth["labels"]))} for truth in truths]
     found[0] = found[0] | {"masks": torch.zeros_like(found[0]["masks"])}
     lost, total = len(truths[0]["labels"]), sum(len(truth["labels"]) for truth in truths)
@@ -284,7 +286,7 @@ def test_right_boxes_with_wrong_masks(data):
     assert metrics["mask_precision_dev"] == metrics["mask_recall_dev"] == pytest.approx(100 * (total - lost) / total)
     assert metrics["mask_map50"] < 99
     empty = [{**truth, "labels": truth["labels"][:0], "boxes": truth["boxes"][:0]} for truth in truths]
-    with pytest.raises(ValueError, match="no truth"):
+    with pytest.raises(ValueError, match="no ground truth"):
         instance_metrics(score(found, [t | {"masks": t["masks"][:0]} for t in empty], CLASSES), CLASSES, 0.5)
 
 
@@ -328,7 +330,7 @@ def test_packed_masks_give_the_average_precision_again():
         found.append({"boxes": box.repeat(8, 1), "labels": torch.cat([labels, labels[:3]]), "masks": moved})
         found[-1]["scores"] = scores.half().float()  # as a record holds them
     scored = score(found, truths, CLASSES[:2])
-    arrays = pack(scored.found, scored.truths, [str(i) for i in range(24)], CLASSES[:2], scored.right)
+    arrays = pack(scored.found, scored.ground_truth, [str(i) for i in range(24)], CLASSES[:2], scored.right)
     assert arrays["mask_right"].dtype == np.uint16
     weights = np.ones(24)
     for metric in ("mask_map50", "mask_map50_95"):
@@ -357,7 +359,7 @@ def test_it_learns_and_is_evaluated(data):
         terms = criterion(output.raw, batch.boxes, batch.labels)
         return add_masks(terms, criterion, output, batch.boxes, batch.labels, maps)
 
-    average, trained = train_detector(detector, loss, data.train, settings, 0, Session(say=lambda line: None))
+    average, trained = train_detector(detector, loss, data.train, settings, 0, quiet())
     assert trained.curve["mask"][-1] < trained.curve["mask"][0] < 0.8
     result = evaluate_instances(average, data)
     names = {"map50", "map50_95", "mask_map50", "mask_map50_95", "recall_dev", "mask_recall_dev"}
