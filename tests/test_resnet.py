@@ -98,17 +98,20 @@ def test_random_teacher_is_the_same_each_time_and_leaves_all_generators_alone(
     assert fingerprint(again) == fingerprint(random_teacher) == first
 
 
-def test_missing_weights_name_the_variable_and_the_file(empty_machine: Path) -> None:
-    with pytest.raises(WeightsError, match="DEFECTLAB_WEIGHTS") as caught:
-        load_teacher("resnet18")
-    assert "resnet18.safetensors" in str(caught.value)
-    assert "resnet18-f37072fd.pth" in str(caught.value)  # where torchvision itself would put them
-
-
-def test_unknown_teacher() -> None:
-    for name in ("vgg16", "vgg16_random"):
-        with pytest.raises(WeightsError, match=rf"unknown teacher '{name}'.*resnet18.*wide_resnet50_2"):
-            load_teacher(name)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "resnet18",
+            r"put resnet18\.safetensors .*DEFECTLAB_WEIGHTS.*resnet18-f37072fd\.pth",
+        ),  # torchvision's own place
+        ("vgg16", "unknown teacher 'vgg16'.*resnet18.*wide_resnet50_2"),
+        ("vgg16_random", "unknown teacher 'vgg16_random'"),
+    ],
+)
+def test_weights_that_are_not_there(empty_machine: Path, name: str, message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        load_teacher(name)
 
 
 def test_safetensors_of_the_weights_folder_are_used(empty_machine: Path, random_teacher: Teacher) -> None:
