@@ -11,19 +11,19 @@ public address serves is not pinned: it was never fetched for this study, and Gi
 
 import sys
 
-from defectlab.data import fetch as store
+from defectlab.data import fetch
 
 COMMIT = "cc4eb530b57b9cb7225bf76023873043ffd50655"  # 2020-05-09
 SIZE = 55_000_000  # about
 
-DATASET = store.DataSet(
+DATASET = fetch.DataSet(
     name="magnetic tiles",
     folder="magnetic_tile",
     command="python data_scripts/magnetic_tile.py",
     members=r"(?:.*/)?(?P<path>MT_(?:Blowhole|Break|Crack|Fray|Free|Uneven)/Imgs/(?!\.)[^/]+\.(?:jpg|png))",
     sources=(  # the dot at the end of the repository's name belongs to it
-        store.Source(f"https://codeload.github.com/abin24/Magnetic-tile-defect-datasets./zip/{COMMIT}", size=SIZE),
-        store.Source(f"https://github.com/abin24/Magnetic-tile-defect-datasets./archive/{COMMIT}.zip", size=SIZE),
+        fetch.Source(f"https://codeload.github.com/abin24/Magnetic-tile-defect-datasets./zip/{COMMIT}", size=SIZE),
+        fetch.Source(f"https://github.com/abin24/Magnetic-tile-defect-datasets./archive/{COMMIT}.zip", size=SIZE),
     ),
     page="https://github.com/abin24/Magnetic-tile-defect-datasets.",
     licence='none stated; the authors write "It is welcomed to use our dataset" and ask to be cited',
@@ -35,7 +35,7 @@ DATASET = store.DataSet(
 
 
 def main(argv: list[str] | None = None) -> int:
-    return store.main(DATASET, argv, __doc__)
+    return fetch.main(DATASET, argv, __doc__)
 
 
 if __name__ == "__main__":

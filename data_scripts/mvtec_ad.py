@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from defectlab.data import fetch as store
+from defectlab.data import fetch
 from defectlab.files import DataError
 
 # category: (train good, test good, test anomalous, image side, share and file of its archive). The counts and sides
@@ -67,17 +67,17 @@ def _check(folder: Path, category: str) -> str:
         raise DataError(f"{train[0].name} of the archive cannot be read ({error}): fetch it again") from error
 
 
-def dataset(category: str) -> store.DataSet:
+def dataset(category: str) -> fetch.DataSet:
     """The description of one of the 15 categories."""
     files = r"(?:train|test|ground_truth)/[^/]+/(?!\.)[^/]+\.(?:png|jpg)|license\.txt|readme\.txt"
-    return store.DataSet(
+    return fetch.DataSet(
         name=f"MVTec AD {category}",
         folder=f"mvtec_ad/{category}",
         command=f"python data_scripts/mvtec_ad.py --category {category}",
         members=rf"(?:.*/)?{category}/(?P<path>{files})",
         sources=(
-            store.Source(f"{SHARES}/{CATEGORIES[category][4]}/{category}.tar.xz", size=1_000_000_000),
-            *(store.Source(url, WHOLE_SHA256, WHOLE_SIZE) for url in WHOLE_ADDRESSES),
+            fetch.Source(f"{SHARES}/{CATEGORIES[category][4]}/{category}.tar.xz", size=1_000_000_000),
+            *(fetch.Source(url, WHOLE_SHA256, WHOLE_SIZE) for url in WHOLE_ADDRESSES),
         ),
         page="https://www.mvtec.com/company/research/datasets/mvtec-ad",
         licence="CC BY-NC-SA 4.0 (no commercial use)",
@@ -92,10 +92,10 @@ def dataset(category: str) -> store.DataSet:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = store.argument_parser(__doc__)
+    parser = fetch.argument_parser(__doc__)
     parser.add_argument("--category", required=True, choices=sorted(CATEGORIES))
     options = parser.parse_args(argv)
-    return store.run(dataset(options.category), options)
+    return fetch.run(dataset(options.category), options)
 
 
 if __name__ == "__main__":

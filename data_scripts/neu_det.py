@@ -1,4 +1,4 @@
-"""Unpack NEU-DET (1,800 grey pictures of hot-rolled steel strip with boxes, 28 MB) into data/neu_det.
+"""Unpack NEU-DET (1,800 grey images of hot-rolled steel strip with boxes, 28 MB) into data/neu_det.
 
     python data_scripts/neu_det.py --archive FILE   use a local zip
     python data_scripts/neu_det.py --verify         check every file
@@ -6,9 +6,9 @@
 No public address of the archive is known for certain, so nothing is downloaded: get NEU-DET.zip from the authors' page.
 Its folders IMAGES and ANNOTATIONS may lie below any other folder.
 
-What is pinned: the fingerprint of the 1,800 pictures and 1,800 xml files, computed from the archive whose sha256 is in
+What is pinned: the fingerprint of the 1,800 images and 1,800 xml files, computed from the archive whose sha256 is in
 `archive_sha256`. The files are kept as published, with their own defects: 3 of the 4,189 boxes stand twice, 174 xml
-have a <filename> without ".jpg", patches_101 and patches_105 are one picture, and 123 pictures have boxes of another
+have a <filename> without ".jpg", patches_101 and patches_105 are one image, and 123 images have boxes of another
 class than their file name (the readers go by the boxes).
 """
 
@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from defectlab.data import fetch as store
+from defectlab.data import fetch
 from defectlab.data.detection import NEU_CLASSES
 from defectlab.files import DataError
 
@@ -24,20 +24,20 @@ FILE = rf"(?:{'|'.join(NEU_CLASSES)})_\d+"
 
 
 def _check(folder: Path) -> str:
-    """DataError unless there are 300 pictures of each class in the file names, each with its xml."""
-    pictures, annotations = (
+    """DataError unless there are 300 images of each class in the file names, each with its xml."""
+    images, annotations = (
         {path.stem for path in folder.glob(pattern)} for pattern in ("IMAGES/*.jpg", "ANNOTATIONS/*.xml")
     )
-    counts = Counter(stem.rpartition("_")[0] for stem in pictures)
-    if pictures != annotations or counts != dict.fromkeys(NEU_CLASSES, 300):
+    counts = Counter(stem.rpartition("_")[0] for stem in images)
+    if images != annotations or counts != dict.fromkeys(NEU_CLASSES, 300):
         raise DataError(
-            f"NEU-DET should have 300 pictures of each of its six classes, each with an xml; the archive has "
-            f"{len(pictures)} pictures ({dict(counts)}) and {len(annotations)} xml: fetch it again"
+            f"NEU-DET should have 300 images of each of its six classes, each with an xml; the archive has "
+            f"{len(images)} images ({dict(counts)}) and {len(annotations)} xml: fetch it again"
         )
     return ""
 
 
-DATASET = store.DataSet(
+DATASET = fetch.DataSet(
     name="NEU-DET",
     folder="neu_det",
     command="python data_scripts/neu_det.py",
@@ -58,7 +58,7 @@ DATASET = store.DataSet(
 
 
 def main(argv: list[str] | None = None) -> int:
-    return store.main(DATASET, argv, __doc__)
+    return fetch.main(DATASET, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from defectlab.data.augment import augment
-from defectlab.data.boxes import DetectionData, DetectionSplit
+from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.metrics.costs import inference_seconds, parameters, seconds_per_call
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.losses import detection_loss

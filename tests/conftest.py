@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from defectlab import runs
+from defectlab.data.synthetic import SYNTHETIC, ensure_synthetic
 
 SCRIPTS = Path(__file__).parents[1] / "data_scripts"
 
@@ -53,6 +54,15 @@ def real_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return root
 
     return get
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with every synthetic set, written once a session: read only."""
+    root = tmp_path_factory.mktemp("synthetic")
+    for name in SYNTHETIC:
+        ensure_synthetic(root, name)
+    return root
 
 
 @pytest.fixture(scope="module")

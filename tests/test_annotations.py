@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defectlab.data.annotations import Annotations, decode, read_coco, read_deep_pcb, read_voc, read_yolo
+from defectlab.data.annotations import Annotations, read_coco, read_deep_pcb, read_voc, read_yolo
+from defectlab.data.images import decode
 from defectlab.files import DataError
 
 NAMES = ("dent", "scratch")
@@ -38,7 +39,7 @@ def xml(objects: Sequence[tuple[str, Sequence]], size: tuple[int, int] = (40, 20
 
 def write_voc(folder: Path, truth: dict = TRUTH) -> Path:
     for stem, objects in truth.items():
-        save(folder / "pictures" / f"{stem}.png")
+        save(folder / "images" / f"{stem}.png")
         (folder / "boxes").mkdir(exist_ok=True)
         (folder / "boxes" / f"{stem}.xml").write_text(xml(objects))
     return folder
@@ -52,7 +53,7 @@ def write_yolo(folder: Path, truth: dict = TRUTH) -> Path:
             f"{NAMES.index(name)} {(x1 + x2) / 80} {(y1 + y2) / 40} {(x2 - x1) / 40} {(y2 - y1) / 20}\n"
             for name, (x1, y1, x2, y2) in objects
         ]
-        if lines:  # a picture without txt has no object
+        if lines:  # an image without txt has no object
             (folder / "labels" / f"{stem}.txt").write_text("".join(lines))
     (folder / "classes.txt").write_text("dent\nscratch\n")
     return folder
@@ -94,8 +95,8 @@ def read(kind: str, folder: Path) -> Annotations:
 def test_three_formats_one_form(kind: str, tmp_path: Path) -> None:
     found = read(kind, tmp_path)
     assert found.class_names == NAMES and found.duplicates == 1
-    assert [picture.path.stem for picture in found.pictures] == ["none", "one", "two"]
-    none, one, two = found.pictures
+    assert [image.path.stem for image in found.images] == ["none", "one", "two"]
+    none, one, two = found.images
     assert none.boxes.shape == (0, 4) and none.labels.shape == (0,)
     assert (one.width, one.height) == (40, 20)
     assert one.boxes.dtype == np.float32 and one.labels.dtype == np.int64
@@ -106,7 +107,7 @@ def test_three_formats_one_form(kind: str, tmp_path: Path) -> None:
 
 def test_same_box_of_two_classes_is_no_duplicate(tmp_path: Path) -> None:
     found = read_voc(write_voc(tmp_path, {"a": [("dent", (1, 1, 5, 5)), ("scratch", (1, 1, 5, 5))]}))
-    assert found.duplicates == 0 and found.pictures[0].labels.tolist() == [0, 1]
+    assert found.duplicates == 0 and found.images[0].labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_a_box_up_to_one_pixel_outside_is_clipped(tmp_path: Path, box: tuple, ex
         with pytest.raises(DataError, match=r"a\.xml: box 2 .* lies outside a\.png with its 40 x 20 pixels: correct"):
             read_voc(tmp_path)
     else:
-        assert read_voc(tmp_path).pictures[0].boxes[1].tolist() == list(expected)
+        assert read_voc(tmp_path).images[0].boxes[1].tolist() == list(expected)
 
 
 @pytest.mark.parametrize("box", [(5, 1, 5, 4), (6, 1, 5, 4), (1, 4, 3, 4), (40, 1, 41, 4)])
@@ -149,17 +150,17 @@ def test_voc_refusals(tmp_path: Path) -> None:
         read_voc(tmp_path, ("scratch",))
     one = tmp_path / "boxes" / "one.xml"
     one.write_text(xml(TRUTH["one"], (20, 40)))
-    with pytest.raises(DataError, match=r"one\.xml says 20 x 40 pixels, its picture .*one\.png has 40 x 20"):
+    with pytest.raises(DataError, match=r"one\.xml says 20 x 40 pixels, its image .*one\.png has 40 x 20"):
         read_voc(tmp_path)
     one.unlink()
     with pytest.raises(DataError, match=r"one\.png has no xml"):
         read_voc(tmp_path)
     one.write_text(xml(TRUTH["one"]))
-    (tmp_path / "pictures" / "one.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "one.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"one\.png cannot be decoded"):
         read_voc(tmp_path)
-    (tmp_path / "pictures" / "one.png").unlink()
-    with pytest.raises(DataError, match=r"one\.xml has 0 pictures"):
+    (tmp_path / "images" / "one.png").unlink()
+    with pytest.raises(DataError, match=r"one\.xml has 0 images"):
         read_voc(tmp_path)
 
 
@@ -167,9 +168,9 @@ def test_voc_pairs_by_folder_where_names_repeat(tmp_path: Path) -> None:
     for part, x in (("a", 1), ("b", 2)):
         save(tmp_path / part / "x.png")
         (tmp_path / part / "x.xml").write_text(xml([("dent", (x, 1, 9, 9))], (0, 0)))  # no size stated
-    assert [picture.boxes[0, 0] for picture in read_voc(tmp_path).pictures] == [1, 2]
+    assert [image.boxes[0, 0] for image in read_voc(tmp_path).images] == [1, 2]
     (tmp_path / "b" / "x.xml").rename(tmp_path / "x.xml")
-    with pytest.raises(DataError, match=r"x\.xml has 2 pictures"):
+    with pytest.raises(DataError, match=r"x\.xml has 2 images"):
         read_voc(tmp_path)
 
 
@@ -211,7 +212,7 @@ def test_yolo_names_from_yaml(tmp_path: Path, names: str) -> None:
 def test_yolo_files(tmp_path: Path) -> None:
     write_yolo(tmp_path)
     (tmp_path / "labels" / "stray.txt").write_text("")
-    with pytest.raises(DataError, match=r"stray\.txt has no picture"):
+    with pytest.raises(DataError, match=r"stray\.txt has no image"):
         read_yolo(tmp_path)
     for path in (tmp_path / "labels").iterdir():
         path.unlink()
@@ -233,7 +234,7 @@ def changed(part: str, **values) -> dict:
     [
         ({"images": []}, "is no COCO json"),
         (changed("annotations", category_id=99), "category that is not listed"),
-        (changed("annotations", image_id=99), "picture or category that is not listed"),
+        (changed("annotations", image_id=99), "image or category that is not listed"),
         (changed("annotations", iscrowd=1), "iscrowd"),
         (changed("annotations", bbox=[1, 2, 3]), "is no COCO json"),
         (changed("annotations", bbox=[1, 2, 3, 0]), "has no area"),
@@ -251,7 +252,7 @@ def test_coco_refusals(tmp_path: Path, content: dict, message: str) -> None:
 
 def test_coco_files(tmp_path: Path) -> None:
     path = write_coco(tmp_path)
-    assert len(read_coco(path, tmp_path).pictures) == 3  # found below, by the name alone
+    assert len(read_coco(path, tmp_path).images) == 3  # found below, by the name alone
     save(tmp_path / "other" / "one.png")
     with pytest.raises(DataError, match=r"one\.png fits .*images.* and .*other"):
         read_coco(path, tmp_path)
@@ -267,8 +268,8 @@ def test_deep_pcb(tmp_path: Path) -> None:
     (folder / "1_not").mkdir()
     source = folder / "1_not" / "001.txt"
     source.write_text("1 2 11 12 1\n3 4 13 14 2\n")
-    (picture,) = read_deep_pcb(tmp_path, NAMES).pictures
-    assert picture.labels.tolist() == [0, 1] and picture.boxes[1].tolist() == [3, 4, 13, 14]
+    (image,) = read_deep_pcb(tmp_path, NAMES).images
+    assert image.labels.tolist() == [0, 1] and image.boxes[1].tolist() == [3, 4, 13, 14]
     for line in ("1 2 11 12 3", "1 2 11 12 0", "1 2 11 1", "1 2 11 12 x"):
         source.write_text(line)
         with pytest.raises(DataError, match=r"001\.txt has the line"):

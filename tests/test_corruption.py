@@ -1,4 +1,4 @@
-"""Spoilt pictures: strokes measured by their moments, noise by its deviation, and what must stay as it was."""
+"""Corrupted images: strokes measured by their moments, noise by its deviation, and what must stay as it was."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from defectlab.data.corruption import gaussian_noise, line_kernel, motion_blur, resized, spoil
+from defectlab.data.augment import corrupt, gaussian_noise, line_kernel, motion_blur, resized
 
 ANGLES = [0.0, math.pi / 6, math.pi / 4, math.pi / 2, 2.5]
 
@@ -15,7 +15,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pictures(count: int = 3, channels: int = 1, side: int = 32, seed: int = 0) -> Tensor:
+def random_images(count: int = 3, channels: int = 1, side: int = 32, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (count, channels, side, side), generator=seeded(seed), dtype=torch.uint8)
 
 
@@ -91,17 +91,17 @@ def test_blur_draws_a_point_out_along_its_own_angle() -> None:
     blurred = motion_blur(images, 9, seeded(3))
     angles = (torch.rand(6, generator=seeded(3)) * math.pi).tolist()
     assert max(angles) - min(angles) > 1
-    for picture, angle in zip(blurred[:, 0], angles, strict=True):
-        assert abs(int(picture.sum()) - 255) < 20  # rounding to grey levels
-        centre, direction, along, across = moments(picture)
+    for image, angle in zip(blurred[:, 0], angles, strict=True):
+        assert abs(int(image.sum()) - 255) < 20  # rounding to grey levels
+        centre, direction, along, across = moments(image)
         assert (centre - 15).abs().max() < 0.1
         assert turned(direction, angle) < math.radians(4)
         assert 8**2 / 12 * 0.9 < along < 8**2 / 12 * 1.15 + 0.25
         assert across < 0.3
 
 
-def test_channels_are_blurred_alike_and_pictures_apart() -> None:
-    grey = pictures(1).expand(2, 3, -1, -1)
+def test_channels_are_blurred_alike_and_images_apart() -> None:
+    grey = random_images(1).expand(2, 3, -1, -1)
     blurred = motion_blur(grey, 9, seeded(0))
     assert blurred.shape == grey.shape and blurred.dtype == torch.uint8
     assert torch.equal(blurred[:, 0], blurred[:, 1]) and torch.equal(blurred[:, 0], blurred[:, 2])
@@ -111,7 +111,7 @@ def test_channels_are_blurred_alike_and_pictures_apart() -> None:
 
 
 def test_a_longer_stroke_leaves_less_contrast() -> None:
-    images = pictures()
+    images = random_images()
     deviations = [float(motion_blur(images, length, seeded(0)).float().std()) for length in (1, 3, 6, 9, 15)]
     assert deviations == sorted(deviations, reverse=True)
     assert deviations[-1] < 0.5 * deviations[0]
@@ -130,7 +130,7 @@ def test_noise_has_its_deviation_and_no_mean(deviation: int) -> None:
         expected = math.erf((level * deviation + 0.5) / deviation / math.sqrt(2))
         assert abs(float((noise.abs() <= level * deviation).double().mean()) - expected) < 0.01
     rows = noise.flatten(1)
-    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.03  # other noise in every picture
+    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.03  # other noise in every image
 
 
 def test_noise_stays_within_the_grey_levels() -> None:
@@ -146,15 +146,15 @@ def test_noise_stays_within_the_grey_levels() -> None:
 
 @pytest.mark.parametrize("kind", ["blur", "noise"])
 def test_strength_zero_changes_nothing(kind: str) -> None:
-    images = pictures()
-    assert torch.equal(spoil(images, kind, 0, seeded(0)), images)
+    images = random_images()
+    assert torch.equal(corrupt(images, kind, 0, seeded(0)), images)
 
 
 @pytest.mark.parametrize("kind", ["blur", "noise"])
 def test_the_generator_decides(kind: str) -> None:
-    images = pictures(5, channels=3)
+    images = random_images(5, channels=3)
     before = images.clone()
-    first, again, other = (spoil(images, kind, 9, seeded(seed)) for seed in (1, 1, 2))
+    first, again, other = (corrupt(images, kind, 9, seeded(seed)) for seed in (1, 1, 2))
     assert first.shape == images.shape and first.dtype == torch.uint8
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -163,17 +163,17 @@ def test_the_generator_decides(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["blur", "noise"])
-def test_batches_are_not_spoilt_alike(kind: str) -> None:
-    images = pictures(1).expand(4, -1, -1, -1)
-    spoilt = spoil(images, kind, 9, seeded(0), batch=2)
-    assert len(spoilt) == 4
-    assert len({picture.numpy().tobytes() for picture in spoilt}) == 4
+def test_batches_are_not_corrupted_alike(kind: str) -> None:
+    images = random_images(1).expand(4, -1, -1, -1)
+    corrupted = corrupt(images, kind, 9, seeded(0), batch=2)
+    assert len(corrupted) == 4
+    assert len({image.numpy().tobytes() for image in corrupted}) == 4
 
 
 @pytest.mark.parametrize("strength", [0, 5])
 def test_unknown_kind(strength: int) -> None:
     with pytest.raises(ValueError, match="unknown kind of corruption 'rain': use blur or noise"):
-        spoil(pictures(), "rain", strength, seeded(0))
+        corrupt(random_images(), "rain", strength, seeded(0))
 
 
 # --- Another size ----------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_resized_keeps_constants_and_levels(size: int) -> None:
 
 
 def test_resized_to_the_same_size_is_the_same() -> None:
-    images = pictures()
+    images = random_images()
     assert torch.equal(resized(images, 32), images)
 
 

@@ -1,4 +1,4 @@
-"""The readers of the anomaly sets, on tiny sets in the real layouts and on the drawn stand-in."""
+"""The readers of the anomaly sets, on tiny sets in the real layouts and on a synthetic one."""
 
 from pathlib import Path
 
@@ -11,12 +11,13 @@ from defectlab.data import anomaly
 from defectlab.data import fetch as store
 from defectlab.data.anomaly import load_anomaly, load_folder
 from defectlab.data.images import resize_mask
+from defectlab.data.synthetic import SYNTHETIC
 from defectlab.files import DataError
 
 SIZE = 32
 
 
-def picture(seed: int, width: int, height: int, colour: bool = False) -> Image.Image:
+def image(seed: int, width: int, height: int, colour: bool = False) -> Image.Image:
     rng = np.random.default_rng(seed)
     shape = (height // 8, width // 8, 3) if colour else (height // 8, width // 8)
     return Image.fromarray(rng.integers(60, 180, shape, dtype=np.uint8)).resize((width, height))
@@ -37,7 +38,7 @@ def tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """25 normal tiles (20 of them listed for training) and two of each type; width 64, height 80."""
     folder = tmp_path / "magnetic_tile"
     for i in range(25):
-        save(folder / f"MT_Free/Imgs/exp1_num_{i:02}.jpg", picture(i, 64, 80))
+        save(folder / f"MT_Free/Imgs/exp1_num_{i:02}.jpg", image(i, 64, 80))
         save(folder / f"MT_Free/Imgs/exp1_num_{i:02}.png", Image.new("L", (64, 80)))
     for number, kind in enumerate(anomaly.TILE_TYPES):
         for i in range(2):
@@ -45,7 +46,7 @@ def tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             mask = Image.new("L", (64, 80))
             mask.paste(255, (16, 20, 32, 40))
             mask.paste(127, (0, 0, 8, 8))  # grey edges up to 127 are no defect
-            save(stem.with_suffix(".jpg"), picture(100 + 10 * number + i, 64, 80))
+            save(stem.with_suffix(".jpg"), image(100 + 10 * number + i, 64, 80))
             save(stem.with_suffix(".png"), Image.new("L", (64, 80)) if (kind, i) == ("uneven", 1) else mask)
     manifest(folder)
     names = tmp_path / "train.txt"
@@ -62,13 +63,13 @@ def load_tiles(folder: Path, size: int = SIZE) -> anomaly.AnomalyData:
 def bottles(tmp_path: Path) -> Path:
     folder = tmp_path / "mvtec_ad" / "bottle"
     for i in range(20):
-        save(folder / f"train/good/{i:03}.png", picture(i, 64, 64, colour=True))
+        save(folder / f"train/good/{i:03}.png", image(i, 64, 64, colour=True))
     for i in range(3):
-        save(folder / f"test/good/{i:03}.png", picture(50 + i, 64, 64, colour=True))
+        save(folder / f"test/good/{i:03}.png", image(50 + i, 64, 64, colour=True))
     for kind in ("broken", "dirty"):
         mask = Image.new("L", (64, 64))
         mask.paste(255, (0, 0, 32, 32))
-        save(folder / f"test/{kind}/000.png", picture(60, 64, 64, colour=True))
+        save(folder / f"test/{kind}/000.png", image(60, 64, 64, colour=True))
         save(folder / f"ground_truth/{kind}/000_mask.png", mask)
     (folder / "license.txt").write_text("CC BY-NC-SA 4.0")
     manifest(folder, note="reduced")
@@ -151,7 +152,7 @@ def test_same_every_time_and_fingerprint_follows_the_content(tiles: Path, monkey
     anomaly.TILE_TRAIN_LIST.write_text(names.replace("exp1_num_00.jpg", "exp1_num_24.jpg"))
     other_split = load_tiles(tiles).fingerprint
     anomaly.TILE_TRAIN_LIST.write_text(names)
-    save(tiles / "MT_Crack/Imgs/exp2_num_0.jpg", picture(999, 64, 80))
+    save(tiles / "MT_Crack/Imgs/exp2_num_0.jpg", image(999, 64, 80))
     manifest(tiles)
     assert len({first.fingerprint, other_split, load_tiles(tiles).fingerprint}) == 3
 
@@ -170,34 +171,31 @@ def test_mvtec(bottles: Path) -> None:
     assert load_anomaly("mvtec_ad/bottle", SIZE, root=bottles.parents[1]).label == "MVTec bottle"
 
 
-def test_synthetic_tile(tmp_path: Path, script, capsys: pytest.CaptureFixture[str]) -> None:
-    data = load_anomaly("synthetic_tile", SIZE, root=tmp_path)
+def test_synthetic_tile(synthetic: Path) -> None:
+    data = load_anomaly("synthetic_tile", SIZE, root=synthetic)
     assert data.label == "synthetic tiles" and data.type_names[1:] == anomaly.TILE_TYPES
     normal = len(data.train) + len(data.dev) // 2
     assert normal == round(0.8 * (normal + int((data.test.labels == 0).sum())))
     assert not set(data.train.names) & set(data.test.names)
-    stamp = (tmp_path / "synthetic_tile/manifest.json").stat().st_mtime_ns
-    assert load_anomaly("synthetic_tile", SIZE, root=tmp_path).fingerprint == data.fingerprint
-    main = script("synthetic_tile").main
+
+
+def test_script_of_the_synthetic_sets(tmp_path: Path, script, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    for name in SYNTHETIC.keys() - {"synthetic_nut"}:
+        monkeypatch.delitem(SYNTHETIC, name)
+    main, listed = script("synthetic").main, tmp_path / "synthetic_nut" / "manifest.json"
+    assert main(["--verify", "--data-dir", str(tmp_path)]) == 1
+    assert "run `python data_scripts/synthetic.py`" in capsys.readouterr().err
+    assert main(["--data-dir", str(tmp_path)]) == 0
+    stamp = listed.stat().st_mtime_ns
     assert main(["--data-dir", str(tmp_path)]) == 0 and main(["--verify", "--data-dir", str(tmp_path)]) == 0
-    assert "synthetic tiles: 180 files" in capsys.readouterr().out
-    assert (tmp_path / "synthetic_tile/manifest.json").stat().st_mtime_ns == stamp  # not drawn again
-    assert main(["--verify", "--data-dir", str(tmp_path / "none")]) == 1
-    assert "run `python data_scripts/synthetic_tile.py`" in capsys.readouterr().err
-
-
-def test_synthetic_tile_of_an_older_version_is_drawn_again(tmp_path: Path) -> None:
-    old = tmp_path / "synthetic_tile"
-    save(old / "MT_Free/Imgs/exp0_num_1.jpg", picture(0, 64, 80))
-    store.write_manifest(old, "synthetic tiles", "defectlab.data.synthetic, seed 0, code 000000000000")
-    assert len(anomaly.ensure_synthetic(tmp_path).files) == 180
-    assert not (old / "MT_Free/Imgs/exp0_num_1.jpg").exists()
+    assert "synthetic nuts: 132 files" in capsys.readouterr().out
+    assert listed.stat().st_mtime_ns == stamp  # not drawn again
 
 
 def test_load_folder(tmp_path: Path) -> None:
     for index, name in enumerate(("b.jpg", "a.PNG", "c.bmp", "d.tif")):
-        save(tmp_path / name, picture(index, 40, 24, colour=index % 2 == 0))
-    (tmp_path / "notes.txt").write_text("not a picture")
+        save(tmp_path / name, image(index, 40, 24, colour=index % 2 == 0))
+    (tmp_path / "notes.txt").write_text("not an image")
     images, names = load_folder(tmp_path, SIZE)
     assert names == ("a.PNG", "b.jpg", "c.bmp", "d.tif")
     assert images.shape == (4, 3, SIZE, SIZE) and images.dtype == torch.uint8
@@ -279,10 +277,10 @@ def test_set_without_defects(bottles: Path) -> None:
         load_anomaly("mvtec_ad/bottle", SIZE, root=bottles.parents[1])
 
 
-def test_folder_empty_or_with_a_broken_picture(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no jpg, png, bmp or tif picture"):
+def test_folder_empty_or_with_a_broken_image(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no jpg, png, bmp or tif image"):
         load_folder(tmp_path, SIZE)
-    (tmp_path / "x.jpg").write_text("no picture")
+    (tmp_path / "x.jpg").write_text("no image")
     with pytest.raises(DataError, match=r"x\.jpg cannot be decoded .*: replace or remove it"):
         load_folder(tmp_path, SIZE)
 

@@ -1,7 +1,7 @@
-"""The detection sets as tensors: letterbox, splits, the sets' layouts on drawn copies."""
+"""The detection sets as tensors: letterbox, splits, the sets' layouts on small synthetic copies."""
 
+import re
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,11 @@ from PIL import Image
 
 from defectlab.data import annotations, detection
 from defectlab.data import fetch as store
-from defectlab.data.boxes import DetectionData
-from defectlab.data.detection import detection_fingerprint, load_detection
+from defectlab.data.detection import DetectionData, detection_fingerprint, load_detection, load_images
 from defectlab.data.images import letterbox
 from defectlab.data.splits import draw_split
-from defectlab.data.synthetic import steel as synthetic_detection
+from defectlab.data.synthetic.boards import write_board
+from defectlab.data.synthetic.steel import write_steel
 from defectlab.files import DataError
 
 SIZE = 64
@@ -23,26 +23,19 @@ SIZE = 64
 
 def manifest(folder: Path) -> None:
     (folder / store.MANIFEST).unlink(missing_ok=True)
-    store.write_manifest(folder, "a drawn copy", "a test")
+    store.write_manifest(folder, "a synthetic copy", "a test")
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root with small drawn copies of all sets in the real layouts."""
+    """A data root with small synthetic copies of the sets in the real layouts."""
     root = tmp_path_factory.mktemp("data")
-    synthetic_detection.write_steel(root / "neu_det", count=10, size=100)
+    write_steel(root / "neu_det", count=10, size=100)
     shutil.copy(root / "neu_det/IMAGES/patches_1.jpg", root / "neu_det/IMAGES/patches_5.jpg")
-    synthetic_detection.write_board(root / "deep_pcb", count=15, size=160)
+    write_board(root / "deep_pcb", count=15, size=160)
     for name in ("neu_det", "deep_pcb"):
         manifest(root / name)
     return root
-
-
-@pytest.fixture
-def small_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
-    steel, board = synthetic_detection.write_steel, synthetic_detection.write_board
-    monkeypatch.setattr(synthetic_detection, "write_steel", partial(steel, count=5, size=100))
-    monkeypatch.setattr(synthetic_detection, "write_board", partial(board, count=15, size=160))
 
 
 def check_form(data: DetectionData, size: int = SIZE) -> None:
@@ -61,7 +54,7 @@ def check_form(data: DetectionData, size: int = SIZE) -> None:
         x1, y1, x2, y2 = split.boxes[present].unbind(1)
         assert (x1 >= 0).all() and (x1 < x2).all() and (x2 <= size).all()
         assert (y1 >= 0).all() and (y1 < y2).all() and (y2 <= size).all()
-        for truth, (height, width) in zip(split.truths(), split.sizes.tolist(), strict=True):
+        for truth, (height, width) in zip(split.ground_truth(), split.sizes.tolist(), strict=True):
             assert len(truth["boxes"]) == len(truth["labels"]) and truth["boxes"].dtype == torch.float32
             assert (truth["boxes"] >= 0).all() and (truth["boxes"] <= torch.tensor([width, height] * 2)).all()
     names = [set(split.names) for split in (data.train, data.dev, data.test)]
@@ -144,12 +137,12 @@ def test_steel(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert data.fingerprint == detection_fingerprint("neu_det", drawn)
     again = load_detection("neu_det", SIZE, root=drawn)
     assert torch.equal(again.train.images, data.train.images) and again.dev.names == data.dev.names
-    written = annotations.read_voc(drawn / "neu_det", detection.NEU_CLASSES).pictures
-    truth = dict(zip(data.test.names, data.test.truths(), strict=True))
-    for picture in written:
-        if (name := f"IMAGES/{picture.path.name}") in truth:  # truths() gives back what the xml says
-            np.testing.assert_allclose(truth[name]["boxes"], picture.boxes, atol=1e-4)
-            assert truth[name]["labels"].tolist() == picture.labels.tolist()
+    written = annotations.read_voc(drawn / "neu_det", detection.NEU_CLASSES).images
+    truth = dict(zip(data.test.names, data.test.ground_truth(), strict=True))
+    for image in written:
+        if (name := f"IMAGES/{image.path.name}") in truth:  # truths() gives back what the xml says
+            np.testing.assert_allclose(truth[name]["boxes"], image.boxes, atol=1e-4)
+            assert truth[name]["labels"].tolist() == image.labels.tolist()
     names.write_text("crazing_999.jpg\n")
     with pytest.raises(DataError, match=r"names IMAGES/crazing_999\.jpg, which .* does not hold: run `python"):
         load_detection("neu_det", SIZE, root=drawn)
@@ -189,37 +182,26 @@ def test_board_colour_is_read_as_grey(drawn: Path, tmp_path: Path) -> None:
     assert load_detection("deep_pcb", SIZE, root=tmp_path).test.images.shape[1] == 1
 
 
-def test_pku(tmp_path: Path, script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    synthetic_detection.write_pku(tmp_path / "new", count=2)
-    rotated = tmp_path / "new/PCB_DATASET/rotation/Spur_rotation/01_spur_01.jpg"
-    rotated.parent.mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(rotated)
-    archive = shutil.make_archive(str(tmp_path / "pcb"), "zip", tmp_path / "new")
-    pku, root = script("pku_pcb"), tmp_path / "data"
-    assert pku.main(["--archive", archive, "--data-dir", str(root)]) == 1
-    assert "should have 693 pictures" in capsys.readouterr().err
-    monkeypatch.setattr(pku, "EXPECTED", 12)
-    assert pku.main(["--archive", archive, "--data-dir", str(root)]) == 0
-    assert "24 files" in capsys.readouterr().out
-    data = load_detection("pku_pcb", SIZE, root=root)
-    check_form(data)
-    assert data.class_names == detection.PKU_CLASSES and data.train.images.shape[1] == 3
-    assert [len(split) for split in (data.train, data.dev, data.test)] == [9, 1, 2]
-    assert data.train.offset[0].tolist() == [0, pytest.approx(100 * SIZE / 600)]  # 600 x 400 pixels
-    assert (data.train.images[:, :, 0] == 114).all() and (data.train.images[:, :, -1] == 114).all()
-
-
-@pytest.mark.parametrize(("name", "counts"), [("synthetic_steel", [22, 2, 6]), ("synthetic_board", [11, 1, 3])])
-def test_synthetic(tmp_path: Path, small_drawings: None, name: str, counts: list[int]) -> None:
-    data = load_detection(name, SIZE, root=tmp_path)
+@pytest.mark.parametrize(("name", "counts"), [("synthetic_steel", [86, 10, 24]), ("synthetic_board", [43, 5, 12])])
+def test_synthetic(synthetic: Path, name: str, counts: list[int]) -> None:
+    data = load_detection(name, SIZE, root=synthetic)
     check_form(data)
     assert [len(split) for split in (data.train, data.dev, data.test)] == counts
     assert data.label.startswith("synthetic") and data.train.images.shape[1] == 1
-    before = (tmp_path / name / store.MANIFEST).stat().st_mtime_ns
-    assert detection_fingerprint(name, tmp_path) == data.fingerprint
-    assert (tmp_path / name / store.MANIFEST).stat().st_mtime_ns == before  # not drawn again
+    assert detection_fingerprint(name, synthetic) == data.fingerprint
     if name == "synthetic_steel":
-        assert data.test.names == [f"IMAGES/{kind}_5.jpg" for kind in detection.NEU_CLASSES]
+        assert {re.search(r"_(\d+)\.jpg", name)[1] for name in data.test.names} == {"17", "18", "19", "20"}
+
+
+def test_images_of_one_part_alone(drawn: Path, tmp_path: Path) -> None:
+    """As those of the whole set, and no other part is read: its files may be anything."""
+    shutil.copytree(drawn / "deep_pcb", tmp_path / "deep_pcb")
+    data = load_detection("deep_pcb", SIZE, root=tmp_path)
+    for name in data.train.names + data.dev.names:
+        (tmp_path / "deep_pcb" / name).write_bytes(bytes((tmp_path / "deep_pcb" / name).stat().st_size))
+    assert torch.equal(load_images("deep_pcb", "test", SIZE, root=tmp_path), data.test.images)
+    with pytest.raises(DataError, match=r"_test\.jpg cannot be decoded.*: run `python data_scripts/deep_pcb\.py`"):
+        load_images("deep_pcb", "train", SIZE, root=tmp_path)
 
 
 def test_fingerprint_follows_content_and_lists(drawn: Path, tmp_path: Path) -> None:
@@ -250,6 +232,5 @@ def test_scripts_refuse_other_archives(name: str, drawn: Path, tmp_path: Path, s
 
 
 def test_scripts_say_where_to_put_the_archive(tmp_path: Path, script, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("neu_det", "pku_pcb"):
-        assert script(name).main(["--data-dir", str(tmp_path)]) == 1
-        assert f"`python data_scripts/{name}.py --archive FILE`" in capsys.readouterr().err
+    assert script("neu_det").main(["--data-dir", str(tmp_path)]) == 1
+    assert "`python data_scripts/neu_det.py --archive FILE`" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A reader's own folder of pictures and boxes: its layouts, its splits, and what is refused."""
+"""A reader's own folder of images and boxes: its layouts, its splits, and what is refused."""
 
 import json
 import shutil
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defectlab.data.boxes import DetectionData
-from defectlab.data.detection import NEU_CLASSES
+from defectlab.data.detection import NEU_CLASSES, DetectionData
 from defectlab.data.own_folder import load_folder
 from defectlab.data.synthetic.steel import write_steel
 from defectlab.files import DataError
@@ -17,7 +16,7 @@ from defectlab.files import DataError
 SIZE = 64
 
 
-def own_picture(path: Path, seed: int) -> None:
+def own_image(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 40), dtype=np.uint8)).save(path)
 
@@ -25,7 +24,7 @@ def own_picture(path: Path, seed: int) -> None:
 def own_yolo(folder: Path, parts: dict[str, int]) -> Path:
     for part, count in parts.items():
         for i in range(count):
-            own_picture(folder / "images" / part / f"{i}.png", 100 * len(part) + i)
+            own_image(folder / "images" / part / f"{i}.png", 100 * len(part) + i)
             label = folder / "labels" / part / f"{i}.txt"
             label.parent.mkdir(parents=True, exist_ok=True)
             label.write_text(f"{i % 2} 0.5 0.5 0.5 0.5\n" * (1 + (i == 0)))
@@ -42,9 +41,9 @@ def test_own_folder_without_split(tmp_path: Path) -> None:
     assert lengths(data) == [27, 3, 10] and data.class_names == ("dent", "scratch")
     assert data.test.labels.flatten().bincount().tolist() == [5, 5]
     assert data.name == "mine" and "duplicate boxes dropped: 1" in data.report
-    assert "dent: " in data.report and "pictures: 27 / 3 / 10 (train / dev / test)" in data.report
+    assert "dent: " in data.report and "images: 27 / 3 / 10 (train / dev / test)" in data.report
     assert data.test.boxes[0].tolist() == [[16, 24, 48, 40]]  # 40 x 20 pixels scaled by 1.6, 16 above
-    assert data.test.truths()[0]["boxes"].tolist() == [[10, 5, 30, 15]]
+    assert data.test.ground_truth()[0]["boxes"].tolist() == [[10, 5, 30, 15]]
 
 
 @pytest.mark.parametrize(
@@ -75,14 +74,14 @@ def test_own_voc_and_fingerprint(tmp_path: Path) -> None:
     assert load_folder(folder, "voc", SIZE).fingerprint != data.fingerprint
 
 
-def own_coco(folder: Path, path: Path, pictures: list[str], first: int) -> None:
-    images = [{"id": i, "file_name": name, "width": 40, "height": 20} for i, name in enumerate(pictures)]
-    boxes = [{"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [1, 2, 3, 4]} for i in range(len(pictures))]
+def own_coco(folder: Path, path: Path, names: list[str], first: int) -> None:
+    images = [{"id": i, "file_name": name, "width": 40, "height": 20} for i, name in enumerate(names)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [1, 2, 3, 4]} for i in range(len(images))]
     categories = [{"id": 1, "name": "dent"}, {"id": 2, "name": "scratch"}]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
-    for i, name in enumerate(pictures):
-        own_picture(folder / name, first + i)
+    for i, name in enumerate(names):
+        own_image(folder / name, first + i)
 
 
 def test_own_coco(tmp_path: Path) -> None:
@@ -95,7 +94,7 @@ def test_own_coco(tmp_path: Path) -> None:
     own_coco(two / "images" / "val", two / "annotations" / "instances_val.json", names[:4], 50)
     data = load_folder(two, "coco", SIZE)
     assert lengths(data) == [11, 1, 4] and data.test.names == [f"images/val/{name}" for name in names[:4]]
-    three = tmp_path / "three"  # the json beside its pictures
+    three = tmp_path / "three"  # the json beside its images
     for first, part in enumerate(("train", "valid", "test")):
         own_coco(three / part, three / part / "_annotations.coco.json", names, 100 * first)
     assert lengths(load_folder(three, "coco", SIZE)) == [12, 12, 12]
@@ -111,11 +110,11 @@ def test_own_folder_refusals(tmp_path: Path) -> None:
         load_folder(tmp_path, "voc", SIZE, test_share=1)
     with pytest.raises(DataError, match="holds no json"):
         load_folder(tmp_path, "coco", SIZE)
-    with pytest.raises(DataError, match="gives 9 pictures: three splits need at least 10"):
+    with pytest.raises(DataError, match="gives 9 images: three splits need at least 10"):
         load_folder(own_yolo(tmp_path / "few", {"": 9}), "yolo", SIZE)
     with pytest.raises(DataError, match="lies in none of the folders train, val and test"):
         load_folder(own_yolo(tmp_path / "mixed", {"train": 8, "val": 4, "odd": 1}), "yolo", SIZE)
     bare = own_yolo(tmp_path / "bare", {"train": 8, "test": 4})
     shutil.rmtree(bare / "labels" / "test")
-    with pytest.raises(DataError, match="the 4 test pictures have no box"):
+    with pytest.raises(DataError, match="the 4 test images have no box"):
         load_folder(bare, "yolo", SIZE)

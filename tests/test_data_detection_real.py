@@ -9,8 +9,7 @@ from PIL import Image
 
 from defectlab.data import annotations, detection
 from defectlab.data import fetch as store
-from defectlab.data.boxes import DetectionData
-from defectlab.data.detection import draw_test, load_detection
+from defectlab.data.detection import DetectionData, draw_test, load_detection
 
 pytestmark = pytest.mark.real_data
 SIZE = 64
@@ -27,7 +26,9 @@ def pcb_root(real_set) -> Path:
 
 
 def class_counts(data: DetectionData, *parts: str) -> list[int]:
-    labels = [label for part in parts for truth in getattr(data, part).truths() for label in truth["labels"].tolist()]
+    labels = [
+        label for part in parts for truth in getattr(data, part).ground_truth() for label in truth["labels"].tolist()
+    ]
     return np.bincount(labels, minlength=len(data.class_names)).tolist()
 
 
@@ -37,7 +38,7 @@ def check_splits(data: DetectionData, counts: list[int]) -> None:
     assert len({name for split in splits for name in split.names}) == sum(counts)
     for split in splits:
         assert split.images.shape[1] == 1
-        for truth, (height, width) in zip(split.truths(), split.sizes.tolist(), strict=True):
+        for truth, (height, width) in zip(split.ground_truth(), split.sizes.tolist(), strict=True):
             x1, y1, x2, y2 = truth["boxes"].unbind(1)
             assert len(x1) and (x1 >= 0).all() and (x1 < x2).all() and (x2 <= width).all()
             assert (y1 >= 0).all() and (y1 < y2).all() and (y2 <= height).all()
@@ -58,11 +59,11 @@ def test_neu_splits(neu_root: Path, name: str) -> None:
     assert "duplicate boxes dropped: 3" in data.report
     for split, each in ((data.train, 216), (data.dev, 24), (data.test, 60)):
         for kind in data.class_names:
-            assert abs(sum(Path(picture).name.startswith(f"{kind}_") for picture in split.names) - each) <= 1
+            assert abs(sum(Path(image).name.startswith(f"{kind}_") for image in split.names) - each) <= 1
     twins = {"IMAGES/patches_101.jpg", "IMAGES/patches_105.jpg"}
     assert any(twins <= set(split.names) for split in (data.train, data.dev, data.test))
     if name == "neu_det_index":
-        numbers = [int(re.search(r"_(\d+)\.jpg", picture)[1]) for picture in data.test.names]
+        numbers = [int(re.search(r"_(\d+)\.jpg", image)[1]) for image in data.test.names]
         assert min(numbers) == 241 and max(numbers) == 300
 
 
@@ -73,7 +74,7 @@ def test_neu_list_is_what_draw_test_gives(neu_root: Path) -> None:
     assert repeated == ["IMAGES/patches_101.jpg", "IMAGES/patches_105.jpg"]
     strata = {path: Path(path).name.rpartition("_")[0] for path in content}
     committed = [line for line in detection.NEU_TEST_LIST.read_text().splitlines() if not line.startswith("#")]
-    assert sorted(f"IMAGES/{name}" for name in committed) == draw_test("neu_det", strata, content)
+    assert sorted(f"IMAGES/{name}" for name in committed) == draw_test(strata, content)
 
 
 def test_neu_defects_of_the_set(neu_root: Path) -> None:
@@ -84,11 +85,11 @@ def test_neu_defects_of_the_set(neu_root: Path) -> None:
     coordinates = np.array([int(v) for text in texts for v in re.findall(r"<[xy]m(?:in|ax)>(\d+)<", text)])
     assert len(coordinates) == 4 * 4189 and coordinates.min() == 1 and coordinates.max() == 200
     assert ((coordinates == 1).sum(), (coordinates == 200).sum()) == (1500, 575)
-    pictures = annotations.read_voc(folder, detection.NEU_CLASSES).pictures
+    images = annotations.read_voc(folder, detection.NEU_CLASSES).images
     others = [
-        picture
-        for picture in pictures
-        if {detection.NEU_CLASSES[label] for label in picture.labels} != {picture.path.stem.rpartition("_")[0]}
+        image
+        for image in images
+        if {detection.NEU_CLASSES[label] for label in image.labels} != {image.path.stem.rpartition("_")[0]}
     ]
     assert len(others) == 123
 

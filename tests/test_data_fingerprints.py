@@ -1,14 +1,27 @@
-"""The identity of every real set, as the committed records hold it: a change here would orphan records."""
+"""What identifies data: fingerprints of the real sets as records hold them, and digests of what is computed or drawn.
 
+A digest that changes names another content. Where that is meant, write the new digest into the module: fingerprints
+follow, and records made with the old content are no longer found. A change of names or comments alone changes none.
+"""
+
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from defectlab.data.anomaly import data_fingerprint
+from defectlab.data import anomaly, fetch, instances, masks, splits
+from defectlab.data import synthetic as synthetic_sets
+from defectlab.data.anomaly import Sample, data_fingerprint, hold_out, paste_defect
 from defectlab.data.detection import detection_fingerprint
+from defectlab.data.images import letterbox, letterbox_maps
 from defectlab.data.instances import instance_fingerprint
-from defectlab.data.masks import segmentation_fingerprint
+from defectlab.data.masks import nut_mask, segmentation_fingerprint
+from defectlab.data.synthetic import SYNTHETIC, ensure_synthetic
 from defectlab.files import project_root
 
 NUT = ("mvtec_ad/metal_nut", "mvtec_ad", "mvtec_metal_nut_512.zip", "--category", "metal_nut")
@@ -98,3 +111,119 @@ def test_records_hold_these_identities() -> None:
             assert found["data"] in ({by_set[key]} if key else of_model[record["model"]]), path
             compared += 1
     assert compared > 60
+
+
+# --------------------------------------------------------------------------------------------- what the code computes
+
+
+def texture(height: int, width: int) -> np.ndarray:
+    """Whole numbers 0..255 that need no random numbers: the same everywhere."""
+    row, column = np.mgrid[:height, :width]
+    return ((row * row * 7 + column * 13 + row * column * 3) % 97 + 60).astype(np.uint8)
+
+
+def pasted_defects() -> Iterator[object]:
+    """Every type on a grey and on a colour image, and which images are held out."""
+    grey = Image.fromarray(texture(96, 70))
+    for seed in range(6):
+        for image in (grey, Image.merge("RGB", (grey, grey.rotate(180), grey))):
+            yield from paste_defect(image, seed)
+    yield hold_out([Sample(f"{i}.png") for i in range(60)], anomaly.TILE_TYPES)
+
+
+def nut_masks() -> Iterator[object]:
+    row, column = np.mgrid[:96, :96] - 47.5
+    radius = np.hypot(row, column)
+    for light in (60, 120):  # a ring with a dim side, a mark and a scratch
+        image = np.where((radius < 40) & (radius > 12), light + column / 2, 25) + texture(96, 96) % 5
+        image[60:64, 20:24] = image[40:42, :30] = 25
+        yield nut_mask(np.repeat(image.astype(np.uint8)[..., None], 3, 2))
+
+
+def detection_splits() -> Iterator[object]:
+    strata = {f"{kind}_{i}.jpg": kind for kind, count in (("a", 40), ("b", 23), ("c", 5)) for i in range(count)}
+    content = {name: name for name in strata} | {"a_1.jpg": "twin", "a_7.jpg": "twin"}
+    test = splits.draw_split(strata, 0.2, "a test", content)
+    yield from (test, splits.last_fifth(strata), splits.with_dev(strata, test, content))
+    colour = np.stack([texture(64, 40), texture(64, 40)[::-1], texture(64, 40)], 2)
+    for image in (texture(40, 64), colour):
+        yield from letterbox(Image.fromarray(image), 32)
+
+
+def instance_maps() -> Iterator[object]:
+    row, column = np.mgrid[:60, :90]
+    mask = np.where(texture(60, 90) > 150, 0, (row // 12 + column // 15) % 4).astype(np.uint8)
+    mask[5::14, 5::22] = 3  # specks, and dots on larger parts
+    found = instances.instances(mask)
+    yield from (*found, letterbox_maps(torch.from_numpy(found[2])[None], 48))
+
+
+def digest(parts: Iterator[object]) -> str:
+    """The first 16 digits of a sha256 over arrays (shape, type, bytes) and the text of everything else."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray | torch.Tensor | Image.Image):
+            array = np.asarray(part)
+            found.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
+        else:
+            found.update(repr(part).encode())
+    return found.hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("probe", "module", "name"),
+    [
+        (pasted_defects, anomaly, "PASTED_DEFECTS"),
+        (nut_masks, masks, "NUT_MASKS"),
+        (detection_splits, splits, "DETECTION_SPLITS"),
+        (instance_maps, instances, "INSTANCES"),
+    ],
+)
+def test_what_is_computed_has_its_digest(probe: Callable, module, name: str) -> None:
+    found = digest(probe())
+    assert getattr(module, name) == found, f"{name}: if the change is meant, write {found!r}; old records are left out"
+
+
+def test_records_know_a_content_by_its_number_and_a_new_one_is_another() -> None:
+    for known in (anomaly.PASTED_DEFECTS, masks.NUT_MASKS, splits.DETECTION_SPLITS, instances.INSTANCES):
+        assert splits.content_id(known) == "1"
+    assert splits.content_id("0" * 16) == "0" * 16
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fingerprint"),
+    [
+        (anomaly, "PASTED_DEFECTS", lambda root: data_fingerprint("synthetic_tile", root)),
+        (masks, "NUT_MASKS", lambda root: segmentation_fingerprint("synthetic_nut", "nut", "paper", root)),
+        (splits, "DETECTION_SPLITS", lambda root: detection_fingerprint("synthetic_steel", root)),
+        (instances, "INSTANCES", lambda root: instance_fingerprint("synthetic_steel_masks", root)),
+    ],
+)
+def test_fingerprints_follow_digests(module, name: str, fingerprint: Callable, synthetic: Path, monkeypatch) -> None:
+    before = fingerprint(synthetic)
+    monkeypatch.setattr(module, name, "0" * 16)
+    assert fingerprint(synthetic) != before
+
+
+# ------------------------------------------------------------------------------------------------- what the code draws
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_synthetic_sets_are_known_by_their_content(name: str, synthetic: Path) -> None:
+    manifest = fetch.verify(synthetic / name, "")
+    assert manifest.fingerprint == SYNTHETIC[name].content, f"{name} is drawn otherwise: write the new fingerprint"
+    assert SYNTHETIC[name].content[:12] in manifest.source
+
+
+def test_a_synthetic_set_is_written_again_only_for_another_content(tmp_path: Path, monkeypatch) -> None:
+    """What the code's files say (a comment, say) does not matter; a set of another content does."""
+    listed = tmp_path / "synthetic_nut" / fetch.MANIFEST
+    ensure_synthetic(tmp_path, "synthetic_nut")
+    before = listed.stat().st_mtime_ns
+    monkeypatch.setattr(Path, "read_bytes", None)  # no source file is looked at
+    ensure_synthetic(tmp_path, "synthetic_nut")
+    assert listed.stat().st_mtime_ns == before
+    other = synthetic_sets.Synthetic("synthetic nuts", SYNTHETIC["synthetic_nut"].write, "0" * 64)
+    monkeypatch.setitem(SYNTHETIC, "synthetic_nut", other)
+    ensure_synthetic(tmp_path, "synthetic_nut")
+    assert listed.stat().st_mtime_ns != before

@@ -11,6 +11,7 @@ from PIL import Image
 from defectlab.data import fetch as store
 from defectlab.data import instances
 from defectlab.data.augment import Augmentation, augment
+from defectlab.data.images import letterbox_maps
 from defectlab.data.instances import SPECK, instance_fingerprint, load_instances, move_instances
 from defectlab.files import DataError
 from defectlab.geometry import warp_maps
@@ -19,8 +20,8 @@ SYNTHETIC, SIZE = "synthetic_steel_masks", 64
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
+def root(synthetic: Path) -> Path:
+    return synthetic
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_an_empty_mask_and_bad_masks():
 
 def test_boxes_are_tight_around_the_masks(data):
     for split in (data.train, data.dev, data.test):
-        for index, truth in enumerate(split.truths()):
+        for index, truth in enumerate(split.ground_truth()):
             masks = split.masks(index)
             assert len(masks) == len(truth["labels"]) > 0 and (masks.sum(0) <= 1).all()
             for mask, box in zip(masks, truth["boxes"], strict=True):
@@ -85,13 +86,13 @@ def test_resized_maps_lie_in_their_boxes(data):
 def test_wide_maps_are_letterboxed():
     maps = torch.zeros(1, 2, 4, dtype=torch.uint8)
     maps[0, 1, 3] = 5
-    assert instances.to_square(maps, 8)[0].nonzero().tolist() == [[4, 6], [4, 7], [5, 6], [5, 7]]
+    assert letterbox_maps(maps, 8)[0].nonzero().tolist() == [[4, 6], [4, 7], [5, 6], [5, 7]]
 
 
 # ----------------------------------------------------------------------------------------------------- whole sets
 
 
-def test_stand_in(data, root):
+def test_synthetic_masks(data, root):
     parts = [set(split.names) for split in (data.train, data.dev, data.test)]
     assert [len(part) for part in parts] == [32, 4, 12] and len(set.union(*parts)) == 48
     assert all(name.startswith("images/test/") for name in parts[2])
@@ -115,14 +116,14 @@ def test_unknown_sets_missing_sets_and_bad_masks(root, tmp_path):
 # ------------------------------------------------------------------------------------------------------ NEU-Seg's turns
 
 
-def test_turned_pictures_are_found(script):
+def test_turned_images_are_found(script):
     random = np.random.default_rng(0)
-    pictures = random.integers(0, 256, (3, 25, 25)).repeat(4, 1).repeat(4, 2)
-    noisy = (np.rot90(pictures[1], 3) + random.normal(0, 3, (100, 100))).clip(0, 255)
-    stack = np.stack([*pictures, np.rot90(pictures[0]), noisy, pictures[2][::-1]]).astype(np.uint8)
+    images = random.integers(0, 256, (3, 25, 25)).repeat(4, 1).repeat(4, 2)
+    noisy = (np.rot90(images[1], 3) + random.normal(0, 3, (100, 100))).clip(0, 255)
+    stack = np.stack([*images, np.rot90(images[0]), noisy, images[2][::-1]]).astype(np.uint8)
     groups = script("neu_seg").turn_groups(stack)
     assert groups[3] == groups[0] and groups[4] == groups[1]
-    assert len(set(groups.tolist())) == 4  # a mirrored picture is another one
+    assert len(set(groups.tolist())) == 4  # a mirrored image is another one
 
 
 def test_another_archive_is_refused(script, tmp_path):
@@ -130,13 +131,13 @@ def test_another_archive_is_refused(script, tmp_path):
         for part in ("training", "test"):
             (tmp_path / group / part).mkdir(parents=True)
             Image.new("L", (200, 200)).save(tmp_path / group / part / f"000001.{suffix}")
-    with pytest.raises(DataError, match="should have 3630 training pictures"):
+    with pytest.raises(DataError, match="should have 3630 training images"):
         script("neu_seg")._check(tmp_path)
 
 
 @pytest.mark.parametrize(("dataset", "train", "dev"), [("neu_seg", 1064, 116), ("neu_seg_published", 3268, 362)])
 def test_neu_seg_lists(dataset, train, dev):
-    """From the committed list alone: all turns of a picture on one side."""
+    """From the committed list alone: all turns of an image on one side."""
     parts = dict(zip(("train", "dev", "test"), instances._neu_seg_splits(dataset), strict=True))
     assert {part: len(names) for part, names in parts.items()} == {"train": train, "dev": dev, "test": 840}
     where = {name: part for part, names in parts.items() for name in names}
@@ -157,7 +158,7 @@ def seg_root(real_set) -> Path:
 
 @pytest.mark.real_data
 def test_neu_seg(seg_root):
-    """What the docstrings say of it; no training picture is a test picture to the last bit, either."""
+    """What the docstrings say of it; no training image is a test image to the last bit, either."""
     data = load_instances("neu_seg", SIZE, root=seg_root)
     assert (len(data.train), len(data.dev), len(data.test)) == (1064, 116, 840) and data.train.images.shape[1] == 1
     counts = [sum(int((getattr(data, part).labels == k).sum()) for part in ("train", "dev")) for k in range(3)]
@@ -170,7 +171,7 @@ def test_neu_seg(seg_root):
 
 
 @pytest.mark.real_data
-def test_neu_seg_list_is_what_the_pictures_give(seg_root, script):
+def test_neu_seg_list_is_what_the_images_give(seg_root, script):
     assert script("neu_seg").list_of_turns(seg_root / "neu_seg") == instances.TURNS_LIST.read_text()
 
 
@@ -199,26 +200,26 @@ def test_instances_follow_their_boxes_through_an_augmentation(data):
         maps = move_instances(split, batch)
         assert maps.shape == (len(split), SIZE, SIZE) and maps.dtype == torch.int64
         plain = warp_maps(split.maps, batch.matrices[:, 0], SIZE)
-        for picture in range(len(split)):
-            boxes = batch.boxes[picture][batch.labels[picture] >= 0]
-            assert int(maps[picture].max()) <= len(boxes)
-            dropped += int((split.labels[picture] >= 0).sum()) - len(boxes)
+        for image in range(len(split)):
+            boxes = batch.boxes[image][batch.labels[image] >= 0]
+            assert int(maps[image].max()) <= len(boxes)
+            dropped += int((split.labels[image] >= 0).sum()) - len(boxes)
             for number, (x1, y1, x2, y2) in enumerate(boxes.tolist(), 1):
-                rows, columns = (maps[picture] == number).nonzero().unbind(1)
+                rows, columns = (maps[image] == number).nonzero().unbind(1)
                 if len(rows) < 9:
                     continue
                 checked += 1
                 # maps were sampled at the size of the input: half a pixel beyond the box, zoomed by at most 1.5
                 assert columns.min() + 0.5 > x1 - 0.76 and columns.max() + 0.5 < x2 + 0.76
                 assert rows.min() + 0.5 > y1 - 0.76 and rows.max() + 0.5 < y2 + 0.76
-                old = plain[picture][rows, columns].unique()  # one instance of the split, of the same class
+                old = plain[image][rows, columns].unique()  # one instance of the split, of the same class
                 assert len(old) == 1
-                assert split.labels[picture, int(old) - 1] == batch.labels[picture, number - 1]
+                assert split.labels[image, int(old) - 1] == batch.labels[image, number - 1]
     assert checked > 100 and dropped > 0
 
 
 def test_of_two_instances_the_kept_one_has_the_number(data):
-    """Box 0 leaves the picture: box 1 is the batch's first, and the map says 1 where the map of the split said 2."""
+    """Box 0 leaves the image: box 1 is the batch's first, and the map says 1 where the map of the split said 2."""
     maps = torch.zeros(1, 8, 8, dtype=torch.uint8)
     maps[0, :, 0:3], maps[0, :, 5:8] = 1, 2
     boxes = torch.tensor([[[0.0, 0, 3, 8], [5, 0, 8, 8]]])
@@ -236,7 +237,7 @@ def test_of_two_instances_the_kept_one_has_the_number(data):
 
 
 def test_of_two_instances_with_one_box_the_class_decides(data):
-    """A ring of one class around a square of another, cut to the same box by the picture's edges."""
+    """A ring of one class around a square of another, cut to the same box by the image's edges."""
     maps = torch.ones(1, 8, 8, dtype=torch.uint8)
     maps[0, 2:6, 2:6] = 2
     boxes = torch.tensor([[[0.0, 0, 8, 8], [2, 2, 6, 6]]])

@@ -12,19 +12,19 @@ from PIL import Image, ImageDraw
 
 from defectlab.data import fetch as store
 from defectlab.data import masks as segmentation
-from defectlab.data.anomaly import ensure_synthetic, load_anomaly
-from defectlab.data.foreground import nut_mask
+from defectlab.data.anomaly import load_anomaly
 from defectlab.data.masks import (
     METAL_NUT,
     PAPER_LIST,
-    PARTS,
     SegmentationData,
     draw_parts,
     list_of_parts,
     load_segmentation,
+    nut_mask,
     segmentation_fingerprint,
     subset,
 )
+from defectlab.data.splits import PARTS
 from defectlab.files import DataError
 
 SIZE = 32
@@ -32,10 +32,8 @@ NUT = ("mvtec_ad/metal_nut", "mvtec_ad", "mvtec_metal_nut_512.zip", "--category"
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    ensure_synthetic(root, "synthetic_nut")
-    return root
+def root(synthetic: Path) -> Path:
+    return synthetic
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def names_of(data: SegmentationData) -> list[set[str]]:
     return [set(getattr(data, part).names) for part in PARTS]
 
 
-def picture(path: Path, mode: str) -> np.ndarray:
+def pixels_of(path: Path, mode: str) -> np.ndarray:
     return np.asarray(Image.open(path).convert(mode))
 
 
@@ -68,7 +66,7 @@ def test_recipe_finds_every_drawn_nut(root: Path) -> None:
     assert len(truths) == 54
     for path in truths:
         image = folder / path.relative_to(folder / "nut").with_name(path.name.replace("_mask", ""))
-        assert iou(nut_mask(picture(image, "RGB")), picture(path, "L") > 127) > 0.95, image
+        assert iou(nut_mask(pixels_of(image, "RGB")), pixels_of(path, "L") > 127) > 0.95, image
 
 
 def washer(size: int) -> tuple[Image.Image, np.ndarray]:
@@ -142,7 +140,7 @@ def test_drawn_set(drawn: SegmentationData) -> None:
         assert (shares > 0.2).all() and (shares < 0.5).all()
 
 
-def test_masks_lie_on_their_pictures(drawn: SegmentationData) -> None:
+def test_masks_lie_on_their_images(drawn: SegmentationData) -> None:
     grey = drawn.train.images.float().mean(1)
     on = drawn.train.masks == 1
     assert (grey[on].mean() > 2.5 * grey[~on].mean()).item()
@@ -157,7 +155,7 @@ def test_defect_target(root: Path) -> None:
         assert torch.equal(split.masks.flatten(1).any(1), split.types > 0), part
     index = data.train.names.index(next(name for name in data.train.names if "/bent/" in name))
     stem = data.train.names[index].removeprefix("test/")
-    native = picture(root / "synthetic_nut/ground_truth" / f"{stem}_mask.png", "L") > 127
+    native = pixels_of(root / "synthetic_nut/ground_truth" / f"{stem}_mask.png", "L") > 127
     small = torch.nn.functional.interpolate(
         torch.from_numpy(native)[None, None].byte(), (SIZE, SIZE), mode="nearest-exact"
     )
@@ -175,7 +173,7 @@ def test_paper_parts_are_disjoint_and_whole(drawn: SegmentationData, root: Path)
     assert train | dev | test == {path.relative_to(folder).with_suffix("").as_posix() for path in files}
 
 
-def test_good_split_learns_from_no_defect_and_no_test_picture(root: Path) -> None:
+def test_good_split_learns_from_no_defect_and_no_test_image(root: Path) -> None:
     data, anomaly = load(root, "nut", "good"), load_anomaly("synthetic_nut", SIZE, root=root)
     train, dev, test = names_of(data)
     assert all(name.startswith("train/good/") for name in train | dev) and not train & dev
@@ -187,7 +185,7 @@ def test_good_split_learns_from_no_defect_and_no_test_picture(root: Path) -> Non
 
 
 def test_parts_by_hand() -> None:
-    """335 pictures as in the set: sizes, proportions, and no dependence on the order of the files."""
+    """335 images as in the set: sizes, proportions, and no dependence on the order of the files."""
     counts = {"good": 242, "bent": 25, "color": 22, "flip": 23, "scratch": 23}
     types = {f"{kind}/{i:03}": kind for kind, count in counts.items() for i in range(count)}
     parts = draw_parts(types, {name: name for name in types})
@@ -198,7 +196,7 @@ def test_parts_by_hand() -> None:
     assert parts == draw_parts(dict(reversed(types.items())), {name: name for name in types})
 
 
-def test_equal_pictures_lie_on_one_side() -> None:
+def test_equal_images_lie_on_one_side() -> None:
     types = {f"{i:03}": "good" for i in range(100)}
     parts = draw_parts(types, {name: str(int(name) // 4) for name in types})
     sides = [{parts[f"{4 * i + j:03}"] for j in range(4)} for i in range(25)]
@@ -213,10 +211,10 @@ def test_fingerprint(drawn: SegmentationData, root: Path, monkeypatch: pytest.Mo
         for target, split in (("nut", "paper"), ("nut", "good"), ("defect", "paper"))
     }
     assert found["nut", "paper"] == drawn.fingerprint and len(set(found.values())) == 3
-    monkeypatch.setattr(segmentation, "RECIPE_VERSION", 2)  # concerns the nut's masks only
+    monkeypatch.setattr(segmentation, "NUT_MASKS", "0")  # concerns the nut's masks only
     assert segmentation_fingerprint("synthetic_nut", "nut", "paper", root) != drawn.fingerprint
     assert segmentation_fingerprint("synthetic_nut", "defect", "paper", root) == found["defect", "paper"]
-    monkeypatch.setattr(segmentation, "decode", None)  # no picture is read
+    monkeypatch.setattr(segmentation, "decode", None)  # no image is read
     segmentation_fingerprint("synthetic_nut", "nut", "good", root)
 
 
@@ -260,7 +258,7 @@ def test_unknown_names(root: Path) -> None:
         load(root, "bore", "paper")
     with pytest.raises(ValueError, match="unknown split 'random': use one of paper, good"):
         load(root, "nut", "random")
-    with pytest.raises(ValueError, match="good pictures have no defect to learn from"):
+    with pytest.raises(ValueError, match="good images have no defect to learn from"):
         load(root, "defect", "good")
     with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
         load_segmentation("synthetic_nut", "nut", "paper", 0, root=root)
@@ -283,10 +281,11 @@ def test_list_and_set_that_do_not_fit(root: Path, tmp_path: Path) -> None:
         DataError, match=r"train/good/003\.png: the image has no foreground.*: run `python data_scripts"
     ):
         load_segmentation(METAL_NUT, "nut", "good", SIZE, root=tmp_path)
-    plan, _, _ = segmentation._split(METAL_NUT, "nut", "good", tmp_path)
-    bent = next(sample for sample in plan.test if sample.path == "test/bent/000.png")
-    with pytest.raises(DataError, match=r"bent/000_mask\.png is not as large as its image test/bent/000\.png: run"):
-        segmentation._read_sample(plan, bent, "defect", SIZE)
+    plan = segmentation._plan(METAL_NUT, "nut", "good", tmp_path)
+    bent = next(sample for sample in plan.parts["test"] if sample.path == "test/bent/000.png")
+    message = r"bent/000_mask\.png is 64 x 64 pixels, its image test/bent/000\.png 128 x 128: run"
+    with pytest.raises(DataError, match=message):
+        segmentation._read_sample(bent, plan, "defect", SIZE)
 
 
 # --- The real set ----------------------------------------------------------------------------------------------------
@@ -294,12 +293,10 @@ def test_list_and_set_that_do_not_fit(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.real_data
 def test_real_list_is_drawn_again(real_set) -> None:
-    plan, by_part, _ = segmentation._split(METAL_NUT, "nut", "paper", real_set(*NUT))
-    manifest = store.read_manifest(plan.folder, "")
-    samples = {segmentation._name(s): s for part in by_part.values() for s in part}
-    types = {name: sample.type for name, sample in samples.items()}
-    content = {name: manifest.files[sample.path][1] for name, sample in samples.items()}
-    assert PAPER_LIST.read_text(encoding="utf-8") == list_of_parts(draw_parts(types, content))
+    plan = segmentation._plan(METAL_NUT, "nut", "paper", real_set(*NUT))
+    samples = {segmentation._name(s): s for part in plan.parts.values() for s in part}
+    parts = draw_parts(*segmentation._types_and_content(plan, samples))
+    assert PAPER_LIST.read_text(encoding="utf-8") == list_of_parts(parts)
 
 
 @pytest.mark.real_data
@@ -319,7 +316,7 @@ def test_real_nuts_against_mvtecs_own_outlines(real_set) -> None:
     found, lost = [], []
     for path in sorted(folder.glob("ground_truth/*/*_mask.png")):
         image = next((folder / "test" / path.parent.name).glob(path.name.replace("_mask.png", ".*")))
-        mask, truth = nut_mask(picture(image, "RGB")), picture(path, "L") > 127
+        mask, truth = nut_mask(pixels_of(image, "RGB")), pixels_of(path, "L") > 127
         if path.parent.name == "flip":
             found.append(iou(mask, truth))
         else:

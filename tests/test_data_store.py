@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 from collections import namedtuple
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from defectlab import files
 from defectlab.data import fetch as store
-from defectlab.data import unpacking
 from defectlab.data.fetch import DataSet, Source
 from defectlab.files import DataError, data_dir, weights_dir
 
@@ -152,8 +153,8 @@ def test_where_data_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.chdir(tmp_path)  # a notebook runs in another folder than the scripts
     monkeypatch.delenv("DEFECTLAB_DATA", raising=False)
     monkeypatch.delenv("DEFECTLAB_WEIGHTS", raising=False)
-    assert data_dir() == Path(store.__file__).parents[2] / "data" and weights_dir() is None
-    monkeypatch.setattr(store, "__file__", "/usr/lib/python3/site-packages/defectlab/data/store.py")
+    assert data_dir() == Path(files.__file__).parents[1] / "data" and weights_dir() is None
+    monkeypatch.setattr(files, "__file__", "/usr/lib/python3/site-packages/defectlab/files.py")
     assert data_dir() == tmp_path / "data"
     monkeypatch.setenv("DEFECTLAB_DATA", "/elsewhere")
     monkeypatch.setenv("DEFECTLAB_WEIGHTS", "/weights")
@@ -207,12 +208,18 @@ def test_too_large(tmp_path: Path, kind: str) -> None:
     assert nothing_left(tmp_path / "data")
 
 
-def test_member_larger_than_declared() -> None:
-    sink = io.BytesIO()
-    assert not unpacking._copy(io.BytesIO(b"12345"), sink, 3)
-    assert len(sink.getvalue()) <= 3
-    assert not unpacking._copy(io.BytesIO(b"12"), io.BytesIO(), 3)
-    assert unpacking._copy(io.BytesIO(b"123"), io.BytesIO(), 3)
+@pytest.mark.parametrize("declared", [3, 7])
+def test_member_of_another_size_than_declared(tmp_path: Path, declared: int) -> None:
+    """The directory of the zip says that five stored bytes are `declared`."""
+    path = tmp_path / "lie.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/1.txt", b"12345")
+    content = path.read_bytes()
+    start = content.rindex(b"PK\x01\x02") + 20  # compressed and uncompressed size in the directory
+    path.write_bytes(content[:start] + struct.pack("<II", declared, declared) + content[start + 8 :])
+    with pytest.raises(DataError, match=r"lie\.zip is damaged.*fetch it again"):
+        store.fetch(DATASET, tmp_path / "data", path)
+    assert nothing_left(tmp_path / "data")
 
 
 @pytest.mark.parametrize("kind", ["truncated zip", "flipped zip", "truncated tar", "text"])
@@ -286,13 +293,12 @@ def test_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_disk_fills_up_while_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
-    def full(source, sink, size) -> bool:
+    def full(source, sink, *_) -> None:
         if written:
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(sink.write(source.read()))
-        return True
 
-    monkeypatch.setattr(unpacking, "_copy", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)  # what zipfile copies with
     with pytest.raises(DataError, match=r"the disk of .* is full; nothing was kept: free some space"):
         store.fetch(DATASET, tmp_path / "data", make_zip(tmp_path / "toy.zip", FILES))
     assert written and nothing_left(tmp_path / "data")

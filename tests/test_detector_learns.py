@@ -109,7 +109,7 @@ TOY = DetectorSettings(
 def test_toy_set_is_learnt_from_scratch(family: str, anchors: str, limit: float) -> None:
     data = toy_data(96, (64, 2, 48))
     _, average, trained = fit(replace(TOY, family=family, anchors=anchors), data)
-    metrics, per_class = evaluate(predict(average, data.test), data.test.truths(), CLASSES)
+    metrics, per_class = evaluate(predict(average, data.test), data.test.ground_truth(), CLASSES)
     assert metrics["map50"] > limit
     assert min(values["map50"] for values in per_class.values()) > limit - 10
     assert trained.curve["loss"][-1] < 0.5 * trained.curve["loss"][0]

@@ -140,13 +140,13 @@ def test_mosaic_is_closed_for_the_last_epochs(monkeypatch: pytest.MonkeyPatch) -
     used = []
 
     def watched(images, boxes, labels, indices, recipe, generator):
-        used.append((recipe.mosaic, recipe.mixup, recipe.scale))
+        used.append((recipe.mosaic, recipe.scale))
         return augment(images, boxes, labels, indices, recipe, generator)
 
     augment = augment_.augment
     monkeypatch.setattr(training, "augment", watched)
-    fit(replace(SHORT, mosaic=0.7, mixup=0.3, close_mosaic=2), toy_data())
-    assert used == [(0.7, 0.3, 0.5)] * 4 + [(0.0, 0.0, 0.5)] * 4
+    fit(replace(SHORT, mosaic=0.7, close_mosaic=2), toy_data())
+    assert used == [(0.7, 0.5)] * 4 + [(0.0, 0.5)] * 4
 
 
 def test_the_seed_decides_everything() -> None:
@@ -256,7 +256,7 @@ def in_sittings(path: Path, sit: Callable[[Context], tuple]) -> tuple[tuple, int
 
 @pytest.mark.parametrize(("optimizer", "family"), [("sgd", "v8"), ("adamw", "v8"), ("sgd", "v5")])
 def test_an_interrupted_training_ends_as_if_it_were_not(tmp_path: Path, optimizer: str, family: str) -> None:
-    data, settings = toy_data(), replace(SHORT, optimizer=optimizer, family=family, learning_rate=0.002, mixup=0.3)
+    data, settings = toy_data(), replace(SHORT, optimizer=optimizer, family=family, learning_rate=0.002)
 
     def probe(model: Detector) -> dict[str, float]:
         return {"norm": float(sum(p.double().square().sum() for p in model.parameters()))}

@@ -1,4 +1,4 @@
-"""The synthetic stand-ins: published layouts, reproducible bytes, and masks that say where the defect is."""
+"""The synthetic sets: published layouts, reproducible bytes, and masks that say where the defect is."""
 
 import re
 from pathlib import Path

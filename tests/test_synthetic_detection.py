@@ -1,4 +1,4 @@
-"""The synthetic stand-ins with boxes: published layouts, reproducible bytes, boxes exactly around what differs."""
+"""The synthetic sets with boxes: published layouts, reproducible bytes, boxes exactly around what differs."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.ndimage import label
 
 from defectlab.data.annotations import read_deep_pcb, read_voc
-from defectlab.data.synthetic.boards import BOARD_KINDS, PKU_KINDS, board_pair, pku_pair
-from defectlab.data.synthetic.steel import STEEL_KINDS, VISIBLE, _steel_picture, write_board, write_pku, write_steel
+from defectlab.data.synthetic.boards import BOARD_KINDS, board_pair, write_board
+from defectlab.data.synthetic.steel import STEEL_KINDS, VISIBLE, steel_image, write_steel
 
 # What a kind does to the number of pieces of copper and of bare ground around it.
 PIECES = {"open": (1, -1), "short": (-1, 1), "mousebite": (0, 0), "spur": (0, 0), "copper": (1, 0), "pin-hole": (0, 1)}
@@ -48,15 +48,15 @@ def grey(path: Path) -> np.ndarray:
         return np.array(image)
 
 
-@pytest.mark.parametrize("write", [write_steel, write_board, write_pku])
+@pytest.mark.parametrize("write", [write_steel, write_board])
 def test_same_seed_same_bytes(write, tmp_path):
     for folder, count, seed in (("a", 2, 3), ("b", 2, 3), ("c", 2, 4), ("d", 1, 3)):
         write(tmp_path / folder, count=count, seed=seed)
     a, b, c, d = (folder_bytes(tmp_path / folder) for folder in "abcd")
     assert a == b
-    pictures = {name for name in a if name.endswith(".jpg")}
-    assert pictures and pictures <= set(c) and not any(a[name] == c[name] for name in pictures)
-    assert {n for n in d if n.endswith(".jpg")} < pictures
+    images = {name for name in a if name.endswith(".jpg")}
+    assert images and images <= set(c) and not any(a[name] == c[name] for name in images)
+    assert {n for n in d if n.endswith(".jpg")} < images
     assert all(a[name] == content for name, content in d.items() if not name.endswith(("trainval.txt", "test.txt")))
 
 
@@ -68,9 +68,9 @@ def test_same_seed_same_bytes(write, tmp_path):
 def test_steel_boxes_enclose_what_differs(kind, size):
     unit, counts = size / 200, set()
     for seed in range(12):
-        clean, picture, objects = _steel_picture(np.random.default_rng(seed), kind, size)
-        assert clean.shape == picture.shape == (size, size) and picture.dtype == np.uint8
-        change = np.abs(picture.astype(int) - clean)
+        clean, image, objects = steel_image(np.random.default_rng(seed), kind, size)
+        assert clean.shape == image.shape == (size, size) and image.dtype == np.uint8
+        change = np.abs(image.astype(int) - clean)
         assert_exact(change > VISIBLE, [box for _, box in objects], inside_only=change > 0)
         assert objects[0][0] == kind
         for _, (x1, y1, x2, y2) in objects:
@@ -85,8 +85,8 @@ def test_scratches_are_bright_and_the_other_kinds_dark():
     for kind in STEEL_KINDS:
         moved = []
         for seed in range(8):
-            clean, picture, objects = _steel_picture(np.random.default_rng(seed), kind, 200)
-            change = picture.astype(float) - clean
+            clean, image, objects = steel_image(np.random.default_rng(seed), kind, 200)
+            change = image.astype(float) - clean
             moved += [change[y1:y2, x1:x2].mean() for name, (x1, y1, x2, y2) in objects if name == kind]
         assert all(np.array(moved) > 0) if kind == "scratches" else all(np.array(moved) < 0), (kind, moved)
 
@@ -108,17 +108,17 @@ def test_steel_layout_and_counts(tmp_path):
         foreign += names != {stem.rpartition("_")[0]}
     assert 1 <= foreign <= 15
     read = read_voc(tmp_path, STEEL_KINDS)
-    assert len(read.pictures) == 60 and read.duplicates == 0
-    labels = np.concatenate([picture.labels for picture in read.pictures])
+    assert len(read.images) == 60 and read.duplicates == 0
+    labels = np.concatenate([image.labels for image in read.images])
     assert np.bincount(labels, minlength=6).min() >= 10
 
 
 def test_steel_file_holds_the_drawing_and_its_boxes(tmp_path):
     write_steel(tmp_path, count=1, seed=7)
     for k, kind in enumerate(STEEL_KINDS):
-        _, picture, objects = _steel_picture(np.random.default_rng([7, k, 1]), kind, 200)
-        with Image.open(tmp_path / "IMAGES" / f"{kind}_1.jpg") as image:
-            assert np.abs(np.array(image.convert("L"), int) - picture).mean() < 3
+        _, image, objects = steel_image(np.random.default_rng([7, k, 1]), kind, 200)
+        with Image.open(tmp_path / "IMAGES" / f"{kind}_1.jpg") as stored:
+            assert np.abs(np.array(stored.convert("L"), int) - image).mean() < 3
         assert voc_boxes(tmp_path / "ANNOTATIONS" / f"{kind}_1.xml") == [(name, list(box)) for name, box in objects]
 
 
@@ -152,8 +152,8 @@ def test_board_layout_and_files(tmp_path):
     files, kinds = {"trainval.txt", "test.txt"}, []
     for i, line in enumerate(lists[0] + lists[1]):
         assert re.fullmatch(r"group(\d{5})/\1/(\1\d{3})\.jpg group\1/\1_not/\2\.txt", line), line
-        picture, boxes = line.split()
-        pair = [picture.replace(".jpg", f"_{part}.jpg") for part in ("temp", "test")]
+        image, boxes = line.split()
+        pair = [image.replace(".jpg", f"_{part}.jpg") for part in ("temp", "test")]
         files |= {boxes, *pair}
         stored = [grey(root / name) for name in pair]
         drawn = board_pair(np.random.default_rng([0, i]), 320)
@@ -169,34 +169,7 @@ def test_board_layout_and_files(tmp_path):
     assert set(kinds) == {1, 2, 3, 4, 5, 6}
     assert np.bincount(kinds)[1:].min() > 0.5 * len(kinds) / 6, "no kind is rare"
     read = read_deep_pcb(tmp_path, BOARD_KINDS)
-    assert len(read.pictures) == 23 and sum(len(p.boxes) for p in read.pictures) == len(kinds)
-
-
-# ------------------------------------------------------------ coloured boards
-
-
-@pytest.mark.parametrize("folder_name", PKU_KINDS)
-def test_pku_boxes_enclose_what_differs(folder_name):
-    for board in (1, 4):
-        clean, picture, objects = pku_pair(0, board, folder_name, 1)
-        assert clean.shape == picture.shape == (400, 600, 3) and 2 <= len(objects) <= 5
-        assert {name for name, _ in objects} == {folder_name.lower()}
-        assert_exact((clean != picture).any(axis=2), [box for _, box in objects])
-
-
-def test_pku_layout(tmp_path):
-    write_pku(tmp_path, count=3)
-    names = {f"{c}/{b}_{c.lower()}_01" for c in PKU_KINDS for b in ("01", "04", "05")}
-    root = tmp_path / "PCB_DATASET"
-    assert set(folder_bytes(root)) == {f"images/{n}.jpg" for n in names} | {f"Annotations/{n}.xml" for n in names}
-    for name in names:
-        folder_name = name.split("/")[0]
-        assert {kind for kind, _ in voc_boxes(root / "Annotations" / f"{name}.xml")} == {folder_name.lower()}
-        assert ElementTree.parse(root / "Annotations" / f"{name}.xml").findtext("folder") == folder_name
-        with Image.open(root / "images" / f"{name}.jpg") as image:
-            assert image.mode == "RGB" and image.size == (600, 400)
-    read = read_voc(root)
-    assert read.class_names == tuple(sorted(name.lower() for name in PKU_KINDS)) and len(read.pictures) == 18
+    assert len(read.images) == 23 and sum(len(p.boxes) for p in read.images) == len(kinds)
 
 
 def test_sizes_too_small_are_refused(tmp_path):

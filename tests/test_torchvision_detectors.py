@@ -20,7 +20,7 @@ from toy_detection import CLASSES, toy_data, toy_split
 from toy_runs import quiet
 
 from defectlab.data.augment import Batch, plain
-from defectlab.data.boxes import DetectionData
+from defectlab.data.detection import DetectionData
 from defectlab.metrics import costs
 from defectlab.metrics.detection import unpack
 from defectlab.networks.torchvision_detectors import LEAST_SSD_SIZE, RATES, TorchvisionSettings, build_torchvision
@@ -125,7 +125,7 @@ def test_the_recipe() -> None:
     assert (recipe.learning_rate, recipe.momentum, recipe.weight_decay, recipe.optimizer) == (0.01, 0.9, 0.0001, "sgd")
     assert (recipe.size, recipe.epochs, recipe.batch, recipe.precision) == (512, 100, 16, "fp32")
     drawn = augmentation_of(recipe)
-    assert (drawn.mosaic, drawn.mixup, drawn.flip_left_right, drawn.flip_up_down, drawn.scale) == (0, 0, 0.5, 0.5, 0.5)
+    assert (drawn.mosaic, drawn.flip_left_right, drawn.flip_up_down, drawn.scale) == (0, 0.5, 0.5, 0.5)
     changed = TorchvisionSettings(architecture="ssd", learning_rate=0.5, flip_up_down=0.0, epochs=7).recipe
     assert (changed.learning_rate, augmentation_of(changed).flip_up_down, changed.epochs) == (0.5, 0.0, 7)
 

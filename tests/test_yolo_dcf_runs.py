@@ -15,7 +15,7 @@ from toy_detection import toy_data
 from toy_runs import quiet, recorded, runs_of
 
 from defectlab import runs
-from defectlab.data.boxes import DetectionData
+from defectlab.data.detection import DetectionData
 from defectlab.metrics.robustness import KEPT, robustness_statistic, summary
 from defectlab.networks.yolo.model import build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
@@ -170,7 +170,7 @@ def guesses(seen: list[Tensor], false_boxes: int) -> Callable[..., list[dict[str
         generator = torch.Generator().manual_seed(len(seen))
         seen.append(images)
         found = []
-        for truth in split.truths():
+        for truth in split.ground_truth():
             count = len(truth["labels"])
             moved = truth["boxes"] + len(seen) / 2 * torch.randn(count, 2, generator=generator).repeat(1, 2)
             corners = torch.rand(false_boxes, 2, generator=generator) * 60

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from toy_runs import quiet
 
 from defectlab.data.augment import Batch
-from defectlab.data.boxes import DetectionData, DetectionSplit
+from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.networks.yolo.losses import detection_loss
 from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings

@@ -1,11 +1,11 @@
 """Readers of box annotations: VOC xml, YOLO txt, COCO json and DeepPCB txt, all into one form.
 
-A box is (x1, y1, x2, y2) in pixels of the picture as it is stored, 0 to its width or height; an EXIF rotation is not
+A box is (x1, y1, x2, y2) in pixels of the image as it is stored, 0 to its width or height; an EXIF rotation is not
 applied. Whatever is wrong with a file is said in one sentence that names it.
 
 VOC defines xmin and ymin as pixels counted from 1, but much annotation software writes positions counted from 0 and
 lifts 0 to 1, and no file says which it is. Coordinates are therefore kept as they are (at most one pixel off at two
-sides). NEU-DET is such a case: its coordinates run from 1 to 200 in pictures of 200 pixels, 1500 of them are 1 and 575
+sides). NEU-DET is such a case: its coordinates run from 1 to 200 in images of 200 pixels, 1500 of them are 1 and 575
 are 200. Both conventions would give that range.
 """
 
@@ -13,85 +13,64 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import yaml
-from PIL import Image, UnidentifiedImageError
 
+from defectlab.data.images import IMAGE_SUFFIXES, find_files, opened
 from defectlab.files import DataError
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
 TOLERANCE = 1.0  # pixels that a box may lie outside: files count from 0 or from 1, and round
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture and its boxes; a picture may have none."""
+class AnnotatedImage:
+    """One image and its boxes; an image may have none."""
 
     path: Path
     width: int
     height: int
-    boxes: np.ndarray  # (n, 4) float32, x1 y1 x2 y2 in pixels, inside the picture, area > 0
+    boxes: np.ndarray  # (n, 4) float32, x1 y1 x2 y2 in pixels, inside the image, area > 0
     labels: np.ndarray  # (n,) int64, index into Annotations.class_names
     duplicates: int  # boxes left out because one of the same class and coordinates stood before them
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a reader returns: the pictures sorted by path."""
+    """What a reader returns: the images sorted by path."""
 
     class_names: tuple[str, ...]
-    pictures: tuple[Picture, ...]
+    images: tuple[AnnotatedImage, ...]
 
     @property
     def duplicates(self) -> int:
-        return sum(picture.duplicates for picture in self.pictures)
+        return sum(image.duplicates for image in self.images)
 
 
 # ------------------------------------------------------------------------------------------- what the readers share
 
 
-@contextmanager
-def _opened(path: Path, remedy: str) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: {remedy}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # PIL raises all four
-        raise DataError(f"{path} cannot be decoded ({error}): {remedy}") from error
-
-
-def decode(path: Path, remedy: str = "replace or remove this picture") -> Image.Image:
-    """The picture as mode "L" if it is stored so, else "RGB"; DataError if it is missing, damaged or above 8 bits."""
-    with _opened(path, remedy) as image:
-        if image.mode.startswith(("I", "F")):
-            raise DataError(f"{path} has more than 8 bits a pixel: save it with 8 bits")
-        return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-
-
-def _picture(
+def _checked(
     path: Path,
     source: Path,
     objects: Sequence[tuple[int, Sequence[float]]],
     normalised: bool = False,
     stated: tuple[int, int] | None = None,
-) -> Picture:
-    """Check the objects (label, x1 y1 x2 y2) that the file `source` gives for a picture.
+) -> AnnotatedImage:
+    """Check the objects (label, x1 y1 x2 y2) that the file `source` gives for an image.
 
     `normalised`: the coordinates are parts of the width and height. `stated`: the size that `source` gives, if any.
     """
-    with _opened(path, f"restore this picture, or remove what {source} says of it") as image:
+    with opened(path, f"restore this image, or remove what {source} says of it") as image:
         width, height = image.size
     if stated is not None and stated != (width, height):
         raise DataError(
-            f"{source} says {stated[0]} x {stated[1]} pixels, its picture {path} has {width} x {height}: "
-            "its boxes do not fit, annotate this picture again"
+            f"{source} says {stated[0]} x {stated[1]} pixels, its image {path} has {width} x {height}: "
+            "its boxes do not fit, annotate this image again"
         )
     boxes = np.array([box for _, box in objects], np.float64).reshape(-1, 4)
     if normalised:
@@ -111,7 +90,7 @@ def _picture(
         kept[label, *box.tolist()] = None
     labels = np.array([key[0] for key in kept], np.int64)
     unique = np.array([key[1:] for key in kept], np.float32).reshape(-1, 4)
-    return Picture(path, width, height, unique, labels, len(objects) - len(kept))
+    return AnnotatedImage(path, width, height, unique, labels, len(objects) - len(kept))
 
 
 def _index(name: str, class_names: Sequence[str], source: Path) -> int:
@@ -120,26 +99,18 @@ def _index(name: str, class_names: Sequence[str], source: Path) -> int:
     return class_names.index(name)
 
 
-def find_files(folder: Path, suffixes: set[str]) -> list[Path]:
-    """Files below `folder` with one of the suffixes (lower case), sorted; hidden ones are left out."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give the one that holds the pictures and their boxes")
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
-
-
-def _find_pictures(folder: Path) -> list[Path]:
-    pictures = find_files(folder, PICTURES)
-    if not pictures:
-        raise DataError(f"{folder} holds no jpg, png, bmp or tif picture: give the folder that holds them")
-    return pictures
+def _find_images(folder: Path) -> list[Path]:
+    images = find_files(folder, IMAGE_SUFFIXES)
+    if not images:
+        raise DataError(f"{folder} holds no jpg, png, bmp or tif image: give the folder that holds them")
+    return images
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: restore it, or remove its picture") from error
+        raise DataError(f"{path} is missing: restore it, or remove its image") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}): save it as UTF-8 text") from error
 
@@ -148,7 +119,7 @@ def _text(path: Path) -> str:
 
 
 def _parse_voc(path: Path) -> tuple[list[tuple[str, list[float]]], tuple[int, int] | None]:
-    """The objects (class name, x1 y1 x2 y2) of one xml and the picture's size, None where it states none (or 0)."""
+    """The objects (class name, x1 y1 x2 y2) of one xml and the image's size, None where it states none (or 0)."""
     try:
         tree = ElementTree.parse(path).getroot()
         width, height = (int(tree.findtext(f"size/{side}") or 0) for side in ("width", "height"))
@@ -167,16 +138,16 @@ def _parse_voc(path: Path) -> tuple[list[tuple[str, list[float]]], tuple[int, in
 
 
 def read_voc(folder: Path, class_names: Sequence[str] | None = None) -> Annotations:
-    """Pictures with one VOC xml each, anywhere below `folder`, matched by the file's stem.
+    """Images with one VOC xml each, anywhere below `folder`, matched by the file's stem.
 
-    The xml's own <filename> is not used: in several public sets it is wrong. Where two folders hold pictures of one
-    stem, the xml must lie beside its own. `class_names` None: those found, sorted. Raises DataError: a picture without
-    xml or the reverse, an unreadable file, another picture size than the xml states, a class that is not in
-    `class_names`, a box without area or more than 1 pixel outside its picture (up to 1 pixel it is clipped).
+    The xml's own <filename> is not used: in several public sets it is wrong. Where two folders hold images of one
+    stem, the xml must lie beside its own. `class_names` None: those found, sorted. Raises DataError: an image without
+    xml or the reverse, an unreadable file, another image size than the xml states, a class that is not in
+    `class_names`, a box without area or more than 1 pixel outside its image (up to 1 pixel it is clipped).
     """
     folder = Path(folder)
-    pictures, by_stem = _find_pictures(folder), defaultdict(list)
-    for path in pictures:
+    images, by_stem = _find_images(folder), defaultdict(list)
+    for path in images:
         by_stem[path.stem].append(path)
     parsed = {}
     for xml in find_files(folder, {".xml"}):
@@ -184,19 +155,19 @@ def read_voc(folder: Path, class_names: Sequence[str] | None = None) -> Annotati
         beside = [path for path in candidates if path.parent == xml.parent] or candidates
         if len(beside) != 1:
             raise DataError(
-                f"{xml} has {len(beside)} pictures of its name below {folder}: keep one, or put the xml beside its own"
+                f"{xml} has {len(beside)} images of its name below {folder}: keep one, or put the xml beside its own"
             )
         if beside[0] in parsed:
             raise DataError(f"{beside[0]} has two xml files, one is {xml}: keep one")
         parsed[beside[0]] = xml, *_parse_voc(xml)
-    without = [path for path in pictures if path not in parsed]
+    without = [path for path in images if path not in parsed]
     if without:
         raise DataError(f"{without[0]} has no xml: annotate it (an xml without objects says that it has none)")
     names = tuple(class_names or sorted({name for _, objects, _ in parsed.values() for name, _ in objects}))
     return Annotations(
         names,
         tuple(
-            _picture(path, xml, [(_index(name, names, xml), box) for name, box in objects], stated=size)
+            _checked(path, xml, [(_index(name, names, xml), box) for name, box in objects], stated=size)
             for path, (xml, objects, size) in sorted(parsed.items())
         ),
     )
@@ -246,18 +217,18 @@ def _parse_yolo(path: Path, class_names: Sequence[str]) -> list[tuple[int, list[
 
 
 def read_yolo(folder: Path, class_names: Sequence[str] | None = None) -> Annotations:
-    """Pictures below a folder `images`, their txt under the same path below `labels`.
+    """Images below a folder `images`, their txt under the same path below `labels`.
 
     Both `images/train/a.jpg` with `labels/train/a.txt` and `train/images/a.jpg` with `train/labels/a.txt` are read. A
-    line is `class x y width height`, centre and size as parts of the picture's. A picture without txt has no object.
+    line is `class x y width height`, centre and size as parts of the image's. An image without txt has no object.
     `class_names` None: from classes.txt (also in labels), or `names` of data.yaml, in `folder`. Raises DataError: no
-    picture or no txt at all, a txt without picture, another kind of line, a class index without a name, a box as in
+    image or no txt at all, a txt without image, another kind of line, a class index without a name, a box as in
     `read_voc`.
     """
     folder = Path(folder)
     names = tuple(class_names or _yolo_names(folder))
     sources = {}
-    for path in _find_pictures(folder):
+    for path in _find_images(folder):
         parts = list(path.relative_to(folder).parts)
         if "images" in parts[:-1]:
             parts[parts.index("images")] = "labels"
@@ -266,13 +237,13 @@ def read_yolo(folder: Path, class_names: Sequence[str] | None = None) -> Annotat
     texts = [path for path in texts if path.name != "classes.txt"]
     alone = sorted(set(texts) - set(sources.values()))
     if alone:
-        raise DataError(f"{alone[0]} has no picture under the same path below `images`: restore it, or remove the txt")
+        raise DataError(f"{alone[0]} has no image under the same path below `images`: restore it, or remove the txt")
     if not texts:
-        raise DataError(f"{folder} should hold pictures below `images` and txt files below `labels`: arrange them so")
+        raise DataError(f"{folder} should hold images below `images` and txt files below `labels`: arrange them so")
     return Annotations(
         names,
         tuple(
-            _picture(path, source, _parse_yolo(source, names) if source.is_file() else [], normalised=True)
+            _checked(path, source, _parse_yolo(source, names) if source.is_file() else [], normalised=True)
             for path, source in sources.items()
         ),
     )
@@ -282,15 +253,15 @@ def read_yolo(folder: Path, class_names: Sequence[str] | None = None) -> Annotat
 
 
 def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | None = None) -> Annotations:
-    """The pictures that a COCO json lists, found below `images`: at their `file_name`, else by its last part alone.
+    """The images that a COCO json lists, found below `images`: at their `file_name`, else by its last part alone.
 
     `class_names` None: the json's categories, by ascending id. A bbox is x, y, width, height in pixels. Raises
-    DataError: an unreadable json, a picture that is missing, listed twice or found twice, another size than stated, an
-    annotation of an unknown picture or category or marked `iscrowd`, a box as in `read_voc`.
+    DataError: an unreadable json, an image that is missing, listed twice or found twice, another size than stated, an
+    annotation of an unknown image or category or marked `iscrowd`, a box as in `read_voc`.
     """
     annotation_file, images = Path(annotation_file), Path(images)
     by_name = defaultdict(list)
-    for path in _find_pictures(images):
+    for path in _find_images(images):
         by_name[path.name].append(path)
     content = _text(annotation_file)
     try:
@@ -304,7 +275,7 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
         for item in fields["annotations"]:
             where = f"{annotation_file}: annotation {item.get('id')}"
             if item["image_id"] not in listed or item["category_id"] not in categories:
-                raise DataError(f"{where} is of a picture or category that is not listed: correct or remove it")
+                raise DataError(f"{where} is of an image or category that is not listed: correct or remove it")
             if item.get("iscrowd", 0):
                 raise DataError(f"{where} is marked iscrowd, not one object: box each object, or remove it")
             x, y, width, height = (float(value) for value in item["bbox"])
@@ -313,7 +284,7 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{annotation_file} is no COCO json of boxes ({error!r}): export it again") from error
 
-    pictures, seen = [], set()
+    checked, seen = [], set()
     for index, (name, size) in listed.items():
         found = [images / name] if (images / name).is_file() else by_name[Path(name).name]
         if len(found) > 1:
@@ -322,8 +293,8 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
         if path in seen:
             raise DataError(f"{annotation_file} lists {name} twice: remove one")
         seen.add(path)
-        pictures.append(_picture(path, annotation_file, objects[index], stated=size))
-    return Annotations(names, tuple(sorted(pictures, key=lambda picture: picture.path)))
+        checked.append(_checked(path, annotation_file, objects[index], stated=size))
+    return Annotations(names, tuple(sorted(checked, key=lambda image: image.path)))
 
 
 # ------------------------------------------------------------------------------------------------------------ DeepPCB
@@ -334,7 +305,7 @@ def read_deep_pcb(folder: Path, class_names: Sequence[str]) -> Annotations:
 
     The templates NAME_temp.jpg are not read. Raises DataError as `read_voc`.
     """
-    pictures = []
+    images = []
     for path in sorted(Path(folder).glob("PCBData/group*/*/*_test.jpg")):
         source = path.parent.with_name(path.parent.name + "_not") / (path.stem.removesuffix("_test") + ".txt")
         objects = []
@@ -344,5 +315,5 @@ def read_deep_pcb(folder: Path, class_names: Sequence[str]) -> Annotations:
                 objects.append((range(1, len(class_names) + 1).index(kind), np.reshape(box, 4)))
             except ValueError as error:
                 raise DataError(f"{source} has the line {line!r}, not `x1 y1 x2 y2 type`: restore it") from error
-        pictures.append(_picture(path, source, objects))
-    return Annotations(tuple(class_names), tuple(pictures))
+        images.append(_checked(path, source, objects))
+    return Annotations(tuple(class_names), tuple(images))

@@ -1,15 +1,14 @@
-"""Readers of the anomaly sets: magnetic tiles, MVTec AD, and the drawn stand-in, all in the same form.
+"""The anomaly sets, whole, as tensors on one device: magnetic tiles, MVTec AD, and the synthetic ones, in one form.
 
 Training images are normal; the test set has normal and anomalous images with masks. A tenth of the training images is
-held out as `dev`, where design choices are made, with a defect pasted on a copy of each (`synthetic.add_defect`).
+held out as `dev`, where design choices are made, with a defect pasted on a copy of each (`synthetic.pasted`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from defectlab.data import fetch as store
-from defectlab.data.images import MASK_SIZE, decode, resize_mask, to_square
-from defectlab.data.splits import _shuffled
-from defectlab.files import DataError, data_dir
+from defectlab.data.images import IMAGE_SUFFIXES, check_size, decode, in_threads, resize_mask, to_square
+from defectlab.data.splits import PARTS, Plan, content_id, identity, locate, shuffled
+from defectlab.data.synthetic import SYNTHETIC
+from defectlab.data.synthetic.pasted import add_defect
+from defectlab.files import DataError
 
-MAGNETIC_TILE = "magnetic_tile"
-SYNTHETIC_TILE, SYNTHETIC_NUT = "synthetic_tile", "synthetic_nut"
-SYNTHETIC = {SYNTHETIC_TILE: "synthetic tiles", SYNTHETIC_NUT: "synthetic nuts"}  # name: label in tables
+MAGNETIC_TILE, SYNTHETIC_TILE, SYNTHETIC_NUT = "magnetic_tile", "synthetic_tile", "synthetic_nut"
 TILE_TYPES = ("blowhole", "break", "crack", "fray", "uneven")
 TILE_TRAIN_LIST = Path(__file__).parent / "splits" / "magnetic_tile_train_761.txt"
 # fmt: off
@@ -34,13 +32,12 @@ MVTEC_CATEGORIES = (
     "pill", "screw", "tile", "toothbrush", "transistor", "wood", "zipper",
 )
 # fmt: on
-DEV_VERSION = 1  # raise when `add_defect` or the choice of dev images changes: it enters the fingerprint
-_PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
+PASTED_DEFECTS = "2f5ebef63256b8b1"  # digest of what `paste_defect` and `hold_out` give; see `splits.content_id`
 
 
 @dataclass(frozen=True)
 class AnomalySplit:
-    """N images and their truth, as tensors on one device.
+    """N images and their masks, as tensors on one device.
 
     `images` are resized without regard to their aspect ratio (antialiased, bilinear); grey images fill all three
     channels. A mask pixel is 1 where the mask file has more than 127, taken at native size and then resized
@@ -64,8 +61,8 @@ class AnomalySplit:
 class AnomalyData:
     """A set as the notebooks use it. `train` is normal only, `dev` half normal and half pasted defects.
 
-    `fingerprint` is the sha256 over the content of the set, the three lists of names and DEV_VERSION. `derived` holds
-    what is computed from the images once, such as a teacher's features; a copy with other images starts without.
+    `fingerprint` is the sha256 over the content of the set, the three lists of names and the pasted defects. `derived`
+    holds what is computed from the images once, such as a teacher's features; a copy with other images starts without.
     """
 
     name: str  # as given to load_anomaly
@@ -80,7 +77,7 @@ class AnomalyData:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture that has not been read yet."""
+    """An image that has not been read yet."""
 
     path: str  # relative to the set's folder
     type: str = "good"
@@ -92,68 +89,16 @@ class Sample:
         return self.path if self.pasted is None else f"{self.path}+{self.type}"
 
 
-def _paste_defect(image: Image.Image, kind: str, seed: int) -> tuple[Image.Image, np.ndarray]:
-    """The image with a defect drawn on it and its mask (H, W) bool; a colour image gets the change of its grey."""
-    from defectlab.data.synthetic.pasted import add_defect  # here, because the drawing needs scipy and reading does not
-
-    grey = np.asarray(image.convert("L"))
-    changed, mask = add_defect(grey, kind, np.random.default_rng(seed))
-    if image.mode == "L":
-        return Image.fromarray(changed), mask
-    change = (changed.astype(np.int16) - grey)[..., None]
-    return Image.fromarray((np.asarray(image) + change).clip(0, 255).astype(np.uint8)), mask
-
-
-def _read_sample(
-    folder: Path, sample: Sample, size: int, remedy: str
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """(3, size, size) uint8, (256, 256) uint8, and the native (H, W)."""
-    image = decode(folder / sample.path, remedy)
-    original = (image.height, image.width)
-    mask = np.zeros((1, 1), bool)
-    if sample.pasted is not None:
-        try:
-            image, mask = _paste_defect(image, TILE_TYPES[sample.pasted % len(TILE_TYPES)], sample.pasted)
-        except ValueError as error:
-            raise DataError(f"{folder / sample.path} is too small for a pasted defect ({error}): {remedy}") from error
-    elif sample.mask is not None:
-        grey = np.asarray(decode(folder / sample.mask, remedy).convert("L"))
-        if grey.shape != original:
-            raise DataError(
-                f"{folder / sample.mask} is {grey.shape[1]} x {grey.shape[0]} pixels, its image {sample.path} "
-                f"{original[1]} x {original[0]}: {remedy}"
-            )
-        mask = grey > 127
-    return to_square(image, size), resize_mask(mask), original
-
-
-def _read_split(
-    folder: Path, samples: list[Sample], type_names: tuple[str, ...], size: int, device, remedy: str
-) -> AnomalySplit:
-    images = np.empty((len(samples), 3, size, size), np.uint8)
-    masks = np.empty((len(samples), MASK_SIZE, MASK_SIZE), np.uint8)
-    originals = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes and resizes outside the GIL
-        read = pool.map(lambda sample: _read_sample(folder, sample, size, remedy), samples)
-        for index, (image, mask, original) in enumerate(read):
-            images[index], masks[index] = image, mask
-            originals.append(original)
-    types = torch.tensor([type_names.index(sample.type) for sample in samples], dtype=torch.uint8)
-    labels = (types > 0).to(torch.uint8)
-    has_mask = torch.from_numpy(masks.any(axis=(1, 2))) | (labels == 0)
-    tensors = (torch.from_numpy(images), torch.from_numpy(masks), labels, types, has_mask)
-    names = tuple(sample.name for sample in samples)
-    return AnomalySplit(*(tensor.to(device) for tensor in tensors), names, tuple(originals))
+# ---------------------------------------------------------------------------------------------------------------- sets
 
 
 def _tile_samples(files: list[str], folder: Path, train_list: Path | None) -> tuple[list[Sample], list[Sample]]:
     """Train and test samples of the tile layout, MT_<Type>/Imgs/<name>.jpg with a mask <name>.png beside it."""
     normal = [path for path in files if path.startswith("MT_Free/") and path.endswith(".jpg")]
     if train_list is None:
-        train = set(_shuffled(normal, "train")[: round(0.8 * len(normal))])
+        train = set(shuffled(normal, "train")[: round(0.8 * len(normal))])
     else:
-        listed = train_list.read_text(encoding="utf-8").split()
-        train = {f"MT_Free/Imgs/{name}" for name in listed}
+        train = {f"MT_Free/Imgs/{name}" for name in train_list.read_text(encoding="utf-8").split()}
         unknown = sorted(train - set(normal))
         if unknown:
             raise DataError(f"{train_list.name} lists {unknown[0]}, which {folder} does not hold: fetch the set again")
@@ -166,19 +111,19 @@ def _tile_samples(files: list[str], folder: Path, train_list: Path | None) -> tu
 
 def _mvtec_samples(files: list[str]) -> tuple[list[Sample], list[Sample]]:
     """Train and test samples of the MVTec AD layout: train/good, test/<type>, ground_truth/<type>/NNN_mask.png."""
-    pictures = [path for path in files if Path(path).suffix.lower() in _PICTURES]
-    train = [Sample(path) for path in pictures if path.startswith("train/good/")]
-    test = [Sample(path) for path in pictures if path.startswith("test/good/")]
-    for path in pictures:
+    images = [path for path in files if Path(path).suffix.lower() in IMAGE_SUFFIXES]
+    train = [Sample(path) for path in images if path.startswith("train/good/")]
+    test = [Sample(path) for path in images if path.startswith("test/good/")]
+    for path in images:
         part, kind = path.split("/")[:2]
         if part == "test" and kind != "good":
             test.append(Sample(path, kind, f"ground_truth/{kind}/{Path(path).stem}_mask.png"))
     return train, test
 
 
-def _hold_out(train: list[Sample], pasted_types: tuple[str, ...]) -> tuple[list[Sample], list[Sample]]:
+def hold_out(train: list[Sample], pasted_types: tuple[str, ...]) -> tuple[list[Sample], list[Sample]]:
     """(train without them, dev): a tenth of the normal images, then a copy of each with a defect, types in turn."""
-    chosen = set(_shuffled([sample.path for sample in train], "dev")[: round(len(train) / 10)])
+    chosen = set(shuffled([sample.path for sample in train], "dev")[: round(len(train) / 10)])
     normal = [sample for sample in train if sample.path in chosen]
     pasted = [
         Sample(sample.path, pasted_types[index % len(pasted_types)], pasted=index)
@@ -187,127 +132,141 @@ def _hold_out(train: list[Sample], pasted_types: tuple[str, ...]) -> tuple[list[
     return [sample for sample in train if sample.path not in chosen], normal + pasted
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
-
-
-def ensure_synthetic(root: Path, name: str = SYNTHETIC_TILE) -> store.Manifest:
-    """Draw a stand-in into `root / name` unless this version's drawing is already there."""
-    from defectlab.data.synthetic import tiles as synthetic
-
-    nut = partial(synthetic.write_mvtec, category=".")  # the set's folder is the category's
-    draw = {SYNTHETIC_TILE: synthetic.write_magnetic_tile, SYNTHETIC_NUT: nut}[name]
-    code = store.code_digest(Path(synthetic.__file__).parent)
-    source = f"defectlab.data.synthetic, seed 0, code {code[:12]}"
-    return store.ensure_drawn(root / name, SYNTHETIC[name], source, draw)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A set before any picture is read: where it lies, its samples, and the fingerprint of both."""
-
-    folder: Path
-    label: str
-    remedy: str
-    type_names: tuple[str, ...]
-    train: list[Sample]
-    dev: list[Sample]
-    test: list[Sample]
-    fingerprint: str
-
-
 def plan_of(name: str, root: Path | None) -> Plan:
-    root = data_dir() if root is None else Path(root)
-    folder = root / name
-    if name in SYNTHETIC:
-        manifest, remedy, label = ensure_synthetic(root, name), f"delete {folder} and load it again", SYNTHETIC[name]
+    """The samples of a set by part, and its fingerprint: no image is read. Errors as `load_anomaly`."""
+    category = name.removeprefix("mvtec_ad/")
+    if name in (SYNTHETIC_TILE, SYNTHETIC_NUT):
+        plan = locate(name, SYNTHETIC[name].label, "", root)
     elif name == MAGNETIC_TILE:
-        remedy = "run `python data_scripts/magnetic_tile.py`"
-        manifest, label = store.quick_check(folder, remedy), "magnetic tiles"
-    elif name.startswith("mvtec_ad/") and name.removeprefix("mvtec_ad/") in MVTEC_CATEGORIES:
-        category = name.removeprefix("mvtec_ad/")
-        remedy = f"run `python data_scripts/mvtec_ad.py --category {category}`"
-        manifest, label = store.quick_check(folder, remedy), f"MVTec {category}"
+        plan = locate(name, "magnetic tiles", "magnetic_tile.py", root)
+    elif name != category and category in MVTEC_CATEGORIES:
+        plan = locate(name, f"MVTec {category}", f"mvtec_ad.py --category {category}", root)
     else:
         raise DataError(
-            f"there is no anomaly set {name!r}: choose {MAGNETIC_TILE}, {', '.join(SYNTHETIC)} or mvtec_ad/ followed "
-            f"by one of {', '.join(MVTEC_CATEGORIES)}"
+            f"there is no anomaly set {name!r}: choose {MAGNETIC_TILE}, {SYNTHETIC_TILE}, {SYNTHETIC_NUT} or mvtec_ad/ "
+            f"followed by one of {', '.join(MVTEC_CATEGORIES)}"
         )
-    if manifest.note:
-        label += f" ({manifest.note} copy)"
-
-    files = sorted(manifest.files)
+    files = sorted(plan.manifest.files)
     if name in (MAGNETIC_TILE, SYNTHETIC_TILE):
-        train, test = _tile_samples(files, folder, TILE_TRAIN_LIST if name == MAGNETIC_TILE else None)
+        train, test = _tile_samples(files, plan.folder, TILE_TRAIN_LIST if name == MAGNETIC_TILE else None)
         type_names, pasted_types = ("good", *TILE_TYPES), TILE_TYPES
     else:
         train, test = _mvtec_samples(files)
         kinds = sorted({sample.type for sample in test} - {"good"})
         type_names, pasted_types = ("good", *kinds, "pasted"), ("pasted",)
     if not train or not any(sample.mask for sample in test):
-        raise DataError(f"{folder} has no training or no anomalous test images: delete it, then {remedy}")
-    train, dev = _hold_out(train, pasted_types)
-    return Plan(
-        folder, label, remedy, type_names, train, dev, test, _identity(manifest.fingerprint, (train, dev, test))
-    )
+        raise DataError(f"{plan.folder} has no training or no anomalous test images: delete it, then {plan.remedy}")
+    parts = (*hold_out(train, pasted_types), test)
+    fingerprint = _identity(plan.manifest.fingerprint, parts)
+    return replace(plan, parts=dict(zip(PARTS, parts, strict=True)), fingerprint=fingerprint, type_names=type_names)
 
 
-def _identity(content: str, lists: tuple[list[Sample], ...]) -> str:
-    identity = hashlib.sha256(f"{content} dev {DEV_VERSION}\n".encode())
-    for samples in lists:
-        identity.update("".join(f"{sample.name}\n" for sample in samples).encode() + b"\n")
-    return identity.hexdigest()
+def _identity(content: str, parts: Sequence[list[Sample]]) -> str:
+    return identity(f"{content} dev {content_id(PASTED_DEFECTS)}", [[s.name for s in samples] for samples in parts])
 
 
 def data_fingerprint(name: str, root: Path | None = None) -> str:
-    """`AnomalyData.fingerprint` of a set, from its manifest alone: no picture is read. Errors as `load_anomaly`."""
+    """`AnomalyData.fingerprint` of a set, from its manifest alone: no image is read. Errors as `load_anomaly`."""
     return plan_of(name, root).fingerprint
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def paste_defect(image: Image.Image, seed: int) -> tuple[Image.Image, np.ndarray]:
+    """The image with a defect drawn on it and its mask (H, W) bool; a colour image gets the change of its grey."""
+    grey = np.asarray(image.convert("L"))
+    changed, mask = add_defect(grey, TILE_TYPES[seed % len(TILE_TYPES)], np.random.default_rng(seed))
+    if image.mode == "L":
+        return Image.fromarray(changed), mask
+    change = (changed.astype(np.int16) - grey)[..., None]
+    return Image.fromarray((np.asarray(image) + change).clip(0, 255).astype(np.uint8)), mask
+
+
+def read_mask(folder: Path, sample: Sample, size: tuple[int, int], remedy: str) -> np.ndarray:
+    """(H, W) bool, none for a normal image; DataError unless the mask has `size` (width, height) as its image."""
+    if sample.mask is None:
+        return np.zeros(size[::-1], bool)
+    grey = decode(folder / sample.mask, remedy).convert("L")
+    if grey.size != size:
+        raise DataError(
+            f"{folder / sample.mask} is {grey.width} x {grey.height} pixels, its image {sample.path} "
+            f"{size[0]} x {size[1]}: {remedy}"
+        )
+    return np.asarray(grey) > 127
+
+
+def _read_sample(sample: Sample, folder: Path, size: int, remedy: str) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """(3, size, size) uint8, (256, 256) uint8, and the native (H, W)."""
+    image = decode(folder / sample.path, remedy)
+    original = (image.height, image.width)
+    if sample.pasted is None:
+        mask = read_mask(folder, sample, image.size, remedy)
+    else:
+        try:
+            image, mask = paste_defect(image, sample.pasted)
+        except ValueError as error:
+            raise DataError(f"{folder / sample.path} is too small for a pasted defect ({error}): {remedy}") from error
+    return to_square(image, size), resize_mask(mask), original
+
+
+def _read_split(samples: list[Sample], plan: Plan, size: int, device) -> AnomalySplit:
+    read = in_threads(partial(_read_sample, folder=plan.folder, size=size, remedy=plan.remedy), samples)
+    images, masks, originals = zip(*read, strict=True)
+    masks = torch.from_numpy(np.stack(masks))
+    types = torch.tensor([plan.type_names.index(sample.type) for sample in samples], dtype=torch.uint8)
+    labels = (types > 0).to(torch.uint8)
+    tensors = (torch.from_numpy(np.stack(images)), masks, labels, types, (masks.amax((1, 2)) > 0) | (labels == 0))
+    return AnomalySplit(*(t.to(device) for t in tensors), tuple(sample.name for sample in samples), originals)
 
 
 def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -> AnomalyData:
     """Read a set, whole, as tensors on `device`.
 
-    `name`: "magnetic_tile", "mvtec_ad/<category>", "synthetic_tile" or "synthetic_nut" (drawn on first use). `size`:
+    `name`: "magnetic_tile", "mvtec_ad/<category>", "synthetic_tile" or "synthetic_nut" (written on first use). `size`:
     side of the images in pixels. `root`: where data sets lie, by default `data_dir()`. The split depends on nothing
-    but the set: magnetic tiles train on the 761 images of DifferNet (WACV 2021), the drawn ones on 80 % of the normal
-    ones, MVTec AD as published. Raises DataError naming the file and the remedy; ValueError for a size below 1.
+    but the set: magnetic tiles train on the 761 images of DifferNet (WACV 2021), the synthetic ones on 80 % of the
+    normal ones, MVTec AD as published. Raises DataError naming the file and the remedy; ValueError for a size below 1.
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    check_size(size)
     plan = plan_of(name, root)
-    splits = [
-        _read_split(plan.folder, samples, plan.type_names, size, device, plan.remedy)
-        for samples in (plan.train, plan.dev, plan.test)
-    ]
-    return AnomalyData(name, plan.label, plan.type_names, *splits, plan.fingerprint)
+    parts = {part: _read_split(samples, plan, size, device) for part, samples in plan.parts.items()}
+    return AnomalyData(name, plan.label, plan.type_names, **parts, fingerprint=plan.fingerprint)
+
+
+# ---------------------------------------------------------------------------------------------------------- own images
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The images directly in `folder`, by name."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def from_good_folder(folder: Path, size: int, device="cpu") -> AnomalyData:
-    """A reader's own good pictures as a set: nine tenths to train on, the rest as dev with pasted defects.
+    """A reader's own good images as a set: nine tenths to train on, the rest as dev with pasted defects.
 
-    The test split is the dev split: there is nothing else to test on. Needs 20 pictures; DataError otherwise.
+    The test split is the dev split: there is nothing else to test on. Needs 20 images; DataError otherwise.
     """
     folder = Path(folder)
-    names = sorted(p.name for p in folder.glob("*") if p.suffix.lower() in _PICTURES)
-    if len(names) < 20:
+    paths = _images_in(folder)
+    if len(paths) < 20:
         raise DataError(
-            f"{folder} holds {len(names)} pictures: training needs at least 20 good ones (jpg, png, bmp, tif)"
+            f"{folder} holds {len(paths)} images: training needs at least 20 good ones (jpg, png, bmp, tif)"
         )
-    train, dev = _hold_out([Sample(name) for name in names], TILE_TYPES)
-    type_names, remedy = ("good", *TILE_TYPES), "replace this picture"
-    splits = [_read_split(folder, samples, type_names, size, device, remedy) for samples in (train, dev)]
-    content = hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
-    identity = _identity(content, (train, dev))
-    return AnomalyData(folder.name, f"pictures of {folder.name}", type_names, *splits, splits[1], identity)
+    parts = hold_out([Sample(path.name) for path in paths], TILE_TYPES)
+    plan = Plan(folder, f"images of {folder.name}", "replace this image", None, type_names=("good", *TILE_TYPES))
+    train, dev = (_read_split(samples, plan, size, device) for samples in parts)
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    return AnomalyData(folder.name, plan.label, plan.type_names, train, dev, dev, _identity(content, parts))
 
 
 def load_folder(folder: Path, size: int, device="cpu") -> tuple[Tensor, tuple[str, ...]]:
-    """A reader's own pictures: ((N, 3, size, size) uint8, file names), resized as the sets are, sorted by name.
+    """A reader's own images: ((N, 3, size, size) uint8, file names), resized as the sets are, sorted by name.
 
     Reads jpg, png, bmp and tif directly in `folder`; DataError if there is none or one cannot be decoded.
     """
-    folder = Path(folder)
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _PICTURES)
+    paths = _images_in(Path(folder))
     if not paths:
-        raise DataError(f"{folder} holds no jpg, png, bmp or tif picture: give the folder that holds them")
-    images = [to_square(decode(path, "replace or remove it"), size) for path in paths]
+        raise DataError(f"{folder} holds no jpg, png, bmp or tif image: give the folder that holds them")
+    images = in_threads(lambda path: to_square(decode(path, "replace or remove it"), size), paths)
     return torch.from_numpy(np.stack(images)).to(device), tuple(path.name for path in paths)

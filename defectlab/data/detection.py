@@ -1,44 +1,80 @@
-"""The detection sets, whole, as tensors on one device: NEU-DET, DeepPCB, PKU-Market-PCB, and the drawn stand-ins.
+"""The detection sets, whole, as tensors on one device: NEU-DET, DeepPCB and the synthetic ones.
 
 Every set has three splits. `test` is the official one where there is one. `dev`, where design choices are made, is a
-tenth of the training pictures. Splits depend on the names of the files alone, never on a seed of a run, and pictures
-that are byte for byte the same stand on one side.
+tenth of the training images. Splits depend on the names of the files alone, never on a seed of a run, and images that
+are byte for byte the same stand on one side.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from defectlab.data import fetch as store
-from defectlab.data.annotations import Annotations, read_deep_pcb, read_voc
-from defectlab.data.boxes import DetectionData, to_data
-from defectlab.data.splits import _last_fifth, _number, draw_split, split_identity, with_dev
-from defectlab.files import DataError, data_dir
+import numpy as np
+import torch
+from torch import Tensor
+
+from defectlab.data.annotations import AnnotatedImage, Annotations, read_deep_pcb, read_voc
+from defectlab.data.images import check_size, decode, in_threads, letterbox
+from defectlab.data.splits import PARTS, Plan, detection_identity, draw_split, last_fifth, locate, number_of, with_dev
+from defectlab.data.synthetic import SYNTHETIC
+from defectlab.files import DataError
 
 NEU_CLASSES = ("crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches")
 DEEP_PCB_CLASSES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")  # types 1 to 6 of its txt files
-PKU_CLASSES = ("missing_hole", "mouse_bite", "open_circuit", "short", "spur", "spurious_copper")
 NEU_TEST_LIST = Path(__file__).parent / "splits" / "neu_det_test.txt"
 
 
-def _board_list(folder: Path, name: str, remedy: str) -> list[str]:
-    """Pictures of a list of DeepPCB: its lines say `group/board/NUMBER.jpg ...`, the files are NUMBER_test.jpg."""
-    try:
-        lines = (folder / "PCBData" / name).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"{folder / 'PCBData' / name} cannot be read ({error}): {remedy}") from error
-    return ["PCBData/" + line.split()[0].removesuffix(".jpg") + "_test.jpg" for line in lines if line.strip()]
+@dataclass(frozen=True)
+class DetectionSplit:
+    """N images, each scaled to fit S x S pixels and centred on grey 114, with their boxes."""
+
+    images: Tensor  # (N, C, S, S) uint8; C = 1 where every image of the set is grey (R = G = B), else 3
+    boxes: Tensor  # (N, M, 4) float32, x1 y1 x2 y2 in pixels of the S x S image, zeros where padded
+    labels: Tensor  # (N, M) int64, index into DetectionData.class_names, -1 where padded; M >= 1, most boxes in one
+    names: list[str]  # N, the image's path in the set
+    sizes: Tensor  # (N, 2) int64 on the CPU, height and width of the original
+    scale: Tensor  # (N,) float32 on the CPU: scaled = original * scale + offset
+    offset: Tensor  # (N, 2) float32 on the CPU, x and y in pixels of the S x S image
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def ground_truth(self) -> list[dict[str, Tensor]]:
+        """Per image {"boxes": (n, 4) float32 x1 y1 x2 y2 in pixels of the original, "labels": (n,) int64}, CPU."""
+        boxes, labels = self.boxes.cpu().double(), self.labels.cpu()
+        original = (boxes - self.offset.repeat(1, 2)[:, None]) / self.scale[:, None, None].double()  # (N, M, 4)
+        limits = self.sizes.flip(1).repeat(1, 2)[:, None]  # (N, 1, 4): width, height, width, height
+        original = original.clamp(min=0).minimum(limits).float()
+        return [
+            {"boxes": box[label >= 0], "labels": label[label >= 0]} for box, label in zip(original, labels, strict=True)
+        ]
 
 
-# --------------------------------------------------------------------------------------------------------------- sets
+@dataclass(frozen=True)
+class DetectionData:
+    """A set as the notebooks use it. `report`: what the reader found, as printed."""
+
+    name: str  # as given to load_detection
+    label: str  # as printed in tables
+    class_names: tuple[str, ...]
+    train: DetectionSplit
+    dev: DetectionSplit
+    test: DetectionSplit
+    fingerprint: str = ""  # see `detection_fingerprint`
+    report: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------- sets
 
 
 @dataclass(frozen=True)
 class _Set:
-    """A named set and how it lies in its folder; `strata` matches its pictures, group 1 is the stratum."""
+    """A named set and how it lies in its folder; `strata` matches its images, group 1 is the stratum."""
 
     folder: str  # below the data root
     label: str  # as printed in tables
@@ -53,96 +89,66 @@ def _steel(folder: str, label: str) -> _Set:
 
 
 def _board(folder: str, label: str) -> _Set:
-    """Grey, because one inspected picture of DeepPCB (44000020, in the test list) has its boxes painted in colour."""
+    """Grey, because one inspected image of DeepPCB (44000020, in the test list) has its boxes painted in colour."""
     strata = r"PCBData/(group\d+)/\d+/\d+_test\.jpg"
     return _Set(folder, label, DEEP_PCB_CLASSES, strata, read_deep_pcb, grey=True)
 
 
-SYNTHETIC = {"synthetic_steel": "synthetic steel", "synthetic_board": "synthetic boards"}  # name: label in tables
 _SETS = {
     "neu_det": _steel("neu_det", "NEU-DET"),
     "neu_det_index": _steel("neu_det", "NEU-DET, index split"),
     "deep_pcb": _board("deep_pcb", "DeepPCB"),
-    "pku_pcb": _Set("pku_pcb", "PKU-Market-PCB", PKU_CLASSES, r"images/(\w+)/[^/]+\.jpg", read_voc),
-    "synthetic_steel": _steel("synthetic_steel", SYNTHETIC["synthetic_steel"]),
-    "synthetic_board": _board("synthetic_board", SYNTHETIC["synthetic_board"]),
+    "synthetic_steel": _steel("synthetic_steel", SYNTHETIC["synthetic_steel"].label),
+    "synthetic_board": _board("synthetic_board", SYNTHETIC["synthetic_board"].label),
 }
 
 
-def ensure_synthetic(root: Path, name: str) -> store.Manifest:
-    """Draw the stand-in "synthetic_steel" or "synthetic_board" into `root / name` unless this version is there."""
-    from defectlab.data.synthetic import (
-        steel as synthetic_detection,  # here, because drawing needs scipy and reading does not
-    )
-
-    draw = {
-        "synthetic_steel": synthetic_detection.write_steel,
-        "synthetic_board": synthetic_detection.write_board,
-    }[name]
-    code = store.code_digest(Path(synthetic_detection.__file__).parent)
-    source = f"defectlab.data.synthetic_detection, seed 0, code {code[:12]}"
-    return store.ensure_drawn(root / name, SYNTHETIC[name], source, draw)
+def _board_list(folder: Path, name: str, remedy: str) -> list[str]:
+    """Images of a list of DeepPCB: its lines say `group/board/NUMBER.jpg ...`, the files are NUMBER_test.jpg."""
+    try:
+        lines = (folder / "PCBData" / name).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"{folder / 'PCBData' / name} cannot be read ({error}): {remedy}") from error
+    return ["PCBData/" + line.split()[0].removesuffix(".jpg") + "_test.jpg" for line in lines if line.strip()]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A set before any picture is read: where it lies, its lists of names, and the fingerprint of both."""
-
-    folder: Path
-    label: str
-    remedy: str
-    splits: tuple[list[str], list[str], list[str]]  # train, dev, test
-    fingerprint: str
+def draw_test(strata: Mapping[str, str], content: Mapping[str, str]) -> list[str]:
+    """Our test split of NEU-DET: a fifth, stratified by the class in the file's name."""
+    return draw_split(strata, 0.2, "neu_det test", content)
 
 
-def draw_test(dataset: str, strata: Mapping[str, str], content: Mapping[str, str]) -> list[str]:
-    """Our test split of "neu_det" or "pku_pcb": a fifth, stratified by the class in the file's path."""
-    return draw_split(strata, 0.2, f"{dataset} test", content)
-
-
-def _plan(dataset: str, root: Path | None) -> _Plan:
+def _plan(dataset: str, root: Path | None) -> Plan:
     if dataset not in _SETS:
         raise DataError(f"there is no detection set {dataset!r}: choose one of {', '.join(_SETS)}")
-    root = data_dir() if root is None else Path(root)
     chosen = _SETS[dataset]
-    folder, label = root / chosen.folder, chosen.label
-    if dataset in SYNTHETIC:
-        manifest, remedy = ensure_synthetic(root, dataset), f"delete {folder} and load it again"
-    else:
-        remedy = f"run `python data_scripts/{chosen.folder}.py`"
-        manifest = store.quick_check(folder, remedy)
-    if manifest.note:
-        label += f" ({manifest.note} copy)"
-
-    matches = {path: re.fullmatch(chosen.strata, path) for path in manifest.files}
+    plan = locate(chosen.folder, chosen.label, f"{chosen.folder}.py", root)
+    files = plan.manifest.files
+    matches = {path: re.fullmatch(chosen.strata, path) for path in files}
     strata = {path: match[1] for path, match in matches.items() if match}
-    content = {path: sha256 for path, (_, sha256) in manifest.files.items()}
     if dataset == "neu_det":
         lines = NEU_TEST_LIST.read_text(encoding="utf-8").splitlines()
         test = [f"IMAGES/{line}" for line in lines if line and not line.startswith("#")]
     elif dataset == "neu_det_index":
-        test = [path for path in strata if _number(path) > 240]
+        test = [path for path in strata if number_of(path) > 240]
     elif dataset == "synthetic_steel":
-        test = _last_fifth(strata)
-    elif dataset == "pku_pcb":
-        test = draw_test(dataset, strata, content)
+        test = last_fifth(strata)
     else:
-        test = _board_list(folder, "test.txt", remedy)
-        listed = set(test) | set(_board_list(folder, "trainval.txt", remedy))
-        if listed != strata.keys():
-            odd = sorted(listed ^ strata.keys())[0]
-            raise DataError(f"{folder} and its lists differ in {odd}: delete {folder}, then {remedy}")
-    unknown = sorted(set(test) - strata.keys())
-    if unknown:
-        raise DataError(f"the test list of {dataset} names {unknown[0]}, which {folder} does not hold: {remedy}")
-    splits = with_dev(strata, test, content)
-    return _Plan(folder, label, remedy, splits, split_identity(manifest.fingerprint, splits))
+        test, training = (_board_list(plan.folder, name, plan.remedy) for name in ("test.txt", "trainval.txt"))
+        if odd := sorted({*test, *training} ^ strata.keys()):
+            raise DataError(f"{plan.folder} and its lists differ in {odd[0]}: delete {plan.folder}, then {plan.remedy}")
+    if unknown := sorted(set(test) - strata.keys()):
+        raise DataError(
+            f"the test list of {dataset} names {unknown[0]}, which {plan.folder} does not hold: {plan.remedy}"
+        )
+    parts = with_dev(strata, test, {path: sha256 for path, (_, sha256) in files.items()})
+    fingerprint = detection_identity(plan.manifest.fingerprint, parts)
+    return replace(plan, parts=dict(zip(PARTS, parts, strict=True)), fingerprint=fingerprint)
 
 
 def detection_fingerprint(dataset: str, root: Path | None = None) -> str:
-    """sha256 over the content of a set, its three lists of names and SPLIT_VERSION.
+    """sha256 over the content of a set, its three lists of names and the rules of the split.
 
-    Taken from the manifest and the lists: no picture is read. Errors as `load_detection`.
+    Taken from the manifest and the lists: no image is read. Errors as `load_detection`.
     """
     return _plan(dataset, root).fingerprint
 
@@ -154,11 +160,86 @@ def load_detection(dataset: str, size: int, device="cpu", root: Path | None = No
     """Read a set, whole, as tensors on `device`.
 
     `dataset`: "neu_det" (our test split, a fifth: splits/neu_det_test.txt), "neu_det_index" (test = numbers 241-300
-    of each class), "deep_pcb" (the official lists), "pku_pcb" (our split, drawn by name), "synthetic_steel" or
-    "synthetic_board" (drawn on first use). `size`: side of the square pictures in pixels. `root`: where data sets lie,
-    by default `data_dir()`. Raises DataError naming the file and the remedy; ValueError for a size below 1.
+    of each class), "deep_pcb" (the official lists), "synthetic_steel" or "synthetic_board" (written on first use).
+    `size`: side of the square images in pixels. `root`: where data sets lie, by default `data_dir()`. Raises DataError
+    naming the file and the remedy; ValueError for a size below 1.
     """
     plan, chosen = _plan(dataset, root), _SETS[dataset]
     annotations = chosen.read(plan.folder, chosen.class_names)
-    fields = {"name": dataset, "label": plan.label, "fingerprint": plan.fingerprint}
-    return to_data(annotations, plan.splits, plan.folder, size, device, plan.remedy, chosen.grey, **fields)
+    return to_data(dataset, plan, annotations, size, device, chosen.grey)
+
+
+def load_images(dataset: str, part: str, size: int, device="cpu", root: Path | None = None) -> Tensor:
+    """The images of one part alone, "train", "dev" or "test": as `load_detection`'s, in its order, without boxes."""
+    check_size(size)
+    plan, grey = _plan(dataset, root), _SETS[dataset].grey
+    read = in_threads(partial(_read_image, size=size, remedy=plan.remedy, grey=grey), _paths(plan, part))
+    return _stacked([pixels for pixels, _, _ in read], device)
+
+
+def _paths(plan: Plan, part: str) -> list[Path]:
+    return [plan.folder / name for name in plan.parts[part]]
+
+
+def _read_image(path: Path, size: int, remedy: str, grey: bool) -> tuple[np.ndarray, float, tuple[float, float]]:
+    image = decode(path, remedy)
+    return letterbox(image.convert("L") if grey else image, size)
+
+
+def _stacked(images: Sequence[np.ndarray], device, channels: int | None = None) -> Tensor:
+    """(N, C, S, S) uint8; a grey image among colour ones fills all channels."""
+    channels = channels or max(len(pixels) for pixels in images)
+    full = [np.broadcast_to(pixels, (channels, *pixels.shape[1:])) for pixels in images]
+    return torch.from_numpy(np.stack(full)).to(device)
+
+
+def to_data(
+    name: str, plan: Plan, annotations: Annotations, size: int, device="cpu", grey: bool = False
+) -> DetectionData:
+    """Decode the images that `plan.parts` names by their paths in `plan.folder`, and scale their boxes.
+
+    `name`: of the result. `size`: side of the square images in pixels. `grey`: read colour as grey. Raises DataError,
+    ending in the plan's remedy, where an image cannot be decoded; ValueError for a size below 1.
+    """
+    check_size(size)
+    by_path = {image.path: image for image in annotations.images}
+    groups = {part: [by_path[path] for path in _paths(plan, part)] for part in PARTS}
+    one = partial(_read_image, size=size, remedy=plan.remedy, grey=grey)
+    read = {part: in_threads(one, _paths(plan, part)) for part in PARTS}
+    channels = max(len(pixels) for part in PARTS for pixels, _, _ in read[part])
+    splits = {part: _to_split(groups[part], read[part], plan.parts[part], channels, device) for part in PARTS}
+    report = _describe(annotations, list(groups.values()))
+    return DetectionData(
+        name, plan.label, annotations.class_names, **splits, fingerprint=plan.fingerprint, report=report
+    )
+
+
+def _to_split(
+    images: Sequence[AnnotatedImage], read: Sequence[tuple], names: Sequence[str], channels: int, device
+) -> DetectionSplit:
+    most = max(1, *(len(image.labels) for image in images))
+    boxes, labels = np.zeros((len(images), most, 4)), np.full((len(images), most), -1)
+    for index, (image, (_, scale, offset)) in enumerate(zip(images, read, strict=True)):
+        count = len(image.labels)
+        boxes[index, :count] = image.boxes * scale + np.tile(offset, 2)
+        labels[index, :count] = image.labels
+    return DetectionSplit(
+        _stacked([pixels for pixels, _, _ in read], device, channels),
+        torch.from_numpy(boxes).float().to(device),
+        torch.from_numpy(labels).to(device),
+        list(names),
+        torch.tensor([(image.height, image.width) for image in images]),
+        torch.tensor([scale for _, scale, _ in read]),
+        torch.tensor([offset for _, _, offset in read]),
+    )
+
+
+def _describe(annotations: Annotations, groups: Sequence[Sequence[AnnotatedImage]]) -> str:
+    """Counts of what was found: images, boxes of each class in train / dev / test, dropped duplicates."""
+    counts = [Counter(int(label) for image in group for label in image.labels) for group in groups]
+    lines = [f"images: {' / '.join(str(len(group)) for group in groups)} (train / dev / test)"]
+    for index, name in enumerate(annotations.class_names):
+        lines.append(f"{name}: {' / '.join(str(count[index]) for count in counts)} boxes")
+    empty = sum(not len(image.labels) for group in groups for image in group)
+    lines += [f"images without an object: {empty}", f"duplicate boxes dropped: {annotations.duplicates}"]
+    return "\n".join(lines)

@@ -1,34 +1,41 @@
 """Fetch, unpack, describe and verify data sets: the one module behind every script in `data_scripts`.
 
-A data set is a folder below `data_dir()` with a `manifest.json` that lists every file's size and sha256. It
-appears by one rename when it is complete, so it is never seen half-unpacked. Readers call `quick_check` (names
-and sizes) at every load; `verify` reads every byte.
+A data set is a folder below `data_dir()` with a `manifest.json` that lists every file's size and sha256. It appears by
+one rename when it is complete. Readers call `quick_check` (names and sizes) at every load; `verify` reads every byte.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import gzip
 import hashlib
 import json
+import lzma
 import os
+import re
 import shutil
+import stat
 import sys
+import tarfile
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PureWindowsPath
 
 import pooch
 from filelock import FileLock
 
-from defectlab.data.unpacking import require_space, unpack
 from defectlab.files import DataError, data_dir
 
 MANIFEST = "manifest.json"
 _SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # file managers leave these behind
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DAMAGED = (zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ def verify(folder: Path, remedy: str) -> Manifest:
     return manifest
 
 
-def _check_fingerprint(manifest: Manifest, dataset: DataSet, where: Path) -> None:
+def _check_fingerprint(dataset: DataSet, manifest: Manifest, where: Path) -> None:
     if dataset.fingerprint not in (None, manifest.fingerprint):
         raise DataError(
             f"{where} does not hold {dataset.name} as published: content fingerprint {manifest.fingerprint}, "
@@ -192,42 +199,90 @@ def create_folder(
     with _disk_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f".{target.name}.lock"):
-            return existing() or _create_folder(target, fill)
+            if manifest := existing():
+                return manifest
+            if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+                raise DataError(f"{target} exists and has no {MANIFEST}: move it away first, it would be overwritten")
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+            try:
+                manifest = fill(temporary / "new")
+                if target.is_dir():
+                    target.rename(temporary / "old")
+                (temporary / "new").rename(target)
+                return manifest
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _create_folder(target: Path, fill: Callable[[Path], Manifest]) -> Manifest:
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise DataError(f"{target} exists and has no {MANIFEST}: move it away first, it would be overwritten")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+# -------------------------------------------------------------------------------------------------------- unpacking
+
+
+def require_space(folder: Path, size: int) -> None:
+    """DataError unless the disk of `folder` has `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise DataError(
+            f"{folder} has {free / 2**20:.0f} MiB free, {size / 2**20:.0f} MiB are needed: free some space, "
+            "or choose another disk with --data-dir or DEFECTLAB_DATA"
+        )
+
+
+def _open_archive(path: Path) -> zipfile.ZipFile | tarfile.TarFile:
+    if zipfile.is_zipfile(path):
+        return zipfile.ZipFile(path)
+    if tarfile.is_tarfile(path):
+        return tarfile.open(path)
+    raise DataError(f"{path} is damaged, or neither a zip nor a tar archive: fetch it again")
+
+
+def _check_member(name: str, is_plain: bool, archive: Path) -> None:
+    windows = PureWindowsPath(name)  # to it, "/" is a separator, too
+    if windows.anchor or ".." in windows.parts:
+        raise DataError(f"{archive} holds {name!r}, which lies outside its folder: do not use it")
+    if not is_plain:
+        raise DataError(f"{archive} holds {name!r}, a link or a device: do not use it")
+
+
+def unpack(archive: Path, folder: Path, members: str, limit: int = 2 * 2**30) -> None:
+    """Unpack the files of a zip or tar (also .gz, .bz2, .xz) whose names match `members` into `folder`.
+
+    `members`: see `DataSet`. `limit`: the most bytes written. DataError: a damaged archive, any member that is a link
+    or device or would lie outside the folder, two members for one path, too many bytes, no match, too little free
+    space. OSError from writing passes through. What was written until then stays: call it inside `create_folder`.
+    """
+    wanted, total = re.compile(members), 0
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        manifest = fill(temporary / "new")
-        if target.is_dir():
-            target.rename(temporary / "old")
-        (temporary / "new").rename(target)
-        return manifest
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def code_digest(folder: Path) -> str:
-    """sha256 over the Python files of a folder: which version of the drawing made a synthetic set."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
-
-
-def ensure_drawn(target: Path, name: str, source: str, draw: Callable[[Path], None]) -> Manifest:
-    """The stand-in at `target`, drawn unless the one there names the same `source` (which tells versions apart)."""
-
-    def current() -> Manifest | None:
-        if not (target / MANIFEST).is_file():
-            return None
-        manifest = quick_check(target, "load it again, and it is drawn again")
-        return manifest if manifest.source == source else None
-
-    def fill(folder: Path) -> Manifest:
-        draw(folder)
-        return write_manifest(folder, name, source)
-
-    return current() or create_folder(target, fill, current)
+        with _open_archive(archive) as opened:
+            is_zip = isinstance(opened, zipfile.ZipFile)
+            for member in opened.infolist() if is_zip else opened:  # a tar in one pass: 5 GB are slow to read twice
+                if is_zip:
+                    name, size, is_file = member.filename, member.file_size, not member.is_dir()
+                    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the writer was not a Unix
+                    _check_member(name, kind in (0, stat.S_IFREG, stat.S_IFDIR), archive)
+                else:
+                    name, size, is_file = member.name, member.size, member.isreg()
+                    _check_member(name, is_file or member.isdir(), archive)
+                match = wanted.fullmatch(name)
+                if match is None or not is_file:
+                    continue
+                total += size
+                if total > limit:
+                    raise DataError(f"{archive} unpacks to more than {limit} bytes: it is not this set, fetch it again")
+                require_space(folder, size)
+                if (folder / match["path"]).exists():
+                    raise DataError(f"{archive} holds two files for {match['path']}: fetch it again")
+                if is_zip:
+                    member.filename = match["path"]
+                    opened.extract(member, folder)  # at most the declared size is read, and its checksum compared
+                else:
+                    opened.extract(member.replace(name=match["path"], deep=False), folder, filter="data")
+    except DataError:
+        raise
+    except _DAMAGED as error:
+        raise DataError(f"{archive} is damaged ({error}): fetch it again") from error
+    if total == 0:
+        raise DataError(f"{archive} holds no file of this data set: check that it is the right archive")
 
 
 # ---------------------------------------------------------------------------------------- fetch, command line
@@ -276,7 +331,7 @@ def fetch(dataset: DataSet, root: Path, archive: Path | None = None) -> Manifest
     target = root / dataset.folder
     if archive is None and (target / MANIFEST).is_file():
         manifest = quick_check(target, f"run `{dataset.command}`")
-        _check_fingerprint(manifest, dataset, target)
+        _check_fingerprint(dataset, manifest, target)
         return manifest
     if archive is not None and not archive.is_file():
         raise DataError(f"{archive} is not a file: give the path of the archive of {dataset.name} ({dataset.page})")
@@ -292,78 +347,52 @@ def fetch(dataset: DataSet, root: Path, archive: Path | None = None) -> Manifest
         unpack(path, folder, dataset.members, dataset.unpacked_limit)
         note = dataset.check(folder) if dataset.check else ""
         manifest = write_manifest(folder, dataset.name, source, note, sha256)
-        _check_fingerprint(manifest, dataset, path)
+        _check_fingerprint(dataset, manifest, path)
         return manifest
 
     return create_folder(target, fill)
 
 
-def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every data script has."""
+def argument_parser(description: str | None, archive: bool = True) -> argparse.ArgumentParser:
+    """The options that every data script has; a script that only draws has no `archive`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--archive", type=Path, metavar="FILE", help="a local copy of the archive: nothing is downloaded"
-    )
-    _add_common(parser)
+    if archive:
+        parser.add_argument("--archive", type=Path, metavar="FILE", help="a local copy: nothing is downloaded")
+    parser.add_argument("--verify", action="store_true", help="read every file of the set again and compare its sha256")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="instead of DEFECTLAB_DATA, or ./data")
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verify", action="store_true", help="read every file of the set again and compare its sha256")
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="where data lie (default: DEFECTLAB_DATA, or ./data)"
-    )
+def make_sets(
+    sets: dict[str, Callable[[Path], Manifest]],
+    options: argparse.Namespace,
+    command: str,
+    check: Callable[[Manifest, Path], None] = lambda manifest, folder: None,
+) -> int:
+    """Make each set, or verify what is there, and print what lies where. -> exit status, 1 with one line on stderr.
 
-
-def report(manifest: Manifest, target: Path) -> None:
-    """Print what lies where, in the words of its manifest."""
-    note = f" ({manifest.note})" if manifest.note else ""
-    print(f"{manifest.name}{note}: {len(manifest.files)} files in {target}")
-    print(f"source:      {manifest.source}\nfingerprint: {manifest.fingerprint}")
-
-
-def draw_main(argv: Sequence[str] | None, doc: str, ensure: dict[str, Callable[[Path], Manifest]], command: str) -> int:
-    """The body of a script that draws stand-ins: `ensure` maps the folder of each to what draws it below a root."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _add_common(parser)
-    options = parser.parse_args(argv)
-
-    def action() -> None:
-        root = options.data_dir or data_dir()
-        for name, draw in ensure.items():
-            manifest = verify(root / name, f"run `{command}`") if options.verify else draw(root)
-            report(manifest, root / name)
-        print("every file verified" if options.verify else "ready")
-
-    return guarded(action)
-
-
-def guarded(action: Callable[[], None]) -> int:
-    """Run a script's action; a DataError becomes one line on stderr and exit status 1."""
+    `sets`: folder below the data root -> what makes it, given that root. `command`: what to run where one is missing.
+    """
+    root = options.data_dir or data_dir()
     try:
-        action()
+        for folder, make in sets.items():
+            manifest = verify(root / folder, f"run `{command}`") if options.verify else make(root)
+            check(manifest, root / folder)
+            note = f" ({manifest.note})" if manifest.note else ""
+            print(f"{manifest.name}{note}: {len(manifest.files)} files in {root / folder}")
+            print(f"source:      {manifest.source}\nfingerprint: {manifest.fingerprint}")
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print("every file verified" if options.verify else "ready")
     return 0
 
 
 def run(dataset: DataSet, options: argparse.Namespace) -> int:
     """Fetch or verify `dataset` as the parsed options say; the exit status."""
-
-    def action() -> None:
-        root = options.data_dir or data_dir()
-        target = root / dataset.folder
-        print(f"licence:     {dataset.licence}\ncite:        {dataset.citation}\npage:        {dataset.page}")
-        if options.verify:
-            manifest = verify(target, f"run `{dataset.command}`")
-            _check_fingerprint(manifest, dataset, target)
-        else:
-            manifest = fetch(dataset, root, options.archive)
-        report(manifest, target)
-        print("every file verified" if options.verify else "ready")
-
-    return guarded(action)
+    print(f"licence:     {dataset.licence}\ncite:        {dataset.citation}\npage:        {dataset.page}")
+    sets = {dataset.folder: lambda root: fetch(dataset, root, options.archive)}
+    return make_sets(sets, options, dataset.command, partial(_check_fingerprint, dataset))
 
 
 def main(dataset: DataSet, argv: Sequence[str] | None = None, description: str | None = None) -> int:

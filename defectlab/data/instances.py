@@ -1,49 +1,46 @@
-"""Instances with masks: NEU-Seg and a drawn stand-in, whole, as tensors on one device.
+"""Instances with masks: NEU-Seg and a synthetic set, whole, as tensors on one device.
 
 A mask gives each pixel a class. An instance is a connected component (8 neighbours) of one class; components of fewer
 than `SPECK` pixels are specks of the outlining and no instances. In NEU-Seg (masks of 200 x 200 px) these are 371 of
 13,339 components (293 are single pixels) and 0.005 % of the marked area.
 
-NEU-Seg as published tests on pictures of its own training part. By data_scripts/neu_seg.py its 4,470 pictures are
+NEU-Seg as published tests on images of its own training part. By data_scripts/neu_seg.py its 4,470 images are
 1,132 different ones, nearly all of them four times: by quarter turns, stored as JPEG anew. For 810 of the 840 test
-pictures the training part holds the three other turns, for 570 of them with the very same mask. So "neu_seg" (ours)
-takes every training picture out that shows a test picture: 1,180 of 3,630 remain, 295 pictures by four turns, one class
-in each. "neu_seg_published" keeps them all, for comparison with papers. What is known and left: 240 test pictures were
-joined from two others with a blended seam, and 15 of them repeat a fifth or more of a remaining training picture.
+images the training part holds the three other turns, for 570 of them with the very same mask. So "neu_seg" (ours)
+takes every training image out that shows a test image: 1,180 of 3,630 remain, 295 images by four turns, one class
+in each. "neu_seg_published" keeps them all, for comparison with papers. What is known and left: 240 test images were
+joined from two others with a blended seam, and 15 of them repeat a fifth or more of a remaining training image.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
 
-from defectlab.data import fetch as store
-from defectlab.data.annotations import Annotations, Picture, decode
+from defectlab.data.annotations import AnnotatedImage, Annotations
 from defectlab.data.augment import Batch
-from defectlab.data.boxes import DetectionData, DetectionSplit, to_data
-from defectlab.data.splits import with_dev
-from defectlab.data.synthetic.steel import MASKED_KINDS, write_steel_masks
-from defectlab.files import DataError, data_dir
+from defectlab.data.detection import DetectionData, DetectionSplit, to_data
+from defectlab.data.images import decode, in_threads, letterbox_maps
+from defectlab.data.splits import PARTS, Plan, content_id, identity, locate, with_dev
+from defectlab.data.synthetic import SYNTHETIC
+from defectlab.data.synthetic.steel import MASKED_KINDS
+from defectlab.files import DataError
 from defectlab.geometry import enclose, warp_maps
 
 CLASSES = MASKED_KINDS  # mask values 1, 2, 3; the names are those of the literature
 SPECK = 16  # ours: px of the original; a smaller component is no instance
-NEU_SEG = "neu_seg"
+NEU_SEG, SYNTHETIC_MASKS = "neu_seg", "synthetic_steel_masks"
 LABELS = {  # name: label in tables
-    NEU_SEG: "NEU-Seg, test pictures out of training",
+    NEU_SEG: "NEU-Seg, test images out of training",
     "neu_seg_published": "NEU-Seg, as published",
-    "synthetic_steel_masks": "synthetic steel with masks",
+    SYNTHETIC_MASKS: SYNTHETIC[SYNTHETIC_MASKS].label,
 }
 # sha256 of the decoded pixels of NEU-Seg, file after file by path: JPEG files can be stored anew without loss.
 NEU_SEG_PIXELS = {
@@ -51,14 +48,14 @@ NEU_SEG_PIXELS = {
     "images": "1ea6d82652da7115cd6fcb99599441fd1c777ba773c0b86165acabc626b3f3f6",
 }
 TURNS_LIST = Path(__file__).parent / "splits" / "neu_seg_turns.txt"
-INSTANCE_VERSION = 1  # raise when a reader or a split changes what a set gives: it enters the fingerprint
+INSTANCES = "379610ebd6a97d37"  # digest of what `instances` and `letterbox_maps` give; see `splits.content_id`
 
 
 @dataclass(frozen=True)
 class InstanceSplit(DetectionSplit):
     """A detection split, its boxes tight around instances, and their masks as maps of numbers.
 
-    Number k + 1 is box k of the picture, 0 is background. `maps` are sampled to S x S at the pixels' centres (nearest),
+    Number k + 1 is box k of the image, 0 is background. `maps` are sampled to S x S at the pixels' centres (nearest),
     so a very small instance can be without a pixel there; `original_maps` never.
     """
 
@@ -66,7 +63,7 @@ class InstanceSplit(DetectionSplit):
     original_maps: Tensor  # (N, H, W) uint8 on the CPU, at the size of the original
 
     def masks(self, index: int) -> Tensor:
-        """(n, H, W) bool: the masks of picture `index`, in the order of its boxes."""
+        """(n, H, W) bool: the masks of image `index`, in the order of its boxes."""
         count = int((self.labels[index] >= 0).sum())
         return self.original_maps[index] == torch.arange(1, count + 1)[:, None, None]
 
@@ -112,16 +109,6 @@ def instances(mask: np.ndarray, classes: int = len(CLASSES)) -> tuple[np.ndarray
 # ------------------------------------------------------------------------------------------------------------- splits
 
 
-class _Plan(NamedTuple):
-    """A set before any picture is read."""
-
-    folder: Path
-    label: str
-    remedy: str
-    splits: tuple[list[str], list[str], list[str]]  # train, dev, test: paths of pictures in the folder
-    fingerprint: str
-
-
 def _neu_seg_splits(dataset: str) -> tuple[list[str], list[str], list[str]]:
     lines = [line for line in TURNS_LIST.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     strata, content, shown = {}, {}, set()
@@ -136,37 +123,28 @@ def _neu_seg_splits(dataset: str) -> tuple[list[str], list[str], list[str]]:
     return with_dev({name: strata[name] for name in strata.keys() - out}, test, content)
 
 
-def _plan(dataset: str, root: Path | None) -> _Plan:
+def _plan(dataset: str, root: Path | None) -> Plan:
     if dataset not in LABELS:
         raise DataError(f"there is no set with masks called {dataset!r}: choose one of {', '.join(LABELS)}")
-    root = data_dir() if root is None else Path(root)
-    label = LABELS[dataset]
-    if dataset.startswith(NEU_SEG):
-        folder, remedy = root / NEU_SEG, "run `python data_scripts/neu_seg.py`"
-        manifest = store.quick_check(folder, remedy)
-        other = manifest.fingerprint if manifest.note else ""  # a copy whose pixels differ is known by its bytes
-        content, splits = f"{sorted(NEU_SEG_PIXELS.items())} {other}", _neu_seg_splits(dataset)
+    folder = NEU_SEG if dataset.startswith(NEU_SEG) else dataset
+    plan = locate(folder, LABELS[dataset], f"{folder}.py", root)
+    files, content = plan.manifest.files, plan.manifest.fingerprint
+    if folder == NEU_SEG:
+        parts = _neu_seg_splits(dataset)
+        content = f"{sorted(NEU_SEG_PIXELS.items())} {content if plan.manifest.note else ''}"  # another copy's bytes
     else:
-        folder, remedy = root / dataset, f"delete {root / dataset} and load it again"
-        manifest = ensure_synthetic_masks(root)
-        names = [path for path in manifest.files if path.startswith("images/")]
+        names = [path for path in files if path.startswith("images/")]
         test = sorted(name for name in names if name.startswith("images/test/"))
         strata = {name: Path(name).stem.rpartition("_")[0] for name in names}
-        hashes = {name: manifest.files[name][1] for name in names}
-        content, splits = manifest.fingerprint, with_dev(strata, test, hashes)
-    if manifest.note:
-        label += f" ({manifest.note} copy)"
-    missing = sorted({name for names in splits for name in names} - manifest.files.keys())
-    if missing:
-        raise DataError(f"{folder / missing[0]} is missing: {remedy}")
-    identity = hashlib.sha256(f"{content} instances {INSTANCE_VERSION}\n".encode())
-    for names in splits:
-        identity.update("".join(f"{name}\n" for name in names).encode() + b"\n")
-    return _Plan(folder, label, remedy, splits, identity.hexdigest())
+        parts = with_dev(strata, test, {name: files[name][1] for name in names})
+    if missing := sorted({name for names in parts for name in names} - files.keys()):
+        raise DataError(f"{plan.folder / missing[0]} is missing: {plan.remedy}")
+    fingerprint = identity(f"{content} instances {content_id(INSTANCES)}", parts)
+    return replace(plan, parts=dict(zip(PARTS, parts, strict=True)), fingerprint=fingerprint)
 
 
 def instance_fingerprint(dataset: str, root: Path | None = None) -> str:
-    """sha256 over the content of a set, its three lists and INSTANCE_VERSION; no picture is read. Errors as
+    """sha256 over the content of a set, its three lists and the rule of instances; no image is read. Errors as
     `load_instances`."""
     return _plan(dataset, root).fingerprint
 
@@ -174,53 +152,44 @@ def instance_fingerprint(dataset: str, root: Path | None = None) -> str:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def _read_mask(path: Path, remedy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def _read_mask(name: str, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """What `instances` gives for the mask of an image of the set."""
+    path = plan.folder / name.replace("images/", "annotations/").replace(".jpg", ".png")
     try:
-        return instances(np.asarray(decode(path, remedy).convert("L")))
+        return instances(np.asarray(decode(path, plan.remedy).convert("L")))
     except ValueError as error:
-        raise DataError(f"{path}: {error}: {remedy}") from error
+        raise DataError(f"{path}: {error}: {plan.remedy}") from error
 
 
 def load_instances(dataset: str, size: int, device="cpu", root: Path | None = None) -> InstanceData:
     """Read a set, whole, as tensors on `device`.
 
-    `dataset`: "neu_seg" (the official test part; ours: its pictures taken out of the training part, see above),
-    "neu_seg_published" (both parts as published) or "synthetic_steel_masks" (drawn on first use). `dev` is a tenth of
-    the training pictures, all turns of a picture on one side. `size`: side of the square pictures in pixels. `root`:
+    `dataset`: "neu_seg" (the official test part; ours: its images taken out of the training part, see above),
+    "neu_seg_published" (both parts as published) or "synthetic_steel_masks" (written on first use). `dev` is a tenth of
+    the training images, all turns of an image on one side. `size`: side of the square images in pixels. `root`:
     where data sets lie, by default `data_dir()`. Raises DataError naming the file and the remedy; ValueError for a
     size below 1.
     """
     plan = _plan(dataset, root)
-    names = [name for part in plan.splits for name in part]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        paths = [plan.folder / name.replace("images/", "annotations/").replace(".jpg", ".png") for name in names]
-        read = dict(zip(names, pool.map(lambda path: _read_mask(path, plan.remedy), paths), strict=True))
+    names = [name for part in plan.parts.values() for name in part]
+    read = dict(zip(names, in_threads(partial(_read_mask, plan=plan), names), strict=True))
     shapes = {numbers.shape for _, _, numbers, _ in read.values()}
     if len(shapes) > 1:
         raise DataError(f"{plan.folder} holds masks of different sizes {sorted(shapes)}: {plan.remedy}")
     height, width = shapes.pop()
-    pictures = tuple(
-        Picture(plan.folder / name, width, height, boxes, labels, 0) for name, (boxes, labels, _, _) in read.items()
+    images = tuple(
+        AnnotatedImage(plan.folder / name, width, height, boxes, labels, duplicates=0)
+        for name, (boxes, labels, _, _) in read.items()
     )
-    fields = {"name": dataset, "label": plan.label, "fingerprint": plan.fingerprint}
-    data = to_data(Annotations(CLASSES, pictures), plan.splits, plan.folder, size, device, plan.remedy, True, **fields)
+    data = to_data(dataset, plan, Annotations(CLASSES, images), size, device, grey=True)
     report = f"{data.report}\nspecks left out (under {SPECK} px): {sum(specks for *_, specks in read.values())}"
-    splits = {part: _with_maps(getattr(data, part), read, size) for part in ("train", "dev", "test")}
+    splits = {part: _with_maps(getattr(data, part), read, size) for part in PARTS}
     return InstanceData(**vars(data) | splits | {"report": report})
-
-
-def to_square(maps: Tensor, size: int) -> Tensor:
-    """Maps (N, H, W) as the letterbox scales pictures: (N, size, size), nearest, 0 beside the picture."""
-    height, width = maps.shape[1:]
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    square = pad(maps, (left, side - width - left, top, side - height - top))
-    return interpolate(square[:, None], (size, size), mode="nearest-exact")[:, 0]
 
 
 def _with_maps(split: DetectionSplit, read: Mapping[str, tuple], size: int) -> InstanceSplit:
     original = torch.from_numpy(np.stack([read[name][2] for name in split.names]))  # (N, H, W)
-    maps = to_square(original, size).to(split.images.device)
+    maps = letterbox_maps(original, size).to(split.images.device)
     return InstanceSplit(**vars(split), maps=maps, original_maps=original)
 
 
@@ -228,7 +197,7 @@ def move_instances(split: InstanceSplit, batch: Batch) -> Tensor:
     """(B, S, S) int64: the split's instances as they lie in an augmented batch; k + 1 is where box k of the batch is.
 
     A box of the batch is recognised as the moved box of its class that it equals, so of two that are clipped to the
-    very same box both get the first one's number. For batches of whole pictures: no mosaic, no mixup.
+    very same box both get the first one's number. For batches of whole images: no mosaic.
     """
     index, matrices, size = batch.sources[:, 0], batch.matrices[:, 0], split.maps.shape[-1]
     labels = split.labels[index]  # (B, N)
@@ -243,10 +212,3 @@ def move_instances(split: InstanceSplit, batch: Batch) -> Tensor:
     renumbered[:, 0] = 0
     maps = warp_maps(split.maps[index], matrices, size)
     return renumbered.gather(1, maps.flatten(1).long()).view(maps.shape)
-
-
-def ensure_synthetic_masks(root: Path) -> store.Manifest:
-    """Draw the stand-in into `root / "synthetic_steel_masks"` unless this version is there."""
-    code = store.code_digest(Path(__file__).parent / "synthetic")
-    name, source = "synthetic_steel_masks", f"defectlab.data.instances, seed 0, code {code[:12]}"
-    return store.ensure_drawn(root / name, LABELS[name], source, write_steel_masks)

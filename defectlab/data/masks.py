@@ -1,42 +1,45 @@
-"""Pictures and masks for stage one of the two-stage paper (Machines 2025, 13, 712, section 4.1): nut or defect.
+"""Images and masks for stage one of the two-stage paper (Machines 2025, 13, 712, section 4.1): nut or defect.
 
 The paper segments "the regions of the nuts", outlined by hand and not released, with numbers that look like small
-targets. So both are here: "nut" by the recipe of `foreground`, "defect" by MVTec's own masks.
+targets. So both are here: "nut" by the recipe of `nut_mask`, because MVTec AD marks defects only, and "defect" by
+MVTec's own masks. The recipe is ours; it was settled by eye on the images, before any network was trained.
 """
 
-import hashlib
-import os
+from __future__ import annotations
+
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
+from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
-from defectlab.data import fetch as store
-from defectlab.data.anomaly import SYNTHETIC_NUT, Plan, Sample, plan_of
-from defectlab.data.foreground import RECIPE_VERSION, nut_mask
-from defectlab.data.images import decode, resize_mask, to_square
-from defectlab.data.splits import draw_split
+from defectlab.data.anomaly import SYNTHETIC_NUT, Sample, plan_of, read_mask
+from defectlab.data.images import check_size, decode, in_threads, resize_mask, to_square
+from defectlab.data.splits import PARTS, Plan, content_id, draw_split, identity
 from defectlab.files import DataError
 
 METAL_NUT = "mvtec_ad/metal_nut"
 PAPER_LIST = Path(__file__).parent / "splits" / "metal_nut_segmentation.txt"
-TARGETS, SPLITS, PARTS = ("nut", "defect"), ("paper", "good"), ("train", "dev", "test")
+TARGETS, SPLITS = ("nut", "defect"), ("paper", "good")
 LIST_HEADER = """\
-# The 335 pictures of MVTec AD metal_nut as 268 train, 33 dev and 34 test, the sizes of Machines 2025, 13, 712,
-# section 4.1, which gives no list: this one is ours. Drawn by defectlab.data.segmentation.draw_parts, stratified by
+# The 335 images of MVTec AD metal_nut as 268 train, 33 dev and 34 test, the sizes of Machines 2025, 13, 712,
+# section 4.1, which gives no list: this one is ours. Drawn by defectlab.data.masks.draw_parts, stratified by
 # type, in the order of the sha256 of "segmentation test NAME" and "segmentation dev NAME". A test draws it again.
 """
+NUT_MASKS = "0a45cca9e4abcf4a"  # digest of what `nut_mask` gives; see `splits.content_id`
+SMALLEST_PART = 0.005  # of the largest part's area: a bent lobe may lie apart, and dust is smaller
 
 
 @dataclass(frozen=True)
 class SegmentationSplit:
-    """N pictures and their masks, as tensors on one device.
+    """N images and their masks, as tensors on one device.
 
-    `images` are resized as in `anomaly.AnomalySplit`; masks are made at the pictures' own size and then resized
+    `images` are resized as in `anomaly.AnomalySplit`; masks are made at the images' own size and then resized
     (nearest-exact). `names` are the files' paths in the set without the suffix, which the reduced copy of metal_nut has
     changed.
     """
@@ -64,13 +67,66 @@ class SegmentationData:
     fingerprint: str
 
 
+# --- The recipe ----------------------------------------------------------------------------------------------------
+
+
+def nut_mask(image: np.ndarray) -> np.ndarray:
+    """The nut on its dark ground, the bore left out: (H, W, 3) uint8 -> (H, W) bool.
+
+    Steel is what lies above Otsu's threshold of the logarithm of the blurred grey values (of the grey values
+    themselves, it would run through the darker steel). Bent lobes turn away from the light, so what is dimmer, down
+    to half way to the ground, counts too where it is broad, which the blurred rim of the nut is not. Then narrow gaps
+    are closed, small parts dropped, and all holes filled but the largest, the bore. Lengths scale with the image.
+
+    What it gets wrong, judged on all 335 images of metal_nut (reduced copy, 512 px): black side faces of bent lobes
+    are taken for ground. By MVTec's masks of these defects, 7 images (6 bent, 1 scratch) lose more than 1 % of the
+    nut, at worst 1.5 %; by eye the other 328 are right. Against the only whole nuts that MVTec outlined, its 23 "flip"
+    masks, the IoU is 97.3 % on average and 96.4 % at least: the hand-drawn outline lies about 1 pixel further out.
+
+    Raises ValueError where nothing stands out of the ground, as in a flat image.
+    """
+    from skimage.filters import threshold_otsu
+
+    size = min(image.shape[:2])
+    grey = np.asarray(Image.fromarray(image).convert("L"), np.float32)
+    light = np.log1p(ndimage.gaussian_filter(grey, size / 256))
+    if light.max() - light.min() < np.log(1.5):
+        raise ValueError("the image has no foreground: nothing in it is 1.5 times as bright as the rest")
+    steel = threshold_otsu(light)
+    ground = np.median(light[light < steel])
+    lit, dim = light > steel, light > (ground + steel) / 2
+
+    steps = max(1, round(size / 128))
+    lit |= ndimage.binary_opening(dim & ~lit, iterations=steps)
+    lit = np.pad(lit, steps + 1)  # closing erodes at the border, and the ground must hold together around the nut
+    parts = _large_parts(ndimage.binary_closing(lit, iterations=steps))
+    return _without_bore(parts)[steps + 1 : -steps - 1, steps + 1 : -steps - 1]
+
+
+def _large_parts(mask: np.ndarray) -> np.ndarray:
+    parts, _ = ndimage.label(mask)
+    areas = np.bincount(parts.ravel())
+    areas[0] = 0
+    return (areas >= SMALLEST_PART * areas.max())[parts] & mask
+
+
+def _without_bore(mask: np.ndarray) -> np.ndarray:
+    """The mask, which leaves the border free, with all its holes filled but the largest."""
+    holes, _ = ndimage.label(~mask)
+    areas = np.bincount(holes.ravel())
+    outside = holes[0, 0]
+    areas[[0, outside]] = 0
+    bore = areas.argmax() if areas.any() else outside
+    return (holes != outside) & (holes != bore)
+
+
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 
 def draw_parts(types: Mapping[str, str], content: Mapping[str, str]) -> dict[str, str]:
     """Name -> "train", "dev" or "test", 80/10/10 in the proportions of the types (see `detection.draw_split`).
 
-    `types`: name to type. `content`: name to a hash of the picture's bytes; equal pictures get the same part.
+    `types`: name to type. `content`: name to a hash of the image's bytes; equal images get the same part.
     """
     test = set(draw_split(types, 0.1, "segmentation test", content))
     rest = {name: kind for name, kind in types.items() if name not in test}
@@ -83,52 +139,49 @@ def list_of_parts(parts: Mapping[str, str]) -> str:
     return LIST_HEADER + "".join(f"{name} {part}\n" for name, part in sorted(parts.items()))
 
 
-def _read_list(path: Path) -> dict[str, str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return dict(line.split() for line in lines if not line.startswith("#"))
-
-
 def _name(sample: Sample) -> str:
     return PurePosixPath(sample.path).with_suffix("").as_posix()
 
 
-def _split(dataset: str, target: str, split: str, root: Path | None) -> tuple[Plan, dict[str, list[Sample]], str]:
-    """The set, its samples by part, and the fingerprint; no picture is read."""
+def _plan(dataset: str, target: str, split: str, root: Path | None) -> Plan:
+    """The set, its samples by part, and the fingerprint; no image is read."""
     if dataset not in (METAL_NUT, SYNTHETIC_NUT):
         raise DataError(f"there is no segmentation set {dataset!r}: choose {METAL_NUT} or {SYNTHETIC_NUT}")
     for name, value, choices in (("target", target, TARGETS), ("split", split, SPLITS)):
         if value not in choices:
             raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(choices)}")
     if (target, split) == ("defect", "good"):
-        raise ValueError("good pictures have no defect to learn from: use target nut, or split paper")
+        raise ValueError("good images have no defect to learn from: use target nut, or split paper")
 
     plan = plan_of(dataset, root)
-    manifest = store.read_manifest(plan.folder, plan.remedy)
-    held_out = [sample for sample in plan.dev if sample.pasted is None]
-    if split == "good":  # ours, for the two stages: nothing of the anomaly test set, and no defect, is ever learnt from
-        by_part = dict(zip(PARTS, (plan.train, held_out, plan.test), strict=True))
-    else:
-        samples = {_name(sample): sample for sample in sorted([*plan.train, *held_out, *plan.test], key=_name)}
+    held_out = [sample for sample in plan.parts["dev"] if sample.pasted is None]
+    parts = plan.parts | {"dev": held_out}  # "good": nothing of the anomaly test set, and no defect, is learnt from
+    if split == "paper":
+        samples = {_name(sample): sample for sample in sorted([s for part in parts.values() for s in part], key=_name)}
         if dataset == METAL_NUT:
-            parts = _read_list(PAPER_LIST)
+            lines = PAPER_LIST.read_text(encoding="utf-8").splitlines()
+            listed = dict(line.split() for line in lines if not line.startswith("#"))
         else:
-            types = {name: sample.type for name, sample in samples.items()}
-            parts = draw_parts(types, {name: manifest.files[sample.path][1] for name, sample in samples.items()})
-        if odd := sorted(parts.keys() ^ samples.keys()):
+            listed = draw_parts(*_types_and_content(plan, samples))
+        if odd := sorted(listed.keys() ^ samples.keys()):
             raise DataError(
                 f"{plan.folder} and {PAPER_LIST.name} differ in {odd[0]}: delete {plan.folder}, then {plan.remedy}"
             )
-        by_part = {part: [sample for name, sample in samples.items() if parts[name] == part] for part in PARTS}
+        parts = {part: [sample for name, sample in samples.items() if listed[name] == part] for part in PARTS}
+    masks = f"nut {content_id(NUT_MASKS)}" if target == "nut" else "defect"
+    names = [[sample.path for sample in samples] for samples in parts.values()]
+    type_names = tuple(name for name in plan.type_names if name != "pasted")
+    fingerprint = identity(f"{plan.manifest.fingerprint} {masks}", names)
+    return replace(plan, parts=parts, fingerprint=fingerprint, type_names=type_names)
 
-    masks = f"nut {RECIPE_VERSION}" if target == "nut" else "defect"
-    identity = hashlib.sha256(f"{manifest.fingerprint} {masks}\n".encode())
-    for part in PARTS:
-        identity.update("".join(f"{sample.path}\n" for sample in by_part[part]).encode() + b"\n")
-    return plan, by_part, identity.hexdigest()
+
+def _types_and_content(plan: Plan, samples: Mapping[str, Sample]) -> tuple[dict[str, str], dict[str, str]]:
+    content = {name: plan.manifest.files[sample.path][1] for name, sample in samples.items()}
+    return {name: sample.type for name, sample in samples.items()}, content
 
 
 def subset(split: SegmentationSplit, share: float, seed: int) -> SegmentationSplit:
-    """A share of the pictures (paper section 4.1.2, Table 6: "randomly constructed"), drawn by the seed.
+    """A share of the images (paper section 4.1.2, Table 6: "randomly constructed"), drawn by the seed.
 
     Ours: in the proportions of the types, and for one seed a smaller share lies in a larger one. 0 < share <= 1;
     ValueError for another share.
@@ -149,11 +202,11 @@ def subset(split: SegmentationSplit, share: float, seed: int) -> SegmentationSpl
 
 
 def segmentation_fingerprint(dataset: str, target: str, split: str, root: Path | None = None) -> str:
-    """sha256 over the set's content, the three lists, the target and the recipe's version; no picture is read.
+    """sha256 over the set's content, the three lists, the target and what the recipe gives; no image is read.
 
     Arguments and errors as `load_segmentation`.
     """
-    return _split(dataset, target, split, root)[2]
+    return _plan(dataset, target, split, root).fingerprint
 
 
 def load_segmentation(
@@ -161,35 +214,30 @@ def load_segmentation(
 ) -> SegmentationData:
     """Read a set, whole, as tensors on `device`.
 
-    `dataset`: "mvtec_ad/metal_nut" or "synthetic_nut" (drawn on first use). `target`: "nut", by `foreground.nut_mask`,
-    or "defect", MVTec's masks, empty for good pictures. `split`: "paper", all pictures as 80/10/10 per cent (for
-    metal_nut 268/33/34 as in section 4.1, by a list of ours), or "good", trained on the good training pictures less
+    `dataset`: "mvtec_ad/metal_nut" or "synthetic_nut" (written on first use). `target`: "nut", by `nut_mask`,
+    or "defect", MVTec's masks, empty for good images. `split`: "paper", all images as 80/10/10 per cent (for
+    metal_nut 268/33/34 as in section 4.1, by a list of ours), or "good", trained on the good training images less
     the tenth that is the normal half of `load_anomaly`'s dev, which is dev here, and tested on the whole test folder.
-    `size`: side of pictures and masks in pixels. `root`: where data sets lie, by default `data_dir()`.
+    `size`: side of images and masks in pixels. `root`: where data sets lie, by default `data_dir()`.
 
     Raises DataError naming the file and the remedy; ValueError for an unknown target or split, for target "defect" with
     split "good", and for a size below 1.
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1 pixel, got {size}")
-    plan, by_part, fingerprint = _split(dataset, target, split, root)
-    type_names = tuple(name for name in plan.type_names if name != "pasted")
-    parts = [_read_part(plan, by_part[part], target, type_names, size, device) for part in PARTS]
-    return SegmentationData(dataset, plan.label, target, type_names, *parts, fingerprint)
+    check_size(size)
+    plan = _plan(dataset, target, split, root)
+    parts = {part: _read_part(samples, plan, target, size, device) for part, samples in plan.parts.items()}
+    return SegmentationData(dataset, plan.label, target, plan.type_names, **parts, fingerprint=plan.fingerprint)
 
 
-def _read_part(
-    plan: Plan, samples: list[Sample], target: str, type_names: tuple[str, ...], size: int, device
-) -> SegmentationSplit:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and most of the recipe leave the GIL
-        read = list(pool.map(lambda sample: _read_sample(plan, sample, target, size), samples))
+def _read_part(samples: list[Sample], plan: Plan, target: str, size: int, device) -> SegmentationSplit:
+    read = in_threads(partial(_read_sample, plan=plan, target=target, size=size), samples)
     images, masks = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*read, strict=True))
-    types = torch.tensor([type_names.index(sample.type) for sample in samples], dtype=torch.uint8)
+    types = torch.tensor([plan.type_names.index(sample.type) for sample in samples], dtype=torch.uint8)
     names = tuple(_name(sample) for sample in samples)
     return SegmentationSplit(images.to(device), masks.to(device), types.to(device), names)
 
 
-def _read_sample(plan: Plan, sample: Sample, target: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_sample(sample: Sample, plan: Plan, target: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(3, size, size) uint8, (size, size) uint8."""
     path = plan.folder / sample.path
     image = decode(path, plan.remedy).convert("RGB")
@@ -198,11 +246,6 @@ def _read_sample(plan: Plan, sample: Sample, target: str, size: int) -> tuple[np
             mask = nut_mask(np.asarray(image))
         except ValueError as error:
             raise DataError(f"{path}: {error}: {plan.remedy}") from error
-    elif sample.mask is None:
-        mask = np.zeros((image.height, image.width), bool)
     else:
-        grey = decode(plan.folder / sample.mask, plan.remedy).convert("L")
-        if grey.size != image.size:
-            raise DataError(f"{plan.folder / sample.mask} is not as large as its image {sample.path}: {plan.remedy}")
-        mask = np.asarray(grey) > 127
+        mask = read_mask(plan.folder, sample, image.size, plan.remedy)
     return to_square(image, size), resize_mask(mask, size)

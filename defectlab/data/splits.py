@@ -1,25 +1,80 @@
-"""How a set is split where nobody did: by names and contents, never by a seed of a run."""
+"""A set before any image is read: where it lies, how it is split, and the fingerprint of both.
+
+Splits depend on the names and contents of the files, never on a seed of a run.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
-SPLIT_VERSION = 1  # raise when `draw_split` or a reader changes what a set gives: it enters the fingerprint
+from defectlab.data.fetch import Manifest, quick_check
+from defectlab.data.synthetic import SYNTHETIC, ensure_synthetic
+from defectlab.files import data_dir
+
+PARTS = ("train", "dev", "test")
+# What enters a fingerprint besides files and names (pasted defects, recipes, rules of a split) is known by a digest of
+# what it gives, which tests/test_data_fingerprints.py holds. Records older than the digests know these by a number.
+_RECORDED = dict.fromkeys(("2f5ebef63256b8b1", "0a45cca9e4abcf4a", "82d8c3912da43740", "379610ebd6a97d37"), "1")
+DETECTION_SPLITS = "82d8c3912da43740"  # digest of what `draw_split`, `with_dev` and `letterbox` give
 
 
-def _shuffled(names: list[str], purpose: str) -> list[str]:
-    """A fixed order that looks random: by hash, so it depends on no library's random numbers and on no other name."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{purpose} {name}".encode()).digest())
+def content_id(digest: str) -> str:
+    """The name of a content in fingerprints: its digest, or the number by which committed records know it."""
+    return _RECORDED.get(digest, digest)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A set before any image is read."""
+
+    folder: Path
+    label: str  # as printed in tables
+    remedy: str  # how error messages end
+    manifest: Manifest | None  # None for a reader's own folder
+    parts: dict[str, list] = field(default_factory=dict)  # "train", "dev", "test": what to read
+    fingerprint: str = ""
+    type_names: tuple[str, ...] = ()  # anomaly sets: "good" first
+
+
+def locate(folder: str, label: str, command: str, root: Path | None) -> Plan:
+    """The set in `folder` below the data root, checked by names and sizes; a synthetic one is written on first use.
+
+    `command`: the script in data_scripts that fetches it, with its options. DataError as `fetch.quick_check`.
+    """
+    root = data_dir() if root is None else Path(root)
+    if folder in SYNTHETIC:
+        manifest, remedy = ensure_synthetic(root, folder), f"delete {root / folder} and load it again"
+    else:
+        remedy = f"run `python data_scripts/{command}`"
+        manifest = quick_check(root / folder, remedy)
+    return Plan(root / folder, label + (f" ({manifest.note} copy)" if manifest.note else ""), remedy, manifest)
+
+
+def identity(content: str, parts: Iterable[Iterable[str]]) -> str:
+    """sha256 over `content` and the names of each part."""
+    lists = "".join("".join(f"{name}\n" for name in names) + "\n" for names in parts)
+    return hashlib.sha256(f"{content}\n{lists}".encode()).hexdigest()
+
+
+def detection_identity(content: str, parts: Iterable[Iterable[str]]) -> str:
+    return identity(f"{content} detection {content_id(DETECTION_SPLITS)}", parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- splits
 
 
+def shuffled(names: list[str], purpose: str) -> list[str]:
+    """A fixed order that looks random: by hash, so it depends on no library's random numbers and on no other name."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{purpose} {name}".encode()).digest())
+
+
 def draw_split(strata: Mapping[str, str], share: float, purpose: str, content: Mapping[str, str]) -> list[str]:
-    """Draw `share` of the names, sorted: the same part of each stratum, as nearly as whole pictures allow.
+    """Draw `share` of the names, sorted: the same part of each stratum, as nearly as whole images allow.
 
     `strata`: name to stratum. `content`: name to a hash of its bytes; names of one content are drawn together or not
     at all. Within a stratum the order is that of the sha256 of "purpose name", so the draw depends on no library's
@@ -47,30 +102,24 @@ def draw_split(strata: Mapping[str, str], share: float, purpose: str, content: M
     return sorted(drawn)
 
 
-def _number(path: str) -> int:
+def number_of(path: str) -> int:
+    """The digits at the end of a file's stem."""
     return int(re.search(r"(\d+)\.\w+$", path)[1])
 
 
-def _last_fifth(strata: Mapping[str, str]) -> list[str]:
+def last_fifth(strata: Mapping[str, str]) -> list[str]:
     """The highest numbers of each class, a fifth of them (at least one)."""
     by_class = defaultdict(list)
     for path, stratum in strata.items():
         by_class[stratum].append(path)
-    return [p for paths in by_class.values() for p in sorted(paths, key=_number)[-max(1, round(len(paths) / 5)) :]]
+    return [p for paths in by_class.values() for p in sorted(paths, key=number_of)[-max(1, round(len(paths) / 5)) :]]
 
 
 def with_dev(
-    strata: Mapping[str, str], test: Sequence[str], content: Mapping[str, str]
+    strata: Mapping[str, str], test: Iterable[str], content: Mapping[str, str]
 ) -> tuple[list[str], list[str], list[str]]:
     """train, dev, test: all that is not in `test` is for training, a tenth of that is held out."""
     chosen = set(test)
     rest = {name: stratum for name, stratum in strata.items() if name not in chosen}
     dev = draw_split(rest, 0.1, "dev", content)
     return sorted(rest.keys() - set(dev)), dev, sorted(chosen)
-
-
-def split_identity(content: str, splits: Sequence[Sequence[str]]) -> str:
-    identity = hashlib.sha256(f"{content} detection {SPLIT_VERSION}\n".encode())
-    for names in splits:
-        identity.update("".join(f"{name}\n" for name in names).encode() + b"\n")
-    return identity.hexdigest()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from defectlab.data.augment import plain
-from defectlab.data.boxes import DetectionSplit
+from defectlab.data.detection import DetectionSplit
 from defectlab.figures import Rows, frame, nothing_yet, panels
 from defectlab.metrics import detection as metrics
 from defectlab.networks.yolo.blocks import fused

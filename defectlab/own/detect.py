@@ -18,10 +18,8 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
 from defectlab import runs
-from defectlab.data.annotations import PICTURES, decode, find_files
-from defectlab.data.boxes import DetectionData, DetectionSplit
-from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, PKU_CLASSES
-from defectlab.data.images import letterbox
+from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionData, DetectionSplit
+from defectlab.data.images import IMAGE_SUFFIXES, decode, find_files, letterbox
 from defectlab.data.own_folder import load_folder
 from defectlab.figures.detection import CLASS_COLOURS, boxed
 from defectlab.files import DataError, write_atomically, write_json
@@ -41,7 +39,6 @@ KINDS = {"detector": (DetectorSettings, build_detector), "yolo_dcf": (yolo_dcf.S
 CLASS_NAMES = {  # of the models in runs/
     **dict.fromkeys(("neu_det", "neu_det_index", "synthetic_steel"), NEU_CLASSES),
     **dict.fromkeys(("deep_pcb", "synthetic_board"), DEEP_PCB_CLASSES),
-    "pku_pcb": PKU_CLASSES,
 }
 
 
@@ -148,7 +145,7 @@ def write_findings(
     write_json(out / "metrics.json", content | runs.provenance(device))
     predictions = predict(detector, data.test)
     write_json(out / "predictions.json", listed(predictions, data.test, data.class_names))
-    threshold, truths, test = result.dev["threshold"], data.test.truths(), data.test
+    threshold, truths, test = result.dev["threshold"], data.test.ground_truth(), data.test
     cases = examples(predictions, truths, threshold=threshold)
 
     def as_drawn(boxes: Boxes) -> Boxes:
@@ -192,7 +189,9 @@ def read_model(path: Path, device: str) -> Trained:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         kind, build = KINDS[header["model"]]
-        settings = kind(**json.loads(header["settings"]))
+        fields = json.loads(header["settings"])
+        fields.pop("mixup", None)  # a setting of models saved while there was mixup
+        settings = kind(**fields)
         names = json.loads(header["class_names"]) if "class_names" in header else CLASS_NAMES[settings.dataset]
         dev = json.loads(header["dev"])
         # The anchors of v5 are among the tensors: COCO's stand in until they are loaded.
@@ -222,7 +221,7 @@ def find(options: argparse.Namespace) -> int:
     trained = read_model(options.model, device)
     confidence = trained.dev["threshold"] if options.confidence is None else options.confidence
     drawn_before = (out / "drawn").resolve()  # --out may lie in the folder
-    paths = [path for path in find_files(folder, PICTURES) if not path.resolve().is_relative_to(drawn_before)]
+    paths = [path for path in find_files(folder, IMAGE_SUFFIXES) if not path.resolve().is_relative_to(drawn_before)]
     if not paths:
         raise DataError(f"{folder} holds no jpg, png, bmp or tif picture: give the folder that holds them")
     lines = []

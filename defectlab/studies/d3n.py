@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from defectlab.data.boxes import DetectionData
+from defectlab.data.detection import DetectionData
 from defectlab.data.instances import LABELS as MASKED
 from defectlab.data.instances import InstanceData, instance_fingerprint, load_instances
 from defectlab.networks.diffusion import DiffusionSettings

@@ -5,8 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from defectlab.data.boxes import DetectionData
-from defectlab.data.detection import detection_fingerprint, load_detection
+from defectlab.data.detection import DetectionData, detection_fingerprint, load_detection
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.studies.study import FEW, MORE, Row, Study
 from defectlab.training.detection import run_detector

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from defectlab.data.augment import Batch
-from defectlab.data.boxes import DetectionData
+from defectlab.data.detection import DetectionData
 from defectlab.data.instances import InstanceData, move_instances
 from defectlab.files import DataError
 from defectlab.metrics.costs import flops, parameters
@@ -67,11 +67,8 @@ def dev_probe(data: DetectionData, features: Sequence[Tensor] = ()) -> Probe:
 
 def check_recipe(settings: DetectorSettings) -> None:
     """ValueError where the recipe mixes images, whose features could not follow."""
-    if settings.mosaic or settings.mixup:
-        raise ValueError(
-            f"mosaic {settings.mosaic}, mixup {settings.mixup}: a row that reads features of whole images needs both "
-            f"at 0"
-        )
+    if settings.mosaic:
+        raise ValueError(f"mosaic {settings.mosaic}: a row that reads features of whole images needs it at 0")
 
 
 def with_latents(hybrid: HybridDetector, latents: list[Tensor]) -> Callable[[Batch], Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defectlab.data.boxes import DetectionData
+from defectlab.data.detection import DetectionData
 from defectlab.files import DataError
 from defectlab.networks.diffusion import decoder_features, noise_schedule
 from defectlab.papers.d3n.resvae import (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from defectlab.data.augment import plain
-from defectlab.data.boxes import DetectionData, DetectionSplit
+from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.metrics.costs import model_costs
 from defectlab.metrics.detection import Boxes, best_f1_threshold, evaluate, examples, pack
 from defectlab.networks.yolo.assignment import kmeans_anchors
@@ -66,7 +66,7 @@ def probe_on(
     find: Callable[[nn.Module, DetectionSplit], Boxes] = predict,
 ) -> Probe:
     """For a training's curve: mAP on dev, of what `find` gives."""
-    ground_truth = split.truths()
+    ground_truth = split.ground_truth()
 
     def probe(detector: nn.Module) -> dict[str, float]:
         metrics, _ = evaluate(find(detector, split), ground_truth, class_names)
@@ -87,7 +87,7 @@ def evaluate_detector(
 def evaluate_found(found: Mapping[str, Boxes], data: DetectionData, detector: nn.Module) -> Result:
     """The result of what `detector` found in "dev" and "test", boxes in pixels of the originals; no curve, no costs.
     The score threshold of precision and recall comes from dev."""
-    ground_truth = {part: getattr(data, part).truths() for part in ("dev", "test")}
+    ground_truth = {part: getattr(data, part).ground_truth() for part in ("dev", "test")}
     threshold = best_f1_threshold(found["dev"], ground_truth["dev"])
     dev, test = (evaluate(found[part], ground_truth[part], data.class_names, threshold) for part in ("dev", "test"))
     arrays = pack(found["test"], ground_truth["test"], data.test.names, data.class_names)

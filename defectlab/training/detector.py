@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from defectlab.data.augment import Augmentation, Batch, augment
-from defectlab.data.boxes import DetectionSplit
+from defectlab.data.detection import DetectionSplit
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.precision import autocast, precision_of
 from defectlab.runs import Context
@@ -22,7 +22,6 @@ Loss = Callable[[Batch], dict[str, Tensor]]
 def augmentation_of(settings: DetectorSettings) -> Augmentation:
     return Augmentation(
         mosaic=settings.mosaic,
-        mixup=settings.mixup,
         degrees=settings.degrees,
         translate=settings.translate,
         scale=settings.zoom,
@@ -76,12 +75,13 @@ def train_detector(
     average = MovingAverage(detector, settings.average, settings.average_ramp)
     parts = nn.ModuleList([detector, *([extra] if extra is not None else [])])
     whole = augmentation_of(settings)
-    closed = replace(whole, mosaic=0.0, mixup=0.0)
+    closed = replace(whole, mosaic=0.0)
     device = split.images.device
+    boxes, labels = split.boxes.cpu(), split.labels.cpu()  # so that no step waits for the device
 
     def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> Batch:
         recipe = closed if epoch >= settings.epochs - settings.close_mosaic else whole
-        batch = augment(split.images, split.boxes, split.labels, indices, recipe, generator)
+        batch = augment(split.images, boxes, labels, indices, recipe, generator)
         return replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
 
     def step(batch: Batch) -> dict[str, Tensor]:
@@ -100,6 +100,7 @@ def train_detector(
         rate=partial(learning_rate, settings=settings),
         stream=50_000 if settings.separate_streams else 0,
         clip=settings.clip,
+        indices_on=torch.device("cpu"),
         average=average,
         probe=probe and (lambda: probe(average.model)),
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defectlab.data.boxes import DetectionData
+from defectlab.data.detection import DetectionData
 from defectlab.metrics.costs import parameters
 from defectlab.networks.diffusion import (
     TIMESTEPS,

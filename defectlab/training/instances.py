@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from defectlab.data.augment import plain
-from defectlab.data.instances import InstanceData, InstanceSplit, to_square
+from defectlab.data.images import letterbox_maps
+from defectlab.data.instances import InstanceData, InstanceSplit
 from defectlab.metrics.detection import COCO_IOUS, RECALLS, Boxes, best_f1_threshold, evaluate, greedy_match, pack
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import decode_anchor_based, suppress
@@ -86,7 +87,7 @@ def _to_original(split: InstanceSplit, index: int, boxes: Tensor, probability: T
 
 def instance_ground_truth(split: InstanceSplit, indices: Sequence[int] | None = None) -> Iterator[Instances]:
     """Image after image of a split, or those of `indices`: boxes, labels and masks in pixels of the originals."""
-    boxes = split.truths()
+    boxes = split.ground_truth()
     for index in range(len(split)) if indices is None else indices:
         yield boxes[index] | {"masks": split.masks(index)}
 
@@ -194,7 +195,7 @@ def _painted(images: Iterable[Instances], threshold: float = 0.0) -> np.ndarray:
         for index in reversed(range(len(instances["labels"]))):  # the best one is painted last
             if "scores" not in instances or instances["scores"][index] >= threshold:
                 image[instances["masks"][index]] = int(instances["labels"][index]) + 1
-        painted.append(to_square(image[None], SIDE)[0])
+        painted.append(letterbox_maps(image[None], SIDE)[0])
     return torch.stack(painted).numpy()
 
 

@@ -105,18 +105,20 @@ def train(
     rate: Callable[[int, int], float],
     stream: int = 50_000,
     clip: float | None = None,
+    indices_on: torch.device | None = None,
     average: MovingAverage | None = None,
     probe: Callable[[], dict[str, float]] | None = None,
 ) -> Trained:
     """Train whatever has parameters in `parts`, on `count` examples; leaves it in eval mode.
 
     Args:
-        draw: (indices on the device, CPU generator, epoch from 0) -> a batch of these examples, augmented. The
+        draw: (indices, CPU generator, epoch from 0) -> a batch of these examples, augmented. The
             generator depends on seed, epoch and `stream` alone; at stream 0 it starts as that of the order does.
         step: a batch -> named scalars, of which "loss" is minimised.
         settings: have `epochs` and `batch`.
         rate: (step of the whole training, from 0, steps per epoch) -> learning rate.
         clip: largest norm of the gradient.
+        indices_on: where `draw` gets its indices; by default the weights' device.
         average: follows after each step.
         probe: asked about ten times, and at the end, for scalars that enter the curve, beside "probe_epoch".
 
@@ -133,7 +135,8 @@ def train(
     saved = started  # when the last checkpoint was written
     for epoch in range(done, epochs):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch + stream)
-        batches, logged = epoch_order(count, settings.batch, seed, epoch, weights[0].device), []
+        where = indices_on or weights[0].device
+        batches, logged = epoch_order(count, settings.batch, seed, epoch, where), []
         for position, indices in enumerate(batches, epoch * len(batches)):
             scalars = step(draw(indices, generator, epoch))
             for group in optimizer.param_groups:

@@ -6,9 +6,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from defectlab.data.boxes import DetectionData
-from defectlab.data.corruption import resized, spoil
-from defectlab.data.detection import load_detection
+from defectlab.data.augment import corrupt, resized
+from defectlab.data.detection import DetectionData, load_images
 from defectlab.metrics.detection import evaluate
 from defectlab.metrics.robustness import KINDS, pack_matches, summary
 from defectlab.networks.yolo.settings import DetectorSettings
@@ -53,8 +52,8 @@ def run_robustness(
     """
     record = context.require(settings.of, seed)
     detector = frozen(record, fresh(build, settings.of, data), context.device)
-    split, ground_truth = data.test, data.test.truths()
-    native = load_detection(settings.dataset, int(split.sizes.max()), context.device).test.images
+    split, ground_truth = data.test, data.test.ground_truth()
+    native = load_images(settings.dataset, "test", int(split.sizes.max()), context.device)
     metrics: dict[str, float] = {}
     classes = len(data.class_names)
     counts = np.stack([np.bincount(t["labels"].numpy(), minlength=classes) for t in ground_truth]).astype(np.uint8)
@@ -72,7 +71,7 @@ def run_robustness(
         values = [clean]
         for step, strength in enumerate(getattr(settings, kind), 1):
             generator = torch.Generator().manual_seed(step)
-            values.append(look(f"{kind}_{step}", spoil(native, kind, strength, generator)))
+            values.append(look(f"{kind}_{step}", corrupt(native, kind, strength, generator)))
         metrics |= {f"map50_{kind}_{step}": value for step, value in enumerate(values)} | summary(kind, values)
     notes = {"of": record.key, "of_sha256": record.model_sha256}
     return Result(rounded(metrics), {}, {}, {}, arrays, {}, {}, "fp32", notes=notes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from defectlab.data.augment import Batch, plain
-from defectlab.data.boxes import DetectionData, DetectionSplit
+from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.metrics.costs import model_costs
 from defectlab.metrics.detection import Boxes
 from defectlab.networks.torchvision_detectors import TorchvisionSettings, build_torchvision

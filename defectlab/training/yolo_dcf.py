@@ -3,7 +3,7 @@
 import torch
 
 from defectlab.data.augment import Batch
-from defectlab.data.boxes import DetectionData
+from defectlab.data.detection import DetectionData
 from defectlab.papers.yolo_dcf import DistilledLoss, Settings, build, teacher_settings
 from defectlab.runs import Context, Result
 from defectlab.training.detection import fresh, frozen, run_detector, train_and_evaluate

@@ -1,0 +1,73 @@
+"""Synthetic sets in the layouts of the real ones, for the smoke profile, the tests and readers without a download.
+
+Nothing measured on these images says anything about the real sets. What is imitated: the magnetic tiles (Huang, Qiu and
+Yuan, "Surface defect saliency of magnetic tile", The Visual Computer 36, 2020), MVTec AD metal_nut (Bergmann et al.,
+CVPR 2019), NEU-DET (He et al., "An end-to-end steel surface defect detection approach via fusing multiple hierarchical
+features", IEEE TIM 69, 2020), NEU-Seg (its images, of three classes, with masks) and DeepPCB (Tang et al., "Online PCB
+defect detector on a new PCB defect dataset", arXiv 1902.06197). The same seed writes the same bytes (with the same
+versions of numpy, scipy and pillow).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from defectlab.data.fetch import MANIFEST, Manifest, create_folder, quick_check, write_manifest
+from defectlab.data.synthetic.boards import write_board
+from defectlab.data.synthetic.steel import write_steel, write_steel_masks
+from defectlab.data.synthetic.tiles import write_magnetic_tile, write_mvtec
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    label: str  # as printed in tables
+    write: Callable[[Path], None]
+    content: str  # fingerprint of the manifest of what `write` gives; a test holds it, and a set of another is redone
+
+
+SYNTHETIC = {  # by the name that the readers take, which is the folder below the data root
+    "synthetic_tile": Synthetic(
+        "synthetic tiles",
+        write_magnetic_tile,
+        "aa48d0e534a41dc4b12a4f6b4424891b086b693a1a849db12e31cb7f7862c690",
+    ),
+    "synthetic_nut": Synthetic(
+        "synthetic nuts",
+        partial(write_mvtec, category="."),  # the set's folder is the category's
+        "caaa94f8f4c124fa8e1b1736aff8047b04475e9c1e1ed7adbfb54729e72031d6",
+    ),
+    "synthetic_steel": Synthetic(
+        "synthetic steel",
+        write_steel,
+        "1f70049ab6bf50e0f4f3f0bc24ae15506d73b465c7618047b95e53352875cfc6",
+    ),
+    "synthetic_board": Synthetic(
+        "synthetic boards",
+        write_board,
+        "00b6d4ba17422d873de9358bb129e3125cba16f35c61ac99659d85576148ee12",
+    ),
+    "synthetic_steel_masks": Synthetic(
+        "synthetic steel with masks",
+        write_steel_masks,
+        "5a316204a3104b8efa7bfd7f7597a60d1715dce6fb7742dddd17b93dd47bcfa0",
+    ),
+}
+
+
+def ensure_synthetic(root: Path, name: str) -> Manifest:
+    """Write the synthetic set `name` into `root / name` unless one of the same content is there."""
+    chosen, target = SYNTHETIC[name], root / name
+    source = f"defectlab.data.synthetic, seed 0, content {chosen.content[:12]}"
+
+    def current() -> Manifest | None:
+        if not (target / MANIFEST).is_file():
+            return None
+        manifest = quick_check(target, "load it again, and it is written again")
+        return manifest if manifest.source == source else None
+
+    def fill(folder: Path) -> Manifest:
+        chosen.write(folder)
+        return write_manifest(folder, chosen.label, source)
+
+    return current() or create_folder(target, fill, current)

@@ -1,22 +1,16 @@
-"""Circuit boards, drawn: what `synthetic_detection` writes in the layouts of DeepPCB and PKU-Market-PCB.
+"""Synthetic bare circuit boards with exact boxes, in the layout of DeepPCB.
 
 A board is a mask, True where copper is. A box is x1, y1, x2, y2 in whole pixels counted from 0, x2 and y2 one past the
 last pixel.
 """
+
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_dilation, binary_erosion, label
 
 BOARD_KINDS = ("open", "short", "mousebite", "spur", "copper", "pin-hole")  # in the order of DeepPCB's types 1-6
-PKU_KINDS = {  # folder of the class: the kind as drawn here
-    "Missing_hole": "missing_hole",
-    "Mouse_bite": "mousebite",
-    "Open_circuit": "open",
-    "Short": "short",
-    "Spur": "spur",
-    "Spurious_copper": "copper",
-}
 
 # How each kind changes the number of connected pieces of copper, and of bare ground, in its neighbourhood.
 _PIECES = {
@@ -26,9 +20,8 @@ _PIECES = {
     "spur": (0, 0),
     "copper": (1, 0),
     "pin-hole": (0, 1),
-    "missing_hole": (0, -1),
 }
-_ADDS_COPPER = ("short", "spur", "copper", "missing_hole")
+_ADDS_COPPER = ("short", "spur", "copper")
 _HEADINGS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))
 
 Box = tuple[int, int, int, int]
@@ -63,19 +56,17 @@ def _stroke(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], thickn
         _disc(draw, x, y, thickness / 2, fill)
 
 
-def _draw_board(
-    rng: np.random.Generator, height: int, width: int, pitch: float
-) -> tuple[np.ndarray, list[tuple[float, float, float, float]]]:
-    """A board without defects: copper (H, W) bool, and its drilled pads as (x, y, pad radius, hole radius).
+def _draw_board(rng: np.random.Generator, size: int, pitch: float) -> np.ndarray:
+    """A board without defects: copper (S, S) bool.
 
     Traces run along a grid of `pitch` pixels, turn by 45 degrees and never touch each other.
     """
-    rows, columns = int(height / pitch) + 1, int(width / pitch) + 1
+    rows = columns = int(size / pitch) + 1
     offset_x, offset_y = rng.uniform(0.0, 0.5, 2) * pitch
     taken = set()  # grid points in half pitches, so that the middle of a diagonal step counts, too
-    canvas = Image.new("L", (width, height), 0)
+    canvas = Image.new("L", (size, size), 0)
     draw = ImageDraw.Draw(canvas)
-    pads = []
+    pads = []  # drilled: x, y, radius of the pad, radius of its hole
 
     def place(point):
         return offset_x + point[1] / 2 * pitch, offset_y + point[0] / 2 * pitch
@@ -130,7 +121,7 @@ def _draw_board(
         _disc(draw, x, y, radius, 255)
     for x, y, _, hole in pads:
         _disc(draw, x, y, hole, 0)
-    return np.asarray(canvas) > 0, pads
+    return np.asarray(canvas) > 0
 
 
 def _reach(mask: np.ndarray, start: tuple[int, int], direction: np.ndarray, limits: tuple[float, float]) -> int | None:
@@ -146,7 +137,7 @@ def _reach(mask: np.ndarray, start: tuple[int, int], direction: np.ndarray, limi
 
 
 def _propose(
-    rng: np.random.Generator, kind: str, copper: np.ndarray, edge: np.ndarray, pads: list, unit: float
+    rng: np.random.Generator, kind: str, copper: np.ndarray, edge: np.ndarray, unit: float
 ) -> np.ndarray | None:
     """Outline (H, W) bool of one try at a defect of `kind`, or None where the place does not suit it.
 
@@ -154,11 +145,6 @@ def _propose(
     """
     canvas = Image.new("L", copper.shape[::-1], 0)
     draw = ImageDraw.Draw(canvas)
-    if kind == "missing_hole":
-        x, y, _, hole = pads[rng.integers(len(pads))]
-        _disc(draw, x, y, hole + 1, 255)
-        return np.asarray(canvas) > 0
-
     row, column = edge[rng.integers(len(edge))]
     if kind in ("copper", "pin-hole"):
         row, column = rng.integers(0, copper.shape)
@@ -203,7 +189,7 @@ def _pieces(copper: np.ndarray) -> np.ndarray:
 
 
 def _defective_board(
-    rng: np.random.Generator, template: np.ndarray, pads: list, unit: float, kinds: list[str]
+    rng: np.random.Generator, template: np.ndarray, unit: float, kinds: list[str]
 ) -> tuple[np.ndarray, list[tuple[str, Box]]]:
     """`template` (H, W) bool with defects of `kinds`, in this order, and their kinds and boxes.
 
@@ -217,9 +203,8 @@ def _defective_board(
     edge = np.argwhere(template & ~binary_erosion(template, border_value=1))
     for kind in kinds:
         adds = kind in _ADDS_COPPER
-        smallest = (8 if kind == "missing_hole" else 12) * unit
         for _ in range(80):
-            outline = _propose(rng, kind, copper, edge, pads, unit)
+            outline = _propose(rng, kind, copper, edge, unit)
             if outline is None:
                 continue
             changed = outline & (copper != adds)
@@ -228,7 +213,7 @@ def _defective_board(
             box = bounds(changed)
             sides = box[2] - box[0], box[3] - box[1]
             near = grown(box, margin)
-            if min(sides) < 6 * unit or not smallest <= max(sides) <= 40 * unit or not _inside(near, height, width):
+            if min(sides) < 6 * unit or not 12 * unit <= max(sides) <= 40 * unit or not _inside(near, height, width):
                 continue
             if any(overlap(near, other) for _, other in objects):
                 continue
@@ -256,38 +241,38 @@ def board_pair(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
     pitch = size / 10
     objects = []
     while len(objects) < 3:  # a board that is too crowded for three defects is drawn again
-        template, pads = _draw_board(rng, size, size, pitch)
+        template = _draw_board(rng, size, pitch)
         kinds = _mixed(rng, BOARD_KINDS, int(rng.integers(4, 11)))
-        copper, objects = _defective_board(rng, template, pads, pitch / 32, kinds)
+        copper, objects = _defective_board(rng, template, pitch / 32, kinds)
     return template, copper, objects
 
 
-def _coloured(copper: np.ndarray, pads: list, noise: np.ndarray) -> np.ndarray:
-    """RGB uint8 (H, W, 3) of a green board with tinned pads; `noise` is (H, W) in grey levels."""
-    height, width = copper.shape
-    canvas = Image.new("L", (width, height), 0)
-    draw = ImageDraw.Draw(canvas)
-    for x, y, radius, _ in pads:
-        _disc(draw, x, y, radius, 1)
-    for x, y, _, hole in pads:
-        _disc(draw, x, y, hole, 2)
-    part = np.asarray(canvas)  # 1 pad, 2 hole
-    colours = np.array([(10, 62, 40), (200, 190, 150), (16, 18, 20), (30, 112, 66)], float)
-    index = np.where(copper, np.where(part > 0, 1, 3), np.where(part == 2, 2, 0))
-    return np.clip(np.rint(colours[index] + noise[..., None]), 0, 255).astype(np.uint8)
+def write_board(folder: Path, count: int = 60, size: int = 640, seed: int = 0) -> None:
+    """Write a synthetic set in the layout of DeepPCB below `folder`/PCBData.
 
-
-def pku_pair(
-    seed: int, board: int, folder_name: str, number: int
-) -> tuple[np.ndarray, np.ndarray, list[tuple[str, Box]]]:
-    """Board number `board` without and with 2-5 defects of one class, RGB (400, 600, 3), and their boxes."""
-    height, width, pitch = 400, 600, 40
-    boards = np.random.default_rng([seed, board])
-    rng = np.random.default_rng([seed, board, list(PKU_KINDS).index(folder_name), number])
-    kind, objects = PKU_KINDS[folder_name], []
-    while len(objects) < 2:  # a board without place for two of them is drawn again
-        template, pads = _draw_board(boards, height, width, pitch)
-        copper, objects = _defective_board(rng, template, pads, pitch / 32, [kind] * int(rng.integers(3, 6)))
-    noise = rng.normal(0, 3, template.shape)
-    named = [(folder_name.lower(), box) for _, box in objects]
-    return _coloured(template, pads, noise), _coloured(copper, pads, noise), named
+    groupNNNNN/NNNNN/<name>_test.jpg (inspected) and <name>_temp.jpg (without defects): grey JPEG (quality 95) of
+    `size` x `size` pixels, 0 where copper is and 255 elsewhere, up to JPEG noise. groupNNNNN/NNNNN_not/<name>.txt: a
+    line `x1 y1 x2 y2 type` for each of the 3-10 defects, type 1-6 as in `BOARD_KINDS`. trainval.txt and test.txt
+    (the last fifth, rounded up): a line `image txt` for each board, the image without its `_test`, as published.
+    A group has 20 boards. The boards of one seed are the same whatever `count` is, and so are their bytes (with the
+    same versions of numpy, scipy and pillow). Raises ValueError when `size` is below 160.
+    """
+    if size < 160:
+        raise ValueError(f"boards of {size} pixels are too small for their defects: give size=160 or more")
+    root, lines = Path(folder) / "PCBData", []
+    for i in range(count):
+        number = f"{10000 + i // 20:05d}"
+        images, boxes = root / f"group{number}" / number, root / f"group{number}" / f"{number}_not"
+        images.mkdir(parents=True, exist_ok=True)
+        boxes.mkdir(parents=True, exist_ok=True)
+        template, copper, objects = board_pair(np.random.default_rng([seed, i]), size)
+        name = f"{number}{i % 20:03d}"
+        for part, board in (("temp", template), ("test", copper)):
+            Image.fromarray(np.where(board, 0, 255).astype(np.uint8)).save(images / f"{name}_{part}.jpg", quality=95)
+        text = "".join(f"{' '.join(map(str, box))} {BOARD_KINDS.index(kind) + 1}\n" for kind, box in objects)
+        (boxes / f"{name}.txt").write_text(text, encoding="utf-8")
+        lines.append(f"group{number}/{number}/{name}.jpg group{number}/{number}_not/{name}.txt\n")
+    train = count * 4 // 5
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "trainval.txt").write_text("".join(lines[:train]), encoding="utf-8")
+    (root / "test.txt").write_text("".join(lines[train:]), encoding="utf-8")

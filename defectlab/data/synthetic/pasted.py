@@ -1,4 +1,8 @@
-"""TODO data.synthetic.pasted."""
+"""Defects drawn onto normal tiles, real or synthetic.
+
+They make the test part of the synthetic tiles, and the anomalous half of every anomaly set's dev split. The numbers in
+`_AREA` and the contrasts in `add_defect` are rounded from the masks and images of the real magnetic tiles.
+"""
 
 import numpy as np
 from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter, gaussian_filter1d
@@ -19,18 +23,18 @@ _SMALLEST_DEFECT = 6  # pixels: below this a pit on a small tile is only noise
 # ------------------------------------------------------------ magnetic tiles
 
 
-def _field(rng: np.random.Generator, shape: tuple[int, int], sigma: tuple[float, float]) -> np.ndarray:
+def smooth_field(rng: np.random.Generator, shape: tuple[int, int], sigma: tuple[float, float]) -> np.ndarray:
     """Smooth random field of mean 0 and standard deviation 1; `sigma` is its correlation length in pixels."""
     field = gaussian_filter(rng.standard_normal(shape), sigma, mode="reflect")
     return (field - field.mean()) / (field.std() + 1e-12)
 
 
-def _grinding_lines(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def grinding_lines(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Log-brightness (H, W) of vertical polishing lines: most faint, a few bright."""
     fine, coarse = rng.standard_normal((2, width))
     faint = gaussian_filter1d(fine, 0.5) + gaussian_filter1d(coarse, 2.0)
     bright = (rng.random(width) < 0.03) * rng.uniform(1.5, 5.0, width)
-    fading = _field(rng, (height, width), (height / 5, 1.0))
+    fading = smooth_field(rng, (height, width), (height / 5, 1.0))
     return 0.05 * (faint + bright) * np.clip(0.8 + 0.7 * fading, 0.0, None)
 
 
@@ -41,7 +45,7 @@ def _smallest(score: np.ndarray, area: int) -> np.ndarray:
     return mask.reshape(score.shape)
 
 
-def _ellipse_distance(row, column, centre, radii, angle) -> np.ndarray:
+def ellipse_distance(row, column, centre, radii, angle) -> np.ndarray:
     """Distance from `centre` (row, column) in units of the ellipse's radii, so 1 is its outline."""
     down, right = row - centre[0], column - centre[1]
     along = down * np.cos(angle) + right * np.sin(angle)
@@ -75,14 +79,14 @@ def _defect_mask(rng: np.random.Generator, kind: str, height: int, width: int) -
     area = max(_SMALLEST_DEFECT, round(share * height * width))
     row, column = np.mgrid[0:height, 0:width].astype(float)
     radius = np.sqrt(area / np.pi)
-    rough = _field(rng, (height, width), (max(1.0, radius / 3),) * 2)
+    rough = smooth_field(rng, (height, width), (max(1.0, radius / 3),) * 2)
 
     if kind == "blowhole":  # one pit, seldom two or three
         pits = []
         for _ in range(rng.choice([1, 2, 3], p=[0.75, 0.15, 0.1])):
             centre = rng.uniform(0.06, 0.94, 2) * (height, width)
             stretch = rng.uniform(1.0, 1.6)
-            pits.append(_ellipse_distance(row, column, centre, (stretch, 1 / stretch), rng.uniform(-0.6, 0.6)))
+            pits.append(ellipse_distance(row, column, centre, (stretch, 1 / stretch), rng.uniform(-0.6, 0.6)))
         return _smallest(np.min(pits, axis=0) + 0.15 * radius * rough, area)
     if kind == "crack":
         thickness = max(1.3, 0.012 * min(height, width)) * rng.uniform(0.8, 1.3)
@@ -96,7 +100,7 @@ def _defect_mask(rng: np.random.Generator, kind: str, height: int, width: int) -
             side = rng.integers(2)
             centre[side] = rng.uniform(0.1, 0.9) * (height, width)[side]
         stretch = rng.uniform(1.0, 1.8)
-        distance = _ellipse_distance(row, column, centre, (stretch, 1 / stretch), rng.uniform(-0.4, 0.4))
+        distance = ellipse_distance(row, column, centre, (stretch, 1 / stretch), rng.uniform(-0.4, 0.4))
         return _smallest(distance + 0.2 * radius * rough, area)
     if kind == "fray":  # a smooth drop reaching in from one side
         side, far = rng.integers(2), rng.integers(2)
@@ -104,15 +108,15 @@ def _defect_mask(rng: np.random.Generator, kind: str, height: int, width: int) -
         centre = rng.uniform(0.25, 0.75, 2) * sizes
         centre[side] = abs(far * (sizes[side] - 1) - rng.uniform(0.0, 1.0) * radius)
         radii = (1.5, 1 / 1.5) if side == 0 else (1 / 1.5, 1.5)
-        distance = _ellipse_distance(row, column, centre, radii, rng.uniform(-0.2, 0.2))
+        distance = ellipse_distance(row, column, centre, radii, rng.uniform(-0.2, 0.2))
         return _smallest(distance + 0.12 * radius * rough, area)
     # uneven: the part above or below a wavy, tilted line across the tile
-    boundary = rng.uniform(-0.12, 0.12) * column + 0.012 * height * _field(rng, (1, width), (0, width / 10))
+    boundary = rng.uniform(-0.12, 0.12) * column + 0.012 * height * smooth_field(rng, (1, width), (0, width / 10))
     return _smallest(row * rng.choice([-1, 1]) + boundary, area)
 
 
 def add_defect(image: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one defect onto a tile, real or drawn.
+    """Draw one defect onto a tile, real or synthetic.
 
     `image` is (H, W) uint8 with H, W >= 32 and stays as it is; `kind` is one of `KINDS`. Returns the new
     image (H, W) uint8 and its mask (H, W) bool, which covers 6 pixels at least and 48 % of the image at most.
@@ -125,7 +129,7 @@ def add_defect(image: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[
     if image.ndim != 2 or image.dtype != np.uint8:
         raise ValueError(f"image is {image.dtype} {image.shape}: give a grey uint8 image of shape (H, W)")
     height, width = image.shape
-    _require_size(height, width)
+    require_size(height, width)
     grey = image.astype(float)
     spread = np.clip(grey.std(), 10.0, 45.0)  # the floor keeps a defect visible on a flat image
     mask = _defect_mask(rng, kind, height, width)
@@ -139,13 +143,13 @@ def add_defect(image: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[
     elif kind == "crack":
         keep, depth, own = 0.6, -rng.uniform(0.6, 1.5), 0.15 * noise
     elif kind == "break":
-        facets = _field(rng, image.shape, (max(2.0, height / 60), max(2.0, width / 60)))
+        facets = smooth_field(rng, image.shape, (max(2.0, height / 60), max(2.0, width / 60)))
         keep, depth, own = 0.3, -rng.uniform(0.6, 1.5), 0.30 * facets + 0.10 * noise
     elif kind == "fray":
-        cloud = _field(rng, image.shape, (height / 10, width / 10))
+        cloud = smooth_field(rng, image.shape, (height / 10, width / 10))
         keep, depth, own = 0.35, -rng.uniform(0.6, 1.4), 0.15 * cloud + 0.08 * noise
     else:
-        lines = _grinding_lines(rng, height, width) / 0.10
+        lines = grinding_lines(rng, height, width) / 0.10
         keep, depth, own = 0.5, rng.choice([-0.7, 1.0], p=[0.3, 0.7]) * rng.uniform(0.5, 1.2), 0.35 * lines
     shift = depth * spread
     own *= np.minimum(spread, 4 + 0.5 * local)
@@ -160,12 +164,12 @@ def add_defect(image: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[
     opacity = np.maximum(gaussian_filter(mask.astype(float), 0.6), 0.9 * mask)
     opacity *= binary_dilation(mask, iterations=2)
     if kind == "break" and mask.sum() > 60:  # parts of the broken edge catch the light
-        rim = mask & binary_dilation(~mask) & (_field(rng, image.shape, (3, 3)) > 0)
+        rim = mask & binary_dilation(~mask) & (smooth_field(rng, image.shape, (3, 3)) > 0)
         inside = inside + rim * rng.uniform(0.3, 1.0) * spread
     out = grey + opacity * (inside - grey)
     return np.clip(np.rint(out), 0, 255).astype(np.uint8), mask
 
 
-def _require_size(height: int, width: int) -> None:
+def require_size(height: int, width: int) -> None:
     if min(height, width) < 32:
         raise ValueError(f"a tile of {height} x {width} pixels is too small: give both sides at least 32 pixels")

@@ -1,12 +1,6 @@
-"""Synthetic stand-ins, drawn in seconds: magnetic tiles, a metal nut, and defects for real normal tiles.
+"""Synthetic magnetic tiles and metal nuts.
 
-The `smoke` profile and the tests need data of the real layout without a download; `add_defect` also makes the
-development split of the anomaly experiments, by drawing defects onto held-out normal tiles. Nothing measured
-on these images says anything about the real sets.
-
-What is imitated: the magnetic-tile set (Huang, Qiu & Yuan, "Surface defect saliency of magnetic tile", The
-Visual Computer 36, 2020) and MVTec AD metal_nut (Bergmann et al., CVPR 2019). The numbers in `_AREA` and the
-contrasts in `add_defect` are rounded from the masks and images of the real tile set.
+Magnitudes and contrasts of tiles are rounded from the images of the real set.
 """
 
 from pathlib import Path
@@ -15,7 +9,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter, rotate
 
-from defectlab.data.synthetic.pasted import _ellipse_distance, _field, _grinding_lines, _require_size, add_defect
+from defectlab.data.synthetic.pasted import add_defect, ellipse_distance, grinding_lines, require_size, smooth_field
 
 _COUNTS = {"Free": 60, "Blowhole": 6, "Break": 6, "Crack": 6, "Fray": 6, "Uneven": 6}
 
@@ -25,19 +19,21 @@ def draw_tile(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
     Raises ValueError when a side is shorter than 32 pixels.
     """
-    _require_size(height, width)
+    require_size(height, width)
     row, column = np.mgrid[0:height, 0:width].astype(float)
     level = rng.uniform(75.0, 165.0)
     # Light: darker towards the sides (the tile is curved), with large bright and dark patches.
     log_light = -0.35 * np.abs(2 * column / width - 1) ** 2 * rng.uniform(0.3, 1.3)
-    log_light += rng.uniform(0.10, 0.24) * _field(rng, (height, width), (height / 5, width / 6))
-    log_light += rng.uniform(0.05, 0.17) * _field(rng, (1, width), (0, width / 15))
-    log_grain = 0.035 * _field(rng, (height, width), (0.6, 0.4)) + 0.03 * _field(rng, (height, width), (6, 0.6))
-    log_image = log_light + log_grain + rng.uniform(0.6, 1.2) * _grinding_lines(rng, height, width)
+    log_light += rng.uniform(0.10, 0.24) * smooth_field(rng, (height, width), (height / 5, width / 6))
+    log_light += rng.uniform(0.05, 0.17) * smooth_field(rng, (1, width), (0, width / 15))
+    log_grain = 0.035 * smooth_field(rng, (height, width), (0.6, 0.4)) + 0.03 * smooth_field(
+        rng, (height, width), (6, 0.6)
+    )
+    log_image = log_light + log_grain + rng.uniform(0.6, 1.2) * grinding_lines(rng, height, width)
 
     for distance in (column, width - 1 - column):  # bevels: a dark seam between two differently lit faces
         if rng.random() < 0.7:
-            seam = width * rng.uniform(0.02, 0.06) + 0.4 * _field(rng, (height, 1), (height / 8, 0))
+            seam = width * rng.uniform(0.02, 0.06) + 0.4 * smooth_field(rng, (height, 1), (height / 8, 0))
             log_image += np.where(distance < seam, rng.uniform(-0.5, 0.4), 0.0)
             log_image -= rng.uniform(0.3, 0.9) * np.exp(-(((distance - seam) / 1.2) ** 2))
         log_image -= rng.uniform(0.0, 0.6) * np.exp(-distance)
@@ -49,14 +45,14 @@ def draw_tile(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         stain = np.hypot(
             (row - rng.uniform(0, height)) / (height * rng.uniform(0.03, 0.12)),
             (column - rng.uniform(0, width)) / (width * rng.uniform(0.03, 0.12)),
-        ) + 0.25 * _field(rng, (height, width), (4, 4))
+        ) + 0.25 * smooth_field(rng, (height, width), (4, 4))
         log_image -= rng.uniform(0.05, 0.18) * np.exp(-(((stain - 1) / 0.3) ** 2))
     image = level * np.exp(log_image) + rng.normal(0, 1.0, (height, width))
     return np.clip(image, 4, 255).astype(np.uint8)
 
 
 def write_magnetic_tile(folder: Path, seed: int = 0, counts: dict[str, int] | None = None) -> None:
-    """Write a stand-in of the magnetic-tile set: `folder`/MT_<Type>/Imgs/exp{0..6}_num_{id}.jpg and .png.
+    """Write a synthetic set in the layout of the magnetic tiles: MT_<Type>/Imgs/exp{0..6}_num_{id}.jpg and .png.
 
     Grey JPEGs (quality 95), height 89-160 and width 44-250 (about 0.4 of the real size), and grey PNG masks,
     where > 127 is defect; half the masks have grey edges, those of Free are all zero. As in the real set, a
@@ -107,7 +103,7 @@ def _draw_nut(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarr
     phase = 4 * angle
     outline = 0.66 - 0.17 * np.sin(phase - 0.8 * np.sin(phase))  # a leaning wave: steep on one flank
     body = (radius < outline) & (radius > 0.24)
-    light = 95 + 14 * _field(rng, (size, size), (1, 1)) + 20 * np.sin(14 * radius + 0.7 * np.sin(phase))
+    light = 95 + 14 * smooth_field(rng, (size, size), (1, 1)) + 20 * np.sin(14 * radius + 0.7 * np.sin(phase))
     light += 45 * np.exp(-(((outline - radius) / 0.03) ** 2)) + 60 * np.exp(-(((radius - 0.26) / 0.02) ** 2))
     light = np.where(body, np.clip(light, 30, 255), 26 + rng.normal(0, 1.5, (size, size)))
     return light[..., None] * (0.92, 1.02, 0.96), body
@@ -121,7 +117,7 @@ def _nut_defect(rng, rgb: np.ndarray, body: np.ndarray, kind: str) -> tuple[np.n
         y, x = (np.mgrid[0:size, 0:size] + 0.5) / size * 2 - 1
         return rgb * (1 + 0.8 * np.exp(-(((np.hypot(x, y) - 0.36) / 0.05) ** 2)))[..., None], body
     row, column = np.mgrid[0:size, 0:size].astype(float)
-    rough = _field(rng, body.shape, (size / 40, size / 40))
+    rough = smooth_field(rng, body.shape, (size / 40, size / 40))
     inside = np.argwhere(body)
     centre = inside[rng.integers(len(inside))]
     if kind == "bent":  # the tip of a lobe is bent out of the light
@@ -130,7 +126,7 @@ def _nut_defect(rng, rgb: np.ndarray, body: np.ndarray, kind: str) -> tuple[np.n
         mask = body & (np.hypot(row - centre[0], column - centre[1]) + size / 60 * rough < 0.11 * size)
         return np.where(mask[..., None], 0.3 * rgb + 12, rgb), mask
     stretch = 1.0 if kind == "color" else 3.0
-    distance = _ellipse_distance(row, column, centre, (stretch, 1 / stretch), rng.uniform(0, np.pi))
+    distance = ellipse_distance(row, column, centre, (stretch, 1 / stretch), rng.uniform(0, np.pi))
     mask = body & (distance + size / 60 * rough < rng.uniform(0.05, 0.09) * size)
     mask[tuple(centre)] = True
     if kind == "color":
@@ -148,7 +144,7 @@ def write_mvtec(
     which the real set does not have, the drawn nut itself: nut/<train or test>/<type>/NNN_mask.png.
 
     `train` normal images, `test` images of good and of each type; RGB, `size` x `size` pixels. `category`
-    only names the folder: the picture is always the nut. The same seed writes the same bytes (with the same
+    only names the folder: the image is always the nut. The same seed writes the same bytes (with the same
     versions of numpy, scipy and pillow).
     """
     rng = np.random.default_rng(seed)

@@ -28,12 +28,11 @@ class DetectorSettings:
     average_ramp: float = 2000.0  # steps: the EMA starts short
     clip: float = 10.0  # largest norm of the gradient
     mosaic: float = 1.0  # probability
-    mixup: float = 0.0  # probability
     zoom: float = 0.5  # scale factor 1 ± zoom
     translate: float = 0.1  # of the side
     degrees: float = 0.0
     flip_up_down: float = 0.0  # probability
-    close_mosaic: int = 10  # last epochs without mosaic and mixup
+    close_mosaic: int = 10  # last epochs without mosaic
     anchors: str = "coco"  # v5 only: "coco" or "kmeans" on the training boxes
     precision: str = "bf16"  # where the device is fast at it, else fp32
     separate_streams: bool = False  # records before it share one generator state for order and augmentation
