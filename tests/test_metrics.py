@@ -3,7 +3,6 @@
 import io
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -11,10 +10,10 @@ import torch
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from defectlab.metrics import anomaly as metrics_module
 from defectlab.metrics.anomaly import anomaly_metrics, metrics_from_histograms, pixel_histograms
 
 NAMES = ("good", "scratch", "stain")
+FIVE = ("good", *"abcde")
 
 
 def noise(seed, levels=None, count=6, size=9):
@@ -28,11 +27,11 @@ def noise(seed, levels=None, count=6, size=9):
     return torch.from_numpy(maps.astype(np.float32)), masks, types
 
 
-def evaluate(maps, masks, types, has_mask=None, **options):
+def evaluate(maps, masks, types, has_mask=None, names=NAMES, **options):
     types = np.asarray(types)
     has_mask = np.ones(len(types), dtype=bool) if has_mask is None else has_mask
     scores = maps.reshape(len(maps), -1).amax(1)
-    return anomaly_metrics(maps, masks, types > 0, types, has_mask, NAMES, scores, **options)
+    return anomaly_metrics(maps, masks, types > 0, types, has_mask, names, scores, **options)
 
 
 def slow_aupro(maps, masks, limit):
@@ -171,29 +170,34 @@ def test_an_anomalous_image_without_mask_counts_at_image_level_only():
         assert result[name] == pytest.approx(without[name])
 
 
-def test_contradictions_are_named():
+EMPTY, ALL_FILLED = np.zeros((6, 9, 9)), np.ones((6, 9, 9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"masks": EMPTY}, "image 1: it is anomalous, yet its mask is empty"),
+        ({"has_mask": np.arange(6) % 3 > 0}, "image 0: it is normal, so its empty mask is right"),
+        ({"masks": ALL_FILLED}, "image 0: it is normal, yet its mask is not empty"),
+        ({"types": np.arange(6) % 3 + 1}, "its type is none of the 3"),
+        ({"maps": torch.full((6, 9, 9), math.nan)}, "NaN"),
+        ({"masks": ALL_FILLED[:, :4]}, r"\(N, H, W\)"),
+        ({"fpr_limit": 0.0}, "fpr_limit"),
+    ],
+)
+def test_contradictions_are_named(changes, why):
     maps, masks, types = noise(8)
-    empty = masks.copy()
-    empty[1] = 0
-    with pytest.raises(ValueError, match="image 1: it is anomalous, yet its mask is empty"):
-        evaluate(maps, empty, types)
-    with pytest.raises(ValueError, match="image 0: it is normal, so its empty mask is right"):
-        evaluate(maps, masks, types, has_mask=types > 0)
-    with pytest.raises(ValueError, match="image 0: it is normal, yet its mask is not empty"):
-        evaluate(maps, np.ones_like(masks), types)
-    with pytest.raises(ValueError, match="its type is none of the 3"):
-        evaluate(maps, masks, types + 1)
+    with pytest.raises(ValueError, match=why):
+        evaluate(**({"maps": maps, "masks": masks, "types": types} | changes))
+
+
+def test_label_and_type_must_agree():
+    maps, masks, types = noise(8)
     with pytest.raises(ValueError, match="image 0: label and type disagree"):
         anomaly_metrics(maps, masks, np.ones(6), types, np.ones(6), NAMES, np.zeros(6))
-    with pytest.raises(ValueError, match="NaN"):
-        evaluate(maps * math.nan, masks, types)
-    with pytest.raises(ValueError, match=r"\(N, H, W\)"):
-        evaluate(maps, masks[:, :4], types)
-    with pytest.raises(ValueError, match="fpr_limit"):
-        evaluate(maps, masks, types, fpr_limit=0.0)
 
 
-# ---------------------------------------------------------------------------------------------- at a real size
+# --- At a real size --------------------------------------------------------------------------------------------------
 
 
 def smooth(count, size=256, strength=6.0, seed=0):
@@ -220,38 +224,23 @@ def smooth(count, size=256, strength=6.0, seed=0):
 @pytest.fixture(scope="module")
 def realistic():
     maps, masks, types = smooth(80)
-    names = ("good", "a", "b", "c", "d", "e")
-    start = time.process_time()
-    scores = maps.reshape(len(maps), -1).amax(1)
-    result = anomaly_metrics(maps, masks, types > 0, types, np.ones(80), names, scores)
-    return maps, masks, types, result, time.process_time() - start
-
-
-def test_speed(realistic):
-    """583 maps of 256×256 in 60 s is the bound; 80 maps get their share of it (and sorting only grows
-    faster)."""
-    *_, seconds = realistic
-    assert seconds < 60 * 80 / 583
+    return maps, masks, types, evaluate(maps, masks, types, names=FIVE)
 
 
 def test_histograms_stand_for_the_pixels(realistic):
-    maps, masks, types, result, _ = realistic
+    maps, masks, types, result = realistic
     histograms = pixel_histograms(maps, masks, np.ones(80, dtype=bool))
     assert (histograms["normal"].sum(1) + histograms["defect"].sum(1) == 256 * 256).all()
     assert np.allclose(histograms["overlap"].sum(1), histograms["regions"], atol=1e-5)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **histograms)
+    assert len(packed.getvalue()) < 200_000 * 80 / 583  # small enough to commit
     subsets = [(np.ones(80, dtype=int), result.overall)]
     subsets += [(np.isin(types, [0, t]).astype(int), result.per_class["abcde"[t - 1]]) for t in range(1, 6)]
     for weights, exact in subsets:
         approximate = metrics_from_histograms(histograms, weights)
         for name, value in approximate.items():
             assert value == pytest.approx(exact[name], abs=0.3), name
-
-
-def test_histograms_are_small(realistic):
-    maps, masks, *_ = realistic
-    packed = io.BytesIO()
-    np.savez_compressed(packed, **pixel_histograms(maps, masks, np.ones(80, dtype=bool)))
-    assert len(packed.getvalue()) < 200_000 * 80 / 583
 
 
 def test_image_weights_are_repeated_images():
@@ -264,15 +253,9 @@ def test_image_weights_are_repeated_images():
     repeated = {name: np.repeat(rows, weights, axis=0) for name, rows in histograms.items() if name != "edges"}
     assert metrics_from_histograms(histograms, weights) == pytest.approx(metrics_from_histograms(repeated))
     index = np.repeat(np.arange(11), weights[:11])
-    exact = evaluate_five(maps[index], masks[index], types[index])
+    exact = evaluate(maps[index], masks[index], types[index], names=FIVE).overall
     for name, value in metrics_from_histograms(histograms, weights).items():
         assert value == pytest.approx(exact[name], abs=0.5), name
-
-
-def evaluate_five(maps, masks, types):
-    scores = maps.reshape(len(maps), -1).amax(1)
-    names = ("good", "a", "b", "c", "d", "e")
-    return anomaly_metrics(maps, masks, types > 0, types, np.ones(len(maps)), names, scores).overall
 
 
 def test_histograms_of_degenerate_maps():
@@ -287,14 +270,3 @@ def test_histograms_of_degenerate_maps():
         metrics_from_histograms(flat, np.ones(2))
     with pytest.raises(ValueError, match="bins"):
         pixel_histograms(maps, masks, np.ones(3, dtype=bool), bins=1000)
-
-
-def test_average_precision_within_a_bin_is_the_integral():
-    defect, normal = np.array([3.0, 5.0, 2.0]), np.array([1.0, 10.0, 40.0])
-    position = (np.arange(100_000) + 0.5) / 100_000
-    total, found, seen = 0.0, 0.0, 0.0
-    for d, n in zip(defect, normal, strict=True):
-        total += d * np.mean((found + d * position) / (seen + (d + n) * position))
-        found, seen = found + d, seen + d + n
-    value = metrics_module._mixed_average_precision(defect, normal)
-    assert value == pytest.approx(total / defect.sum(), abs=1e-6)

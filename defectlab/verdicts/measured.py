@@ -47,22 +47,11 @@ METRIC_NAMES = {
     "s_measure": "S-measure",
     "e_measure": "mean E-measure",
     "dice_nonempty": "mean Dice of non-empty images",
-    "mae_nonempty": "MAE of non-empty images",
-    "weighted_f_nonempty": "weighted F of non-empty images",
-    "s_measure_nonempty": "S-measure of non-empty images",
-    "e_measure_nonempty": "mean E-measure of non-empty images",
-    "image_auroc_crop": "image AUROC, crop only",
-    "pixel_auroc_crop": "pixel AUROC, crop only",
-    "aupro_crop": "AUPRO, crop only",
     "crop_share": "crop's share of the image",
     "noise_error": "noise error (% of its power)",
     "unexplained": "fraction of variance unexplained",
     "kl": "KL (nats per latent value)",
     "compression_ratio": "compression ratio",
-    "mask_map50": "mask mAP50",
-    "mask_map50_95": "mask mAP50:95",
-    "mask_precision_dev": "mask precision, dev threshold",
-    "mask_recall_dev": "mask recall, dev threshold",
     "parameters_m": "parameters (M)",
     "gflops": "GFLOPs",
     "size_mb": "size (MB, fp16)",
@@ -70,6 +59,9 @@ METRIC_NAMES = {
     "fps": "FPS (batch 1)",
     "images_per_second_32": "images/s (batch 32)",
 }
+METRIC_NAMES |= {f"{m}_nonempty": f"{METRIC_NAMES[m]} of non-empty images" for m in segmentation.OF_IMAGES}
+METRIC_NAMES |= {f"{m}_crop": f"{METRIC_NAMES[m]}, crop only" for m in ("image_auroc", "pixel_auroc", "aupro")}
+METRIC_NAMES |= {f"mask_{m}": f"mask {METRIC_NAMES[m]}" for m in ("map50", "map50_95", "precision_dev", "recall_dev")}
 
 
 class Cost(NamedTuple):
