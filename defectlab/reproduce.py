@@ -110,7 +110,7 @@ def execute(notebook: Notebook, deadline: float) -> Outcome:
     given, running = dict(notebook.parameters), notebook.beside(".running.ipynb")
     if deadline < math.inf:
         given["minutes"] = round((deadline - started) / 60, 2)
-    options = {"kernel_name": "python3", "progress_bar": False}
+    options = {"kernel_name": "python3", "progress_bar": False, "extra_arguments": ["--log-level=ERROR"]}
     options["resources"] = {"metadata": {"path": str(notebook.source.parent)}}  # where its kernel runs
     try:
         with notebook.beside(".log").open("w", encoding="utf-8") as log:

@@ -1,21 +1,29 @@
 """`reproduce` on toy notebooks with real kernels (few: each takes seconds), and the page and the generated Markdown."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from defectlab import reproduce, runs
-from defectlab.reproduce import Progress, clock, numbered_notebooks
+from defectlab.__main__ import main
+from defectlab.reproduce import numbered_notebooks
+from defectlab.studies import Study
 from defectlab.verdicts import page
 from defectlab.verdicts.page import Outcome
 
-LITERALS = 'profile = "smoke"\ndevice = "auto"\nminutes = None'
+LITERALS = 'profile = "smoke"\ndevice = "auto"\nseeds = None\nminutes = None'
 
 
 def write_notebook(folder: Path, name: str, source: str, parameters: str = LITERALS) -> Path:
@@ -28,56 +36,58 @@ def write_notebook(folder: Path, name: str, source: str, parameters: str = LITER
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty project without studies: notebooks in `toys`, runs in `runs`."""
-    monkeypatch.setattr(runs, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(page, "STUDIES", {})
-    return tmp_path
+def toys(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """The folder of notebooks of an empty project without studies; `reproduce` may change the environment."""
+    monkeypatch.setattr(reproduce, "NOTEBOOKS", root / "toys")
+    monkeypatch.setattr(page, "STUDIES", ())
+    with patch.dict(os.environ):
+        yield root / "toys"
 
 
 @pytest.fixture
-def no_kernel(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stands in for the process that runs a notebook: fails the test if anything is started."""
-    monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("a notebook was started"))
+def kept(root: Path) -> Path:
+    """Where executed notebooks lie."""
+    return root / "runs" / "smoke" / "notebooks"
 
 
-def run(root: Path, *options: str) -> int:
-    options_of = dict(zip(options[::2], options[1::2], strict=True))
-    notebooks = options_of.get("--notebooks")
-    minutes = options_of.get("--minutes")
-    return reproduce.reproduce(
-        "smoke",
-        notebooks=notebooks.split(",") if notebooks else None,
-        minutes=float(minutes) if minutes else None,
-        device="cpu",
-        jobs=int(options_of.get("--jobs", 1)),
-        folder=root / "toys",
-    )
+@pytest.fixture
+def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if a notebook is run."""
+    monkeypatch.setattr(reproduce.papermill, "execute_notebook", lambda *_, **__: pytest.fail("a notebook was run"))
 
 
-GOOD = "import os, sys\nfrom pathlib import Path\nprint(profile, device, minutes, sys.executable, Path.cwd().name)"
+def call(*options: str) -> int:
+    return main(["reproduce", "--device", "cpu", *options])
 
 
-def test_a_failing_notebook_is_kept_and_named_and_resuming_skips_what_is_done(root, capsys, monkeypatch):
+GOOD = """
+import os, sys
+from pathlib import Path
+import matplotlib.pyplot as plt
+print(profile, device, minutes, sys.executable, Path.cwd().name, os.environ.get("OMP_NUM_THREADS"))
+plt.plot([1, 2], label='<x>')
+plt.show()
+"""
+
+
+def test_a_failing_notebook_is_kept_and_named_and_the_same_command_goes_on(toys, root, kept, capsys, monkeypatch):
     decoy = root / "jupyter" / "kernels" / "python3"  # a kernel of the user's that must not win
     decoy.mkdir(parents=True)
     (decoy / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(root / "jupyter"))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
     monkeypatch.setenv("MPLBACKEND", "agg")
-    figure = "import matplotlib.pyplot as plt\nplt.plot([1, 2], label='<x>')\nplt.show()\nprint(minutes)"
-    write_notebook(root / "toys", "10_fails", "print('so far')\nraise KeyError('no such row')")
-    write_notebook(root / "toys", "03_good", f"{GOOD}\n{figure}")
-    assert run(root, "--minutes", "5") == 1
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    write_notebook(toys, "10_fails", "print('so far')\nraise KeyError('no such row')")
+    write_notebook(toys, "03_good", GOOD)
+    assert call("--minutes", "5", "--jobs", "2") == 1
     out = capsys.readouterr().out
-    lines = out.splitlines()
-    assert re.fullmatch(r"\[1/2\] 03_good  \d+ s   \(elapsed 0:\d\d, about 0:\d\d to go\)", lines[0])
-    assert re.fullmatch(r"\[2/2\] 10_fails  FAILED \(KeyError: 'no such row'\)  \d+ s   \(elapsed 0:\d\d\)", lines[1])
-    assert "1 of 2 notebooks are not done" in out
-    assert "10_fails  failed: KeyError: 'no such row'" in out.split("not done")[1]
+    times = r"  \d+ s   \(\d\.\d min, about \d\.\d to go\)"
+    assert re.search(rf"^\[[12]/2\] 03_good  done{times}$", out, re.M)
+    assert re.search(rf"^\[[12]/2\] 10_fails  FAILED \(KeyError: 'no such row'\){times}$", out, re.M)
+    assert "not done: 10_fails; the same command continues" in out
     # what the good one printed: its parameters, this python, the notebooks' folder; and its figure
-    kept = root / "runs" / "smoke" / "notebooks"
-    assert sorted(p.name for p in kept.glob("*.*") if p.suffix in (".ipynb", ".html")) == [
+    assert sorted(p.name for p in kept.glob("[01]*") if p.suffix != ".log") == [
         "03_good.html",
         "03_good.ipynb",
         "10_fails.error.html",
@@ -86,10 +96,12 @@ def test_a_failing_notebook_is_kept_and_named_and_resuming_skips_what_is_done(ro
     executed = nbformat.read(kept / "03_good.ipynb", as_version=4)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") for output in outputs)
-    printed_profile, device, minutes, python, folder = text.splitlines()[0].split()
+    printed_profile, device, minutes, python, folder, threads = text.split()
     assert (printed_profile, device, python, folder) == ("smoke", "cpu", sys.executable, "toys")
+    assert threads == str(max(1, os.cpu_count() // 2))
     assert 4 < float(minutes) <= 5
     assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert sys.executable in (kept / "03_good.log").read_text()
     shown = (kept / "03_good.html").read_text()
     assert "data:image/png;base64," in shown
     assert "require.min.js" not in shown
@@ -98,48 +110,83 @@ def test_a_failing_notebook_is_kept_and_named_and_resuming_skips_what_is_done(ro
     index = (root / "runs" / "smoke" / "index.html").read_text()
     assert 'href="notebooks/03_good.html"' in index
     assert 'href="notebooks/10_fails.error.html"' in index
-    assert "KeyError: &#x27;no such row&#x27;" in index
+    assert "no such row" in index
     # again: the good one is skipped whatever the budget, the repaired one runs
-    write_notebook(root / "toys", "10_fails", "pass")
-    assert run(root) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("[1/2] 03_good  done before\n[2/2] 10_fails  ")
+    write_notebook(toys, "10_fails", "pass")
+    assert call() == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("[1/2] 03_good  done before") and second.startswith("[2/2] 10_fails  done")
     assert not list(kept.glob("*.error.*"))
 
 
-def finished(root: Path, name: str, *, cut_short: bool = False, **parameters: str) -> Path:
+RUN = """
+import sys
+from pathlib import Path
+from defectlab import reproduce, runs
+from defectlab.__main__ import main
+from defectlab.verdicts import page
+root = Path({root!r})
+runs.project_root = lambda: root
+page.STUDIES = ()
+reproduce.NOTEBOOKS = root / "toys"
+sys.exit(main(["reproduce", "--device", "cpu", "--jobs", "2"]))
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_no_kernel_outlives_the_command_and_what_is_done_stays(toys, root, kept, sign, capsys, monkeypatch):
+    write_notebook(toys, "03_a", "print('ready')")
+    write_notebook(toys, "20_b", "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)")
+    environment = os.environ | {"PYTHONPATH": str(reproduce.PACKAGE.parent)}
+    child = subprocess.Popen([sys.executable, "-c", RUN.format(root=str(root))], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not ((kept / "03_a.ipynb").exists() and (kept / "20_b.log").read_text().strip()):
+            assert time.monotonic() < deadline and child.poll() is None
+            time.sleep(0.1)
+        kernel = psutil.Process(int((kept / "20_b.log").read_text().split()[0]))
+    finally:
+        child.send_signal(sign)
+        code = child.wait(60)
+    assert code == {signal.SIGKILL: -9, signal.SIGINT: 130}[sign]
+    kernel.wait(20)  # raises where it is still there
+    assert not (kept / "20_b.ipynb").exists()
+    monkeypatch.setattr(reproduce.papermill, "execute_notebook", lambda *_, **__: 1 / 0)
+    assert call() == 1  # only what is not done is run
+    out = capsys.readouterr().out
+    assert "03_a  done before" in out and "20_b  FAILED (ZeroDivisionError: division by zero)" in out
+
+
+def finished(source: Path, kept: Path, *, cut_short: bool = False, **parameters: str) -> Path:
     """An executed notebook as an earlier call with the same source left it."""
-    kept = root / "runs" / "smoke" / "notebooks"
     kept.mkdir(parents=True, exist_ok=True)
-    given = {"profile": "smoke", "device": "cpu"} | parameters
-    source = root / "toys" / f"{name}.ipynb"
-    planned = reproduce.prepare(source, kept, given, None, reproduce.content_hash())
     executed = nbformat.read(source, as_version=4)
-    executed.metadata["defectlab"] = {"made_from": planned.made_from, "seconds": 7.0, "cut_short": cut_short}
+    made_from = plan(source, kept, **parameters).made_from
+    executed.metadata["defectlab"] = {"made_from": made_from, "seconds": 120.0, "cut_short": cut_short}
     nbformat.write(executed, kept / source.name)
     return kept / source.name
 
 
-def plan(root: Path, content: str | None = None, **parameters: str) -> reproduce.Notebook:
+def plan(source: Path, kept: Path, content: str | None = None, **parameters: str) -> reproduce.Notebook:
     given = {"profile": "smoke", "device": "cpu"} | parameters
-    source = numbered_notebooks(root / "toys")[0]
-    return reproduce.prepare(
-        source, root / "runs" / "smoke" / "notebooks", given, None, content or reproduce.content_hash()
-    )
+    return reproduce.prepare(source, kept, given, content or reproduce.content_hash())
 
 
-def test_an_output_counts_only_for_the_same_source_parameters_and_package(root):
-    write_notebook(root / "toys", "03_a", "1")
-    assert not reproduce.finished_before(plan(root))
-    finished(root, "03_a")
-    assert reproduce.finished_before(plan(root))
-    assert not reproduce.finished_before(plan(root, device="auto"))
-    assert not reproduce.finished_before(plan(root, content="another version of the package"))
-    finished(root, "03_a", cut_short=True)
-    assert not reproduce.finished_before(plan(root))
-    finished(root, "03_a")
-    write_notebook(root / "toys", "03_a", "2")
-    assert not reproduce.finished_before(plan(root))
+def test_an_output_counts_only_for_the_same_source_parameters_and_package(toys, kept):
+    source = write_notebook(toys, "03_a", "1")
+    assert not plan(source, kept).finished
+    finished(source, kept)
+    assert plan(source, kept).finished and plan(source, kept).seconds == 120
+    assert not plan(source, kept, device="auto").finished
+    assert not plan(source, kept, content="another version of the package").finished
+    finished(source, kept, cut_short=True)
+    assert not plan(source, kept).finished
+    finished(source, kept)
+    write_notebook(toys, "03_a", "2")
+    assert not plan(source, kept).finished
+    shows_the_machine = write_notebook(toys, "00_a", "1")
+    finished(shows_the_machine, kept)
+    assert not plan(shows_the_machine, kept).finished
 
 
 def test_the_content_hash_sees_records_and_printed_numbers(root):
@@ -155,49 +202,37 @@ def test_the_content_hash_sees_records_and_printed_numbers(root):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"profile": "fast"}, "unknown profile 'fast'"),
-        ({"notebooks": ["03", "7"]}, "unknown notebook '7': there is 03_a, 20_b"),
-        ({"device": "tpu"}, "'tpu' is not available"),
-        ({"jobs": 0}, "jobs must be at least 1"),
-        ({"minutes": 0.0}, "minutes must be more than 0"),
-        ({"seeds": [1, 1]}, "seeds must be different"),
-        ({"seeds": [0]}, "20_b.ipynb has no parameter 'seeds'"),
-        ({"folder": Path("nowhere")}, "no notebook NN_*.ipynb"),
+        (("--notebooks", "03,7"), "unknown notebook '7'"),
+        (("--device", "tpu"), "'tpu' is not available"),
+        (("--notebooks", "20"), "20_b.ipynb has the parameters profile, device, seeds, minutes, epochs"),
+        (("--notebooks", "30"), "30_c.ipynb has the parameters profile: its tagged cell must have profile, device"),
+        (("--notebooks", "40"), "40_d.ipynb cannot be read as a notebook"),
     ],
 )
-def test_a_wrong_argument_ends_with_2_before_anything_runs(root, no_kernel, capsys, options, named):
-    write_notebook(root / "toys", "03_a", "1", LITERALS + "\nseeds = None")
-    write_notebook(root / "toys", "20_b", "1")
-    arguments = {"profile": "smoke", "folder": root / "toys"} | options
-    assert reproduce.reproduce(**arguments) == 2
+def test_a_wrong_argument_or_cell_is_an_error_before_anything_runs(toys, root, no_kernel, capsys, options, named):
+    write_notebook(toys, "03_a", "1")
+    write_notebook(toys, "20_b", "1", LITERALS + "\nepochs = 3")
+    write_notebook(toys, "30_c", "1", 'profile = "smoke"')
+    (toys / "40_d.ipynb").write_text("{")
+    assert call(*options) == 1
     assert named in capsys.readouterr().err
-    assert not (root / "runs" / "smoke" / "index.html").exists()
+    assert not (root / "runs").exists()
 
 
-@pytest.mark.parametrize("argv", [["--profile", "fast"], ["--seeds", "a"], ["--jobs", "x"], ["--colour", "red"]])
-def test_the_command_line_refuses_with_2(root, no_kernel, argv):
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(argv)
-    assert stop.value.code == 2
-
-
-def test_an_unknown_parameter_of_a_notebook_is_an_error(root, no_kernel, capsys):
-    write_notebook(root / "toys", "03_a", "1", LITERALS + "\nepochs = 3")
-    assert run(root) == 2
-    assert "unknown parameter 'epochs'" in capsys.readouterr().err
-
-
-def test_a_second_reproduce_of_a_profile_waits_its_turn(root, no_kernel, capsys):
-    write_notebook(root / "toys", "03_a", "1")
-    with reproduce.only_one(root / "runs" / "smoke" / "notebooks", "smoke"):
-        assert run(root) == 2
+def test_a_second_reproduce_of_a_profile_is_refused(toys, kept, no_kernel, capsys):
+    write_notebook(toys, "03_a", "1")
+    kept.mkdir(parents=True)
+    with reproduce.FileLock(kept / ".lock"):
+        assert call() == 1
     assert "another reproduce of profile smoke is running" in capsys.readouterr().err
 
 
-def test_numbers_and_beginnings_select(root):
+def test_numbers_and_beginnings_select(tmp_path):
+    with pytest.raises(ValueError, match=r"has no NN_\*\.ipynb"):
+        numbered_notebooks(tmp_path)
     for name in ("20_bsdrd", "00_start", "21_ablation", "notes"):
-        write_notebook(root / "toys", name, "1")
-    names = [[p.stem for p in numbered_notebooks(root / "toys", w)] for w in (None, ["21", "00"], ["2"], ["20_bs"])]
+        write_notebook(tmp_path, name, "1")
+    names = [[p.stem for p in numbered_notebooks(tmp_path, w)] for w in (None, ["21", "00"], ["2"], ["20_bs"])]
     assert names == [
         ["00_start", "20_bsdrd", "21_ablation"],
         ["00_start", "21_ablation"],
@@ -206,121 +241,71 @@ def test_numbers_and_beginnings_select(root):
     ]
 
 
-def test_the_budget_stops_what_was_not_started(root, capsys, monkeypatch):
+def test_the_budget_stops_what_was_not_started_and_the_estimate_knows_earlier_times(toys, kept, capsys, monkeypatch):
     """A notebook that outlives the budget is cut short, the next one is not started, one that is done stays done."""
-    for name in ("03_a", "20_b", "30_c"):
-        write_notebook(root / "toys", name, "1")
-    finished(root, "30_c")
+    for name in ("03_a", "20_b", "30_c", "40_d"):
+        write_notebook(toys, name, "1")
+    finished(toys / "40_d.ipynb", kept)
+    finished(toys / "20_b.ipynb", kept, cut_short=True)
+    clock, seen = [0.0], []
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: clock[0])
 
-    class Ended:
-        returncode = 0
+    def execute_notebook(source: Path, target: Path, parameters: dict, **options):
+        seen.append(parameters)
+        clock[0] += 90
+        return nbformat.read(source, as_version=4)
 
-        def poll(self) -> int:
-            return 0
-
-    def start(notebook, minutes, jobs):
-        nbformat.write(nbformat.read(notebook.source, as_version=4), notebook.beside(".running.ipynb"))
-        notebook.process, notebook.minutes = Ended(), minutes
-        notebook.started = reproduce.time.monotonic() - 100
-
-    clock_now, real = [0.0], reproduce.time.monotonic
-    monkeypatch.setattr(reproduce.time, "monotonic", lambda: real() + clock_now[0])
-    monkeypatch.setattr(reproduce, "close", lambda notebook: clock_now.__setitem__(0, 100.0))
-    monkeypatch.setattr(reproduce, "start", start)
-    assert run(root, "--minutes", "1") == 1
-    out = capsys.readouterr().out
-    assert "[1/3] 03_a  stopped by its budget" in out
-    assert "[2/3] 20_b  not started\n[3/3] 30_c  done before\n" in out
-    assert "20_b  not started: the 1 minutes were used up" in out
-
-
-def test_ctrl_c_names_what_is_done_and_ends_the_children(root, capsys, monkeypatch):
-    write_notebook(root / "toys", "03_a", "1")
-    write_notebook(root / "toys", "20_b", "import time\ntime.sleep(600)")
-    finished(root, "03_a")
-    seen = []
-
-    def interrupted(seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    real = reproduce.start
-    monkeypatch.setattr(reproduce, "start", lambda notebook, *rest: (seen.append(notebook), real(notebook, *rest)))
-    monkeypatch.setattr(reproduce.time, "sleep", interrupted)
-    assert run(root) == 130
-    assert "done: 03_a. The same command continues." in capsys.readouterr().err
-    assert [n.name for n in seen] == ["20_b"]
-    assert seen[0].process.returncode == -9
-    assert not seen[0].output.exists()
-
-
-def test_the_estimate_uses_earlier_times_and_shares_them_between_jobs(root, capsys):
-    times = root / "seconds.json"
-    times.write_text(json.dumps({"20_b": 100.0, "30_c": 60.0}))
-    waiting = [reproduce.Notebook(Path(f"{name}.ipynb"), Path("x"), {}, None, "") for name in ("20_b", "30_c", "40_d")]
-    progress = Progress(4, 1, times)
-    assert progress.to_go(waiting, []) == pytest.approx(100 + 60 + 80)  # 40_d has no time: the mean of the others
-    assert Progress(4, 2, times).to_go(waiting, []) == pytest.approx(120)
-    assert progress.to_go([], []) is None
-    progress.line(Outcome("03_a", "done", 20.0, ""), waiting, [])
-    assert json.loads(times.read_text())["03_a"] == 20.0
-    assert capsys.readouterr().out == "[1/4] 03_a  20 s   (elapsed 0:00, about 3:40 to go)\n"
-
-
-def test_clock():
-    assert [clock(s) for s in (0, 72, 3599.6, 7384)] == ["0:00", "1:12", "1:00:00", "2:03:04"]
+    monkeypatch.setattr(reproduce.papermill, "execute_notebook", execute_notebook)
+    assert call("--minutes", "3", "--seeds", "0,1") == 1
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split("]")[1].split("  ")[:2] for line in lines[:4]]
+    assert shown == [[" 03_a", "done"], [" 20_b", "done"], [" 30_c", "not started"], [" 40_d", "not started"]]
+    assert seen == [
+        {"profile": "smoke", "device": "cpu", "seeds": [0, 1], "minutes": minutes} for minutes in (3.0, 1.5)
+    ]
+    assert "not done: 30_c, 40_d" in lines[4]
+    clock[0] = 0.0
+    assert call("--minutes", "1") == 1  # other parameters
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[1/4] 03_a  out of time  90 s   (1.5 min, about 3.2 to go)"  # 20_b: 90 s, 30_c: the mean of all
+    assert lines[3] == "[4/4] 40_d  done before  120 s   (1.5 min, about 0.0 to go)"
+    assert nbformat.read(kept / "03_a.ipynb", as_version=4).metadata["defectlab"]["cut_short"]
 
 
 # --- The page and the generated Markdown -----------------------------------------------------------------------------
 
 
-class Study:
-    TITLE = "A <study>"
-    TABLES: dict[str, str] = {"main": "its table", "broken": "its other table"}  # noqa: RUF012
-    ROWS: dict[str, dict[str, object]] = {"smoke": {}}  # noqa: RUF012
-
-
 @pytest.fixture
-def toy_study(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def toy_study(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One study with a table that works and one whose record is broken."""
 
-    def results_table(name: str, table: str, profile: str, metrics: list[str], books: object) -> pd.DataFrame:
+    def results_table(name: str, table: str, profile: str, metrics: list[str], store: object) -> pd.DataFrame:
         if table == "broken":
             raise RuntimeError("x.json is not a readable record")
         return pd.DataFrame({("image AUROC", "paper"): ["97.7"]}, index=pd.Index(["row one"], name="row"))
 
-    monkeypatch.setattr(page, "STUDIES", {"toy": "unused"})
-    monkeypatch.setattr(page, "study", lambda name: Study)
+    tables = {"main": "its table", "broken": "its other table"}
+    monkeypatch.setattr(page, "STUDIES", ("toy",))
+    monkeypatch.setattr(page, "study", lambda name: Study("A <study>", {"smoke": {}}, tables, (("image_auroc",),)))
     monkeypatch.setattr(page.report, "results_table", results_table)
-    monkeypatch.setattr(page.report, "claims_table", lambda name, profile, books: pd.DataFrame())
-    return root
+    monkeypatch.setattr(page.report, "claims_table", lambda name, profile, store: pd.DataFrame())
 
 
-def test_a_table_that_cannot_be_built_says_so_in_its_place(toy_study: Path):
+def test_a_table_that_cannot_be_built_says_so_in_its_place(toy_study, toys, kept, no_kernel, capsys):
     results = [Outcome("03_a", "done", 1800.0, ""), Outcome("20_b", "failed", 1800.0, "ValueError: a < b")]
     with pytest.raises(page.IncompletePage, match=r"its other table: x\.json is not a readable record") as raised:
         page.write_page("smoke", results)
     text = raised.value.path.read_text()
-    assert text.index("its other table") < text.index("could not be built: x.json is not a readable record")
+    assert text.index("its other table") < text.index("x.json is not a readable record")
     assert "row one" in text and "97.7" in text
     assert "A &lt;study&gt;" in text and "ValueError: a &lt; b" in text
     assert "1.00 hours in all" in text and "Failed: 20_b." in text
     assert "<script" not in text and "http" not in text
 
-
-def test_a_page_without_problems_adds_what_earlier_calls_left(toy_study: Path, monkeypatch):
-    monkeypatch.setattr(Study, "TABLES", {"main": "its table"})
-    write_notebook(toy_study / "toys", "03_a", "1")
-    finished(toy_study, "03_a")
-    written = page.write_page("smoke")
-    assert written == toy_study / "runs" / "smoke" / "index.html"
-    assert "<td>03_a<td>done before<td>0.1" in written.read_text()
-
-
-def test_reproduce_ends_with_1_where_a_table_is_broken(toy_study: Path, no_kernel, capsys):
-    write_notebook(toy_study / "toys", "03_a", "1")
-    finished(toy_study, "03_a")
-    assert run(toy_study) == 1
+    finished(write_notebook(toys, "03_a", "1"), kept)  # `reproduce` does not hide it
+    assert call() == 1
     assert "not a readable record" in capsys.readouterr().out
+    assert re.search(r"03_a.*done before.*2\.0", (runs.runs_dir("smoke") / "index.html").read_text(), re.S)
 
 
 def test_markdown_keeps_rows_and_drops_columns_without_values():
@@ -336,7 +321,8 @@ def test_markdown_keeps_rows_and_drops_columns_without_values():
     ]
 
 
-def test_update_generated_replaces_only_what_is_between_the_marks(root):
+def test_update_generated_replaces_only_what_is_between_the_marks(toys, root, monkeypatch):
+    monkeypatch.setattr(page, "project_root", lambda: root)
     readme = root / "README.md"
     readme.write_text("before\n")
     with pytest.raises(ValueError, match="has no place for the verdicts"):
