@@ -54,11 +54,10 @@ class Settings(DetectorSettings):
 class ContextGuidedFusion(nn.Module):
     """Joins two maps of the neck in place of their concatenation.
 
-    Context: the means of rows pass a strip convolution that looks along the vertical, those of columns one that looks
-    along the horizontal; their sum, spread over the plane, becomes an attention map (ours, after the rectangular
-    self-calibration of CGRSeg, ECCV 2024; the strips work on vectors, as in coordinate attention, CVPR 2021, which
-    costs next to nothing). Detail: a depthwise 3x3 convolution. A gate decides for each channel and place how much of
-    either the result takes.
+    Context: the means of rows pass a vertical strip convolution, those of columns a horizontal one; their sum, spread
+    over the plane, becomes an attention map (ours, after the rectangular self-calibration of CGRSeg, ECCV 2024; on
+    vectors, as in coordinate attention, CVPR 2021). Detail: a depthwise 3x3 convolution. A gate decides for each
+    channel and place how much of either the result takes.
     """
 
     def __init__(self, channels: tuple[int, int], strip: int = 11):
@@ -89,32 +88,26 @@ class SqueezeExcitationFusion(nn.Module):
     def __init__(self, channels: tuple[int, int]):
         super().__init__()
         both = sum(channels)
-        self.gate = channel_perceptron(both)
+        hidden = max(both // 16, 8)
+        self.gate = nn.Sequential(nn.Conv2d(both, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, both, 1))
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         x = torch.cat([first, second], 1)
         return x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
 
 
-class CBAMFusion(nn.Module):
+class CBAMFusion(SqueezeExcitationFusion):
     """Concatenation and the convolutional block attention module (Woo et al. 2018): channels first, then places."""
 
     def __init__(self, channels: tuple[int, int]):
-        super().__init__()
-        both = sum(channels)
-        self.gate = channel_perceptron(both)
+        super().__init__(channels)
         self.place = nn.Conv2d(2, 1, 7, padding=3)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         x = torch.cat([first, second], 1)
         x = x * (self.gate(x.mean((2, 3), keepdim=True)) + self.gate(x.amax((2, 3), keepdim=True))).sigmoid()
-        seen = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
-        return x * self.place(seen).sigmoid()
-
-
-def channel_perceptron(channels: int) -> nn.Sequential:
-    hidden = max(channels // 16, 8)
-    return nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, channels, 1))
+        both = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
+        return x * self.place(both).sigmoid()
 
 
 FUSIONS = {
@@ -133,7 +126,7 @@ class MultiScaleResidualBlock(nn.Module):
 
     Dense local texture: a 3x3 convolution. Medium and large structure: depthwise 3x3 convolutions with dilation 2 and
     3, which reach 5 and 7 pixels (ours, after the dilated reparameterised block of UniRepLKNet, CVPR 2024). All paths
-    are linear with a norm of their own, so that their sum can be fused: see `fuse`.
+    are linear, each with a norm, so that their sum can be fused.
     """
 
     def __init__(self, channels: int, shortcut: bool = True, kernels: tuple[int, int] = (3, 3), expansion: float = 1.0):
@@ -148,20 +141,15 @@ class MultiScaleResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
-        y = self.act(self.dense(h) + float32_on_cpu(self.wide, h))
+        y = self.act(self.dense(h) + (float32_on_cpu(self.medium, h) + float32_on_cpu(self.large, h)))
         return x + y if self.shortcut else y
 
-    def wide(self, h: Tensor) -> Tensor:
-        """Medium and large structure, (B, C, H, W) -> the same shape."""
-        return self.medium(h) + self.large(h)
-
     def fuse(self) -> nn.Module:
-        """The same function with one 3x3 and one depthwise 7x7 convolution, no norms."""
         return FusedMultiScaleBlock(self)
 
 
 class FusedMultiScaleBlock(nn.Module):
-    """What `MultiScaleResidualBlock` becomes for inference: the two dilated paths are one depthwise 7x7 kernel."""
+    """`MultiScaleResidualBlock` for inference: no norms, and one depthwise 7x7 kernel for the two dilated paths."""
 
     def __init__(self, block: MultiScaleResidualBlock):
         super().__init__()
@@ -207,9 +195,9 @@ def block_relation_loss(student: Tensor, teacher: Tensor, grid: int = 8) -> Tens
 def channel_emphasis(features: Tensor, temperature: float) -> Tensor:
     """(B, C, H, W) -> log of a distribution over the channels (B, C): mean absolute activation, standardised within
     the image (so that the temperature means the same in every network), softmax at `temperature`."""
-    strength = features.abs().mean((2, 3))
-    centred = strength - strength.mean(1, keepdim=True)
-    return functional.log_softmax(centred / (strength.std(1, keepdim=True) + 1e-6) / temperature, 1)
+    activation = features.abs().mean((2, 3))
+    centred = activation - activation.mean(1, keepdim=True)
+    return functional.log_softmax(centred / (activation.std(1, keepdim=True) + 1e-6) / temperature, 1)
 
 
 def channel_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -220,8 +208,7 @@ def channel_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
 
 
 class DualDistillation(nn.Module):
-    """Both losses, averaged over the three levels of the neck; 1x1 adapters bring the student's channels to the
-    teacher's. Used in training alone."""
+    """Both losses, means over the neck's three levels; 1x1 adapters bring the student's channels to the teacher's."""
 
     def __init__(self, student_widths: list[int], teacher_widths: list[int], settings: Settings):
         super().__init__()
@@ -280,8 +267,7 @@ class DistilledLoss(nn.Module):
 
 
 class YOLODCF(DefectFinder):
-    """The whole method as deployed: `YOLODCF(Settings(), classes=6)(images)`. `detector` is fresh until trained weights
-    are loaded into it."""
+    """The whole method as deployed: `YOLODCF(Settings(), classes=6)(images)`; `detector` has fresh weights."""
 
     def __init__(self, settings: Settings, classes: int):
         super().__init__(build(settings, classes))

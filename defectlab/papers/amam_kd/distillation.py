@@ -37,6 +37,12 @@ from defectlab.precision import at_least_float32
 WIDTH, TOKENS = 512, 14  # Table 3: the embedding is 14 x 14 x 512
 
 
+def pick(choices: dict, name: str, what: str):
+    if name not in choices:
+        raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(choices)}")
+    return choices[name]
+
+
 @dataclass(frozen=True)
 class DistillationSettings(RD4ADSettings):
     """RD4AD's settings and what this paper adds to them. Sources as comments."""
@@ -66,11 +72,6 @@ class DistillationSettings(RD4ADSettings):
 # --- Section 3.2.1: feature aggregation and filtering ----------------------------------------------------------------
 
 
-def compress(inputs: int) -> nn.Sequential:
-    """The 1x1 convolution with norm and ReLU that ends the fusion: (B, inputs, h, w) -> (B, 512, h, w)."""
-    return nn.Sequential(nn.Conv2d(inputs, WIDTH, 1, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True))
-
-
 class ViTBlock(nn.Module):
     """ "Context-based analysis of multi-layer feature information": transformer layers on the positions of the map.
 
@@ -81,15 +82,9 @@ class ViTBlock(nn.Module):
         super().__init__()
         self.position = nn.Parameter(torch.empty(1, tokens, WIDTH))
         nn.init.trunc_normal_(self.position, std=0.02)
-        self.layers = nn.Sequential(
-            *[
-                nn.TransformerEncoderLayer(
-                    WIDTH, heads, 2 * WIDTH, 0.0, functional.gelu, batch_first=True, norm_first=True
-                )
-                for _ in range(depth)
-            ],
-            nn.LayerNorm(WIDTH),
-        )
+        options = {"dropout": 0.0, "activation": functional.gelu, "batch_first": True, "norm_first": True}
+        layers = [nn.TransformerEncoderLayer(WIDTH, heads, 2 * WIDTH, **options) for _ in range(depth)]
+        self.layers = nn.Sequential(*layers, nn.LayerNorm(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 512, g, g) -> the same shape; g x g is the number of tokens."""
@@ -107,7 +102,10 @@ class FeatureAggregation(nn.Module):
         super().__init__()
         self.grid = min(TOKENS, settings.size // 16)
         self.fusion = MultiScaleFusion(channels) if settings.fusion else None
-        self.compress = compress((3 if settings.fusion else 1) * channels[2])
+        width = (3 if settings.fusion else 1) * channels[2]
+        self.compress = nn.Sequential(
+            nn.Conv2d(width, WIDTH, 1, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True)
+        )
         filters: list[nn.Module] = []
         if settings.vit:
             filters.append(ViTBlock(self.grid**2, settings.vit_depth, settings.vit_heads))
@@ -127,7 +125,7 @@ class FeatureAggregation(nn.Module):
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
-    """Bilinear, to the height and width of `like`; nothing where they agree."""
+    """Bilinear, to the height and width of `like`."""
     size = like.shape[-2:]
     return x if x.shape[-2:] == size else functional.interpolate(x, size, mode="bilinear", align_corners=False)
 
@@ -139,7 +137,7 @@ class HeterogeneousStudent(nn.Module):
     most 256 channels wide, and a linear 1x1 convolution to the teacher's channels at each level.
     """
 
-    def __init__(self, channels: tuple[int, int, int]):
+    def __init__(self, channels: tuple[int, int, int], _: int):
         super().__init__()
         widths = [WIDTH, *(min(c, 256) for c in reversed(channels))]
         self.levels = nn.ModuleList(PreActivationBlock(a, b, project=True) for a, b in pairwise(widths))
@@ -164,16 +162,10 @@ class HomogeneousStudent(nn.Module):
         super().__init__()
         first, second, third = channels
         depths = (6, 4, 3) if bottleneck else (2, 2, 2)
-        self.stages = nn.ModuleList(
-            [
-                stage(WIDTH, third, "same", depths[0], bottleneck),
-                stage(third, second, "up", depths[1], bottleneck),
-                stage(second, first, "up", depths[2], bottleneck),
-            ]
-        )
+        plan = ((WIDTH, third, "same"), (third, second, "up"), (second, first, "up"))
+        self.stages = nn.ModuleList(stage(*s, depth, bottleneck) for s, depth in zip(plan, depths, strict=True))
 
     def forward(self, x: Tensor, features: list[Tensor]) -> list[Tensor]:
-        """As `HeterogeneousStudent.forward`."""
         x = resize(x, features[2])
         outputs = []
         for layer in self.stages:
@@ -190,24 +182,22 @@ def discrepancies(teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:
     return [per_position_discrepancy(t, s) for t, s in zip(teacher, student, strict=True)]
 
 
+def cosine(teacher: Tensor, student: Tensor) -> Tensor:
+    """One scale's term of the paper's loss, 2 x (B, C, h, w) -> scalar: M^k averaged over positions and images."""
+    return per_position_discrepancy(teacher, student).mean()
+
+
 def l1(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean absolute difference over all elements of 2 x (B, C, H, W): scalar."""
     return functional.l1_loss(at_least_float32(student), at_least_float32(teacher))
+
+
+def mse(teacher: Tensor, student: Tensor) -> Tensor:
+    return functional.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
 def l2(teacher: Tensor, student: Tensor) -> Tensor:
     """Squared Euclidean distance over the channels, averaged over the positions: C times `mse`."""
     return teacher.shape[1] * mse(teacher, student)
-
-
-def mse(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean squared difference over all elements of 2 x (B, C, H, W): scalar."""
-    return functional.mse_loss(at_least_float32(student), at_least_float32(teacher))
-
-
-def cosine(teacher: Tensor, student: Tensor) -> Tensor:
-    """M^k averaged over positions (and images): one scale's term of the paper's loss."""
-    return per_position_discrepancy(teacher, student).mean()
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "l1": l1, "l2": l2, "mse": mse}  # Table 10
@@ -216,8 +206,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "l1":
 class DistillationLoss(nn.Module):
     """Sum over the three scales. With `weighting="printed"` the score's three 1x1 weights stand in it and learn.
 
-    That is the only reading in which "an adaptive weight for training purposes" is trained by the printed loss: on
-    normal images the smallest weighted sum is the one with weights of zero. They are kept from going below (ours).
+    No other reading trains "an adaptive weight for training purposes" by the printed loss, and on normal images the
+    smallest weighted sum has weights of zero. They are kept from going below (ours).
     """
 
     def __init__(self, settings: DistillationSettings):
@@ -242,13 +232,6 @@ class DistillationLoss(nn.Module):
         return {"loss": (weights * terms).sum()} | scalars
 
 
-def pick(choices: dict, name: str, what: str):
-    """choices[name], or a ValueError that says what there is."""
-    if name not in choices:
-        raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(choices)}")
-    return choices[name]
-
-
 # --- Figure 4: the network, and the whole of stage two ---------------------------------------------------------------
 
 
@@ -259,12 +242,9 @@ class DistillationNetwork(nn.Module):
         super().__init__()
         if settings.size % 16:
             raise ValueError(f"size must be a multiple of 16 pixels, got {settings.size}")
-        students = {
-            "heterogeneous": HeterogeneousStudent,
-            "homogeneous": partial(HomogeneousStudent, bottleneck=bottleneck),
-        }
+        students = {"heterogeneous": HeterogeneousStudent, "homogeneous": HomogeneousStudent}
         self.aggregation = FeatureAggregation(channels, settings)
-        self.student = pick(students, settings.student, "student")(channels)
+        self.student = pick(students, settings.student, "student")(channels, bottleneck)
         self.weighting = MapWeighting(pick(KERNELS, settings.weighting, "weighting"))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:

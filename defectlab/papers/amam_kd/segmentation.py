@@ -53,10 +53,8 @@ WIDEST = 512  # paper Table 1: channels of AMAM; ours: wider encoders are reduce
 
 
 class SeparableDilation(nn.Sequential):
-    """One ReLU(BN(Conv)) of F2..F5: a dilated 3x1 or 1x3 convolution, depthwise separable.
-
-    Depthwise, then 1x1, one norm and ReLU at the end (ours; the paper names no order).
-    """
+    """One ReLU(BN(Conv)) of F2..F5: a dilated 3x1 or 1x3 convolution, depthwise separable: depthwise, then 1x1, one
+    norm and ReLU at the end (ours; the paper names no order)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], dilation: int):
         padding = tuple(dilation * (k // 2) for k in kernel)
@@ -70,32 +68,30 @@ class AMAM(nn.Module):
     """Adaptive multi-scale attention module (section 3.1.2, Figure 2 and the formulas F1..F6, F_out).
 
     Six paths over the same map: a 1x1 convolution; factorised 3x3 convolutions (3x1, then 1x3) at four dilations;
-    global average pooling. Side by side, they pass a 3x3 convolution whose sigmoid gates the module's input. It, too,
-    is depthwise separable ("standard convolutions are replaced"); a path is a quarter as wide as the input (ours).
-
-    With attention "self" the fused map passes one multi-head self-attention, added to the input, in place of the gate.
+    global average pooling; each a quarter as wide as the input (ours). Concatenated, they pass a 3x3 convolution, also
+    depthwise separable ("standard convolutions are replaced"), whose sigmoid gates the module's input. With attention
+    "self" one multi-head self-attention of the fused map is added to the input instead.
     """
 
     def __init__(self, channels: int, dilations: tuple[int, ...] = (4, 8, 12, 16), attention: str = "gate"):
         super().__init__()
         if attention not in ("gate", "self"):
             raise ValueError(f"unknown attention {attention!r}: use gate or self")
-        width = channels // 4  # ours
+        width = channels // 4
         self.point = Conv2dNormActivation(channels, width, 1)  # F1
         self.dilated = nn.ModuleList(  # F2..F5
             nn.Sequential(SeparableDilation(channels, width, (3, 1), d), SeparableDilation(width, width, (1, 3), d))
             for d in dilations
         )
         self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), Conv2dNormActivation(channels, width, 1))  # F6
-        side_by_side = width * (len(dilations) + 2)
+        paths = width * (len(dilations) + 2)
         self.fuse = nn.Sequential(
-            nn.Conv2d(side_by_side, side_by_side, 3, padding=1, groups=side_by_side, bias=False),
-            nn.Conv2d(side_by_side, channels, 1),
+            nn.Conv2d(paths, paths, 3, padding=1, groups=paths, bias=False), nn.Conv2d(paths, channels, 1)
         )
         self.attention = nn.MultiheadAttention(channels, 8, batch_first=True) if attention == "self" else None
 
     def fused(self, x: Tensor) -> Tensor:
-        """Conv3x3(F1 (+) ... (+) F6), what the sigmoid is taken of: (B, C, H, W)."""
+        """Conv3x3 of F1 to F6 concatenated, of which the sigmoid is taken: (B, C, H, W)."""
         paths = [self.point(x), *(path(x) for path in self.dilated), self.pooled(x).expand(-1, -1, *x.shape[-2:])]
         return self.fuse(torch.cat(paths, 1))
 
@@ -113,14 +109,12 @@ class AMAM(nn.Module):
 
 
 class GateAttention(AttentionGate):
-    """Section 3.1.3, Figure 3: "coarse-scale features" gate the skip's "fine-scale features", with a ReLU inside.
-
-    The text gives no formula and the description is that of Attention U-Net's gate, which it is here.
-    """
+    """Figure 3: "coarse-scale features" gate the skip's "fine-scale features", with a ReLU inside. There is no formula;
+    the description is that of Attention U-Net's gate, which it is here."""
 
 
 class LowestSkip(nn.Module):
-    """Section 3.1.3: "only 1x1 convolution" on the lowest skip, to at most 256 channels (ours); it needs no gating."""
+    """ "Only 1x1 convolution" on the lowest skip, to at most 256 channels (ours), without a gate."""
 
     def __init__(self, fine: int):
         super().__init__()
@@ -141,21 +135,20 @@ SKIPS = ("none", "plain", "all_gates", "gates")
 
 
 class DecoderLayer(nn.Module):
-    """Doubles the resolution: "Upsampling + Convolution" in Table 1.
+    """Doubles the resolution, "Upsampling + Convolution" in Table 1: a 3x3 convolution, bilinear upsampling, another.
 
-    The skip of the input's resolution is joined by concatenation, so that the four decoder layers have a skip each
-    (Table 5's "skip connections to the four convolutional layers in the decoder"): the lowest at the first. A 3x3
-    convolution, bilinear upsampling, a 3x3 convolution (ours).
+    Ours: the skip of the input's resolution is concatenated, so that each of the four layers has one (Table 5's "skip
+    connections to the four convolutional layers in the decoder").
     """
 
     def __init__(self, inputs: int, fine: int, outputs: int, skips: str, lowest: bool):
         super().__init__()
         self.skip = None
-        if skips == "all_gates" or (skips == "gates" and not lowest):
-            self.skip = GateAttention(fine, inputs)
-        elif skips == "gates":
+        if skips == "gates" and lowest:
             self.skip = LowestSkip(fine)
             fine = self.skip.outputs
+        elif skips in ("gates", "all_gates"):
+            self.skip = GateAttention(fine, inputs)
         self.joins = skips != "none"
         self.before = Conv2dNormActivation(inputs + fine * self.joins, outputs, 3)
         self.after = Conv2dNormActivation(outputs, outputs, 3)

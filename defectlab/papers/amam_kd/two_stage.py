@@ -1,10 +1,9 @@
 """Both stages (section 4.3): segment the nut, cut it out, distil and detect on the crop.
 
 The paper gives no procedure beyond "cascaded knowledge distillation training on the segmented normal data" and
-figure 7. Ours, marked so: a square box around the largest segmented component, with a margin, cut from the image as
-stored and resized to the detector's input. Scored twice: pasted back onto the whole image, so that one stage and two
-are judged on the same pixels; and on the crop alone, the paper's way, where the easy background is gone and the two
-cannot be compared.
+figure 7. Ours: a square box around the largest segmented component, with a margin, cut from the image as stored and
+resized to the detector's input; maps are pasted back onto the whole image, so that one stage and two are judged on the
+same pixels. (On crops alone, the paper's way, the easy background is gone and the two cannot be compared.)
 """
 
 from dataclasses import dataclass
@@ -107,12 +106,11 @@ def paste_back(maps: Tensor, boxes: Tensor, fill: float) -> Tensor:
 
 
 class TwoStage(nn.Module):
-    """Segment, box, cut, detect, paste back: `TwoStage(TwoStageSettings())(images)`. `segmenter` and `detector.network`
-    are fresh until trained weights are loaded into them.
+    """Segment, box, cut, detect, paste back: `TwoStage(TwoStageSettings())(images)`; `segmenter` and `detector.network`
+    have fresh weights.
 
-    Args:
-        threshold: of the foreground's probability. fill: value of the map outside the box. Both are found on dev: the
-            threshold with the best IoU, the smallest value of dev's maps.
+    threshold: of the foreground's probability; fill: value of the map outside the box. A study takes both from dev: the
+    threshold of the best IoU, the smallest value of the maps.
     """
 
     def __init__(self, settings: TwoStageSettings, threshold: float = 0.5, fill: float = 0.0):

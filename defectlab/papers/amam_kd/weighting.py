@@ -1,8 +1,8 @@
 """The anomaly score of stage two (section 3.2.2): AL = sum over k of Conv(M^k), and how its convolutions are fitted.
 
-The paper says that they adapt and not to what. Its loss does not contain them, and minimising the summed map on normal
-images drives them to zero (`distillation.DistillationLoss` shows it). Ours: they are fitted after the training to tell
-the pixels of pasted defects from normal ones, on the images held out for choices.
+The paper says that they adapt and not to what. Its loss does not contain them, and in the loss they go to zero (see
+`distillation.DistillationLoss`). Ours: after the training they are fitted to tell the pixels of pasted defects from
+normal ones, on dev.
 """
 
 import torch
@@ -21,11 +21,8 @@ def inverse_softplus(x: Tensor) -> Tensor:
 
 
 class MapWeighting(nn.Module):
-    """A convolution of one channel on each M^k, before it is brought to image size: kernels (3, k, k).
-
-    At first AL is the plain sum. Ours: no bias, which would not change any order of scores, and edge values repeated
-    at the border.
-    """
+    """A convolution of one channel on each M^k, before it is brought to image size: kernels (3, k, k), at first those
+    of the plain sum. Ours: no bias, which would change no order of scores, and edge values repeated at the border."""
 
     def __init__(self, kernel: int):
         super().__init__()
@@ -63,23 +60,20 @@ def tap_maps(maps: Tensor, kernel: int) -> Tensor:
 def fit_weighting(maps: list[Tensor], masks: Tensor, kernel: int) -> MapWeighting:
     """Kernels by which the smoothed AL tells defect from normal pixels best: logistic regression (ours).
 
-    The defect pixels of an image together count as one, whatever their number, and all normal pixels as much as they
-    all. Weights are kept positive, since a discrepancy never speaks for a pixel. What is returned is scaled so that all
-    weights sum to 3, as those of the plain sum do: no order changes with it. The same input gives the same kernels.
+    The defect pixels of each image together count as one, whatever their number, and all normal pixels as much as they
+    all. Weights are positive, since a discrepancy never speaks for a pixel, and scaled to a sum of 3, that of the plain
+    sum, which changes no order. The same input gives the same kernels.
 
     Args:
         maps: three M^k (N, h, w) of images among which some have defects: never those of the test set.
-        masks: (N, 256, 256), 1 = defect.
-
-    Raises:
-        ValueError: no pixel, or every pixel, is a defect's.
+        masks: (N, 256, 256), 1 = defect. ValueError where no pixel, or every pixel, is a defect's.
     """
     target = every_second(masks).flatten(1).float()  # (N, pixels)
     if target.min() == target.max():
         raise ValueError("the weighting is fitted to tell defect from normal pixels: the masks have only one of them")
     defect = target / target.sum(1, keepdim=True).clamp(min=1)
     importance = defect / defect.sum() + (1 - target) / (1 - target).sum()
-    with torch.no_grad():  # AL is linear in the weights: what each tap contributes is made once, (3 k k, pixels)
+    with torch.no_grad():  # AL is linear in the weights: each tap's part is computed once, (3 k k, pixels)
         seen = torch.cat([tap_maps(m, kernel).flatten(1) for m in maps])
     raw = nn.Parameter(inverse_softplus(torch.full((len(seen),), 1 / kernel**2, device=seen.device)))
     bias = nn.Parameter(torch.zeros((), device=seen.device))

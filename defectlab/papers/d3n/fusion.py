@@ -25,13 +25,11 @@ POSITIONS = ("none", "sine")
 class NoiseFilter(nn.Module):
     """FFT, spatial attention on the spectrum, inverse FFT; (B, C, H, W) -> the same shape, real, float32.
 
-    Section III-C, "inspired by MedSegDiff" (whose filter is one learned map for all images); on what the attention
-    sees and weighs the paper is silent. Ours, as in CBAM (Woo et al. 2018): the mean and the largest amplitude over the
-    channels, a 7x7 convolution and a sigmoid give one weight a frequency, shared by all channels. Amplitudes enter as
-    log(1 + a), since they fall by orders of magnitude from the lowest frequency to the highest.
-
-    The attention lies in 0..2 and starts at 1 everywhere, so that training starts from the identity and a frequency may
-    gain on the others as well as lose: a batch norm follows, and only ratios count.
+    "Inspired by MedSegDiff" (whose filter is one learned map for all images); what the attention sees is not said.
+    Ours, as in CBAM (Woo et al. 2018): mean and largest amplitude over the channels, a 7x7 convolution and a sigmoid
+    give one weight per frequency, shared by all channels. Amplitudes enter as log(1 + a), since they fall by orders of
+    magnitude from the lowest frequency to the highest. Weights lie in 0..2 and start at 1, the identity, so that a
+    frequency may gain on the others as well as lose: a batch norm follows, and only ratios count.
     """
 
     def __init__(self, kernel: int = 7):
@@ -44,8 +42,8 @@ class NoiseFilter(nn.Module):
     def attention(self, spectrum: Tensor) -> Tensor:
         """Complex spectrum (B, C, H, W), zero frequency in the corner -> weights (B, 1, H, W), 0..2."""
         amplitude = spectrum.abs().log1p()
-        seen = torch.cat([amplitude.mean(1, keepdim=True), amplitude.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
-        return 2 * self.place(wrapped(seen, self.border)).sigmoid()
+        both = torch.cat([amplitude.mean(1, keepdim=True), amplitude.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
+        return 2 * self.place(wrapped(both, self.border)).sigmoid()
 
     def forward(self, y: Tensor) -> Tensor:
         # The whole plane, not the half of `rfft2`: there the 7x7 neighbourhood would end at the zero frequency. A
@@ -66,12 +64,8 @@ def wrapped(x: Tensor, border: int) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, printed: bool = False) -> Tensor:
-    """(B, heads, N, d), (B, heads, M, d), (B, heads, M, d) -> (B, heads, N, d), without an N x M matrix in memory
-    where the device has a kernel for it.
-
-    softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017), or, `printed`, equation 5 as it stands: softmax(Q K^T) / sqrt(d)
-    times V.
-    """
+    """(B, heads, N, d), (B, heads, M, d), (B, heads, M, d) -> (B, heads, N, d): softmax(Q K^T / sqrt(d)) V (Vaswani et
+    al. 2017), or, `printed`, equation 5 as it stands: softmax(Q K^T) / sqrt(d) times V."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # In float32: forward and backward of the bf16 kernel take 1.6 times as long on a CPU (576 pixels, torch 2.11).
         with torch.autocast("cpu", enabled=False):
@@ -84,12 +78,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, printed: bool = False) 
 class MultiHeadAttention(nn.Module):
     """Equation 4 for maps: (B, C, H, W) asks, (B, C, h, w) answers -> (B, C, H, W); without a second map: itself.
 
-    Args:
-        printed: equation 5 as printed, see `attention`.
-        positional: "sine" adds 2-D sinusoids to what queries and keys are made of (values carry none).
-
-    Raises:
-        ValueError: channels that the heads do not divide, unknown encoding, or sinusoids with C not divisible by 4.
+    printed: see `attention`. positional: "sine" adds 2-D sinusoids to what queries and keys are made of, not to values.
+    ValueError for channels that the heads do not divide, an unknown encoding, or sinusoids with C not divisible by 4.
     """
 
     def __init__(self, channels: int, heads: int = 4, printed: bool = False, positional: str = "none"):
@@ -165,8 +155,8 @@ class Concatenated(Fusion):
 
 
 class WeightedSum(Fusion):
-    """Table II, "Weighted sum", and what joins the branches of Fig. 6. Ours: the weights are the softmax of one logit
-    each, equal at first; they stay positive and their sum is one, as the shares of Fig. 11 are."""
+    """Table II, "Weighted sum", and what joins the branches of Fig. 6. Ours: weights are a softmax, equal at first,
+    whose sum is one, as of the shares of Fig. 11."""
 
     def __init__(self, names: Sequence[str] = ("ddpm", "det")):
         super().__init__()
@@ -191,13 +181,11 @@ class DynamicCrossFusion(Fusion):
 
     Args:
         dual: self-attention on X and on Y; without it these branches, where they are, carry X and Y as they came.
-        weighted: the branches' learned weights, see `WeightedSum`; without it, and with `dual`, their plain sum.
+        weighted: the branches' learned weights; without it, and with `dual`, their plain sum.
         residual: X is added, times a learned weight that starts at 1.
-        norm: Y is normalised before the cross-attention. Ours: its channels within each pixel (layer norm, as before
-            attention elsewhere), which no batch and no size of map changes, and which leaves the differences between
-            images that a norm over the plane would take away.
-        printed_scale, heads: see `MultiHeadAttention`.
-        positional: encoding in both self-attentions, as in section IV-B.2; the cross-attention has none.
+        norm: Y is normalised before the cross-attention. Ours: layer norm of each pixel's channels, which keeps the
+            differences between images that a norm over the plane would take away.
+        printed_scale, positional, heads: see `MultiHeadAttention`; the cross-attention has no positions (IV-B.2).
     """
 
     def __init__(
@@ -239,6 +227,14 @@ def pixel_norm(y: Tensor) -> Tensor:
     return functional.layer_norm(y.movedim(1, -1), y.shape[1:2]).movedim(-1, 1)
 
 
+FUSIONS = {
+    "dynamic": DynamicCrossFusion,
+    "concat": lambda channels, **_: Concatenated(channels),
+    "sum": lambda *_, **__: Sum(),
+    "weighted_sum": lambda *_, **__: WeightedSum(),
+}
+
+
 # --- One level, all levels -------------------------------------------------------------------------------------------
 
 
@@ -246,15 +242,14 @@ class LevelFusion(nn.Module):
     """X (B, C, H, W) of the detector and Y (B, C_y, h, w) of the DDPM -> (B, C, H, W).
 
     Y is resized to H x W, filtered and projected to C channels, then fused with X. Ours: the filter comes before the
-    projection, since Fig. 4 filters the reconstructed features; after the resizing, since smaller maps are cheaper and
-    where they differ (below 512 px) a shrunk map has lost its highest frequencies already. The projection is a 1x1
-    convolution with a batch norm: from scratch, features of unknown scale beside maps of a normed backbone would decide
-    the plain sum of Table II by their scale alone.
+    projection, since Fig. 4 filters the reconstructed features, and after the resizing, since smaller maps are cheaper.
+    The projection is a 1x1 convolution with a batch norm: else the unknown scale of the features would decide the plain
+    sum of Table II.
 
     Args:
         fuse: "dynamic", or Table II's "concat", "sum", "weighted_sum".
         noise_filter: whether Y is filtered.
-        switches: of `DynamicCrossFusion`; the others have none and ignore them.
+        switches: of `DynamicCrossFusion`; the others ignore them.
 
     Raises:
         ValueError: an unknown fusion, or what `MultiHeadAttention` refuses.
@@ -266,16 +261,9 @@ class LevelFusion(nn.Module):
         super().__init__()
         self.filter = NoiseFilter() if noise_filter else nn.Identity()
         self.project = ConvBlock(feature_channels, channels, activation=nn.Identity)
-        if fuse == "dynamic":
-            self.fuse = DynamicCrossFusion(channels, **switches)
-        elif fuse == "concat":
-            self.fuse = Concatenated(channels)
-        elif fuse == "sum":
-            self.fuse = Sum()
-        elif fuse == "weighted_sum":
-            self.fuse = WeightedSum()
-        else:
-            raise ValueError(f"unknown fusion {fuse!r}: use one of dynamic, concat, sum, weighted_sum")
+        if fuse not in FUSIONS:
+            raise ValueError(f"unknown fusion {fuse!r}: use one of {', '.join(FUSIONS)}")
+        self.fuse = FUSIONS[fuse](channels, **switches)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.fuse(x, self.project(self.filter(resized(y, x.shape[-2:]))))

@@ -70,8 +70,8 @@ class HybridDetector(nn.Module):
     """Images (B, 3, S, S) in 0..1 and latents (B, C_k / 8, H_k, W_k), finest first -> the detector's raw maps.
 
     The latents are those of the plain images; `matrices` (B, 3, 3), where given, are what the augmentation did to
-    them. The decoded features are moved, not the latents: a decoder's kernels have sides, and latents of zero, as would
-    stand outside an image, do not decode to anything neutral. Outside stands 0, no difference from the mean features.
+    them. It is the decoded features that move: kernels have sides, and latents of zero, as would stand outside an
+    image, do not decode to anything neutral. Outside stands 0, no difference from the mean features.
     """
 
     def __init__(self, detector: Detector, compressor: Compressor, fusion: CrossModelFusion):
@@ -100,8 +100,8 @@ def build_hybrid(settings: HybridSettings, detector: Detector, compressor: Compr
 
 
 class D3N(DefectFinder):
-    """The student as deployed, images -> boxes: `D3N(StudentSettings(family="v5", scale="s"), classes=6)(images)`.
-    `detector` is fresh until trained weights are loaded into it."""
+    """The student as deployed, images -> boxes: `D3N(StudentSettings(family="v5", scale="s"), classes=6)(images)`;
+    `detector` has fresh weights."""
 
     def __init__(self, settings: StudentSettings, classes: int):
         super().__init__(build_detector(settings, classes))

@@ -105,14 +105,13 @@ def vae_loss(
 ) -> dict[str, Tensor]:
     """Section IV-A: MSE and KL divergence, the latter with weight `kl`; the paper does not say how they are reduced.
 
-    An image has D values and L latent values, D / L = 8. With mse = mean over all values of (reconstruction - target)^2
-    and kl_mean = mean over all latent values of (mean^2 + variance - 1 - log variance) / 2, "loss" is for
+    An image has D values and L latent values, D / L = 8. With mse and kl_mean averaged over all of them, "loss" is for
 
-        "sum":   D mse + kl L kl_mean   summed over an image, averaged over the batch: the negative evidence bound of
-                                        the likelihood N(reconstruction, 1/2), up to constants
-        "mean":  mse + kl kl_mean       both averaged over values: "sum" with an 8 times heavier KL
-        "mixed": mse + kl L kl_mean     an averaged MSE, as `nn.MSELoss` has it, beside an image's KL: "sum" with a D
-                                        times heavier KL, for which the posterior collapses
+        "sum":   D mse + kl L kl_mean   the negative evidence bound of the likelihood N(reconstruction, 1/2), per image
+                                        and up to constants
+        "mean":  mse + kl kl_mean       "sum" with an 8 times heavier KL
+        "mixed": mse + kl L kl_mean     an MSE as `nn.MSELoss` has it beside an image's KL: "sum" with a D times heavier
+                                        KL, for which the posterior collapses
 
     Args:
         reconstruction, target: (B, C, H, W). mean, log_variance: (B, latent, H, W).
@@ -138,7 +137,7 @@ class PCALevel(nn.Module):
 
     def __init__(self, channels: int, latent: int):
         super().__init__()
-        # parameters, though not learnt by gradients: weights that a deployed network has, and is counted with
+        # parameters, though not learnt by gradients: they count as weights of the deployed network
         self.components = nn.Parameter(torch.eye(latent, channels), requires_grad=False)  # orthonormal rows
         self.mean = nn.Parameter(torch.zeros(channels), requires_grad=False)
 
@@ -196,10 +195,8 @@ class Level(nn.Module):
 
 
 class Compressor(nn.Module):
-    """Features to latents (section III-B) and back ("feature mapping" by fixed parameters, section III-C).
-
-    It stays frozen and in evaluation mode, also inside a network that trains.
-    """
+    """Features to latents (section III-B) and back ("feature mapping" by fixed parameters, section III-C); frozen and
+    in evaluation mode, also inside a network that trains."""
 
     def __init__(self, levels: Iterable[Level]):
         super().__init__()
@@ -226,8 +223,7 @@ def feature_shapes(settings: CompressionSettings) -> list[Shape]:
 
 
 def build_compressor(settings: CompressionSettings, shapes: Sequence[Shape]) -> Compressor:
-    """Not fitted, to be loaded, for maps of these shapes (C_k, H_k, W_k). ValueError: an unknown method, a ratio that
-    does not divide the channels."""
+    """Not fitted yet, for maps of these shapes. ValueError: unknown method, a ratio that does not divide channels."""
     if settings.method not in METHODS:
         raise ValueError(f"unknown method {settings.method!r}: use one of {', '.join(METHODS)}")
     if settings.method == "none":

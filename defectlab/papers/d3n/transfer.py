@@ -11,8 +11,8 @@ everywhere.
 
 Equation 7 and section IV-A do not agree. The equation takes the losses of the detector (cross-entropies, an overlap of
 boxes) and has no temperature; the section says "logit distillation", "L2" and "the temperature coefficient is set to
-20", which an L2 of boxes has no use for. Both are here: `distance` is "l2" (section IV-A, our default) or "bce"
-(equation 7) for objectness and classes; `box` is "ciou" (equation 7, our default) or "l2".
+20". Both are here: `distance` is "l2" (section IV-A, our default) or "bce" (equation 7) for objectness and classes;
+`box` is "ciou" (equation 7, our default) or "l2".
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,8 @@ def logit_distance(student: Tensor, teacher: Tensor, distance: str = "l2", tempe
     """How far the student's logits are from the teacher's, element by element; 0 or more, the shape of both.
 
     "l2": (sigmoid(z_T / T) - sigmoid(z_S / T))^2 T^2. Section IV-A names L2 and T = 20; that T softens sigmoids (YOLO's
-    probabilities), and that T^2 keeps the gradient's size (Hinton et al. 2015), is ours. The sigmoid's slope at 0 is
-    1/4, so for |z| well below 4 T this is (z_T - z_S)^2 / 16: at T = 20 nothing else than the squared difference of
-    the logits themselves, which counts between -6 and -9, 0.2 % and 0.01 %, as much as between 1.5 and -1.5.
+    probabilities), and that T^2 keeps the gradient's size (Hinton et al. 2015), is ours. For |z| well below 4 T it is
+    (z_T - z_S)^2 / 16, the squared difference of logits, to which 0.2 % and 0.01 % differ as much as 82 % and 18 %.
     "bce": equation 7 with the detector's own loss, the cross-entropy with the teacher's probability as a soft target;
     no temperature. Its least value, where both agree, is the entropy of the teacher and not 0.
     """
@@ -51,9 +50,8 @@ def logit_distance(student: Tensor, teacher: Tensor, distance: str = "l2", tempe
 def box_distance(student: Tensor, teacher: Tensor, width: int, height: int, box: str = "ciou") -> Tensor:
     """How far the student's boxes are from the teacher's, pair by pair: (..., 4), (..., 4) xyxy in px -> (...).
 
-    "ciou": 1 - CIoU, equation 7 with the detector's own loss. "l2": the squared distance of the four coordinates
-    relative to an image of `width` x `height` px (section III-D: "normalized coordinates"); 0.01^2 is a side that is
-    off by a hundredth of the image.
+    "ciou": 1 - CIoU, equation 7 with the detector's own loss. "l2": the squared distance of the four coordinates,
+    relative to an image of `width` x `height` px (section III-D: "normalized coordinates").
     """
     if box == "ciou":
         return 1 - box_iou_aligned(student, teacher, "ciou")
@@ -78,10 +76,9 @@ def object_scaled_terms(
 
     Both give raw maps (B, K * (5 + C), h, w), finest level first; anchors (levels, K, 2) are widths and heights in px.
     One architecture has the same cells and anchors, so place is compared with place; the teacher is a constant. As in
-    the detector's loss, objectness is a mean over the places of a level times the level's balance, summed over levels,
-    and a place's class distance is the mean over the classes. Ours: class and box distances are weighted by o_T,
-    summed over all levels and images and divided by the sum of o_T: a mean weighted by the teacher's objectness. All is
-    computed in float32 whatever autocast does (float64 stays float64).
+    the detector's loss, objectness is a mean over the places of each level times the level's balance, and classes are a
+    mean over the classes. Ours: classes and boxes are means over the places of all levels and images, weighted by o_T.
+    All in float32 whatever autocast does (float64 stays float64).
 
     ValueError where the maps of both differ in number or shape, and for an unknown distance.
     """
@@ -117,8 +114,8 @@ def per_place(raw: Sequence[Tensor], count: int) -> Tensor:
 class PowerTransfer(nn.Module):
     """Equation 6: the student's whole loss, its own plus `weight` (lambda) times the parts against the teacher.
 
-    These take the gains of the detector's own terms, which scale with input size and classes, so that lambda weighs
-    the teacher against the ground truth. At weight 0 the loss is exactly the detector's own.
+    These take the gains of the detector's own terms, so that lambda weighs teacher against ground truth. At weight 0
+    the loss is exactly the detector's own.
     """
 
     def __init__(
