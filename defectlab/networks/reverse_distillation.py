@@ -190,7 +190,7 @@ def per_pixel_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
 
 
 def whole_map_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
-    """The loss of the authors' code: each map is flattened to one vector an image before the cosine.
+    """The loss of the authors' code: each map is flattened to one vector per image before the cosine.
 
     Not the paper's formula: strong positions weigh more here, weak ones hardly at all.
     """

@@ -55,8 +55,8 @@ class SegmentationSettings:
 def load_encoder(name: str, output_stride: int = 32) -> ResNetEncoder:
     """A ResNet with the teacher's ImageNet weights in stem and layers 1-3; layer 4 starts at random.
 
-    So it is for every network and every weights file, also one that holds layer 4: all are treated alike, and the file
-    at hand has no layer 4. The pretrained norms are frozen (`freeze_norms`), those of layer 4 are ordinary ones.
+    So it is for every weights file, also one that holds layer 4: all are treated alike. The pretrained norms are frozen
+    (`freeze_norms`), those of layer 4 are ordinary ones.
 
     Args:
         name: "resnet18", "resnet50", or "<name>_random" (no weights, for smoke runs).
@@ -68,13 +68,13 @@ def load_encoder(name: str, output_stride: int = 32) -> ResNetEncoder:
     Raises:
         ValueError: an unknown encoder or output stride. WeightsError: weights that are missing or do not fit.
     """
+    from segmentation_models_pytorch.encoders import get_encoder
+
     architecture = base_name(name)
     if architecture not in ENCODERS:
         raise ValueError(f"no segmentation encoder {name!r}: use {', '.join(ENCODERS)}, or one of them with _random")
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output stride {output_stride} is not possible: use 8, 16 or 32")
-    from segmentation_models_pytorch.encoders import get_encoder
-
     pretrained = load_teacher(name).requires_grad_(True)
     freeze_norms(pretrained)
     encoder = get_encoder(architecture, weights=None, output_stride=output_stride)  # None: downloads nothing

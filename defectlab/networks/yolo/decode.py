@@ -125,9 +125,8 @@ def suppress(boxes: Tensor, scores: Tensor, confidence: float, iou: float, most:
     boxes (B, A, 4), scores (B, A, C) 0..1. A box counts for every class whose score is above `confidence`; the 3000
     best pairs of an image enter, at most `most` leave. ValueError where a box or score is not finite.
 
-    Images are suppressed one by one, so that a result does not depend on the batch: one call for all would move the
-    boxes of each image apart (which rounds them), and compare all pairs of all images. The host waits once for the
-    batch and once per image, for the number of boxes that stay.
+    Images go one by one, so that a result does not depend on the batch: one call for all would move the boxes of images
+    apart, which rounds them, and compare all pairs of all images. The host waits once per batch and once per image.
     """
     classes, boxes, scores = scores.shape[2], boxes.float(), scores.float()
     best, pairs = scores.flatten(1).topk(min(CANDIDATES, scores[0].numel()), dim=1)  # descending
@@ -172,13 +171,10 @@ def select(
     if scale is not None:
         found = found / scale.cpu()[image, None]
     limits = torch.full_like(found, size) if sizes is None else sizes.cpu().flip(1)[image].repeat(1, 2).to(found)
-    columns = {
-        "boxes": found.clamp(min=0).minimum(limits),
-        "scores": torch.cat([k.scores for k in kept]).cpu(),
-        "labels": torch.cat([k.labels for k in kept]).cpu(),
-    }
-    parts = zip(*(values.split(lengths) for values in columns.values()), strict=True)
-    return [dict(zip(columns, part, strict=True)) for part in parts]
+    found = found.clamp(min=0).minimum(limits)
+    values, labels = torch.cat([k.scores for k in kept]).cpu(), torch.cat([k.labels for k in kept]).cpu()
+    parts = zip(found.split(lengths), values.split(lengths), labels.split(lengths), strict=True)
+    return [{"boxes": b, "scores": s, "labels": k} for b, s, k in parts]
 
 
 def decode(detector: Detector, raw: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,10 @@ class Backbone(nn.Module):
 
 
 class Neck(nn.Module):
-    """Path aggregation: context comes down from stride 32 to 8, detail goes up again; `fuse` joins at four places."""
+    """Path aggregation: context comes down from stride 32 to 8, detail goes up again; `fuse` joins at four places.
+
+    Saved weights know the lateral 1x1 convolutions as `shrink_*`, the downsampling ones as `halve_*`.
+    """
 
     def __init__(self, family: str, widths: list[int], depth: int, fuse: Fuse, bottleneck: BottleneckFactory):
         super().__init__()
@@ -86,7 +89,7 @@ class Neck(nn.Module):
         if family == "v8":
             self.shrink_fifth, self.shrink_fourth = nn.Identity(), nn.Identity()
             down5, down4 = fifth, fourth
-        else:  # v5 narrows a map before it is upsampled, by a lateral 1x1 convolution
+        else:  # v5 narrows a map before it is upsampled
             self.shrink_fifth, self.shrink_fourth = ConvBlock(fifth, fourth), ConvBlock(fourth, third)
             down5, down4 = fourth, third
         self.fuse_down_fourth = fuse((down5, fourth))

@@ -14,7 +14,7 @@ class DetectorSettings:
     dataset: str = "neu_det"
     family: str = "v8"  # "v8" anchor-free, "v5" anchor-based
     scale: str = "n"
-    size: int = 640  # px a side; the field's habit
+    size: int = 640  # px per side; the field's habit
     epochs: int = 300  # ours: the papers that state it lie between 100 and 300
     batch: int = 64  # ours: small networks leave a GPU idle at 16
     optimizer: str = "sgd"  # "sgd" (Nesterov) or "adamw", which all three profiles use
