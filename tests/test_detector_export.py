@@ -2,7 +2,6 @@
 
 import importlib.util
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,17 +17,17 @@ from defectlab.own import export
 from defectlab.own.export import to_onnx
 from defectlab.papers import yolo_dcf
 
-SIZE, DATA = 96, SimpleNamespace(class_names=("dent", "scratch"))
+SIZE, CLASSES = 96, 2
 PLAIN = DetectorSettings(size=SIZE, scale="t")
 DETECTORS = {
-    "v8": lambda: build_detector(PLAIN, DATA),
-    "v5": lambda: build_detector(DetectorSettings(size=SIZE, scale="t", family="v5"), DATA),
-    "yolo_dcf": lambda: yolo_dcf.build(yolo_dcf.Settings(size=SIZE, scale="t"), DATA),
+    "v8": lambda: build_detector(PLAIN, CLASSES),
+    "v5": lambda: build_detector(DetectorSettings(size=SIZE, scale="t", family="v5"), CLASSES),
+    "yolo_dcf": lambda: yolo_dcf.build(yolo_dcf.Settings(size=SIZE, scale="t"), CLASSES),
 }
 
 
 def stirred(name: str) -> Detector:
-    """A detector with norms that are not at their start, so that folding them is more than nothing."""
+    """A detector with norms that are not at their start, so that fusing them is more than nothing."""
     torch.manual_seed(0)
     detector = DETECTORS[name]()
     for module in detector.modules():
@@ -43,8 +42,8 @@ def test_exported_detector_equals_torch(name: str, tmp_path: Path) -> None:
     detector, path = stirred(name), tmp_path / "new" / "detector.onnx"
     before = {key: value.clone() for key, value in detector.state_dict().items()}
     difference = to_onnx(detector, path, SIZE)
-    assert 0 <= difference.boxes < 1e-3
-    assert 0 <= difference.scores < 1e-5
+    assert 0 <= difference["boxes"] < 1e-3
+    assert 0 <= difference["scores"] < 1e-5
     assert [file.name for file in path.parent.iterdir()] == ["detector.onnx"]  # weights inside, nothing left aside
     assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
 
@@ -52,12 +51,12 @@ def test_exported_detector_equals_torch(name: str, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (images,) = session.get_inputs()
     assert (images.name, images.shape, images.type) == ("images", ["batch", 3, SIZE, SIZE], "tensor(float)")
-    pictures = torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))  # another batch than checked
-    boxes, scores = session.run(["boxes", "scores"], {"images": pictures.numpy()})
+    noise = torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))  # another batch than checked
+    boxes, scores = session.run(["boxes", "scores"], {"images": noise.numpy()})
     anchors = sum((SIZE // stride) ** 2 for stride in (8, 16, 32)) * (3 if name == "v5" else 1)
     assert boxes.shape == (5, anchors, 4) and scores.shape == (5, anchors, 2)
     with torch.no_grad():
-        wanted = decode(detector, detector(pictures))  # not fused
+        wanted = decode(detector, detector(noise))  # not fused
     np.testing.assert_allclose(boxes, wanted[0], atol=1e-3)
     np.testing.assert_allclose(scores, wanted[1], atol=1e-5)
 
@@ -79,8 +78,8 @@ def test_the_difference_is_that_of_the_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(onnxruntime, "InferenceSession", Off)
     monkeypatch.setattr(torch.onnx, "export", lambda model, inputs, path, **options: Path(path).write_bytes(b"onnx"))
     difference = to_onnx(detector, tmp_path / "detector.onnx", SIZE)
-    assert difference.boxes == pytest.approx(0.5, abs=1e-3)
-    assert difference.scores == pytest.approx(0.25, abs=1e-5)
+    assert difference["boxes"] == pytest.approx(0.5, abs=1e-3)
+    assert difference["scores"] == pytest.approx(0.25, abs=1e-5)
 
 
 def test_size_that_no_detector_takes(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +14,8 @@ from defectlab.networks.yolo.decode import decode
 from defectlab.networks.yolo.model import Detector
 
 PACKAGES = ("onnx", "onnxruntime")
-TRACED, CHECKED = 2, (1, 3)  # pictures: traced with one batch, compared at others, since the batch is to be free
-
-
-class Difference(NamedTuple):
-    """The largest absolute difference between onnxruntime and torch, over all boxes and scores."""
-
-    boxes: float  # pixels of the input
-    scores: float
+TRACED, CHECKED = 2, (1, 3)  # images: traced with one batch, compared at others, since the batch is to be free
+OUTPUTS = ("boxes", "scores")
 
 
 class Decoded(nn.Module):
@@ -43,12 +37,13 @@ def check_installed() -> None:
         raise ValueError(f"the ONNX export needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
 
 
-def to_onnx(detector: Detector, path: Path, size: int) -> Difference:
-    """Write `detector`, fused, to `path`, run the file on random pictures, -> its difference from torch.
+def to_onnx(detector: Detector, path: Path, size: int) -> dict[str, float]:
+    """Write `detector`, fused, to `path`, run the file on random images, -> the largest absolute difference between
+    onnxruntime and torch over all "boxes" (pixels of the input) and all "scores".
 
     Input "images": float32 (B, 3, size, size) in 0..1, letterboxed as in training; B is free. Outputs: "boxes" float32
     (B, A, 4), x1 y1 x2 y2 in pixels of the input, not clipped; "scores" float32 (B, A, classes) in 0..1.
-    Non-maximum suppression within each class is left to the caller (`decode.select` is ours). The weights are in the
+    Non-maximum suppression within each class is left to the caller (as in `decode.select`). The weights are in the
     file. ValueError: a size that is not a multiple of 32, or a package that is missing.
     """
     check_installed()
@@ -60,30 +55,30 @@ def to_onnx(detector: Detector, path: Path, size: int) -> Difference:
     with torch.no_grad():
         wanted = [model(batch) for batch in batches]
 
-    free = {name: {0: "batch"} for name in ("images", "boxes", "scores")}
-
     def write(aside: Path) -> None:
         with warnings.catch_warnings():
             # The exporter that traces is called deprecated, but it takes one second where the one that goes through
             # torch.export takes ten; the comparison below would show if tracing had frozen what it must not.
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            torch.onnx.export(
-                model,
-                (torch.zeros(TRACED, 3, size, size),),
-                str(aside),
-                input_names=["images"],
-                output_names=["boxes", "scores"],
-                dynamic_axes=free,
-                dynamo=False,
-            )
+            names = {"input_names": ["images"], "output_names": list(OUTPUTS)}
+            free = {name: {0: "batch"} for name in ("images", *OUTPUTS)}
+            traced = (torch.zeros(TRACED, 3, size, size),)
+            torch.onnx.export(model, traced, str(aside), dynamic_axes=free, dynamo=False, **names)
 
     write_atomically(path, write)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = [session.run(["boxes", "scores"], {"images": batch.numpy()}) for batch in batches]
-    return Difference(
-        *(
-            max(float((torch.from_numpy(f[k]) - w[k]).abs().max()) for f, w in zip(found, wanted, strict=True))
-            for k in range(2)
-        )
+    found = [session.run(list(OUTPUTS), {"images": batch.numpy()}) for batch in batches]
+    return {
+        name: max(float(np.abs(f[k] - w[k].numpy()).max()) for f, w in zip(found, wanted, strict=True))
+        for k, name in enumerate(OUTPUTS)
+    }
+
+
+def export(detector: Detector, path: Path, size: int) -> None:
+    """`to_onnx`, and a line that says how far the file is from torch."""
+    found = to_onnx(detector, path, size)
+    print(
+        f"saved {path}: differs from torch by at most {found['boxes']:.1e} px in boxes and {found['scores']:.1e} in "
+        "scores"
     )
