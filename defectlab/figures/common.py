@@ -1,6 +1,7 @@
 """What figures of several notebooks share: which records they show, and grids of images and maps."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def image_grid(
     columns: Sequence[str] = (),
     lines: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
-    outlines: Mapping[str, Grid] | None = None,
+    outlines: Mapping[str, Grid] = MappingProxyType({}),
     limits: tuple[float, float] | None = (0, 255),
     colours: str = "gray",
     width: float = 9.0,
@@ -53,8 +54,9 @@ def image_grid(
     """Images (H, W) or (H, W, 3) and maps (H, W) in lines of equal length; None leaves a place empty.
 
     columns: titles above; lines: labels on the left; captions: below each place. outlines: colour -> for each place a
-    mask (H, W), of which the edge is drawn, or None. limits: the values of black and white; None: for each line those
-    of its 1st and 99th percentile. colours: a colour map of matplotlib. Without any line the figure says so.
+    mask (H, W), of which the edge is drawn, or None; the first colour lies below and is the broadest. limits: the
+    values of black and white; None: for each line those of its 1st and 99th percentile. colours: a colour map of
+    matplotlib. Without any line the figure says so.
     """
     if not len(images):
         return nothing_yet()
@@ -69,10 +71,10 @@ def image_grid(
                 axis.imshow(np.asarray(value), colours, vmin=low, vmax=high)
             if captions:
                 axis.set_xlabel(captions[row][column], fontsize=7, labelpad=2)
-            for colour, masks in (outlines or {}).items():
+            for under, (colour, masks) in zip(range(len(outlines) - 1, -1, -1), outlines.items(), strict=True):
                 mask = masks[row][column]
                 if mask is not None and mask.any() and not mask.all():  # contour warns where there is no edge
-                    axis.contour(np.asarray(mask, float), [0.5], colors=colour, linewidths=1)
+                    axis.contour(np.asarray(mask, float), [0.5], colors=colour, linewidths=1 + 1.2 * under)
     for axis, title in zip(axes[0], columns, strict=False):
         axis.set_title(title, fontsize=8)
     for axis, title in zip(axes[:, 0], lines, strict=False):
