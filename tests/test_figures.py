@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from figure_helpers import drawn
+from matplotlib.colors import to_rgb
 
 from defectlab import figures
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
@@ -86,6 +87,14 @@ def test_losses_of_different_height_begin_at_one() -> None:
     (axis,) = drawn(figures.training_curves(records, ["loss"], first_is_one=True))
     assert [line.get_ydata().tolist() for line in axis.lines] == [[1, 0.5, 0.25]] * 3
     assert "epoch 1" in axis.get_title()
+
+
+def test_a_graph_keeps_the_colours_of_thin_lines() -> None:
+    rows = {f"row {k}": [record(k, curve={name: list(range(k, 20)) for name in "abcdef"})] for k in range(5)}
+    image = np.asarray(figures.graph(figures.training_curves(rows)).convert("RGB"), int)
+    for k in range(5):
+        wanted = 255 * np.array(to_rgb(f"C{k}"))
+        assert np.abs(image - wanted).sum(-1).min() < 20, f"C{k} is gone"
 
 
 # --- Images ----------------------------------------------------------------------------------------------------------

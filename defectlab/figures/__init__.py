@@ -39,7 +39,8 @@ def graph(figure: Figure, colours: int = 64, dpi: int | None = None) -> Image.Im
     file = io.BytesIO()
     figure.savefig(file, dpi=dpi or "figure")
     plt.close(figure)
-    return Image.open(file).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+    whole = Image.open(file).convert("RGB")
+    return whole.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)  # thin lines keep theirs
 
 
 def nothing_yet() -> Figure:
