@@ -24,71 +24,31 @@ from defectlab.data.masks import nut_mask, segmentation_fingerprint
 from defectlab.data.synthetic import SYNTHETIC, ensure_synthetic
 from defectlab.files import project_root
 
+TILE = ("magnetic_tile", "magnetic_tile", "magnetic-tile.zip")  # arguments of the fixture `real_set`
 NUT = ("mvtec_ad/metal_nut", "mvtec_ad", "mvtec_metal_nut_512.zip", "--category", "metal_nut")
-NEU_DET = ("neu_det", "neu_det", "NEU-DET.zip")
-NEU_SEG = ("neu_seg", "neu_seg", "NEU-Seg.zip")
-PINNED = [  # function, its arguments, arguments of `real_set`, sha256
-    (
-        data_fingerprint,
-        ("magnetic_tile",),
-        ("magnetic_tile", "magnetic_tile", "magnetic-tile.zip"),
-        "46f6b0843284c763ee83c649523dcfc25a854f6ca7df7224bf518ebbdf0b00ec",
-    ),
-    (
-        data_fingerprint,
-        ("mvtec_ad/metal_nut",),
-        NUT,
-        "18bc0d08674b016dcc2fbcfe0f4002633616df311d07d59c0b5e1ec4b6b98e33",
-    ),
-    (
-        detection_fingerprint,
-        ("neu_det",),
-        NEU_DET,
-        "649d69a6216bda93fa75778bc54009c65f736c26b1295c7230fdac99c959eee8",
-    ),
-    (
-        detection_fingerprint,
-        ("neu_det_index",),
-        NEU_DET,
-        "d4def8c74c87c3d31e0e05f4ab18615d9073b8f84d7638f2cb504649255254d7",
-    ),
-    (
-        detection_fingerprint,
-        ("deep_pcb",),
-        ("deep_pcb", "deep_pcb", "DeepPCB.tar.xz"),
-        "77d929b352bc060c5b21d85d6ca1b9d8e11a01eb00a764dabcdd42c76887628d",
-    ),
-    (
-        segmentation_fingerprint,
-        ("mvtec_ad/metal_nut", "nut", "paper"),
-        NUT,
-        "e75e2a71850dfec555eaaae88824b6c54e625183c3b6847bcfec77c5b370ebc4",
-    ),
-    (
-        segmentation_fingerprint,
-        ("mvtec_ad/metal_nut", "nut", "good"),
-        NUT,
-        "9778b4180e79437123022e7d6e87bdfe850377d23cb7797fad54a60ddea98030",
-    ),
-    (
-        segmentation_fingerprint,
-        ("mvtec_ad/metal_nut", "defect", "paper"),
-        NUT,
-        "06de86621268d6e42fe9b53d652ca2cd4fa8179d9335dfdbf4cbf551738c0ec8",
-    ),
-    (
-        instance_fingerprint,
-        ("neu_seg",),
-        NEU_SEG,
-        "671ce36e5ab5d6d5ac74e96fbfc5d33fef4327a6abe9f865048ede9ced555b6d",
-    ),
-    (
-        instance_fingerprint,
-        ("neu_seg_published",),
-        NEU_SEG,
-        "958c8ab6703d0622a2157a05a3de921efe4524941c10fa7a8d326242650c51c4",
-    ),
+STEEL = ("neu_det", "neu_det", "NEU-DET.zip")
+BOARD = ("deep_pcb", "deep_pcb", "DeepPCB.tar.xz")
+MASKS = ("neu_seg", "neu_seg", "NEU-Seg.zip")
+METAL_NUT = "mvtec_ad/metal_nut"
+# fmt: off
+PINNED = [
+    (data_fingerprint, ("magnetic_tile",), TILE, "46f6b0843284c763ee83c649523dcfc25a854f6ca7df7224bf518ebbdf0b00ec"),
+    (data_fingerprint, (METAL_NUT,), NUT, "18bc0d08674b016dcc2fbcfe0f4002633616df311d07d59c0b5e1ec4b6b98e33"),
+    (detection_fingerprint, ("neu_det",), STEEL, "649d69a6216bda93fa75778bc54009c65f736c26b1295c7230fdac99c959eee8"),
+    (detection_fingerprint, ("neu_det_index",), STEEL,
+     "d4def8c74c87c3d31e0e05f4ab18615d9073b8f84d7638f2cb504649255254d7"),
+    (detection_fingerprint, ("deep_pcb",), BOARD, "77d929b352bc060c5b21d85d6ca1b9d8e11a01eb00a764dabcdd42c76887628d"),
+    (segmentation_fingerprint, (METAL_NUT, "nut", "paper"), NUT,
+     "e75e2a71850dfec555eaaae88824b6c54e625183c3b6847bcfec77c5b370ebc4"),
+    (segmentation_fingerprint, (METAL_NUT, "nut", "good"), NUT,
+     "9778b4180e79437123022e7d6e87bdfe850377d23cb7797fad54a60ddea98030"),
+    (segmentation_fingerprint, (METAL_NUT, "defect", "paper"), NUT,
+     "06de86621268d6e42fe9b53d652ca2cd4fa8179d9335dfdbf4cbf551738c0ec8"),
+    (instance_fingerprint, ("neu_seg",), MASKS, "671ce36e5ab5d6d5ac74e96fbfc5d33fef4327a6abe9f865048ede9ced555b6d"),
+    (instance_fingerprint, ("neu_seg_published",), MASKS,
+     "958c8ab6703d0622a2157a05a3de921efe4524941c10fa7a8d326242650c51c4"),
 ]
+# fmt: on
 
 
 @pytest.mark.real_data
@@ -99,13 +59,13 @@ def test_identity_of_the_real_sets(function: Callable, arguments, archive, sha25
 
 def test_records_hold_these_identities() -> None:
     by_set = {arguments: sha256 for _, arguments, _, sha256 in PINNED}
-    of_model = {"robustness": {by_set["neu_det",]}, "amam_two_stage": {by_set["mvtec_ad/metal_nut",]}}
+    of_model = {"robustness": {by_set["neu_det",]}, "amam_two_stage": {by_set[METAL_NUT,]}}
     compared = 0
     for path in sorted((project_root() / "results" / "runs").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         settings, found = record["settings"], record["fingerprints"]
         if "masks" in found:  # which nuts stage two sees
-            assert found["masks"] in {by_set["mvtec_ad/metal_nut", "nut", split] for split in ("paper", "good")}, path
+            assert found["masks"] in {by_set[METAL_NUT, "nut", split] for split in ("paper", "good")}, path
         if found.get("data", "none") != "none":
             key = tuple(settings[name] for name in ("dataset", "target", "split") if name in settings)
             assert found["data"] in ({by_set[key]} if key else of_model[record["model"]]), path
@@ -170,39 +130,40 @@ def digest(parts: Iterator[object]) -> str:
     return found.hexdigest()[:16]
 
 
-@pytest.mark.parametrize(
-    ("probe", "module", "name"),
-    [
-        (pasted_defects, anomaly, "PASTED_DEFECTS"),
-        (nut_masks, masks, "NUT_MASKS"),
-        (detection_splits, splits, "DETECTION_SPLITS"),
-        (instance_maps, instances, "INSTANCES"),
-    ],
-)
+DIGESTS = [
+    (pasted_defects, anomaly, "PASTED_DEFECTS"),
+    (nut_masks, masks, "NUT_MASKS"),
+    (detection_splits, splits, "DETECTION_SPLITS"),
+    (instance_maps, instances, "INSTANCES"),
+]
+
+
+@pytest.mark.parametrize(("probe", "module", "name"), DIGESTS)
 def test_what_is_computed_has_its_digest(probe: Callable, module, name: str) -> None:
     found = digest(probe())
     assert getattr(module, name) == found, f"{name}: if the change is meant, write {found!r}; old records are left out"
 
 
 def test_records_know_a_content_by_its_number_and_a_new_one_is_another() -> None:
-    for known in (anomaly.PASTED_DEFECTS, masks.NUT_MASKS, splits.DETECTION_SPLITS, instances.INSTANCES):
-        assert splits.content_id(known) == "1"
+    for _, module, name in DIGESTS:
+        assert splits.content_id(getattr(module, name)) == "1"
     assert splits.content_id("0" * 16) == "0" * 16
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "fingerprint"),
-    [
-        (anomaly, "PASTED_DEFECTS", lambda root: data_fingerprint("synthetic_tile", root)),
-        (masks, "NUT_MASKS", lambda root: segmentation_fingerprint("synthetic_nut", "nut", "paper", root)),
-        (splits, "DETECTION_SPLITS", lambda root: detection_fingerprint("synthetic_steel", root)),
-        (instances, "INSTANCES", lambda root: instance_fingerprint("synthetic_steel_masks", root)),
-    ],
-)
-def test_fingerprints_follow_digests(module, name: str, fingerprint: Callable, synthetic: Path, monkeypatch) -> None:
-    before = fingerprint(synthetic)
-    monkeypatch.setattr(module, name, "0" * 16)
-    assert fingerprint(synthetic) != before
+def test_fingerprints_follow_digests(synthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each digest enters the fingerprints of its sets; a nut's masks of the sets without nuts do not."""
+    known = (
+        lambda: data_fingerprint("synthetic_tile", synthetic),
+        lambda: segmentation_fingerprint("synthetic_nut", "nut", "paper", synthetic),
+        lambda: detection_fingerprint("synthetic_steel", synthetic),
+        lambda: instance_fingerprint("synthetic_steel_masks", synthetic),
+    )
+    before = [fingerprint() for fingerprint in known]
+    for number, (_, module, name) in enumerate(DIGESTS):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, "0" * 16)
+            changed = [fingerprint() != old for fingerprint, old in zip(known, before, strict=True)]
+        assert changed == [number == other for other in range(4)], name
 
 
 # ------------------------------------------------------------------------------------------------- what the code draws
