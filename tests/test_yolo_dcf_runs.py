@@ -21,7 +21,7 @@ from defectlab.networks.yolo.model import build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers import yolo_dcf
 from defectlab.papers.yolo_dcf import teacher_settings
-from defectlab.runs import Record, Result
+from defectlab.runs import OutOfTime, Record, Result
 from defectlab.studies.yolo_dcf import STUDY
 from defectlab.training import robustness
 from defectlab.training.detection import run_detector
@@ -81,7 +81,7 @@ def test_a_student_learns_from_its_own_kind() -> None:
 def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]:
     """run(settings, seed) -> record, in a project of this file's own, on the toy set."""
     monkeypatch.setattr(runs, "project_root", lambda: project)
-    monkeypatch.setattr(robustness, "load_detection", lambda dataset, size, device: toy_data(size))
+    monkeypatch.setattr(robustness, "load_images", lambda dataset, part, size, device: toy_data(size).test.images)
     monkeypatch.setattr("defectlab.training.detection.COST_SIZE", 64)
 
     def run_of(settings: object) -> Callable[..., Result]:
@@ -139,6 +139,27 @@ def test_robustness_looks_at_the_network_of_another_row(run: Callable[..., Recor
     assert not record.path.with_suffix(".safetensors").exists()
 
 
+def test_seconds_are_those_of_all_sittings(
+    run: Callable[..., Record], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock of which each reading takes an hour in the first sitting, and a second in the second one."""
+    readings = []
+
+    def clock() -> float:
+        readings.append((readings[-1] if readings else 0) + tick)
+        return float(readings[-1])
+
+    tick = 3600
+    monkeypatch.setattr("time.monotonic", clock)
+    with pytest.raises(OutOfTime):
+        run(replace(MODULES, epochs=3), 9, deadline=0.0)
+    (checkpoint,) = (project / "runs" / "smoke" / "checkpoints").glob("*-s9-*.safetensors")
+    tick, began = 1, readings[-1]
+    record = run(replace(MODULES, epochs=3), 9)
+    assert 3600 < record.costs["train_seconds"] < record.seconds < 3600 * 10 + readings[-1] - began
+    assert not checkpoint.exists()
+
+
 @pytest.mark.parametrize("kind", ["teacher", "robustness"])
 def test_weights_missing_beside_their_record_are_named(run: Callable[..., Record], kind: str) -> None:
     """As after copying records without weights from another machine."""
@@ -164,7 +185,7 @@ def test_summary_by_hand() -> None:
 
 
 def guesses(seen: list[Tensor], false_boxes: int) -> Callable[..., list[dict[str, Tensor]]]:
-    """In place of `predict`: the truths moved the farther, the later the call, among false boxes."""
+    """In place of `predict`: the ground truth moved the farther, the later the call, among false boxes."""
 
     def predict(detector, split, images):
         generator = torch.Generator().manual_seed(len(seen))
@@ -189,10 +210,10 @@ def guesses(seen: list[Tensor], false_boxes: int) -> Callable[..., list[dict[str
 def looked_at(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> tuple[Result, list[Tensor], DetectionData]:
-    """What a row of 40 pictures of 96 px gives, looked at with 64 px; the parameter: false boxes a picture."""
+    """What a row of 40 images of 96 px gives, looked at with 64 px; the parameter: false boxes per image."""
     data, seen = toy_data(96, (2, 2, 40)), []
     small = replace(data, test=replace(data.test, images=data.test.images[..., :64, :64]))
-    monkeypatch.setattr(robustness, "load_detection", lambda dataset, size, device: toy_data(size, (2, 2, 40)))
+    monkeypatch.setattr(robustness, "load_images", lambda dataset, part, size, device: data.test.images)
     monkeypatch.setattr(robustness, "frozen", lambda record, detector, device: detector)
     monkeypatch.setattr(robustness, "predict", guesses(seen, request.param))
     context = quiet(require=lambda settings, seed: SimpleNamespace(key="k", model_sha256="h"))
@@ -201,7 +222,7 @@ def looked_at(
 
 
 @pytest.mark.parametrize("looked_at", [30], indirect=True)
-def test_robustness_spoils_the_pictures_at_their_own_size(looked_at: tuple) -> None:
+def test_images_are_corrupted_at_their_own_size(looked_at: tuple) -> None:
     result, seen, _ = looked_at
     assert len(seen) == 11  # clean and five strengths of either kind
     assert all(images.shape == (40, 1, 64, 64) and images.dtype == torch.uint8 for images in seen)
