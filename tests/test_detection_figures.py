@@ -17,23 +17,24 @@ from defectlab.networks.yolo.model import Detector
 from defectlab.runs import Record
 
 CLASSES = ("crazing", "patches")
+
+
+def listed(*entries):
+    """(box, label) or (box, label, score) of one image -> what metrics and figures read."""
+    columns = [torch.tensor(column) for column in zip(*entries, strict=True)]
+    named = dict(zip(("boxes", "labels", "scores"), columns, strict=False))
+    return named | {"boxes": named["boxes"].float()}
+
+
 GROUND_TRUTH = [
-    {"boxes": torch.tensor([[10.0, 10, 50, 50], [100, 100, 160, 180]]), "labels": torch.tensor([0, 1])},
-    {"boxes": torch.tensor([[20.0, 40, 80, 90]]), "labels": torch.tensor([1])},
+    listed(([10, 10, 50, 50], 0), ([100, 100, 160, 180], 1)),
+    listed(([20, 40, 80, 90], 1)),
     {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
 ]
 PREDICTIONS = [  # right, and below any threshold; right, and a false alarm; a false alarm
-    {
-        "boxes": torch.tensor([[12.0, 10, 50, 50], [100, 100, 160, 180]]),
-        "scores": torch.tensor([0.9, 0.1]),
-        "labels": torch.tensor([0, 1]),
-    },
-    {
-        "boxes": torch.tensor([[20.0, 40, 80, 90], [150, 10, 190, 60]]),
-        "scores": torch.tensor([0.8, 0.7]),
-        "labels": torch.tensor([1, 0]),
-    },
-    {"boxes": torch.tensor([[5.0, 150, 60, 190]]), "scores": torch.tensor([0.6]), "labels": torch.tensor([0])},
+    listed(([12, 10, 50, 50], 0, 0.9), ([100, 100, 160, 180], 1, 0.1)),
+    listed(([20, 40, 80, 90], 1, 0.8), ([150, 10, 190, 60], 0, 0.7)),
+    listed(([5, 150, 60, 190], 0, 0.6)),
 ]
 IMAGES = [np.full((200, 200), 90, dtype=np.uint8), np.full((200, 200, 3), 120, dtype=np.uint8)]
 
@@ -109,13 +110,7 @@ def test_boxed_without_tags_leaves_the_class_to_the_colour():
 
 
 def test_tags_stay_within_the_image():
-    near_edges = [
-        {
-            "boxes": torch.tensor([[170.0, 0, 199, 30], [0, 170, 20, 199]]),
-            "scores": torch.tensor([0.9, 0.8]),
-            "labels": torch.tensor([1, 0]),
-        }
-    ]
+    near_edges = [listed(([170, 0, 199, 30], 1, 0.9), ([0, 170, 20, 199], 0, 0.8))]
     figure = figures.boxed(IMAGES[:1], predictions=near_edges, class_names=CLASSES, columns=1, width=3)
     (axis,) = drawn(figure)
     frame = axis.get_window_extent()
@@ -230,25 +225,15 @@ def by_hand(detector, images, label):
     return unit(torch.stack(found).mean(0)).numpy(), s.exp().detach().numpy()
 
 
-def test_it_is_the_equation_of_the_paper(detector, images):
-    for label in (0, 1):
-        heat, evidence = figures.heat_maps(detector, images, label)
-        expected, sums = by_hand(detector, images, label)
-        assert heat.shape == (3, 64, 64) and heat.dtype == np.float32
-        np.testing.assert_allclose(heat, expected, atol=2e-3)
-        np.testing.assert_allclose(evidence, sums, rtol=1e-4)
-
-
-def test_a_heat_map_goes_from_0_to_1(detector, images):
-    heat, evidence = figures.heat_maps(detector, images, 0)
-    assert np.isfinite(heat).all() and (evidence >= 0).all()
+@pytest.mark.parametrize("label", [0, 1])
+def test_it_is_the_equation_of_the_paper_scaled_from_0_to_1(detector, images, label):
+    heat, evidence = figures.heat_maps(detector, images, label)
+    expected, sums = by_hand(detector, images, label)
+    assert heat.shape == (3, 64, 64) and heat.dtype == np.float32
+    np.testing.assert_allclose(heat, expected, atol=2e-3)
+    np.testing.assert_allclose(evidence, sums, rtol=1e-4)
     np.testing.assert_allclose(heat.min((1, 2)), 0, atol=1e-6)
     np.testing.assert_allclose(heat.max((1, 2)), 1, atol=1e-3)
-
-
-def test_classes_have_maps_of_their_own(detector, images):
-    first, second = figures.heat_maps(detector, images, 0)[0], figures.heat_maps(detector, images, 1)[0]
-    assert np.abs(first - second).max() > 0.01
 
 
 def test_an_image_does_not_depend_on_its_batch(detector, images):
@@ -269,13 +254,9 @@ def test_the_detector_stays_as_it_is(detector, images, training):
     assert not any(module._forward_hooks for module in detector.modules())
 
 
-def test_frozen_weights_are_no_hindrance(detector, images):
+def test_frozen_weights_and_three_grey_channels_give_the_same(detector, images):
     expected, _ = figures.heat_maps(detector, images, 0)
     np.testing.assert_array_equal(figures.heat_maps(detector.requires_grad_(False), images, 0)[0], expected)
-
-
-def test_colour_and_grey_images_give_the_same(detector, images):
-    expected, _ = figures.heat_maps(detector, images, 0)
     np.testing.assert_allclose(figures.heat_maps(detector, images.expand(-1, 3, -1, -1), 0)[0], expected, atol=1e-5)
 
 

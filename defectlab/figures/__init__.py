@@ -1,7 +1,7 @@
 """Figures that the notebooks share, drawn from arrays or from records, so that none needs a GPU.
 
-Here what all families use; one module a family: `anomaly`, `detection`, `segmentation`, `instances`, `diffusion`,
-`fusion`. Figures of records take the records of several rows, name -> one record a seed, and leave out rows that have
+Here what all families use; beside it `common` (which records a figure shows, grids), `anomaly`, `detection` and `instances`.
+Figures of records take the records of several rows, name -> one record a seed, and leave out rows that have
 none; where no row has any, the figure says so.
 """
 
