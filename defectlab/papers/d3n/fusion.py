@@ -112,7 +112,7 @@ class MultiHeadAttention(nn.Module):
         return rearrange(self.output(heads), "b (h w) c -> b c h w", h=x.shape[2])
 
     def placed(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> pixels (B, H W, C) that know where they are, if that is wanted."""
+        """(B, C, H, W) -> pixels (B, H W, C), with their positions added where these are encoded."""
         if self.positional == "none":
             return pixels(x)
         from diffusers.models.embeddings import get_2d_sincos_pos_embed  # takes seconds to import
