@@ -165,7 +165,7 @@ class UShapedNetwork(nn.Module):
 
     "text": skips from the stem (stride 2) and layers 1 to 3 (4, 8, 16), AMAM on layer 4 (16, by dilation).
     "table1": no max-pool after the stem; skips from layers 1 to 4 (strides 2, 4, 8, 16), AMAM on layer 4.
-    Images are multiples of 16 px per side. Without decoder ("Baseline" of Table 5): the 1x1 convolution on the last map.
+    Image sides are multiples of 16 px. Without decoder ("Baseline" of Table 5): the 1x1 convolution on the last map.
     """
 
     def __init__(self, settings: Settings):
