@@ -27,7 +27,7 @@ def manifest(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with small synthetic copies of the sets in the real layouts."""
     root = tmp_path_factory.mktemp("data")
     write_steel(root / "neu_det", count=10, size=100)
@@ -54,9 +54,9 @@ def check_form(data: DetectionData, size: int = SIZE) -> None:
         x1, y1, x2, y2 = split.boxes[present].unbind(1)
         assert (x1 >= 0).all() and (x1 < x2).all() and (x2 <= size).all()
         assert (y1 >= 0).all() and (y1 < y2).all() and (y2 <= size).all()
-        for truth, (height, width) in zip(split.ground_truth(), split.sizes.tolist(), strict=True):
-            assert len(truth["boxes"]) == len(truth["labels"]) and truth["boxes"].dtype == torch.float32
-            assert (truth["boxes"] >= 0).all() and (truth["boxes"] <= torch.tensor([width, height] * 2)).all()
+        for true, (height, width) in zip(split.ground_truth(), split.sizes.tolist(), strict=True):
+            assert len(true["boxes"]) == len(true["labels"]) and true["boxes"].dtype == torch.float32
+            assert (true["boxes"] >= 0).all() and (true["boxes"] <= torch.tensor([width, height] * 2)).all()
     names = [set(split.names) for split in (data.train, data.dev, data.test)]
     assert not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
 
@@ -95,12 +95,12 @@ def test_draw_split_is_stratified_and_keeps_twins_together() -> None:
     strata = {f"{kind}{i:03}": kind for kind, count in (("a", 100), ("b", 50), ("c", 10)) for i in range(count)}
     content = {name: name for name in strata} | {"a001": "twin", "a002": "twin", "b003": "other", "c004": "other"}
     for purpose in map(str, range(20)):
-        drawn = draw_split(strata, 0.2, purpose, content)
-        counts = [sum(name.startswith(kind) for name in drawn) for kind in "abc"]
-        assert len(drawn) == 32 and abs(np.array(counts) - (20, 10, 2)).max() <= 2, counts
-        assert ("a001" in drawn) == ("a002" in drawn) and ("b003" in drawn) == ("c004" in drawn)
-    assert drawn == sorted(drawn) == draw_split(dict(reversed(strata.items())), 0.2, "19", content)
-    assert drawn != draw_split(strata, 0.2, "another", content)
+        chosen = draw_split(strata, 0.2, purpose, content)
+        counts = [sum(name.startswith(kind) for name in chosen) for kind in "abc"]
+        assert len(chosen) == 32 and abs(np.array(counts) - (20, 10, 2)).max() <= 2, counts
+        assert ("a001" in chosen) == ("a002" in chosen) and ("b003" in chosen) == ("c004" in chosen)
+    assert chosen == sorted(chosen) == draw_split(dict(reversed(strata.items())), 0.2, "19", content)
+    assert chosen != draw_split(strata, 0.2, "another", content)
 
 
 def test_draw_split_of_few() -> None:
@@ -121,11 +121,11 @@ def test_committed_list() -> None:
 # --------------------------------------------------------------------------------------------------------------- sets
 
 
-def test_steel(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steel(copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = tmp_path / "test.txt"
-    names.write_text("# drawn\n" + "".join(f"{kind}_{i}.jpg\n" for kind in detection.NEU_CLASSES for i in (2, 3)))
+    names.write_text("# list\n" + "".join(f"{kind}_{i}.jpg\n" for kind in detection.NEU_CLASSES for i in (2, 3)))
     monkeypatch.setattr(detection, "NEU_TEST_LIST", names)
-    data = load_detection("neu_det", SIZE, root=drawn)
+    data = load_detection("neu_det", SIZE, root=copies)
     check_form(data)
     assert (data.name, data.label, data.class_names) == ("neu_det", "NEU-DET", detection.NEU_CLASSES)
     assert [len(split) for split in (data.train, data.dev, data.test)] == [43, 5, 12]
@@ -134,23 +134,23 @@ def test_steel(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }
     twins = {"IMAGES/patches_1.jpg", "IMAGES/patches_5.jpg"}
     assert len(twins & set(data.train.names)) in (0, 2)
-    assert data.fingerprint == detection_fingerprint("neu_det", drawn)
-    again = load_detection("neu_det", SIZE, root=drawn)
+    assert data.fingerprint == detection_fingerprint("neu_det", copies)
+    again = load_detection("neu_det", SIZE, root=copies)
     assert torch.equal(again.train.images, data.train.images) and again.dev.names == data.dev.names
-    written = annotations.read_voc(drawn / "neu_det", detection.NEU_CLASSES).images
-    truth = dict(zip(data.test.names, data.test.ground_truth(), strict=True))
+    written = annotations.read_voc(copies / "neu_det", detection.NEU_CLASSES).images
+    true = dict(zip(data.test.names, data.test.ground_truth(), strict=True))
     for image in written:
-        if (name := f"IMAGES/{image.path.name}") in truth:  # truths() gives back what the xml says
-            np.testing.assert_allclose(truth[name]["boxes"], image.boxes, atol=1e-4)
-            assert truth[name]["labels"].tolist() == image.labels.tolist()
+        if (name := f"IMAGES/{image.path.name}") in true:  # ground_truth() gives back what the xml says
+            np.testing.assert_allclose(true[name]["boxes"], image.boxes, atol=1e-4)
+            assert true[name]["labels"].tolist() == image.labels.tolist()
     names.write_text("crazing_999.jpg\n")
     with pytest.raises(DataError, match=r"names IMAGES/crazing_999\.jpg, which .* does not hold: run `python"):
-        load_detection("neu_det", SIZE, root=drawn)
+        load_detection("neu_det", SIZE, root=copies)
 
 
-def test_index_split(drawn: Path, tmp_path: Path) -> None:
+def test_index_split(copies: Path, tmp_path: Path) -> None:
     folder = tmp_path / "neu_det"
-    shutil.copytree(drawn / "neu_det", folder)
+    shutil.copytree(copies / "neu_det", folder)
     for kind in detection.NEU_CLASSES:
         for part, suffix in (("IMAGES", "jpg"), ("ANNOTATIONS", "xml")):
             for number, new in ((9, 240), (10, 241)):
@@ -161,13 +161,13 @@ def test_index_split(drawn: Path, tmp_path: Path) -> None:
     assert "index split" in data.label
 
 
-def test_board(drawn: Path, tmp_path: Path) -> None:
-    data = load_detection("deep_pcb", SIZE, root=drawn)
+def test_board(copies: Path, tmp_path: Path) -> None:
+    data = load_detection("deep_pcb", SIZE, root=copies)
     check_form(data)
     assert data.class_names == detection.DEEP_PCB_CLASSES and data.train.images.shape[1] == 1
     assert [len(split) for split in (data.train, data.dev, data.test)] == [11, 1, 3]
     assert all(name.endswith("_test.jpg") for name in data.train.names)
-    shutil.copytree(drawn / "deep_pcb", tmp_path / "deep_pcb")
+    shutil.copytree(copies / "deep_pcb", tmp_path / "deep_pcb")
     lists = tmp_path / "deep_pcb" / "PCBData" / "trainval.txt"
     lists.write_text("".join(lists.read_text().splitlines(keepends=True)[1:]))
     manifest(tmp_path / "deep_pcb")
@@ -175,8 +175,8 @@ def test_board(drawn: Path, tmp_path: Path) -> None:
         detection_fingerprint("deep_pcb", tmp_path)
 
 
-def test_board_colour_is_read_as_grey(drawn: Path, tmp_path: Path) -> None:
-    shutil.copytree(drawn / "deep_pcb", tmp_path / "deep_pcb")
+def test_board_colour_is_read_as_grey(copies: Path, tmp_path: Path) -> None:
+    shutil.copytree(copies / "deep_pcb", tmp_path / "deep_pcb")
     Image.new("RGB", (160, 160), (0, 255, 0)).save(next((tmp_path / "deep_pcb").rglob("*_test.jpg")))
     manifest(tmp_path / "deep_pcb")
     assert load_detection("deep_pcb", SIZE, root=tmp_path).test.images.shape[1] == 1
@@ -193,9 +193,9 @@ def test_synthetic(synthetic: Path, name: str, counts: list[int]) -> None:
         assert {re.search(r"_(\d+)\.jpg", name)[1] for name in data.test.names} == {"17", "18", "19", "20"}
 
 
-def test_images_of_one_part_alone(drawn: Path, tmp_path: Path) -> None:
+def test_images_of_one_part_alone(copies: Path, tmp_path: Path) -> None:
     """As those of the whole set, and no other part is read: its files may be anything."""
-    shutil.copytree(drawn / "deep_pcb", tmp_path / "deep_pcb")
+    shutil.copytree(copies / "deep_pcb", tmp_path / "deep_pcb")
     data = load_detection("deep_pcb", SIZE, root=tmp_path)
     for name in data.train.names + data.dev.names:
         (tmp_path / "deep_pcb" / name).write_bytes(bytes((tmp_path / "deep_pcb" / name).stat().st_size))
@@ -204,28 +204,28 @@ def test_images_of_one_part_alone(drawn: Path, tmp_path: Path) -> None:
         load_images("deep_pcb", "train", SIZE, root=tmp_path)
 
 
-def test_fingerprint_follows_content_and_lists(drawn: Path, tmp_path: Path) -> None:
-    shutil.copytree(drawn / "deep_pcb", tmp_path / "deep_pcb")
+def test_fingerprint_follows_content_and_lists(copies: Path, tmp_path: Path) -> None:
+    shutil.copytree(copies / "deep_pcb", tmp_path / "deep_pcb")
     first = detection_fingerprint("deep_pcb", tmp_path)
-    assert first == detection_fingerprint("deep_pcb", drawn)
+    assert first == detection_fingerprint("deep_pcb", copies)
     boxes = next((tmp_path / "deep_pcb").rglob("*_not/*.txt"))
     boxes.write_text(boxes.read_text().replace("\n", " \n"))
     manifest(tmp_path / "deep_pcb")
     assert detection_fingerprint("deep_pcb", tmp_path) != first
 
 
-def test_refusals(tmp_path: Path, drawn: Path) -> None:
+def test_refusals(tmp_path: Path, copies: Path) -> None:
     with pytest.raises(DataError, match="there is no detection set 'neu': choose one of neu_det"):
         load_detection("neu", SIZE, root=tmp_path)
     with pytest.raises(DataError, match=r"does not exist: run `python data_scripts/neu_det\.py`"):
         load_detection("neu_det", SIZE, root=tmp_path)
     with pytest.raises(ValueError, match="size must be at least 1"):
-        load_detection("deep_pcb", 0, root=drawn)
+        load_detection("deep_pcb", 0, root=copies)
 
 
 @pytest.mark.parametrize("name", ["neu_det", "deep_pcb"])
-def test_scripts_refuse_other_archives(name: str, drawn: Path, tmp_path: Path, script, capsys) -> None:
-    archive = shutil.make_archive(str(tmp_path / "few"), "zip", drawn / name)
+def test_scripts_refuse_other_archives(name: str, copies: Path, tmp_path: Path, script, capsys) -> None:
+    archive = shutil.make_archive(str(tmp_path / "few"), "zip", copies / name)
     assert script(name).main(["--archive", archive, "--data-dir", str(tmp_path / "data")]) == 1
     assert "should have" in capsys.readouterr().err
     assert not (tmp_path / "data" / name).exists()

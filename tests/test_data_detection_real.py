@@ -27,7 +27,7 @@ def pcb_root(real_set) -> Path:
 
 def class_counts(data: DetectionData, *parts: str) -> list[int]:
     labels = [
-        label for part in parts for truth in getattr(data, part).ground_truth() for label in truth["labels"].tolist()
+        label for part in parts for true in getattr(data, part).ground_truth() for label in true["labels"].tolist()
     ]
     return np.bincount(labels, minlength=len(data.class_names)).tolist()
 
@@ -38,8 +38,8 @@ def check_splits(data: DetectionData, counts: list[int]) -> None:
     assert len({name for split in splits for name in split.names}) == sum(counts)
     for split in splits:
         assert split.images.shape[1] == 1
-        for truth, (height, width) in zip(split.ground_truth(), split.sizes.tolist(), strict=True):
-            x1, y1, x2, y2 = truth["boxes"].unbind(1)
+        for true, (height, width) in zip(split.ground_truth(), split.sizes.tolist(), strict=True):
+            x1, y1, x2, y2 = true["boxes"].unbind(1)
             assert len(x1) and (x1 >= 0).all() and (x1 < x2).all() and (x2 <= width).all()
             assert (y1 >= 0).all() and (y1 < y2).all() and (y2 <= height).all()
 

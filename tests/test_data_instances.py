@@ -58,10 +58,10 @@ def test_an_empty_mask_and_bad_masks():
 
 def test_boxes_are_tight_around_the_masks(data):
     for split in (data.train, data.dev, data.test):
-        for index, truth in enumerate(split.ground_truth()):
+        for index, true in enumerate(split.ground_truth()):
             masks = split.masks(index)
-            assert len(masks) == len(truth["labels"]) > 0 and (masks.sum(0) <= 1).all()
-            for mask, box in zip(masks, truth["boxes"], strict=True):
+            assert len(masks) == len(true["labels"]) > 0 and (masks.sum(0) <= 1).all()
+            for mask, box in zip(masks, true["boxes"], strict=True):
                 rows, columns = (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
                 tight = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
                 assert box.tolist() == pytest.approx([float(v) for v in tight], abs=1e-3)

@@ -37,7 +37,7 @@ def root(synthetic: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def drawn(root: Path) -> SegmentationData:
+def nuts(root: Path) -> SegmentationData:
     return load_segmentation("synthetic_nut", "nut", "paper", SIZE, root=root)
 
 
@@ -60,11 +60,11 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return (a & b).sum() / (a | b).sum()
 
 
-def test_recipe_finds_every_drawn_nut(root: Path) -> None:
+def test_recipe_finds_every_synthetic_nut(root: Path) -> None:
     folder = root / "synthetic_nut"
-    truths = sorted((folder / "nut").rglob("*_mask.png"))
-    assert len(truths) == 54
-    for path in truths:
+    outlines = sorted((folder / "nut").rglob("*_mask.png"))
+    assert len(outlines) == 54
+    for path in outlines:
         image = folder / path.relative_to(folder / "nut").with_name(path.name.replace("_mask", ""))
         assert iou(nut_mask(pixels_of(image, "RGB")), pixels_of(path, "L") > 127) > 0.95, image
 
@@ -80,28 +80,28 @@ def washer(size: int) -> tuple[Image.Image, np.ndarray]:
 
 @pytest.mark.parametrize("size", [128, 512, 700])
 def test_recipe_fills_marks_keeps_the_bore_and_drops_dust(size: int) -> None:
-    image, truth = washer(size)
+    image, outline = washer(size)
     draw, unit = ImageDraw.Draw(image), size / 128
     draw.ellipse([28 * unit, 60 * unit, 36 * unit, 68 * unit], (25, 25, 25))  # a black mark on the steel
     draw.line([60 * unit, 20 * unit, 60 * unit, 40 * unit], (25, 25, 25), max(1, round(unit)))  # a scratch from outside
     draw.ellipse([4 * unit, 4 * unit, 7 * unit, 7 * unit], (120, 120, 120))  # dust
     mask = nut_mask(np.asarray(image))
     assert mask.dtype == bool and mask.shape == (size, size)
-    assert iou(mask, truth) > 0.97
+    assert iou(mask, outline) > 0.97
     assert mask[round(34 * unit), round(60 * unit)]  # a narrow gap is closed
     assert not mask[size // 2, size // 2] and not mask[: size // 10, : size // 10].any()
 
 
 def test_recipe_keeps_dim_lobes_but_no_dim_rim() -> None:
-    image, truth = washer(256)
+    image, outline = washer(256)
     draw = ImageDraw.Draw(image)
     draw.rectangle([100, 16, 160, 44], (45, 45, 45))  # a lobe out of the light, half as far from the ground as Otsu's
     with_lobe = np.asarray(image)[..., 1] > 30
-    assert with_lobe.sum() > truth.sum() + 500
+    assert with_lobe.sum() > outline.sum() + 500
     assert iou(nut_mask(np.asarray(image)), with_lobe) > 0.97
-    image, truth = washer(256)
+    image, outline = washer(256)
     ImageDraw.Draw(image).ellipse([39, 39, 217, 217], outline=(45, 45, 45), width=2)
-    assert iou(nut_mask(np.asarray(image)), truth) > 0.97
+    assert iou(nut_mask(np.asarray(image)), outline) > 0.97
 
 
 def test_recipe_on_a_nut_cut_by_the_border() -> None:
@@ -125,26 +125,26 @@ def test_recipe_refuses_a_flat_image() -> None:
 # --- Contents --------------------------------------------------------------------------------------------------------
 
 
-def test_drawn_set(drawn: SegmentationData) -> None:
-    assert (drawn.name, drawn.label, drawn.target) == ("synthetic_nut", "synthetic nuts", "nut")
-    assert drawn.type_names == ("good", "bent", "color", "flip", "scratch")
-    assert [len(getattr(drawn, part)) for part in PARTS] == [44, 5, 5]
+def test_synthetic_set(nuts: SegmentationData) -> None:
+    assert (nuts.name, nuts.label, nuts.target) == ("synthetic_nut", "synthetic nuts", "nut")
+    assert nuts.type_names == ("good", "bent", "color", "flip", "scratch")
+    assert [len(getattr(nuts, part)) for part in PARTS] == [44, 5, 5]
     for part in PARTS:
-        split = getattr(drawn, part)
+        split = getattr(nuts, part)
         assert split.images.shape == (len(split), 3, SIZE, SIZE) and split.images.dtype == torch.uint8
         assert split.masks.shape == (len(split), SIZE, SIZE) and split.masks.dtype == torch.uint8
         assert split.masks.max() == 1 and split.types.dtype == torch.uint8
-        kinds = [drawn.type_names[t] for t in split.types.tolist()]
+        kinds = [nuts.type_names[t] for t in split.types.tolist()]
         assert kinds == [name.split("/")[1] for name in split.names]
         shares = split.masks.float().mean((1, 2))
         assert (shares > 0.2).all() and (shares < 0.5).all()
 
 
-def test_masks_lie_on_their_images(drawn: SegmentationData) -> None:
-    grey = drawn.train.images.float().mean(1)
-    on = drawn.train.masks == 1
+def test_masks_lie_on_their_images(nuts: SegmentationData) -> None:
+    grey = nuts.train.images.float().mean(1)
+    on = nuts.train.masks == 1
     assert (grey[on].mean() > 2.5 * grey[~on].mean()).item()
-    turned = drawn.train.masks.flip(0) == 1
+    turned = nuts.train.masks.flip(0) == 1
     assert grey[on].mean() > grey[turned].mean() + 5
 
 
@@ -165,8 +165,8 @@ def test_defect_target(root: Path) -> None:
 # --- Splits and leakage ----------------------------------------------------------------------------------------------
 
 
-def test_paper_parts_are_disjoint_and_whole(drawn: SegmentationData, root: Path) -> None:
-    train, dev, test = names_of(drawn)
+def test_paper_parts_are_disjoint_and_whole(nuts: SegmentationData, root: Path) -> None:
+    train, dev, test = names_of(nuts)
     assert not (train & dev or train & test or dev & test)
     folder = root / "synthetic_nut"
     files = [*folder.glob("train/*/*"), *folder.glob("test/*/*")]
@@ -205,14 +205,14 @@ def test_equal_images_lie_on_one_side() -> None:
     assert any(len({apart[f"{4 * i + j:03}"] for j in range(4)}) > 1 for i in range(25))
 
 
-def test_fingerprint(drawn: SegmentationData, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint(nuts: SegmentationData, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {
         (target, split): segmentation_fingerprint("synthetic_nut", target, split, root)
         for target, split in (("nut", "paper"), ("nut", "good"), ("defect", "paper"))
     }
-    assert found["nut", "paper"] == drawn.fingerprint and len(set(found.values())) == 3
+    assert found["nut", "paper"] == nuts.fingerprint and len(set(found.values())) == 3
     monkeypatch.setattr(segmentation, "NUT_MASKS", "0")  # concerns the nut's masks only
-    assert segmentation_fingerprint("synthetic_nut", "nut", "paper", root) != drawn.fingerprint
+    assert segmentation_fingerprint("synthetic_nut", "nut", "paper", root) != nuts.fingerprint
     assert segmentation_fingerprint("synthetic_nut", "defect", "paper", root) == found["defect", "paper"]
     monkeypatch.setattr(segmentation, "decode", None)  # no image is read
     segmentation_fingerprint("synthetic_nut", "nut", "good", root)
@@ -221,13 +221,13 @@ def test_fingerprint(drawn: SegmentationData, root: Path, monkeypatch: pytest.Mo
 # --- Shares ----------------------------------------------------------------------------------------------------------
 
 
-def test_subset_of_the_papers_sizes(drawn: SegmentationData) -> None:
+def test_subset_of_the_papers_sizes(nuts: SegmentationData) -> None:
     """10, 20 and 50 % of 268 are 27, 54 and 134, each within the next, all in the proportions of the types."""
     counts = [192, 20, 18, 19, 19]
     types = torch.tensor([t for t, count in enumerate(counts) for _ in range(count)], dtype=torch.uint8)
     names = tuple(f"{i:03}" for i in range(268))
     marks = torch.arange(268)
-    whole = replace(drawn.train, images=marks, masks=marks + 1000, types=types, names=names)
+    whole = replace(nuts.train, images=marks, masks=marks + 1000, types=types, names=names)
     parts = [subset(whole, share, seed=0) for share in (0.1, 0.2, 0.5)]
     assert [len(part) for part in parts] == [27, 54, 134]
     for share, small, large in zip((0.1, 0.2, 0.5), parts, [*parts[1:], whole], strict=True):
@@ -241,9 +241,9 @@ def test_subset_of_the_papers_sizes(drawn: SegmentationData) -> None:
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.5])
-def test_subset_refuses_what_is_no_share(drawn: SegmentationData, share: float) -> None:
+def test_subset_refuses_what_is_no_share(nuts: SegmentationData, share: float) -> None:
     with pytest.raises(ValueError, match=r"share must lie in \(0, 1\]"):
-        subset(drawn.train, share, 0)
+        subset(nuts.train, share, 0)
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
@@ -316,10 +316,10 @@ def test_real_nuts_against_mvtecs_own_outlines(real_set) -> None:
     found, lost = [], []
     for path in sorted(folder.glob("ground_truth/*/*_mask.png")):
         image = next((folder / "test" / path.parent.name).glob(path.name.replace("_mask.png", ".*")))
-        mask, truth = nut_mask(pixels_of(image, "RGB")), pixels_of(path, "L") > 127
+        mask, outline = nut_mask(pixels_of(image, "RGB")), pixels_of(path, "L") > 127
         if path.parent.name == "flip":
-            found.append(iou(mask, truth))
+            found.append(iou(mask, outline))
         else:
-            lost.append((truth & ~mask).sum() / (truth | mask).sum())
+            lost.append((outline & ~mask).sum() / (outline | mask).sum())
     assert len(found) == 23 and min(found) > 0.96 and np.mean(found) > 0.97
     assert len(lost) == 70 and max(lost) < 0.02 and (np.array(lost) > 0.01).sum() <= 8

@@ -110,7 +110,7 @@ def test_several_processes_take_turns(tmp_path: Path) -> None:
         calls.append(folder)
         folder.mkdir()
         (folder / "x.txt").write_text("x")
-        return store.write_manifest(folder, "toy", "drawn")
+        return store.write_manifest(folder, "toy", "synthetic")
 
     def existing() -> store.Manifest | None:
         target = tmp_path / "toy"

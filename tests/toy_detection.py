@@ -1,4 +1,4 @@
-"""A toy set drawn in memory, and its training in a line, for the tests of detectors."""
+"""A toy set in memory, and its training in a line, for the tests of detectors."""
 
 import numpy as np
 import torch

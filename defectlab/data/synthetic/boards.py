@@ -254,8 +254,7 @@ def write_board(folder: Path, count: int = 60, size: int = 640, seed: int = 0) -
     `size` x `size` pixels, 0 where copper is and 255 elsewhere, up to JPEG noise. groupNNNNN/NNNNN_not/<name>.txt: a
     line `x1 y1 x2 y2 type` for each of the 3-10 defects, type 1-6 as in `BOARD_KINDS`. trainval.txt and test.txt
     (the last fifth, rounded up): a line `image txt` for each board, the image without its `_test`, as published.
-    A group has 20 boards. The boards of one seed are the same whatever `count` is, and so are their bytes (with the
-    same versions of numpy, scipy and pillow). Raises ValueError when `size` is below 160.
+    A group has 20 boards. The boards of one seed are the same whatever `count` is. ValueError for a `size` below 160.
     """
     if size < 160:
         raise ValueError(f"boards of {size} pixels are too small for their defects: give size=160 or more")

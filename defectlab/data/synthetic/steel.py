@@ -171,11 +171,10 @@ def _voc(name: str, folder: str, size: int, objects: list[tuple[str, Box]]) -> s
 def write_steel(folder: Path, count: int = 20, size: int = 200, seed: int = 0) -> None:
     """Write a synthetic set in the layout of NEU-DET: IMAGES/<kind>_<number>.jpg, ANNOTATIONS/<kind>_<number>.xml.
 
-    `count` images of each of `STEEL_KINDS`, numbers from 1; JPEG (quality 95) of `size` x `size` pixels stored
-    as RGB with R = G = B, as the real ones are; boxes as Pascal VOC xml. An image has 1-4 objects; a few hold one
-    of another kind than the file name says. The images of one seed are the same whatever `count` is, and so are
-    their bytes (with the same versions of numpy, scipy and pillow).
-    Raises ValueError when `size` is below 100.
+    `count` images of each of `STEEL_KINDS`, numbers from 1; JPEG (quality 95) of `size` x `size` pixels stored as RGB
+    with R = G = B, as the real ones are; boxes as Pascal VOC xml. An image has 1-4 objects; a few hold one of another
+    kind than the file name says. The images of one seed are the same whatever `count` is. ValueError for a `size` below
+    100.
     """
     if size < 100:
         raise ValueError(f"steel images of {size} pixels are too small for their objects: give size=100 or more")
@@ -195,7 +194,7 @@ def write_steel_masks(folder: Path, count: int = 16, size: int = 100, seed: int 
 
     `count` strips of `size` x `size` pixels for each of `MASKED_KINDS`, the last quarter for testing. A mask
     marks where the drawing changed the strip by a third of its largest change or more; objects of other kinds are
-    background. The same seed draws the same images.
+    background.
     """
     for kind in MASKED_KINDS:
         for number in range(count):

@@ -54,12 +54,10 @@ def draw_tile(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 def write_magnetic_tile(folder: Path, seed: int = 0, counts: dict[str, int] | None = None) -> None:
     """Write a synthetic set in the layout of the magnetic tiles: MT_<Type>/Imgs/exp{0..6}_num_{id}.jpg and .png.
 
-    Grey JPEGs (quality 95), height 89-160 and width 44-250 (about 0.4 of the real size), and grey PNG masks,
-    where > 127 is defect; half the masks have grey edges, those of Free are all zero. As in the real set, a
-    mask can be empty although the tile is defective: that of the last Uneven tile is, if there is more than
-    one. `counts` gives the number of images per type (default 60 Free, 6 of each defect; a type left out has
-    none); an unknown type raises ValueError. The same seed writes the same bytes (with the same versions of
-    numpy, scipy and pillow).
+    Grey JPEGs (quality 95), height 89-160 and width 44-250 (about 0.4 of the real size), and grey PNG masks: above 127
+    is defect; half the masks have grey edges, those of Free are all zero. As in the real set, a mask can be empty
+    although the tile is defective: that of the last Uneven tile is, if there is more than one. `counts`: images per
+    type (default 60 Free, 6 of each defect; a type left out has none); ValueError for an unknown type.
     """
     counts = _COUNTS if counts is None else counts
     if unknown := sorted(set(counts) - set(_COUNTS)):
@@ -139,13 +137,12 @@ def _nut_defect(rng, rgb: np.ndarray, body: np.ndarray, kind: str) -> tuple[np.n
 def write_mvtec(
     folder: Path, category: str = "metal_nut", seed: int = 0, size: int = 128, train: int = 24, test: int = 6
 ) -> None:
-    """Write a stand-in in the layout of MVTec AD: `folder`/`category`/train/good/NNN.png, test/good/NNN.png,
+    """Write a synthetic set in the layout of MVTec AD: `folder`/`category`/train/good/NNN.png, test/good/NNN.png,
     test/<type>/NNN.png and ground_truth/<type>/NNN_mask.png (0 or 255), types bent, color, flip, scratch. Beside it,
-    which the real set does not have, the drawn nut itself: nut/<train or test>/<type>/NNN_mask.png.
+    which the real set does not have, the nut itself: nut/<train or test>/<type>/NNN_mask.png.
 
-    `train` normal images, `test` images of good and of each type; RGB, `size` x `size` pixels. `category`
-    only names the folder: the image is always the nut. The same seed writes the same bytes (with the same
-    versions of numpy, scipy and pillow).
+    `train` normal images, `test` images of good and of each type; RGB, `size` x `size` pixels. `category` only names
+    the folder: the image is always the nut.
     """
     rng = np.random.default_rng(seed)
     root = Path(folder) / category
