@@ -175,7 +175,7 @@ def test_the_note_says_which_network_is_recorded_where_it_is_not_the_papers(toy:
     for name in ("rd4ad", "bsdrd"):
         write(toy, name, {"image_auroc": (78.0,)}, "quick")
     notes = results_table("toy", "main", "quick")["", "note"]
-    assert notes.tolist() == ["recorded: YOLOv5n, 192 px", "recorded: 192 px", "not run: code"]
+    assert notes.tolist() == ["recorded: YOLOv5n, 192 px", "recorded: 192 px", "not run: code"]  # each once
     write(toy, "rd4ad", {"image_auroc": (78.0,)}, "paper")
     assert results_table("toy", "main", "quick").loc["RD4AD", ("", "note")] == ""
 
@@ -190,9 +190,9 @@ def test_per_class_table(toy: Project) -> None:
 
 
 def test_a_table_with_a_column_for_each_data_set(toy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    def line(name: str, column: str, value: str, key: str) -> dict[str, str]:
+    def line(name: str, column: str, value: str, key: str, metric: str = "image_auroc") -> dict[str, str]:
         status = "runnable" if key else "not run: code"
-        return {"row": name, "column": column, "metric": "image_auroc", "value": value, "key": key,
+        return {"row": name, "column": column, "metric": metric, "value": value, "key": key,
                 "status": status, "not_comparable": ""}  # fmt: skip
 
     lines = [
@@ -201,17 +201,19 @@ def test_a_table_with_a_column_for_each_data_set(toy: Project, monkeypatch: pyte
         line("Own", "average", "90.5", ""),
         line("Other", "tiles", "80.0", ""),
         line("Plain", "tiles", "", "patchcore"),
+        line("Own, AUPRO (added)", "tiles", "", "bsdrd", "aupro"),
     ]
     monkeypatch.setattr(tables, "printed_table", lambda study_name, table: lines)
-    write(toy, "bsdrd", {"image_auroc": (88.0, 90.0, 92.0)})
+    write(toy, "bsdrd", {"image_auroc": (88.0, 90.0, 92.0), "aupro": (70.0, 70.0, 70.0)})
     frame = results_table("toy", "main", "paper")
     assert list(frame.columns) == ["tiles", "nuts", "average", "verdict"]
-    assert list(frame.index) == ["Own: paper", "Own: recorded (paper)", "Other: paper", "Plain: paper"]
+    assert list(frame.index)[:4] == ["Own: paper", "Own: recorded (paper)", "Other: paper", "Plain: paper"]
+    assert frame.loc["Own, AUPRO (added): recorded (paper)", "tiles"] == "70.0 [70.0, 70.0] n=3"
     assert list(frame.loc["Own: paper"])[:3] == ["90.0", "91.0", "90.5"]
     recorded = frame.loc["Own: recorded (paper)"]
     assert recorded["tiles"].startswith("90.0 [") and recorded["nuts"] == "–"
     assert recorded["verdict"] == "tiles: agrees; means: cannot be judged (1 of 2 data sets)"
-    assert frame["verdict"].tolist()[2:] == ["not run: code", "not run yet"]
+    assert frame["verdict"].tolist()[2:4] == ["not run: code", "not run yet"]
 
 
 # --- Claims ----------------------------------------------------------------------------------------------------------

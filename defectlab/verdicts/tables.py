@@ -155,6 +155,7 @@ def results_table(
         return _by_column(lines, of, store)
     judged = {line["metric"] for line in lines if line["value"] and line["key"]}
     content: dict[str, dict[tuple[str, str], str]] = {}
+    notes: dict[str, dict[str, None]] = {}  # row -> each note once, in order
     for line in lines:
         metric, title = line["metric"], METRIC_NAMES[line["metric"]]
         cells = content.setdefault(line["row"], {})
@@ -165,8 +166,8 @@ def results_table(
         if metric in judged:
             cells[title, "verdict"] = judge_printed(line, recorded, at)
         cells["", "profile"] = at if recorded else cells.get(("", "profile"), "–")
-        notes = [*filter(None, [cells.get(("", "note"))]), *_notes(line, recorded, of, at)]
-        cells["", "note"] = "; ".join(dict.fromkeys(notes))
+        notes.setdefault(line["row"], {}).update(dict.fromkeys(_notes(line, recorded, of, at)))
+        cells["", "note"] = "; ".join(notes[line["row"]])
     frame = pd.DataFrame.from_dict(content, orient="index").fillna("–")  # rows need not have a line for every metric
     frame.index.name = "row"
     titles = [*(METRIC_NAMES[m] for m in metrics), ""]
@@ -200,13 +201,13 @@ def _other_network(of: Study, name: str, profile: str) -> str:
 
 
 def _by_column(lines: list[dict[str, str]], of: Study, store: RecordStore) -> pd.DataFrame:
-    """A table of one metric with a column for each data set: for each method a line of what was printed, one of what is
+    """A table with a column for each data set: for each method a line of what was printed, one of what is
     recorded, one of this machine's runs where there are any; the last column says what follows for recorded ones."""
     columns = list(dict.fromkeys(line["column"] for line in lines))
-    metric = lines[0]["metric"]
     content: dict[str, dict[str, str]] = {}
     for method in dict.fromkeys(line["row"] for line in lines):
         of_method = {line["column"]: line for line in lines if line["row"] == method}
+        metric = next(iter(of_method.values()))["metric"]  # a method that was added may have another
         found = {c: store.recorded_of(of, x["key"]) for c, x in of_method.items()}
         found = {c: (records, at) for c, (records, at) in found.items() if records}
         here = {c: store.here_of(of, x["key"]) for c, x in of_method.items()}
@@ -219,7 +220,7 @@ def _by_column(lines: list[dict[str, str]], of: Study, store: RecordStore) -> pd
         content[next(reversed(content))]["verdict"] = _column_verdict(of_method, found)
     frame = pd.DataFrame.from_dict(content, orient="index")
     frame = frame.reindex(columns=[*columns, "verdict"]).fillna("–")
-    frame.index.name = METRIC_NAMES[metric]
+    frame.index.name = METRIC_NAMES[lines[0]["metric"]]
     return frame
 
 
