@@ -288,7 +288,7 @@ def test_checkpoint_on_a_full_disk_names_the_file_and_keeps_the_old_one(
         Path(path).write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("defectlab.training.loop.save_file", no_space)
+    monkeypatch.setattr("safetensors.torch.save_file", no_space)
     with pytest.raises(OSError, match=r"could not write .*row\.safetensors"):
         fit(context=one_sitting(checkpoint))
     assert checkpoint.read_bytes() == before

@@ -141,17 +141,9 @@ def train_student(
             outputs = network(teacher)
         return loss(teacher, outputs)
 
-    trained = train(
-        parts,
-        draw,
-        step,
-        len(data.train),
-        settings,
-        seed,
-        context,
-        optimizer=adam(parts, settings.learning_rate, settings.betas),
-        rate=rate_per_epoch(settings.learning_rate, settings.schedule, settings.epochs),
-    )
+    optimizer = adam(parts, settings.learning_rate, settings.betas)
+    rate = rate_per_epoch(settings.learning_rate, settings.schedule, settings.epochs)
+    trained = train(parts, draw, step, len(data.train), settings, seed, context, optimizer, rate)
     return Student(network, loss, trained, precision)
 
 

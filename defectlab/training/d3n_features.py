@@ -157,17 +157,9 @@ def fit_compressor(
         scalars = {"loss": sum(loss["loss"] for loss in losses)}
         return scalars | {f"{name}_level_{k}": loss[name] for name in ("mse", "kl") for k, loss in enumerate(losses)}
 
-    trained = train(
-        codecs,
-        draw,
-        step,
-        len(features[0]),
-        settings,
-        seed,
-        context,
-        optimizer=adam(codecs, settings.learning_rate),
-        rate=rate_per_epoch(settings.learning_rate, "constant", settings.epochs),
-    )
+    optimizer = adam(codecs, settings.learning_rate)
+    rate = rate_per_epoch(settings.learning_rate, "constant", settings.epochs)
+    trained = train(codecs, draw, step, len(features[0]), settings, seed, context, optimizer, rate)
     codecs.requires_grad_(False)
     return compressor, trained
 

@@ -88,6 +88,8 @@ def train_detector(
         with autocast(device, precision_of(settings, device)):
             return loss(batch)
 
+    optimizer = make_optimizer(parts, settings)
+    rate = partial(learning_rate, settings=settings)
     trained = train(
         parts,
         draw,
@@ -96,11 +98,11 @@ def train_detector(
         settings,
         seed,
         context,
-        optimizer=make_optimizer(parts, settings),
-        rate=partial(learning_rate, settings=settings),
+        optimizer,
+        rate,
+        indices_on=torch.device("cpu"),
         stream=50_000 if settings.separate_streams else 0,
         clip=settings.clip,
-        indices_on=torch.device("cpu"),
         average=average,
         probe=probe and (lambda: probe(average.model)),
     )

@@ -69,18 +69,9 @@ def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, context: 
         with autocast(device, precision):
             return noise_loss(unet, *batch, alpha_hat)
 
-    trained = train(
-        unet,
-        draw,
-        step,
-        len(images),
-        settings,
-        seed,
-        context,
-        optimizer=adam(unet, settings.learning_rate),
-        rate=rate_per_epoch(settings.learning_rate, "cosine", settings.epochs, settings.final_rate),
-        average=average,
-    )
+    optimizer = adam(unet, settings.learning_rate)
+    rate = rate_per_epoch(settings.learning_rate, "cosine", settings.epochs, settings.final_rate)
+    trained = train(unet, draw, step, len(images), settings, seed, context, optimizer, rate, average=average)
     return average.model, trained
 
 

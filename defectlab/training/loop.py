@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from defectlab.files import read_tensors, write_tensors
 from defectlab.runs import Context, NonFiniteLoss, OutOfTime, first_line
 
 
@@ -28,10 +28,8 @@ class Trained:
     @property
     def costs(self) -> dict[str, float]:
         """As records keep them."""
-        return {
-            "train_seconds": round(self.seconds, 1),
-            "train_images_per_second": round(self.images_per_second, 1),
-        }
+        found = {"train_seconds": self.seconds, "train_images_per_second": self.images_per_second}
+        return {name: round(value, 1) for name, value in found.items()}
 
 
 # --- Order, learning rate, moving average ----------------------------------------------------------------------------
@@ -100,9 +98,9 @@ def train(
     settings: Any,
     seed: int,
     context: Context,
-    *,
     optimizer: torch.optim.Optimizer,
     rate: Callable[[int, int], float],
+    *,
     stream: int = 50_000,
     clip: float | None = None,
     indices_on: torch.device | None = None,
@@ -212,30 +210,21 @@ def resume(
 def save_checkpoint(
     path: Path, parts: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, seconds: float, curve: dict
 ) -> None:
-    """Weights and optimiser state as safetensors, the rest as JSON in its header; written aside, then renamed."""
-    tensors = {f"weights.{k}": v.contiguous() for k, v in parts.state_dict().items()}
+    """Weights and optimiser state as safetensors, the rest as JSON in its header."""
+    tensors = {f"weights.{name}": value for name, value in parts.state_dict().items()}
     state = optimizer.state_dict()
     for index, slots in state["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in slots.items()}
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
     header = {"epoch": epoch, "seconds": seconds, "curve": curve, "groups": state["param_groups"]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".writing")
-    try:
-        save_file(tensors, aside, {"header": json.dumps(header)})
-        aside.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {path} ({error}): free some disk space") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    write_tensors(path, tensors, {"header": json.dumps(header)})
 
 
 def load_checkpoint(
     path: Path, parts: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, float, dict[str, list[float]]]:
     """The other half of `save_checkpoint`: -> (epochs done, seconds spent, curve)."""
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["header"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors, metadata = read_tensors(path)
+    header = json.loads(metadata["header"])
     parts.load_state_dict({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
     slots: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():

@@ -89,17 +89,9 @@ def run_segmentation(
             logits = network(images)
         return segmentation_loss(logits, masks)
 
-    trained = train(
-        network,
-        draw,
-        step,
-        len(split),
-        replace(settings, epochs=epochs),
-        seed,
-        context,
-        optimizer=adam(network, settings.learning_rate, settings.betas),
-        rate=rate_per_epoch(settings.learning_rate, "cosine", epochs),
-    )
+    optimizer = adam(network, settings.learning_rate, settings.betas)
+    rate = rate_per_epoch(settings.learning_rate, "cosine", epochs)
+    trained = train(network, draw, step, len(split), replace(settings, epochs=epochs), seed, context, optimizer, rate)
     result = evaluate(network, data, precision)
     result.curve = trained.curve
     result.costs = model_costs(network, settings.size, context.device) | trained.costs
