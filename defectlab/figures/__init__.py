@@ -1,8 +1,8 @@
 """Figures that the notebooks share, drawn from arrays or from records, so that none needs a GPU.
 
-Here what all families use; beside it `common` (which records a figure shows, grids), `anomaly`, `detection` and `instances`.
-Figures of records take the records of several rows, name -> one record a seed, and leave out rows that have
-none; where no row has any, the figure says so.
+Here what all families use; beside it `common` (which records a figure shows, grids), `anomaly`, `detection` and
+`instances`. Figures of records take the records of several rows, name -> one record for each seed, and leave out rows
+that have none; where no row has any, the figure says so.
 """
 
 import io
