@@ -18,7 +18,7 @@ from defectlab.papers.amam_kd.distillation import DistillationSettings
 from defectlab.papers.amam_kd.segmentation import Settings
 from defectlab.papers.amam_kd.two_stage import TwoStageSettings
 from defectlab.studies import reverse_distillation as baselines
-from defectlab.studies.study import FEW, MORE, PAPER_ONLY, Row, Study
+from defectlab.studies.study import FEW, MORE, PAPER_ONLY, Row, Study, rows_by_kind
 from defectlab.training.amam_kd import run_distillation, run_two_stage
 from defectlab.training.anomaly import run_rd4ad
 from defectlab.training.feature_baselines import run_padim, run_patchcore, run_spade
@@ -179,11 +179,9 @@ def seeds_of(name: str, settings: Any) -> dict[str, int]:
 
 
 def rows(profile: str) -> dict[str, Row]:
-    found = {}
-    for name, settings in settings_of(profile).items():
-        planned = {"seeds": seeds_of(name, settings)[profile], "primary": name in PRIMARY, "optional": name in OPTIONAL}
-        found[name] = Row(settings, *KINDS[type(settings)], **planned)
-    return found
+    settings = settings_of(profile)
+    seeds = {name: seeds_of(name, row)[profile] for name, row in settings.items()}
+    return rows_by_kind(settings, KINDS, seeds, PRIMARY, OPTIONAL)
 
 
 STUDY = Study(

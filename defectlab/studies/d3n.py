@@ -16,7 +16,7 @@ from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers.d3n.hybrid import HybridSettings, InstanceSettings, StudentSettings
 from defectlab.papers.d3n.resvae import CompressionSettings
 from defectlab.studies import detector as baselines
-from defectlab.studies.study import FEW, MORE, ONCE, PAPER_ONLY, Row, Study
+from defectlab.studies.study import FEW, MORE, ONCE, PAPER_ONLY, Row, Study, rows_by_kind
 from defectlab.training.cost_rows import CostSettings, NoData, run_costs
 from defectlab.training.d3n import run_hybrid, run_student, run_with_masks
 from defectlab.training.d3n_features import run_compression
@@ -128,7 +128,7 @@ def board_settings(profile: str) -> dict[str, Any]:
 
 
 def mask_settings(profile: str) -> dict[str, Any]:
-    """Table IV: boxes and masks on NEU-Seg, and the baseline on that set's own split, which tests on turned pictures of
+    """Table IV: boxes and masks on NEU-Seg, and the baseline on that set's own split, which tests on turned images of
     its training part."""
     sets = {"smoke": ("synthetic_steel_masks",) * 2}.get(profile, ("neu_seg", "neu_seg_published"))
     base = replace(SETTINGS[profile], dataset=sets[0])
@@ -226,11 +226,9 @@ def seeds_of(name: str, settings: Any) -> dict[str, int]:
 
 
 def rows(profile: str) -> dict[str, Row]:
-    found = {}
-    for name, settings in settings_of(profile).items():
-        planned = {"seeds": seeds_of(name, settings)[profile], "primary": name in PRIMARY, "optional": name in OPTIONAL}
-        found[name] = Row(settings, *KINDS[type(settings)], **planned)
-    return found
+    settings = settings_of(profile)
+    seeds = {name: seeds_of(name, row)[profile] for name, row in settings.items()}
+    return rows_by_kind(settings, KINDS, seeds, PRIMARY, OPTIONAL)
 
 
 STUDY = Study(

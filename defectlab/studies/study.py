@@ -1,6 +1,6 @@
 """What a study is: its rows as data, the tables that show them, and the metrics that the tables have."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,20 @@ class Row:
             return self.fingerprints(self.settings)
         except (DataError, WeightsError):
             return None
+
+
+def rows_by_kind(
+    settings: Mapping[str, Any],
+    kinds: Mapping[type, tuple[Callable, Callable, Callable]],
+    seeds: Mapping[str, int],
+    primary: Collection[str],
+    optional: Collection[str],
+) -> dict[str, Row]:
+    """Name -> row, for settings by name. `kinds`: run, load and fingerprints by the type of the settings."""
+    return {
+        name: Row(row, *kinds[type(row)], seeds=seeds[name], primary=name in primary, optional=name in optional)
+        for name, row in settings.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,8 @@ from defectlab.metrics.anomaly import anomaly_metrics, pixel_histograms
 from defectlab.metrics.costs import parameters
 from defectlab.metrics.ranking import best_f1_threshold
 from defectlab.networks import resnet as teachers
-from defectlab.networks import reverse_distillation
-from defectlab.networks.reverse_distillation import (
-    RD4ADSettings,
-    gaussian_smooth,
-    image_scores,
-    initialise,
-)
+from defectlab.networks import reverse_distillation as rd4ad
+from defectlab.networks.reverse_distillation import RD4ADSettings, gaussian_smooth, image_scores, initialise
 from defectlab.precision import autocast, precision_of
 from defectlab.runs import Context, Result
 from defectlab.training.loop import Trained, adam, rate_per_epoch, train
@@ -90,8 +85,7 @@ def score_features(
     batch: int = 32,
 ) -> Tensor:
     """Cached features -> smoothed anomaly maps (N, 256, 256) float32."""
-    smoothed = compare(network, features, lambda t, outputs: gaussian_smooth(to_maps(t, outputs)), precision, batch)
-    return torch.cat(smoothed)
+    return torch.cat(compare(network, features, lambda t, s: gaussian_smooth(to_maps(t, s)), precision, batch))
 
 
 @dataclass
@@ -127,7 +121,6 @@ def train_student(
     network.to(context.device, memory_format=torch.channels_last)
     loss = make_loss(settings)
     parts = nn.ModuleList([network, loss.to(context.device)]) if isinstance(loss, nn.Module) else network
-
     features = (flipped_features if settings.flips else teacher_features)(data, "train", settings)
 
     def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> list[Tensor]:
@@ -173,15 +166,8 @@ def distil(
         to_maps: (settings, teacher features, outputs) -> anomaly maps (B, 256, 256).
     """
     student = train_student(settings, seed, data, context, build, make_loss)
-    maps = [
-        score_features(
-            student.network,
-            teacher_features(data, part, settings),
-            partial(to_maps, settings),
-            student.precision,
-        )
-        for part in ("dev", "test")
-    ]
+    features = (teacher_features(data, part, settings) for part in ("dev", "test"))
+    maps = [score_features(student.network, f, partial(to_maps, settings), student.precision) for f in features]
     return result_of(student, data, *maps)
 
 
@@ -199,7 +185,6 @@ def evaluate(
     dev, _ = _metrics(data, data.dev, dev_maps, dev_scores, threshold)
     metrics, per_class = _metrics(data, data.test, test_maps, test_scores, threshold)
     test = data.test
-    histograms = pixel_histograms(test_maps, test.masks, test.has_mask)
     predictions = {
         "scores": test_scores.float().cpu().numpy(),
         "labels": test.labels.cpu().numpy(),
@@ -209,10 +194,10 @@ def evaluate(
         "dev_scores": dev_scores.float().cpu().numpy(),
         "dev_labels": data.dev.labels.cpu().numpy(),
     }
+    histograms = pixel_histograms(test_maps, test.masks, test.has_mask)
     predictions |= {f"histogram_{k}": v for k, v in histograms.items()}
     predictions |= examples(test, test_maps, test_scores)
-    dev["threshold"] = threshold
-    return Result(metrics, per_class, dev, {}, predictions, {}, {}, "fp32")
+    return Result(metrics, per_class, dev | {"threshold": threshold}, {}, predictions, {}, {}, "fp32")
 
 
 def _metrics(
@@ -251,12 +236,4 @@ def examples(split: AnomalySplit, maps: Tensor, scores: Tensor) -> dict[str, np.
 
 def run_rd4ad(settings: RD4ADSettings, seed: int, data: AnomalyData, context: Context) -> Result:
     """One row and seed of RD4AD."""
-    return distil(
-        settings,
-        seed,
-        data,
-        context,
-        reverse_distillation.build,
-        reverse_distillation.make_loss,
-        reverse_distillation.to_maps,
-    )
+    return distil(settings, seed, data, context, rd4ad.build, rd4ad.make_loss, rd4ad.to_maps)
