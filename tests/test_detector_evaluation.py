@@ -128,7 +128,7 @@ def test_only_the_first_hundred_of_a_class_count():
     assert evaluate([fewer], ground_truth, CLASSES)[0]["map50"] == pytest.approx(1.0)
 
 
-def test_weights_are_repeated_pictures():
+def test_weights_are_repeated_images():
     predictions, ground_truth = scene(5)
     matches = match(predictions, ground_truth, (0.33, 0.5, 0.75))
     generator = np.random.default_rng(0)
