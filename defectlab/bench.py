@@ -1,145 +1,125 @@
-"""Speed on this machine: what `make bench` prints."""
+"""Speed of training and inference on this machine, a line for each network: what `make bench` prints."""
 
 import argparse
+import itertools
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import torch
-from scipy import ndimage
+from torch import Tensor, nn
 
-from defectlab import bench_detectors as detector_bench
-from defectlab.metrics.anomaly import anomaly_metrics
-from defectlab.metrics.costs import seconds_per_call
-from defectlab.networks import resnet as teachers
-from defectlab.networks.reverse_distillation import build, make_loss, to_maps
+from defectlab.data.anomaly import AnomalySplit
+from defectlab.data.augment import Batch, augment
+from defectlab.data.detection import DetectionSplit
+from defectlab.metrics.costs import inference_seconds, parameters, seconds_per_call
+from defectlab.networks import reverse_distillation
+from defectlab.networks.yolo.blocks import fused
+from defectlab.networks.yolo.losses import detection_loss
 from defectlab.networks.yolo.model import build_detector
 from defectlab.papers import bsdrd, yolo_dcf
-from defectlab.precision import autocast, precision_of
-from defectlab.provenance import device_name, peak_memory_mb, pick_device
-from defectlab.studies import bsdrd as bsdrd_rows
-from defectlab.studies import detector as detectors
-from defectlab.studies import yolo_dcf as dcf_rows
-from defectlab.studies.reverse_distillation import RD4AD
-from defectlab.training.anomaly import score_features
+from defectlab.precision import precision_of
+from defectlab.provenance import device_name, peak_memory_mb, pick_device, reset_peak_memory
+from defectlab.runs import Context
+from defectlab.studies import study
+from defectlab.training.anomaly import teacher_features, train_student
+from defectlab.training.detection import fresh
+from defectlab.training.detector import augmentation_of, train_detector
+from defectlab.training.loop import Trained
 
-BATCH = 16
-DETECTORS = {  # of the quick profile, at the scale n
-    "v8n": (detectors.SETTINGS["quick"], build_detector),
-    "v5n": (detectors.STUDY.rows["quick"]["v5n"].settings, build_detector),
-    "yolo_dcf n": (dcf_rows.SETTINGS["quick"], yolo_dcf.build),
-}
+BATCH, IMAGES = 16, 32  # images per batch, in training and inference, and of the set
+CLASSES, BOXES = 6, 4  # as NEU-DET has them: classes, boxes per image
+DETECTORS = (("detector", "v8n"), ("detector", "v5n"), ("yolo_dcf", "yolo_dcf"))  # study, row
+BUILD = {"detector": build_detector, "yolo_dcf": yolo_dcf.build}  # by the model of the settings
+METHODS = {"rd4ad": (reverse_distillation, reverse_distillation.RD4AD), "bsdrd": (bsdrd, bsdrd.BSDRD)}
+TABLE = "{:16} {:>4} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}"
 
 
-def seconds(action: Callable[[], object], device: str, repeats: int = 3) -> float:
-    """Median wall time of `action` after one warm-up call."""
-    return seconds_per_call(action, torch.device(device), repeats, warm_up=1)
+def show(
+    settings: Any,
+    trained: nn.Module,
+    train: Callable[[int], Trained],
+    batch: Callable[[], Any],
+    images: Tensor,
+    forms: dict[str, nn.Module],
+) -> None:
+    """Print the lines of a network. train: epochs -> curve and speed. batch: makes one for a step. forms: name -> what
+    inference runs on `images`. All but the training, which is the second, are medians after a warm-up."""
+    device = images.device
+    reset_peak_memory(device)
+    train(1)
+    speed = train(1).images_per_second
+    share = min(1.0, seconds_per_call(batch, device, 5, 1) * speed / BATCH)
+    training = [precision_of(settings, device), f"{speed:.1f}", f"{100 * share:.1f}"]
+    for name, network in forms.items():
+        single, many = (inference_seconds(network, images[:count], "fp32", 3) for count in (1, BATCH))
+        columns = [name, images.shape[-1], f"{parameters(trained) / 1e6:.2f}", *training]
+        columns += [f"{1000 * single:.1f}", f"{BATCH / many:.1f}", f"{peak_memory_mb(device):.0f}"]
+        print(TABLE.format(*columns), flush=True)
+        training = ["", "", ""]
+
+
+def noise(channels: int, size: int, device: str) -> Tensor:
+    """uint8 images: speed does not depend on what they show."""
+    return torch.randint(0, 256, (IMAGES, channels, size, size), dtype=torch.uint8).to(device)
+
+
+def show_detector(name: str, settings: Any, context: Context) -> None:
+    """As it is trained, and fused as it is deployed; inference without decoding and suppression."""
+    boxes = (torch.rand(IMAGES, BOXES, 2).repeat(1, 1, 2) * 0.6 + torch.tensor([0, 0, 0.3, 0.3])) * settings.size
+    labels = torch.randint(CLASSES, (IMAGES, BOXES))
+    split = DetectionSplit(noise(1, settings.size, context.device), boxes, labels, [""] * IMAGES, None, None, None)
+    network = fresh(BUILD[settings.model], settings, SimpleNamespace(class_names=[""] * CLASSES, train=split))
+    network.to(context.device, memory_format=torch.channels_last)
+    loss = detection_loss(network, settings.size)
+
+    def step(batch: Batch) -> dict[str, Tensor]:
+        return loss(network(batch.images), batch.boxes, batch.labels)
+
+    def train(epochs: int) -> Trained:
+        return train_detector(network, step, split, replace(settings, epochs=epochs), 0, context)[1]
+
+    def batch() -> Batch:
+        return augment(split.images, boxes, labels, torch.arange(BATCH), augmentation_of(settings), torch.Generator())
+
+    images = (noise(3, settings.size, context.device) / 255).contiguous(memory_format=torch.channels_last)
+    forms = {name: network, f"{name}, fused": fused(network.eval()).to(memory_format=torch.channels_last)}
+    show(settings, network, train, batch, images, forms)
+
+
+def show_anomaly(name: str, settings: Any, context: Context) -> None:
+    """Trained on cached features of the teacher; inference from images to maps, with the teacher."""
+    split = AnomalySplit(noise(3, settings.size, context.device), *[None] * 4, ("",) * IMAGES, ())
+    module, method = METHODS[name]
+    data, whole = SimpleNamespace(train=split, derived={}), method(settings).to(context.device)
+
+    def train(epochs: int) -> Trained:
+        longer = replace(settings, epochs=epochs)
+        return train_student(longer, 0, data, context, module.build, module.make_loss).trained
+
+    def batch() -> list[Tensor]:
+        chosen = torch.randperm(IMAGES)[:BATCH].to(context.device)
+        return [layer[chosen] for layer in teacher_features(data, "train", settings)]
+
+    show(settings, whole.network, train, batch, split.images, {name: whole})
 
 
 def bench(options: argparse.Namespace) -> int:
-    """The command `bench`: what `--part` names. Images are random: speed does not depend on what they show."""
+    """The command `bench`: what `--part` names. ValueError for sizes that no detector takes."""
     device = pick_device(options.device)
+    if not options.sizes or any(size < 32 or size % 32 for size in options.sizes):
+        raise ValueError(f"image sizes must be multiples of 32, got {','.join(map(str, options.sizes)) or 'none'}")
     print(device_name(device))
-    if options.part in ("detector", "all"):
-        for line in detector_bench.table(DETECTORS, options.sizes, device):
-            print(line, flush=True)
-    if options.part in ("anomaly", "all"):
-        bench_anomaly(device, options.teacher)
-        bench_metrics()
-        print(f"peak memory                        {peak_memory_mb(device):8.0f} MB")
+    print(TABLE.format("", "", "weights", "trained", "training", "batches", "1 image", f"batch {BATCH}", "memory"))
+    print(TABLE.format("network", "px", "M", "in", "images/s", "% time", "ms", "images/s", "MB"))
+    context = Context(device, log=lambda line: None)
+    if options.part != "anomaly":
+        for (of, row), size in itertools.product(DETECTORS, options.sizes):
+            show_detector(row, replace(study(of).rows["quick"][row].settings, size=size, batch=BATCH), context)
+    if options.part != "detector":
+        for row in METHODS:
+            settings = study("bsdrd").rows["quick"][row].settings
+            show_anomaly(row, replace(settings, teacher=options.teacher, batch=BATCH), context)
+    print(f"inference in fp32; memory: peak {'of the network' if device != 'cpu' else 'of the process so far'}")
     return 0
-
-
-def bench_anomaly(device: str, teacher_name: str) -> None:
-    """Print images/s of training steps, of inference and of the teacher, and the share of a step spent on fetching its
-    batch."""
-    settings = RD4AD["quick"]
-    precision = precision_of(settings, device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    print(f"anomaly detection: {settings.size} px, batch {BATCH}, {precision}, teacher {teacher_name}")
-    teacher = teachers.load_teacher(teacher_name, device).to(memory_format=torch.channels_last)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (4 * BATCH, 3, settings.size, settings.size), generator=generator, dtype=torch.uint8)
-    images = images.to(device)
-    cache = teachers.extract(teacher, images, dtype)
-    extract = seconds(lambda: teachers.extract(teacher, images[:BATCH], dtype), device)
-    print(f"teacher                            {BATCH / extract:8.1f} images/s")
-    rows = {"rd4ad": (settings, build, make_loss, to_maps)}
-    rows["bsdrd"] = (bsdrd_rows.SETTINGS["quick"], bsdrd.build, bsdrd.make_loss, bsdrd.to_maps)
-    for name, (row, make_network, loss_of, maps_of) in rows.items():
-        network = make_network(row, teacher.channels, teacher.bottleneck).to(device, memory_format=torch.channels_last)
-        loss = loss_of(row)
-        if isinstance(loss, torch.nn.Module):
-            loss.to(device)
-        optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=True)
-        order = torch.randperm(len(images), generator=generator)[:BATCH].to(device)
-
-        def step(features, network=network, loss=loss, optimizer=optimizer):
-            with autocast(torch.device(device), precision):
-                outputs = network(features)
-            total = loss(features, outputs)["loss"]
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            optimizer.step()
-
-        def fetch(order=order):
-            return [f[order] for f in cache]
-
-        cached = seconds(lambda step=step, fetch=fetch: step(fetch()), device)
-        plain = seconds(lambda step=step: step(teachers.extract(teacher, images[:BATCH], dtype)), device)
-        fetching = seconds(fetch, device)
-        network.eval()
-        few = [f[:BATCH] for f in cache]
-        infer = seconds(
-            lambda n=network, few=few, row=row, f=maps_of: score_features(n, few, lambda t, o: f(row, t, o), precision),
-            device,
-        )
-        print(f"{name}: training step, cached       {BATCH / cached:8.1f} images/s")
-        print(f"{name}: training step, not cached   {BATCH / plain:8.1f} images/s")
-        print(f"{name}: share of the step on data   {100 * fetching / cached:8.1f} %   (aim: at most 5)")
-        print(f"{name}: maps from cached features   {BATCH / infer:8.1f} images/s")
-        parameters = sum(p.numel() for p in network.parameters())
-        print(f"{name}: parameters                  {parameters / 1e6:8.2f} M")
-
-
-def aupro_by_definition(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
-    """AUPRO in per cent as it is defined: for every threshold the overlap of every region, and the false positives."""
-    eight = np.ones((3, 3), int)
-    labelled = [ndimage.label(mask, eight) for mask in masks]
-    regions = [(i, found == r) for i, (found, count) in enumerate(labelled) for r in range(1, count + 1)]
-    normal, curve = masks == 0, [(0.0, 0.0)]
-    for threshold in np.unique(maps)[::-1]:
-        over = maps >= threshold
-        overlap = np.mean([over[i][region].mean() for i, region in regions])
-        curve.append((over[normal].mean(), overlap))
-    rates, overlaps = np.array(curve).T
-    inside = rates < limit
-    rates = np.append(rates[inside], limit)
-    overlaps = np.append(overlaps[inside], np.interp(limit, *np.array(curve).T))
-    return float(100 * np.trapezoid(overlaps, rates) / limit)
-
-
-def bench_metrics(count: int = 40, size: int = 64) -> None:
-    """All metrics at once against AUPRO alone by its definition, on maps of 500 different values."""
-    rng = np.random.default_rng(0)
-    masks = np.zeros((count, size, size), np.uint8)
-    for mask in masks[count // 2 :]:
-        for row, column in rng.integers(0, size - 12, (2, 2)):
-            mask[row : row + 12, column : column + 8] = 1
-    maps = np.floor(500 * (0.7 * rng.random(masks.shape) + 0.3 * masks)).astype(np.float32)
-    labels = torch.arange(count).ge(count // 2).to(torch.uint8)
-    everything = partial(
-        anomaly_metrics,
-        torch.from_numpy(maps),
-        torch.from_numpy(masks),
-        labels,
-        labels,
-        torch.ones(count, dtype=torch.bool),
-        ("good", "bad"),
-        torch.from_numpy(maps).amax((1, 2)),
-    )
-    ours, defined = everything().overall["aupro"], aupro_by_definition(maps, masks)
-    print(f"AUPRO {ours:.4f}, by its definition {defined:.4f}, difference {abs(ours - defined):.1e}")
-    print(f"all metrics, {count} maps {size}x{size}        {seconds(everything, 'cpu') * 1e3:8.1f} ms")
-    slow = seconds(lambda: aupro_by_definition(maps, masks), "cpu", 1)
-    print(f"AUPRO alone by its definition      {slow * 1e3:8.1f} ms")
