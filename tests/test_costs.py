@@ -43,10 +43,9 @@ def test_flops_of_several_inputs_are_those_of_one_pass() -> None:
     assert flops(Product(), torch.zeros(3, 4), torch.zeros(4, 5)) == 2 * 3 * 4 * 5
 
 
-def test_parameters_count_frozen_ones_and_no_running_statistics() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    assert parameters(model) == 8 * 3 * 9 + 8 + 2 * 8
-    model[0].requires_grad_(False)
+@pytest.mark.parametrize("trained", [True, False])
+def test_parameters_count_frozen_ones_and_no_running_statistics(trained: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).requires_grad_(trained)
     assert parameters(model) == 8 * 3 * 9 + 8 + 2 * 8
 
 

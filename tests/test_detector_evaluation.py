@@ -25,8 +25,7 @@ CLASSES = ("crazing", "inclusion", "patches", "pitted_surface")
 
 
 def scene(seed=0, images=30, size=200, most=100, classes=4, skill=0.8):
-    """Truths, and predictions like a detector's: most defects found, roughly placed, some with another class, and many
-    unsure false alarms."""
+    """Ground truth, and predictions like a detector's: duplicates, other classes, many unsure false alarms."""
     generator = np.random.default_rng(seed)
     predictions, ground_truth = [], []
     for _ in range(images):
@@ -130,14 +129,13 @@ def test_only_the_first_hundred_of_a_class_count():
 
 def test_weights_are_repeated_images():
     predictions, ground_truth = scene(5)
-    matches = match(predictions, ground_truth, (0.33, 0.5, 0.75))
+    ious = (0.33, 0.5, 0.75)
+    matches = match(predictions, ground_truth, ious)
     generator = np.random.default_rng(0)
     for _ in range(3):
         weights = np.bincount(generator.integers(30, size=30), minlength=30)
         index = np.repeat(np.arange(30), weights)
-        repeated = match(
-            [predictions[i] for i in index], [ground_truth[i] for i in index], (0.33, 0.5, 0.75), classes=4
-        )
+        repeated = match([predictions[i] for i in index], [ground_truth[i] for i in index], ious, classes=4)
         assert average_precision(matches, weights) == pytest.approx(average_precision(repeated), abs=1e-9, nan_ok=True)
     assert np.isnan(average_precision(matches, np.zeros(30))).all()
     with pytest.raises(ValueError, match="weights must have shape"):
@@ -160,16 +158,13 @@ def test_scores_at_a_threshold_by_hand():
 
 def test_best_threshold_gives_the_oracle_score_and_beats_all_others():
     predictions, ground_truth = scene(6)
-    threshold = best_f1_threshold(predictions, ground_truth)
-    metrics, _ = evaluate(predictions, ground_truth, CLASSES, threshold)
+    metrics, _ = evaluate(predictions, ground_truth, CLASSES, best_f1_threshold(predictions, ground_truth))
     assert metrics["f1_dev"] == pytest.approx(metrics["f1_oracle"])
     for other in np.linspace(0, 1, 40):
-        kept, right, wanted = 0, 0, 0
-        for predicted, truth in zip(predictions, ground_truth, strict=True):
-            cut = {name: values[predicted["scores"] >= other] for name, values in predicted.items()}
-            found = match([cut], [truth], (0.5,), classes=4)
-            kept, right, wanted = kept + len(found.scores), right + found.right.sum(), wanted + found.ground_truth.sum()
-        assert 200 * right / (kept + wanted) <= metrics["f1_oracle"] + 1e-9
+        kept = [{name: v[p["scores"] >= other] for name, v in p.items()} for p in predictions]
+        found = match(kept, ground_truth, (0.5,), classes=4)
+        f1 = 200 * found.right.sum() / (len(found.scores) + found.ground_truth.sum())
+        assert f1 <= metrics["f1_oracle"] + 1e-9
 
 
 def test_equal_scores_stay_together():  # cut between them, F1 would be 100
@@ -241,42 +236,38 @@ def test_examples():
 # --- What a record keeps ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def large():
-    predictions, ground_truth = scene(9, images=360, classes=4)
-    return predictions, ground_truth, [f"crazing_{i}" for i in range(360)]
+LARGE = (*scene(9, images=360), [f"crazing_{i}" for i in range(360)])
 
 
 @pytest.fixture(scope="module")
-def arrays(large, tmp_path_factory):
+def arrays(tmp_path_factory):
     path = tmp_path_factory.mktemp("record") / "run.npz"
-    np.savez_compressed(path, **pack(*large, CLASSES))
+    np.savez_compressed(path, **pack(*LARGE, CLASSES))
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
 
 
-def test_packed_boxes_give_the_same_metrics(large, arrays):
+def test_packed_boxes_give_the_same_metrics(arrays):
     predictions, ground_truth, names, class_names = unpack(arrays)
-    assert (names, class_names) == (large[2], CLASSES)
-    for whole, back in zip(large[1], ground_truth, strict=True):
+    assert (names, class_names) == (LARGE[2], CLASSES)
+    for whole, back in zip(LARGE[1], ground_truth, strict=True):
         assert torch.equal(whole["boxes"], back["boxes"])
         assert torch.equal(whole["labels"], back["labels"])
     assert sum(len(p["scores"]) for p in predictions) == 12_000
-    for whole, back in zip(large[0], predictions, strict=True):
+    for whole, back in zip(LARGE[0], predictions, strict=True):
         kept = len(back["scores"])  # the surest of the image, in their order
         assert torch.equal(back["labels"], whole["labels"][:kept])
         assert torch.allclose(back["boxes"], whole["boxes"][:kept], atol=0.0017)  # 200 px / 65535 / 2
         assert torch.allclose(back["scores"], whole["scores"][:kept], atol=2.5e-4)
-    before, _ = evaluate(large[0], large[1], CLASSES, threshold=0.3)
+    before, _ = evaluate(LARGE[0], LARGE[1], CLASSES, threshold=0.3)
     after, _ = evaluate(predictions, ground_truth, CLASSES, threshold=0.3)
     assert after == pytest.approx(before, abs=0.3)
 
 
 def test_packed_arrays_of_500_images_are_small():
-    predictions, ground_truth = scene(10, images=500, size=640, classes=6)
-    arrays = pack(predictions, ground_truth, [f"group00041/{i:08d}" for i in range(500)], list("abcdef"))
+    names = [f"group00041/{i:08d}" for i in range(500)]
     packed = io.BytesIO()
-    np.savez_compressed(packed, **arrays)
+    np.savez_compressed(packed, **pack(*scene(10, images=500, size=640, classes=6), names, list("abcdef")))
     assert packed.tell() < 200_000
 
 
@@ -286,7 +277,7 @@ def test_packing_nothing():
     assert (ground_truth[0]["labels"].tolist(), names, class_names) == ([1], ["a"], ("x", "y"))
 
 
-def test_statistic_is_the_metric_and_follows_the_weights(large, arrays):
+def test_statistic_is_the_metric_and_follows_the_weights(arrays):
     predictions, ground_truth, *_ = unpack(arrays)
     ones = np.ones(360, dtype=np.int64)
     metrics, per_class = evaluate(predictions, ground_truth, CLASSES)

@@ -42,8 +42,7 @@ def test_mean_interval():
 def test_one_seed_has_no_interval():
     result = mean_interval([90.0])
     assert (result.mean, result.n) == (90.0, 1)
-    assert math.isnan(result.low) and math.isnan(result.high)
-    assert math.isnan(mean_interval([90.0, math.nan]).low)
+    assert all(math.isnan(value) for value in (result.low, result.high, mean_interval([90.0, math.nan]).low))
     with pytest.raises(ValueError, match="values is empty"):
         mean_interval([])
 
@@ -108,28 +107,26 @@ def scored_images(seed=0, count=200, levels=None):
 @pytest.mark.parametrize("levels", [None, 1])
 def test_weighted_metrics_are_those_of_repeated_samples(levels):
     scores, labels, weights = scored_images(levels=levels)
-    repeated_scores, repeated_labels = np.repeat(scores, weights), np.repeat(labels, weights)
-    assert auroc(scores, labels) == pytest.approx(100 * roc_auc_score(labels, scores))
-    assert auroc(scores, labels, weights) == pytest.approx(100 * roc_auc_score(repeated_labels, repeated_scores))
-    assert average_precision(scores, labels) == pytest.approx(100 * average_precision_score(labels, scores))
-    assert average_precision(scores, labels, weights) == pytest.approx(
-        100 * average_precision_score(repeated_labels, repeated_scores)
-    )
-    precision, recall, _ = precision_recall_curve(repeated_labels, repeated_scores)
+    repeated = np.repeat(labels, weights), np.repeat(scores, weights)
+    for metric, reference in ((auroc, roc_auc_score), (average_precision, average_precision_score)):
+        assert metric(scores, labels) == pytest.approx(100 * reference(labels, scores))
+        assert metric(scores, labels, weights) == pytest.approx(100 * reference(*repeated))
+    precision, recall, _ = precision_recall_curve(*repeated)
     best = np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
     assert f1_max(scores, labels, weights) == pytest.approx(100 * best)
 
 
-def test_metrics_of_one_class_are_nan():
-    for metric in (auroc, average_precision, f1_max):
-        assert math.isnan(metric([0.1, 0.2], [1, 1]))
-        assert math.isnan(metric([0.1, 0.2], [0, 1], [1, 0]))
-        with pytest.raises(ValueError, match="NaN"):
-            metric([0.1, math.nan], [0, 1])
-        with pytest.raises(ValueError, match="weights"):
-            metric([0.1, 0.2], [0, 1], [1])
-        with pytest.raises(ValueError, match="vectors"):
-            metric([0.1, 0.2], [0, 1, 1])
+@pytest.mark.parametrize("metric", [auroc, average_precision, f1_max])
+def test_metrics_of_one_class_are_nan(metric):
+    assert math.isnan(metric([0.1, 0.2], [1, 1]))
+    assert math.isnan(metric([0.1, 0.2], [0, 1], [1, 0]))
+    for arguments, why in (
+        (([0.1, math.nan], [0, 1]), "NaN"),
+        (([0.1, 0.2], [0, 1], [1]), "weights"),
+        (([0.1, 0.2], [0, 1, 1]), "vectors"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            metric(*arguments)
 
 
 def test_overlap_by_hand():
@@ -175,14 +172,9 @@ def test_bootstrap_covers():
 
 
 def test_strata_keep_their_sizes():
-    strata = np.array(["good"] * 3 + ["scratch"] * 5)
     seen = []
-
-    def statistic(weights):
-        seen.append(weights)
-        return 0.0
-
-    paired_bootstrap(statistic, 8, strata, repeats=30)
+    strata = np.array(["good"] * 3 + ["scratch"] * 5)
+    paired_bootstrap(lambda weights: float(seen.append(weights) or 0), 8, strata, repeats=30)
     seen = np.array(seen)
     assert (seen[:, :3].sum(1) == 3).all() and (seen[:, 3:].sum(1) == 5).all()
     assert np.issubdtype(seen.dtype, np.integer) and seen.std() > 0
@@ -250,14 +242,13 @@ def test_reconstruction(low, high, verdict):
     assert judge_reconstruction(interval(low, high), adjusted_p=0.2) == "no evidence"
 
 
-def test_meaningless_verdicts_are_errors():
-    for printed in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="printed gain must be positive"):
-            judge_gain(interval(1, 2), printed)
-    one_seed = mean_interval([1.0])
-    for judge in (lambda: judge_gain(one_seed, 1.0), lambda: judge_level(one_seed, 1.0)):
+@pytest.mark.parametrize("printed", [0.0, -1.0, math.nan])
+def test_meaningless_verdicts_are_errors(printed):
+    with pytest.raises(ValueError, match="printed gain must be positive"):
+        judge_gain(interval(1, 2), printed)
+    for judge in (judge_gain, judge_level):
         with pytest.raises(ValueError, match="needs more seeds"):
-            judge()
+            judge(mean_interval([1.0]), 1.0)
 
 
 @pytest.mark.parametrize(
