@@ -41,6 +41,7 @@ DETECTION = {
     "quick": {"epochs": 20},
     "paper": {},
 }
+RD4AD = {"smoke": {"size": 128}, "quick": {}, "paper": {}}  # its bottleneck halves five times, which 112 px do not
 TWO_STAGE = {"smoke": {"source": 128}, "quick": {}, "paper": {}}
 SETTINGS = {profile: DistillationSettings(**DETECTION[profile]) for profile in DETECTION}
 
@@ -90,7 +91,7 @@ def detection_settings(profile: str) -> dict[str, Any]:
         found[f"patchcore_{category}"] = PatchCoreSettings(**on, **plain)
     full = found["kd_metal_nut"]
     return found | {
-        "rd4ad_metal_nut": RD4ADSettings(dataset=full.dataset, epochs=full.epochs, **plain),
+        "rd4ad_metal_nut": RD4ADSettings(dataset=full.dataset, epochs=full.epochs, **plain | RD4AD[profile]),
         # Table 8
         "kd_resnet50": replace(full, teacher="resnet50"),
         "kd_wide_resnet50_2": replace(full, teacher="wide_resnet50_2"),
