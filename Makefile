@@ -4,18 +4,20 @@ PROFILE ?= smoke
 PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
+COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test data bench report clean
+.PHONY: help setup reproduce notebooks test data bench report clean
 
 help:
 	@echo "make setup       install everything into .venv (once; again when pyproject.toml or constraints.txt change)"
 	@echo "make reproduce   run the notebooks, write runs/PROFILE/index.html; an interrupted call is continued by the same"
 	@echo "                   PROFILE=smoke|quick|paper (smoke)  NOTEBOOKS=03,20  MINUTES=30  DEVICE=cpu|cuda  SEEDS=0,1  JOBS=2"
+	@echo "make notebooks   run the stored notebooks in place, as they stand, where records or code changed: NOTEBOOKS=03,20"
 	@echo "make test        style, tests, and the notebooks once more with nbval"
 	@echo "make data        fetch the data sets, or unpack them: ARCHIVES=folder with magnetic-tile.zip, mvtec_metal_nut_512.zip,"
 	@echo "                   DeepPCB.tar.xz, NEU-DET.zip, NEU-Seg.zip (the last two cannot be downloaded by a script)"
-	@echo "make bench       speed of training, inference and metrics on this machine: SIZES=224,320,640"
+	@echo "make bench       speed of training and inference on this machine: SIZES=224,320,640"
 	@echo "make report      write runs/PROFILE/index.html, results/tables and the verdicts in README.md from the records"
 	@echo "make clean       remove runs/smoke and caches; data, weights, quick and paper runs stay"
 
@@ -33,6 +35,11 @@ reproduce: $(INSTALLED)
 	$(PY) -m defectlab reproduce --profile $(PROFILE) $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS)) \
 	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(DEVICE),--device $(DEVICE)) $(if $(SEEDS),--seeds $(SEEDS)) \
 	  $(if $(JOBS),--jobs $(JOBS))
+
+notebooks: $(INSTALLED)
+	JUPYTER_PATH=.venv/share/jupyter $(PY) -m nbconvert --execute --inplace --coalesce-streams \
+	  --ExecutePreprocessor.record_timing=False \
+	  $(foreach number,$(or $(subst $(COMMA), ,$(NOTEBOOKS)),*),notebooks/$(number)*.ipynb)
 
 test: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -1,7 +1,10 @@
-"""The three descriptions of the environment say the same, and what is installed is what they say."""
+"""The three descriptions of the environment say the same, and what is installed and imported is what they say."""
 
+import ast
 import re
+import sys
 import tomllib
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -54,6 +57,45 @@ def test_direct_dependency_is_pinned_and_installed_so(name: str):
 def test_everything_needed_is_pinned():
     needed = {name for name in closure(DIRECT) if not PLATFORM.match(name)}
     assert needed <= set(PINS), f"not in constraints.txt: {sorted(needed - set(PINS))}"
+
+
+# --- What the package imports ----------------------------------------------------------------------------------------
+
+TOOLS = {
+    "jupyterlab",
+    "ipykernel",
+    "faster-coco-eval",
+    "onnx",
+}  # a reader's, and what others import: torchmetrics, torch
+
+
+def imported(nodes: Iterator[ast.AST]) -> set[str]:
+    """The first names of what is imported: `scipy` of `from scipy import ndimage`."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found - {"defectlab"}
+
+
+MODULES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "defectlab").rglob("*.py")}
+
+
+def test_what_is_imported_is_declared_and_the_reverse():
+    names = set().union(*(imported(ast.walk(tree)) for tree in MODULES.values())) - sys.stdlib_module_names
+    owners = metadata.packages_distributions()
+    used = {canonicalize_name(owner) for name in names for owner in owners[name]}
+    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    assert names and not {name for name in names if not {canonicalize_name(o) for o in owners[name]} & declared}
+    assert not declared - used - TOOLS
+
+
+def test_the_package_can_be_imported_on_windows():
+    """Modules that only Unix has are imported where they are needed, not when the package is imported."""
+    unix = {"fcntl", "grp", "pwd", "resource", "termios"}
+    assert not [path.name for path, tree in MODULES.items() if imported(iter(tree.body)) & unix]
 
 
 def test_conda_environment_is_made_of_the_same_files():
