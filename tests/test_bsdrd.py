@@ -1,5 +1,6 @@
 """BSDRD: the wavelet against PyWavelets, the two students, the gated loss that cannot switch a term off, the maps."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +9,7 @@ import pywt
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
-from toy_anomaly import CHANNELS, fake_data, feature_maps, learning
+from toy_anomaly import CHANNELS, check_seeds, fake_data, feature_maps, learning
 from toy_runs import quiet
 
 from defectlab.networks.reverse_distillation import gaussian_smooth
@@ -27,9 +28,6 @@ from defectlab.papers.bsdrd import (
 from defectlab.training.bsdrd import run_bsdrd
 
 NARROW = Settings(low_channels=8, high_channels=4)
-
-
-# --- Wavelet ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["haar", "db2", "db4"])
@@ -51,6 +49,7 @@ def test_inverse_reconstructs_perfectly(name: str, shape: tuple[int, int]) -> No
     torch.testing.assert_close(wavelet.inverse(wavelet(x)), x, rtol=0, atol=1e-5)
     bands = torch.randn(2, 4, 3, 4, 8)
     torch.testing.assert_close(wavelet(wavelet.inverse(bands)), bands, rtol=0, atol=1e-5)
+    assert not wavelet.state_dict()  # nothing to learn, nothing to save
 
 
 def test_none_is_space_to_depth() -> None:
@@ -67,22 +66,6 @@ def test_wavelet_gradients(name: str) -> None:
     bands = torch.randn(1, 4, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     assert gradcheck(wavelet, x)
     assert gradcheck(wavelet.inverse, bands)
-
-
-def test_biorthogonal_wavelet_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'bior2\.2' is not orthogonal: use haar"):
-        Wavelet("bior2.2")
-    with pytest.raises(ValueError, match="nonsense"):
-        Wavelet("nonsense")
-
-
-def test_wavelet_has_nothing_to_learn_or_to_save() -> None:
-    wavelet = Wavelet("db2")
-    assert not list(wavelet.parameters())
-    assert not wavelet.state_dict()
-
-
-# --- Students --------------------------------------------------------------------------------------------------------
 
 
 def test_dynamic_fusion_weights_sum_to_one_and_depend_on_the_input() -> None:
@@ -133,11 +116,8 @@ def test_students_share_nothing() -> None:
 
 
 def test_control_without_wavelet_has_equal_size() -> None:
-    count = {
-        name: sum(p.numel() for p in DetailStudent(CHANNELS, 0, replace(NARROW, wavelet=name)).parameters())
-        for name in ("haar", "none", "db2")
-    }
-    assert count["none"] == count["haar"] == count["db2"]
+    students = [DetailStudent(CHANNELS, 0, replace(NARROW, wavelet=name)) for name in ("haar", "none", "db2")]
+    assert len({sum(p.numel() for p in student.parameters()) for student in students}) == 1
 
 
 def test_detail_student_reads_layer_3_alone_or_layers_2_and_3() -> None:
@@ -152,9 +132,6 @@ def test_detail_student_reads_layer_3_alone_or_layers_2_and_3() -> None:
         assert not torch.equal(student([first, second, changed[2]])[0], output)
 
 
-# --- MD-GFLoss -------------------------------------------------------------------------------------------------------
-
-
 def test_discrepancies_by_hand() -> None:
     """Of two images; in the second nothing differs."""
     teacher = torch.tensor([[3.0, 0.0], [4.0, 1.0]]).view(1, 2, 1, 2)  # positions (3, 4) and (0, 1)
@@ -165,20 +142,14 @@ def test_discrepancies_by_hand() -> None:
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_discrepancies_of_identical_and_opposite_maps() -> None:
+def test_discrepancies_of_equal_opposite_and_silent_maps() -> None:
     maps = torch.rand(2, 3, 4, 4) + 0.1
-    torch.testing.assert_close(dimension_discrepancies(maps, maps), torch.zeros(3), rtol=0, atol=1e-6)
     torch.testing.assert_close(dimension_discrepancies(maps, -2 * maps), torch.full((3,), 2.0))
-
-
-def test_a_silent_teacher_channel_is_left_out() -> None:
-    teacher = torch.rand(2, 3, 4, 4) + 0.1
-    student = teacher.clone()
-    teacher[:, 1] = 0
-    student[:, 1] = 0
-    torch.testing.assert_close(dimension_discrepancies(teacher, student), torch.zeros(3), rtol=0, atol=1e-6)
-    silent = dimension_discrepancies(torch.zeros_like(teacher), student)
-    assert float(silent[1]) == 0  # nothing left, and no division by zero
+    silent = maps.clone()
+    silent[:, 1] = 0  # a silent channel of the teacher is left out
+    for equal in (maps, silent):
+        torch.testing.assert_close(dimension_discrepancies(equal, equal), torch.zeros(3), rtol=0, atol=1e-6)
+    assert float(dimension_discrepancies(torch.zeros_like(maps), maps)[1]) == 0  # nothing left, no division by zero
 
 
 def test_discrepancy_gradients() -> None:
@@ -255,14 +226,8 @@ def test_loss_names_its_scalars_and_sums_over_scales_and_students() -> None:
     )
     torch.testing.assert_close(scalars["loss"], each.mean(1).sum())
     torch.testing.assert_close(torch.stack(list(scalars.values())[1:]), each.mean(0))
-
-
-def test_gate_is_learned_only_where_settings_say_so() -> None:
-    for gate in ("learned", "focus", "equal"):
-        assert MDGFLoss(2, replace(NARROW, gate=gate)).logits.requires_grad is (gate == "learned")
-
-
-# --- Maps ------------------------------------------------------------------------------------------------------------
+    learned = [MDGFLoss(2, replace(NARROW, gate=gate)).logits.requires_grad for gate in ("learned", "focus", "equal")]
+    assert learned == [True, False, False]
 
 
 def flat_student(apart: tuple[int, int, int]) -> list[Tensor]:
@@ -282,31 +247,29 @@ def flat_student(apart: tuple[int, int, int]) -> list[Tensor]:
     ],
 )
 def test_maps_by_hand(fusion: str, expected: float) -> None:
-    teacher, students = flat_student((0, 0, 0)), [flat_student((2, 1, 0)), flat_student((1, 2, 1))]
-    torch.testing.assert_close(
-        to_maps(replace(NARROW, fusion=fusion), teacher, students),
-        torch.full((1, 256, 256), expected),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    settings, teacher = replace(NARROW, fusion=fusion), flat_student((0, 0, 0))
+    both = to_maps(settings, teacher, [flat_student((2, 1, 0)), flat_student((1, 2, 1))])
+    torch.testing.assert_close(both, torch.full((1, 256, 256), expected), rtol=1e-5, atol=1e-5)
+    one = to_maps(settings, teacher, [flat_student((2, 1, 1))])  # needs no fusion
+    torch.testing.assert_close(one, torch.full((1, 256, 256), 4.0))
 
 
-@pytest.mark.parametrize("fusion", ["sum", "max", "product"])
-def test_one_student_needs_no_fusion(fusion: str) -> None:
-    teacher, student = flat_student((0, 0, 0)), flat_student((2, 1, 1))
-    torch.testing.assert_close(
-        to_maps(replace(NARROW, fusion=fusion), teacher, [student]), torch.full((1, 256, 256), 4.0)
-    )
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: Wavelet("bior2.2"), r"'bior2\.2' is not orthogonal: use haar"),
+        (lambda: Wavelet("nonsense"), "nonsense"),
+        (
+            lambda: gated_fusion(torch.rand(1, 3), torch.zeros(1, 3), "no", 1.0),
+            "gate 'no': use learned, focus or eq",
+        ),
+        (lambda: to_maps(replace(NARROW, fusion="no"), [], [[], []]), "fusion 'no': use sum, max or product"),
+    ],
+)
+def test_what_does_not_exist_is_named(use: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        use()
 
-
-def test_what_does_not_exist_is_named() -> None:
-    with pytest.raises(ValueError, match=r"unknown gate 'nonsense': use learned, focus or equal"):
-        gated_fusion(torch.rand(1, 3), torch.zeros(1, 3), "nonsense", 1.0)
-    with pytest.raises(ValueError, match=r"unknown fusion 'mean': use sum, max or product"):
-        to_maps(replace(NARROW, fusion="mean"), flat_student((0, 0, 0)), [flat_student((1, 1, 1))])
-
-
-# --- The whole method ------------------------------------------------------------------------------------------------
 
 SMALL = replace(NARROW, teacher="resnet18_random", size=64, epochs=1, batch=4, precision="fp32")
 
@@ -323,16 +286,8 @@ def test_images_become_smoothed_maps_of_both_students() -> None:
 
 def test_a_run_gives_the_maps_of_its_model_again_with_its_seed_and_others_with_another() -> None:
     first, again, other = (run_bsdrd(SMALL, seed, fake_data(), quiet()) for seed in (0, 0, 1))
-    assert (first.metrics, first.per_class, first.dev, first.curve) == (
-        again.metrics, again.per_class, again.dev, again.curve,
-    )  # fmt: skip
-    assert all((first.predictions[k] == again.predictions[k]).all() for k in first.predictions)
-    assert all(torch.equal(first.model[k], again.model[k]) for k in first.model)
-    assert other.curve != first.curve
-    assert (other.predictions["scores"] != first.predictions["scores"]).all()
-    assert set(first.metrics) >= {"image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "image_f1_dev"}
-    assert set(first.per_class) == {"square"}
-    assert len(first.curve["loss"]) == 1
+    check_seeds(first, again, other)
+    assert set(first.per_class) == {"square"} and len(first.curve["loss"]) == 1
     bsdrd = BSDRD(SMALL)
     bsdrd.network.load_state_dict(first.model)
     scores = bsdrd(fake_data().test.images).amax((1, 2))

@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_detection import lively, relative
 
 from defectlab.metrics.costs import flops, parameters
 from defectlab.networks.yolo.blocks import C3, SPPF, Bottleneck, C2f, Concatenation, ConvBlock, fused
@@ -33,26 +34,8 @@ def tiny(family: str) -> Detector:
     return Detector(family, "t", CLASSES)
 
 
-def lively(model: nn.Module) -> nn.Module:
-    """`model` in eval mode with norms as after a training: other statistics, weights and biases in every channel."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for values, low, high in (
-                (module.running_mean, -0.5, 0.5),
-                (module.running_var, 0.2, 2.0),
-                (module.weight.data, 0.5, 1.5),
-                (module.bias.data, -0.5, 0.5),
-            ):
-                values.copy_(low + (high - low) * torch.rand(len(values), generator=generator))
-    return model.eval()
-
-
 def random_images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
-
-
-# --- Sizes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "scale"), PUBLISHED, ids="".join)
@@ -73,9 +56,6 @@ def test_exact_number_of_parameters_and_the_class_count_changes_the_head_alone()
     assert parameters(many) - parameters(few) == 3 * (80 - 3) * sum(width + 1 for width in few.widths)
 
 
-# --- Shapes ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 96)])
 def test_shapes(family: str, height: int, width: int) -> None:
@@ -92,17 +72,20 @@ def test_shapes(family: str, height: int, width: int) -> None:
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("height", "width"), [(64, 80), (100, 96), (48, 48)])
-def test_sides_that_32_does_not_divide(family: str, height: int, width: int) -> None:
-    with pytest.raises(ValueError, match=f"images of {height}x{width} px: a detector needs sides divisible by 32"):
-        tiny(family)(torch.zeros(1, 3, height, width))
-
-
-@pytest.mark.parametrize(("family", "scale"), [("v7", "n"), ("v8", "q"), ("v5", "x"), ("", "")])
-def test_unknown_family_or_scale(family: str, scale: str) -> None:
-    with pytest.raises(ValueError, match=r"unknown detector .*use one of v8: t, n, s, m, l, x; v5: t, n, s, m, l$"):
-        Detector(family, scale, CLASSES)
+@pytest.mark.parametrize(
+    ("family", "scale", "sides", "message"),
+    [
+        ("v8", "t", (64, 80), "images of 64x80 px: a detector needs sides divisible by 32"),
+        ("v5", "t", (48, 48), "images of 48x48 px: a detector needs sides divisible by 32"),
+        *(
+            (*named, (64, 64), r"unknown detector .*use one of v8: t, n, s, m, l, x; v5: t, n, s, m, l$")
+            for named in (("v7", "n"), ("v8", "q"), ("v5", "x"), ("", ""))
+        ),
+    ],
+)
+def test_refusals(family: str, scale: str, sides: tuple[int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Detector(family, scale, CLASSES)(torch.zeros(1, 3, *sides))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,7 +98,9 @@ def test_every_map_sees_every_other_stride(family: str) -> None:
         assert all(float(gradient.abs().sum()) > 0 for gradient in gradients)
 
 
-def test_fusion_and_block_are_used_at_every_place() -> None:
+@pytest.mark.parametrize(("family", "kernels", "depths"), [("v8", (3, 3), (1, 2, 2, 1)), ("v5", (1, 3), (1, 2, 3, 1))])
+def test_fusion_and_block_are_used_at_every_place(family: str, kernels: tuple, depths: tuple[int, ...]) -> None:
+    """A third of the published depths 3, 6, 6 (9), 3."""
     joined, blocks = [], []
 
     class Fuse(Concatenation):
@@ -128,35 +113,16 @@ def test_fusion_and_block_are_used_at_every_place() -> None:
             super().__init__(*arguments)
             blocks.append(arguments)
 
-    for family, kernels in (("v8", (3, 3)), ("v5", (1, 3))):
-        joined.clear(), blocks.clear()
-        detector = Detector(family, "n", CLASSES, fuse=Fuse, bottleneck=Block)
-        third, fourth, fifth = detector.widths
-        if family == "v8":
-            assert joined == [(fifth, fourth), (fourth, third), (third, fourth), (fourth, fifth)]
-        else:
-            assert joined == [(fourth, fourth), (third, third), (third, third), (fourth, fourth)]
-        depths = (1, 2, 2, 1) if family == "v8" else (1, 2, 3, 1)  # a third of 3, 6, 6 (9), 3
-        assert [shortcut for _, shortcut, _, _ in blocks] == [True] * sum(depths) + [False] * 4
-        assert {used for _, _, used, _ in blocks} == {kernels}
-
-
-# --- Blocks ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("block", [C2f, C3])
-@pytest.mark.parametrize("depth", [1, 3])
-def test_cross_stage_blocks_keep_height_and_width(block: type[nn.Module], depth: int) -> None:
-    made = block(12, 16, depth, True)
-    assert made(random_images(2, 12, 6, 10)).shape == (2, 16, 6, 10)
-    assert len(made.bottlenecks) == depth
-
-
-def test_shortcut_adds_the_input() -> None:
-    with_shortcut, without = Bottleneck(8, True).eval(), Bottleneck(8, False).eval()
-    without.load_state_dict(with_shortcut.state_dict())
-    x = random_images(1, 8, 5, 5)
-    torch.testing.assert_close(with_shortcut(x) - without(x), x)
+    third, fourth, fifth = Detector(family, "n", CLASSES, fuse=Fuse, bottleneck=Block).widths
+    assert (
+        joined
+        == {
+            "v8": [(fifth, fourth), (fourth, third), (third, fourth), (fourth, fifth)],
+            "v5": [(fourth, fourth), (third, third), (third, third), (fourth, fourth)],
+        }[family]
+    )
+    assert [shortcut for _, shortcut, _, _ in blocks] == [True] * sum(depths) + [False] * 4
+    assert {used for _, _, used, _ in blocks} == {kernels}
 
 
 def test_pyramid_pooling_sees_5_9_and_13_pixels() -> None:
@@ -170,13 +136,28 @@ def test_pyramid_pooling_sees_5_9_and_13_pixels() -> None:
         assert torch.equal(maps, nn.functional.max_pool2d(entered, side, 1, side // 2))
 
 
-def test_conv_block_pads_to_the_same_size() -> None:
-    for kernel, dilation in ((1, 1), (3, 1), ((1, 11), 1), (3, 3)):
-        assert ConvBlock(4, 5, kernel, dilation=dilation)(random_images(2, 4, 12, 14)).shape == (2, 5, 12, 14)
-    assert ConvBlock(4, 5, 3, 2)(random_images(2, 4, 12, 14)).shape == (2, 5, 6, 7)
+@pytest.mark.parametrize(
+    ("block", "shape"),
+    [
+        (C2f(12, 16, 1, True), (16, 12, 14)),
+        (C2f(12, 16, 3, True), (16, 12, 14)),
+        (C3(12, 16, 1, True), (16, 12, 14)),
+        (C3(12, 16, 3, True), (16, 12, 14)),
+        *((ConvBlock(12, 5, kernel), (5, 12, 14)) for kernel in (1, 3, (1, 11))),
+        (ConvBlock(12, 5, 3, dilation=3), (5, 12, 14)),
+        (ConvBlock(12, 5, 3, 2), (5, 6, 7)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_blocks_keep_height_and_width_but_for_a_stride(block: nn.Module, shape: tuple[int, ...]) -> None:
+    assert block(random_images(2, 12, 12, 14)).shape == (2, *shape)
 
 
-# --- Gradients, biases -----------------------------------------------------------------------------------------------
+def test_shortcut_adds_the_input() -> None:
+    with_shortcut, without = Bottleneck(8, True).eval(), Bottleneck(8, False).eval()
+    without.load_state_dict(with_shortcut.state_dict())
+    x = random_images(1, 8, 5, 5)
+    torch.testing.assert_close(with_shortcut(x) - without(x), x)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -220,13 +201,6 @@ def test_anchors_are_those_given_or_of_coco_and_are_saved() -> None:
     assert torch.equal(detector.anchors, own) and detector.anchors.dtype == torch.float32
     assert torch.equal(detector.state_dict()["anchors"], own)
     assert not any("anchors" in name for name in tiny("v8").state_dict())
-
-
-# --- Fusing ---------------------------------------------------------------------------------------------------------
-
-
-def relative(found: list[Tensor], wanted: list[Tensor]) -> float:
-    return max(float((f - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

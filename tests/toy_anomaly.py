@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.runs import Result
 
 CHANNELS = (8, 16, 32)  # of the pretended teacher
 
@@ -49,3 +50,14 @@ def learning(modules: list[nn.Module], loss: Callable[[], Tensor]) -> tuple[set[
         moved |= {name for name, p in weights.items() if p.grad is not None and p.grad.abs().max() > 0}
         optimizer.step()
     return moved, set(weights)
+
+
+def check_seeds(first: Result, again: Result, other: Result) -> None:
+    """One seed gave the same numbers twice, another seed gave others."""
+    for part in ("metrics", "per_class", "dev", "curve", "notes"):
+        assert getattr(first, part) == getattr(again, part), part
+    assert all((first.predictions[k] == again.predictions[k]).all() for k in first.predictions)
+    assert all(torch.equal(first.model[k], again.model[k]) for k in first.model)
+    assert other.curve != first.curve
+    assert (other.predictions["scores"] != first.predictions["scores"]).all()
+    assert set(first.metrics) >= {"image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "image_f1_dev"}

@@ -83,3 +83,22 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
     """Whether all weights and buffers of two models are equal to the last bit."""
     one, other = first.state_dict(), second.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """`model` in eval mode with norms as after a training: other statistics, weights and biases in every channel."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values, low, high in (
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.2, 2.0),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.5, 0.5),
+            ):
+                values.copy_(low + (high - low) * torch.rand(len(values), generator=generator))
+    return model.eval()
+
+
+def relative(found: list[Tensor], wanted: list[Tensor]) -> float:
+    return max(float((f - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted, strict=True))
