@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.ndimage import binary_dilation, label
 
 from defectlab.data.annotations import read_deep_pcb, read_voc
-from defectlab.data.synthetic.boards import BOARD_KINDS, board_pair, write_board
+from defectlab.data.synthetic.boards import ADDS_COPPER, BOARD_KINDS, board_pair, write_board
 from defectlab.data.synthetic.pasted import KINDS, add_defect
 from defectlab.data.synthetic.steel import STEEL_KINDS, VISIBLE, steel_image, write_steel
 from defectlab.data.synthetic.tiles import draw_tile, write_magnetic_tile, write_mvtec
@@ -21,7 +21,6 @@ MEDIAN_AREA = {"blowhole": 0.0014, "crack": 0.0031, "break": 0.013, "fray": 0.16
 COUNTS = {"Free": 3, "Blowhole": 2, "Break": 2, "Crack": 2, "Fray": 2, "Uneven": 3}
 # What a kind does to the number of pieces of copper and of bare ground around it.
 PIECES = {"open": (1, -1), "short": (-1, 1), "mousebite": (0, 0), "spur": (0, 0), "copper": (1, 0), "pin-hole": (0, 1)}
-ADDS_COPPER = {"short", "spur", "copper"}
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -20,11 +20,11 @@ from torch import Tensor
 from defectlab.data.images import IMAGE_SUFFIXES, check_size, decode, in_threads, resize_mask, to_square
 from defectlab.data.splits import PARTS, Plan, content_id, identity, locate, shuffled
 from defectlab.data.synthetic import SYNTHETIC
-from defectlab.data.synthetic.pasted import add_defect
+from defectlab.data.synthetic.pasted import KINDS, add_defect
 from defectlab.files import DataError
 
 MAGNETIC_TILE, SYNTHETIC_TILE, SYNTHETIC_NUT = "magnetic_tile", "synthetic_tile", "synthetic_nut"
-TILE_TYPES = ("blowhole", "break", "crack", "fray", "uneven")
+TILE_TYPES = KINDS
 TILE_TRAIN_LIST = Path(__file__).parent / "splits" / "magnetic_tile_train_761.txt"
 # fmt: off
 MVTEC_CATEGORIES = (

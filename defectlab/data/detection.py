@@ -22,10 +22,12 @@ from defectlab.data.annotations import AnnotatedImage, Annotations, read_deep_pc
 from defectlab.data.images import check_size, decode, in_threads, letterbox
 from defectlab.data.splits import PARTS, Plan, detection_identity, draw_split, last_fifth, locate, number_of, with_dev
 from defectlab.data.synthetic import SYNTHETIC
+from defectlab.data.synthetic.boards import BOARD_KINDS
+from defectlab.data.synthetic.steel import STEEL_KINDS
 from defectlab.files import DataError
 
-NEU_CLASSES = ("crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches")
-DEEP_PCB_CLASSES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")  # types 1 to 6 of its txt files
+NEU_CLASSES = STEEL_KINDS
+DEEP_PCB_CLASSES = BOARD_KINDS  # types 1 to 6 of its txt files
 NEU_TEST_LIST = Path(__file__).parent / "splits" / "neu_det_test.txt"
 
 

@@ -45,7 +45,7 @@ SYNTHETIC = {  # by the name that the readers take, which is the folder below th
     "synthetic_board": Synthetic(
         "synthetic boards",
         write_board,
-        "00b6d4ba17422d873de9358bb129e3125cba16f35c61ac99659d85576148ee12",
+        "67d3f5cf7205496c53502987c1c4c1a0227324004cdd6356ae9887f3e7a2ba29",
     ),
     "synthetic_steel_masks": Synthetic(
         "synthetic steel with masks",

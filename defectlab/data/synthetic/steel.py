@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.special import expit
 
-from defectlab.data.synthetic.boards import Box, bounds, grown, overlap
+from defectlab.data.synthetic.boards import Box, bounds
 from defectlab.data.synthetic.pasted import ellipse_distance, smooth_field
 
 MASKED_KINDS = ("inclusion", "patches", "scratches")  # those that NEU-Seg marks; mask values 1, 2, 3
@@ -114,6 +114,10 @@ def _steel_object(rng: np.random.Generator, kind: str, ground: np.ndarray, unit:
     return ground + (rng.uniform(95, 140) + spread) * light
 
 
+def _near(a: Box, b: Box, margin: int) -> bool:
+    return all(a[i] - margin < b[i + 2] and b[i] < a[i + 2] + margin for i in (0, 1))
+
+
 def steel_image(rng: np.random.Generator, kind: str, size: int) -> tuple[np.ndarray, np.ndarray, list[tuple[str, Box]]]:
     """Defect-free strip and the same with 1-4 objects, both (S, S) uint8, and the objects' kinds and boxes.
 
@@ -133,7 +137,7 @@ def steel_image(rng: np.random.Generator, kind: str, size: int) -> tuple[np.ndar
             width = round(unit * rng.uniform(low_width, high_width))
             top, left = rng.integers(1, size - height + 1), rng.integers(1, size - width + 1)
             window = (int(left), int(top), int(left) + width, int(top) + height)
-            if any(overlap(grown(window, round(3 * unit)), box) for _, box in objects):
+            if any(_near(window, box, round(3 * unit)) for _, box in objects):
                 continue
             ground = clean[top : top + height, left : left + width]
             drawn = _steel_object(rng, wanted, ground.astype(float), unit)
