@@ -39,19 +39,8 @@ def shapes(settings: Settings, size: int) -> dict[str, tuple[int, int, int]]:
     return {name: (*m.shape[2:], m.shape[1]) for name, m in maps.items()}
 
 
-# --- Layouts ---------------------------------------------------------------------------------------------------------
-
-
 def test_layout_table1_is_table_1_line_by_line() -> None:
     assert list(shapes(replace(SMALL, layout="table1"), 256).items()) == list(TABLE_1.items())
-
-
-def test_no_resnet_50_has_the_channels_of_table_1_and_it_is_reduced_to_them_before_amam() -> None:
-    network = UShapedNetwork(replace(SMALL, encoder="resnet50_random", layout="table1"))
-    printed = [TABLE_1[f"encoder {i}"][2] for i in range(1, 5)]
-    assert network.encoder.out_channels[2:] == [4 * c for c in printed]
-    assert network.reduce[0].in_channels == 2048
-    assert network.amam.point[0].in_channels == 512
 
 
 def test_layout_text_has_output_stride_16_and_four_skips() -> None:
@@ -84,33 +73,35 @@ def test_skips_of_table_5(skips: str, gates: int, convolutions: int, inputs: lis
         assert [layer.skip.coarse.in_channels for layer in network.decoder[1:]] == [256, 128, 64]
 
 
-def test_baseline_of_table_5_is_a_head_on_the_last_map() -> None:
-    baseline = replace(SMALL, decoder=False, skips="none", amam=False)
-    network = UShapedNetwork(baseline)
-    assert len(network.decoder) == 0
-    assert network.head.in_channels == 512
-    assert shapes(baseline, 64)["output"] == (64, 64, 1)
-
-
-def test_impossible_settings_are_named() -> None:
-    for wrong, message in (
-        ({"layout": "table3"}, "unknown layout 'table3': use one of text, table1"),
-        ({"skips": "some"}, "unknown skips 'some': use one of none, plain, all_gates, gates"),
-        ({"decoder": False}, "skips 'gates' need a decoder"),
-        ({"attention": "cross"}, "unknown attention 'cross'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            UShapedNetwork(replace(SMALL, **wrong))
-    with pytest.raises(ValueError, match="images of 40 x 40 px do not halve four times: use a multiple of 16"):
-        shapes(SMALL, 40)
+@pytest.mark.parametrize(
+    ("wrong", "size", "message"),
+    [
+        ({"layout": "table3"}, 64, "unknown layout 'table3': use one of text, table1"),
+        ({"skips": "some"}, 64, "unknown skips 'some': use one of none, plain, all_gates, gates"),
+        ({"decoder": False}, 64, "skips 'gates' need a decoder"),
+        ({"attention": "cross"}, 64, "unknown attention 'cross'"),
+        ({}, 40, "images of 40 x 40 px do not halve four times: use a multiple of 16"),
+    ],
+)
+def test_impossible_settings_are_named(wrong: dict, size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shapes(replace(SMALL, **wrong), size)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"attention": "self", "skips": "all_gates"}, {"layout": "table1", "dilations": (2, 4)}]
+    "changes",
+    [
+        {},
+        {"attention": "self", "skips": "all_gates"},
+        {"layout": "table1", "dilations": (2, 4)},
+        {"layout": "table1", "encoder": "resnet50_random"},  # four times as wide as Table 1
+        {"decoder": False, "skips": "none", "amam": False},  # the baseline of Table 5
+    ],
 )
 def test_every_weight_learns(changes: dict) -> None:
     torch.manual_seed(0)
     segmenter = build(replace(SMALL, **changes)).train()
+    assert isinstance(segmenter.network, UShapedNetwork)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     logits = segmenter(images)
     assert logits.shape == (2, 32, 32)
@@ -119,12 +110,8 @@ def test_every_weight_learns(changes: dict) -> None:
 
 
 def test_build_follows_the_settings() -> None:
-    assert isinstance(build(SMALL).network, UShapedNetwork)
     other = SegmentationSettings(network="attention_unet", encoder="resnet18_random")
     assert isinstance(build(other).network, AttentionUNet)
-
-
-# --- AMAM ------------------------------------------------------------------------------------------------------------
 
 
 def test_amam_gates_its_input_element_by_element() -> None:
@@ -133,13 +120,6 @@ def test_amam_gates_its_input_element_by_element() -> None:
         nn.init.zeros_(module.fuse[1].weight)
         module.fuse[1].bias.copy_(torch.linspace(-2, 2, 16))
     torch.testing.assert_close(module(x), x * torch.linspace(-2, 2, 16).sigmoid().view(1, 16, 1, 1))
-
-
-def test_amam_has_six_paths() -> None:
-    module = AMAM(16, dilations=(4, 8, 12, 16))
-    assert module.fuse[0].in_channels == 6 * 4
-    kernels = [[(c[0].kernel_size, c[0].dilation[0]) for c in path] for path in module.dilated]
-    assert kernels == [[((3, 1), d), ((1, 3), d)] for d in (4, 8, 12, 16)]
 
 
 def test_self_attention_adds_to_the_input_and_looks_everywhere() -> None:
