@@ -181,6 +181,7 @@ def test_a_row_that_fails_is_an_error_and_the_others_run(fake: FakeStudy, capsys
     fake.run = fails_once
     assert call("run bsdrd --rows rd4ad --seeds 0,1,2 --device cpu") == 1
     assert [seed for _, seed in fake.computed] == [0, 2]
+    assert sorted(record.seed for record in runs.read_records(runs.runs_dir("quick"))) == [0, 2]
     said = capsys.readouterr()
     reason = (str(error) or "IndexError").splitlines()[0]
     assert said.err == f"error: rd4ad seed 1: {reason}\n"

@@ -50,16 +50,16 @@ def draw_folder(folder: Path, parts: dict[str, int]) -> Path:
     return folder
 
 
-def call(*arguments: object) -> tuple[int, str]:
-    """(exit code, all that was printed) of `detect` with these arguments."""
+def call(*arguments: object, command: str = "detect") -> tuple[int, str]:
+    """(exit code, all that was printed) of the command with these arguments."""
     with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(shown):
-        code = main(["detect", *map(str, arguments), "--device", "cpu"])
+        code = main([command, *map(str, arguments), "--device", "cpu"])
     return code, shown.getvalue()
 
 
-def fails(*arguments: object) -> str:
+def fails(*arguments: object, command: str = "detect") -> str:
     """The one line of an error."""
-    code, shown = call(*arguments)
+    code, shown = call(*arguments, command=command)
     assert code == 1
     assert shown.startswith("error: ") and len(shown.splitlines()) == 1
     return shown
@@ -152,15 +152,15 @@ def test_what_training_writes(own: Own) -> None:
 
 
 def test_listed_predictions(own: Own) -> None:
-    data = load_folder(own.images, "yolo", SIZE)
+    test = load_folder(own.images, "yolo", SIZE).test
     boxes = torch.tensor([[1.0, 2.0, 30.126, 40.0], [5.0, 6.0, 7.0, 8.0], [0.0, 0.0, 1.0, 1.0]])
     found = {"boxes": boxes, "scores": torch.tensor([0.75, 0.01, 0.0099]), "labels": torch.tensor([1, 0, 0])}
-    none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
-    first, second, _ = listed([found, none, none], data.test, NAMES)["images"]
+    none = {name: values[:0] for name, values in found.items()}
+    first, second, _ = listed([found, none, none], test, NAMES)["images"]
     assert first["boxes"] == [[1, 2, 30.13, 40], [5, 6, 7, 8]]
     assert first["scores"] == [0.75, 0.01] and first["classes"] == ["deep scratch", "dent"]
     empty = {"boxes": [], "scores": [], "classes": []}
-    assert second == {"file": data.test.names[1], "width": WIDTH, "height": HEIGHT} | empty
+    assert second == {"file": test.names[1], "width": WIDTH, "height": HEIGHT} | empty
 
 
 def test_a_finished_training_is_not_repeated_and_another_does_not_overwrite_it(own: Own) -> None:
@@ -186,8 +186,8 @@ def test_anchor_based_with_onnx_then_find(own: Own, tmp_path: Path) -> None:
 # --- Finding ---------------------------------------------------------------------------------------------------------
 
 
-def read_csv(folder: Path) -> list[dict[str, str]]:
-    with (folder / "predictions.csv").open(newline="") as file:
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -214,11 +214,11 @@ def test_find_gives_what_metrics_saw(own: Own, sure: Path, tmp_path: Path, monke
 
     out = tmp_path / "found"
     code, shown = call("--model", sure, "--images", own.images, "--out", out)
-    lines = read_csv(out)
+    lines = read_csv(out / "predictions.csv")
     assert code == 0 and f"16 images, {len(lines)} boxes with score >= 0.6000: {out}" in shown
     assert_lines_are(lines, expected, 0.6)
     code, shown = call("--model", sure, "--images", own.images, "--out", out, "--confidence", higher)
-    fewer = read_csv(out)
+    fewer = read_csv(out / "predictions.csv")
     assert_lines_are(fewer, expected, higher)
     assert 0 < len(fewer) < len(lines)
     assert {float(line["x1"]) for line in fewer} != {0.0}
@@ -273,7 +273,7 @@ def test_detector_of_runs(own: Own, tmp_path: Path) -> None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
     code, shown = call("--model", path, "--images", own.images, "--out", tmp_path / "found", "--confidence", 0)
     assert code == 0 and "16 images" in shown
-    lines = read_csv(tmp_path / "found")
+    lines = read_csv(tmp_path / "found" / "predictions.csv")
     assert lines and {line["class"] for line in lines} <= set(NEU_CLASSES)
 
 
@@ -311,21 +311,21 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_are_no_detector(own: Own, sure: Path, tmp_path: Path) -> None:
-    text, foreign, cut, anomaly = (tmp_path / f"{name}.safetensors" for name in ("text", "foreign", "cut", "anomaly"))
+@pytest.mark.parametrize(("command", "remedy"), [("detect", "--data"), ("score", "--train-good")])
+def test_files_that_are_no_model(own: Own, sure: Path, tmp_path: Path, command: str, remedy: str) -> None:
+    text, foreign, cut, other = (tmp_path / f"{name}.safetensors" for name in ("text", "foreign", "cut", "other"))
     text.write_text("no model")
     save_file({"weight": torch.zeros(2)}, foreign)
-    header, tensors = header_of(sure), load_file(sure)
-    tensors.popitem()
-    save_file(tensors, cut, header)
-    save_file({"bank": torch.zeros(2)}, anomaly, header | {"model": "patchcore"})
-    for path in (text, foreign, cut, anomaly, tmp_path / "missing.safetensors", tmp_path):
-        shown = fails("--model", path, "--images", own.images, "--out", tmp_path / "out")
-        assert shown.startswith(f"error: {path} ")
-        if path == cut:
-            assert "does not hold the tensors that its settings call for" in shown
-        else:
-            assert "is no model that this program saved (" in shown and "--data" in shown
+    header = header_of(sure)
+    anomaly = header | {"model": "patchcore", "settings": '{"teacher": "resnet18_random", "size": 64}'}
+    save_file({"bank": torch.zeros(2)}, other, {"detect": anomaly, "score": header}[command])
+    save_file({"weight": torch.zeros(2)}, cut, {"detect": header, "score": anomaly}[command])
+    images = ("--images", own.images / "images", "--out", tmp_path / "out")
+    for path in (text, foreign, other, tmp_path / "missing.safetensors", tmp_path):
+        shown = fails("--model", path, *images, command=command)
+        assert shown.startswith(f"error: {path} is no model that this program saved (") and remedy in shown
+    shown = fails("--model", cut, *images, command=command)
+    assert shown.startswith(f"error: {cut} does not hold the tensors that its settings call for")
     assert not (tmp_path / "out").exists()
 
 
@@ -343,12 +343,14 @@ def test_images_that_cannot_be_looked_at(sure: Path, own: Own, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-# --- Scoring one's own images --------------------------------------------------------------------------------------
+# --- Scoring ---------------------------------------------------------------------------------------------------------
+
+SMALL = ("--teacher", "resnet18_random", "--size", 64)
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`good` with 24 drawn tiles to train on; `new` with two good ones and two with a fray."""
+    """`good` with 24 synthetic tiles to train on; `new` with two good ones and two with a fray."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name, count in (("good", 24), ("new", 4)):
         (folder / name).mkdir()
@@ -360,83 +362,39 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_scores(folder: Path) -> dict[str, tuple[float, int]]:
-    with (folder / "scores.csv").open(newline="") as file:
-        return {line["image"]: (float(line["score"]), int(line["anomalous"])) for line in csv.DictReader(file)}
-
-
 @pytest.mark.parametrize("method", ["patchcore", "rd4ad"])
-def test_train_on_good_images_then_score_with_the_model(
-    method: str, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    common = ["score", "--images", str(parts / "new"), "--device", "cpu"]
-    options = ["--method", method, "--epochs", "1", "--teacher", "resnet18_random", "--size", "64"]
-    assert main([*common, "--out", str(first), "--train-good", str(parts / "good"), *options]) == 0
-    model = first / f"{method}.safetensors"
-    assert f"trained on 22 good images; saved {model}" in capsys.readouterr().out
+def test_train_on_good_images_then_score_with_the_model(method: str, parts: Path, tmp_path: Path) -> None:
+    first, second, model = tmp_path / "first", tmp_path / "second", tmp_path / "first" / f"{method}.safetensors"
+    images, options = ("--images", parts / "new"), ("--method", method, "--epochs", 1, *SMALL)
+    code, shown = call(*images, "--out", first, "--train-good", parts / "good", *options, command="score")
+    assert code == 0 and f"trained on 22 good images; saved {model}" in shown
+    code, shown = call(*images, "--out", second, "--model", model, command="score")
+    assert code == 0 and "4 images scored" in shown
 
-    assert main([*common, "--out", str(second), "--model", str(model)]) == 0
-    assert "4 images scored" in capsys.readouterr().out
-    scores = read_scores(second)
-    assert scores == read_scores(first)
-    names = [f"tile{index:02d}.png" for index in range(4)]
-    assert list(scores) == names
-    assert len({score for score, _ in scores.values()}) == 4
+    lines = read_csv(second / "scores.csv")
+    assert lines == read_csv(first / "scores.csv")
+    assert [line["image"] for line in lines] == [f"tile{index:02d}.png" for index in range(4)]
+    assert len({line["score"] for line in lines}) == 4
     trained = saved.read(model, score.SETTINGS, score.REMEDY)
     settings = trained.settings
     assert (settings.model, settings.size, settings.teacher) == (method, 64, "resnet18_random")
-    assert all(flag == int(value >= trained.threshold) for value, flag in scores.values())
-    for name in names:
-        one = np.load(second / f"{name}_map.npy")
+    assert all(int(line["anomalous"]) == (float(line["score"]) >= trained.threshold) for line in lines)
+    for line in lines:
+        one = np.load(second / f"{line['image']}_map.npy")
         assert (one.shape, one.dtype) == ((256, 256), np.float32)
         if method == "rd4ad":
-            assert float(one.max()) == pytest.approx(scores[name][0], abs=1e-5)
-        with Image.open(second / f"{name}_map.png") as overlay:
+            assert float(one.max()) == pytest.approx(float(line["score"]), abs=1e-5)
+        with Image.open(second / f"{line['image']}_map.png") as overlay:
             assert (overlay.size, overlay.mode) == ((256, 256), "RGB")
 
 
-def test_a_file_that_is_no_model(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = tmp_path / "notes.txt"
-    text.write_text("no model")
-    foreign = tmp_path / "foreign.safetensors"
-    save_file({"weight": torch.zeros(2)}, foreign)
-    for path in (text, foreign, tmp_path / "missing.safetensors", tmp_path):
-        out = tmp_path / "out"
-        assert main(["score", "--images", str(parts / "new"), "--model", str(path), "--out", str(out)]) == 1
-        shown = capsys.readouterr().err
-        assert shown.startswith(f"error: {path} is no model that this program saved")
-        assert "--train-good" in shown
-        assert not out.exists()
-
-
-def test_model_that_lacks_tensors(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A header of ours over other tensors: as after a truncated copy, or from another version."""
-    model = tmp_path / "patchcore.safetensors"
-    header = {"model": "patchcore", "settings": '{"teacher": "resnet18_random", "size": 64}', "dev": '{"threshold": 1}'}
-    save_file({"weight": torch.zeros(2)}, model, header)
-    arguments = ["score", "--images", str(parts / "new"), "--model", str(model), "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--device", "cpu"]) == 1
-    assert f"error: {model}" in capsys.readouterr().err
-
-
-def test_images_that_are_not_there(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--out", str(tmp_path / "out"), "--teacher", "resnet18_random", "--size", "64", "--method", "patchcore"]
-    arguments = ["score", "--images", str(parts / "new"), "--train-good", str(parts / "new"), *options]
-    assert main([*arguments, "--device", "cpu"]) == 1
-    assert "holds 4 images: training needs at least 20 good ones" in capsys.readouterr().err
-    model = tmp_path / "model.safetensors"
-    header = {"model": "patchcore", "settings": '{"teacher": "resnet18_random", "size": 64}', "dev": '{"threshold": 1}'}
-    save_file({"bank": torch.zeros(3, 384)}, model, header)
-    assert main(["score", "--images", str(tmp_path / "none"), "--model", str(model), "--device", "cpu"]) == 1
-    assert "holds no jpg, png, bmp or tif image" in capsys.readouterr().err
-
-
-def test_missing_weights_are_an_error(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_that_cannot_be_scored(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, out = parts / "new", ("--out", tmp_path / "out")
+    shown = fails("--images", new, "--train-good", new, *SMALL, *out, command="score")
+    assert "holds 4 images: training needs at least 20 good ones" in shown
+    shown = fails("--images", tmp_path, "--train-good", parts / "good", *SMALL, *out, command="score")
+    assert "holds no jpg, png, bmp or tif image" in shown
     monkeypatch.setenv("DEFECTLAB_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    arguments = ["score", "--images", str(parts / "new"), "--train-good", str(parts / "good")]
-    assert main([*arguments, "--out", str(tmp_path / "out"), "--size", "64", "--device", "cpu"]) == 1
-    assert "error: no ImageNet weights for the teacher resnet18" in capsys.readouterr().err
+    shown = fails("--images", new, "--train-good", parts / "good", *out, "--size", 64, command="score")
+    assert "no ImageNet weights for the teacher resnet18" in shown

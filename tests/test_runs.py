@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from defectlab import batch, provenance, runs
-from defectlab.files import locked, write_atomically, write_json
+from defectlab.files import write_atomically, write_json
 from defectlab.runs import Context, OutOfTime, Record, RecordError, Result
 from defectlab.studies import Row, Study
 
@@ -72,11 +72,13 @@ class Fakes:
         self.calls += 1
         return self.give(seed, context) if self.give else fake_result(seed)
 
-    def run(self, seed: int = 0, profile: str = "quick", settings: Fake | None = None) -> Record:
+    def run(
+        self, seed: int = 0, profile: str = "quick", settings: Fake | None = None, log: Callable = lambda line: None
+    ) -> Record:
         data = SimpleNamespace(label="pretended tiles")
         row = Row(settings or Fake(), self.compute, lambda settings, device: data, lambda settings: self.prints)
         study = Study("fakes", {profile: {"row": row}}, {}, ())
-        return batch.run_row(study, row, seed, profile, Context(log=lambda line: None))
+        return batch.run_row(study, row, seed, profile, Context(log=log))
 
 
 def leftovers(root: Path) -> list[str]:
@@ -164,11 +166,8 @@ def test_second_call_reads_and_does_not_compute(root: Path) -> None:
     Fakes(data="d2").run()
     assert fakes.calls == 3
     assert len(runs.read_records(runs.runs_dir("quick"))) == 4
-
-
-def test_unknown_profile(root: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown profile 'fast': use one of smoke, quick, paper"):
-        Fakes().run(profile="fast")
+        fakes.run(profile="fast")
 
 
 def test_seconds_are_those_of_all_sittings_and_the_checkpoint_goes(root: Path) -> None:
@@ -217,8 +216,8 @@ def test_seconds_of_a_required_row_are_its_own(root: Path, monkeypatch: pytest.M
     assert len(runs.read_records(runs.runs_dir("quick"))) == 2
 
 
-def test_two_at_once_compute_once(root: Path) -> None:
-    inside, go_on = threading.Event(), threading.Event()
+def test_two_at_once_compute_once_and_who_waits_says_so(root: Path) -> None:
+    inside, go_on, said = threading.Event(), threading.Event(), queue.Queue()
 
     def slow(seed: int, context: Context) -> Result:
         inside.set()
@@ -226,33 +225,22 @@ def test_two_at_once_compute_once(root: Path) -> None:
         return fake_result(seed)
 
     fakes, found = Fakes(slow), []
-    workers = [threading.Thread(target=lambda: found.append(fakes.run()), daemon=True) for _ in range(2)]
+    workers = [
+        threading.Thread(target=lambda log=log: found.append(fakes.run(log=log)), daemon=True)
+        for log in (pytest.fail, said.put)
+    ]
     workers[0].start()
     assert inside.wait(20)
     workers[1].start()
-    workers[1].join(0.2)
-    assert workers[1].is_alive()  # it waits for the lock
+    assert said.get(timeout=20) == f"  waits for another process that is at locks/{key()}"
     go_on.set()
     for worker in workers:
         worker.join(20)
-    assert fakes.calls == 1
-    assert len(found) == 2
-    assert found[0] == found[1]
+    assert fakes.calls == 1 and said.empty()
+    assert len(found) == 2 and found[0] == found[1]
 
 
 # --- Interrupted runs ------------------------------------------------------------------------------------------------
-
-
-def test_a_run_that_raises_leaves_no_record(root: Path) -> None:
-    def fails(seed: int, context: Context) -> Result:
-        raise RuntimeError("the row broke")
-
-    with pytest.raises(RuntimeError, match="the row broke"):
-        Fakes(fails).run()
-    assert leftovers(root) == []
-    fakes = Fakes()
-    assert fakes.run().metrics == {"image_auroc": 90.0}
-    assert fakes.calls == 1
 
 
 KILLED = """
@@ -290,22 +278,6 @@ def test_a_killed_run_leaves_no_record_and_no_lock(root: Path) -> None:
     fakes.run()
     assert fakes.calls == 1
     assert len(runs.read_records(runs.runs_dir("quick"))) == 1
-
-
-def test_who_waits_for_another_process_says_so(tmp_path: Path) -> None:
-    said, turns = queue.Queue(), []
-
-    def second() -> None:
-        with locked(tmp_path / "row", said.put):
-            turns.append("second")
-
-    waiting = threading.Thread(target=second)
-    with locked(tmp_path / "row", said.put):
-        waiting.start()
-        assert said.get(timeout=20) == f"  waits for another process that is at {tmp_path.name}/row"
-        turns.append("first")
-    waiting.join(20)
-    assert turns == ["first", "second"] and said.empty()
 
 
 # --- A full disk -----------------------------------------------------------------------------------------------------
@@ -423,8 +395,13 @@ def test_find_mixes_no_fingerprints_and_says_what_it_leaves_out(root: Path, larg
     assert all(key(seed=seed, data=smaller) in str(said[0].message) for seed in (0, 1))
 
 
-def test_promote_copies_once(root: Path) -> None:
+def test_promote_copies_once_or_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = Fakes().run()
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.shutil, "copyfile", no_space)
+        with pytest.raises(OSError, match=r"could not write .*\.npz"):
+            runs.promote([record])
+    assert list(runs.recorded_dir().iterdir()) == []
     doubt = "  (made with uncommitted changes, or outside a checkout)"
     assert runs.promote([dataclasses.replace(record, content=record.content | {"dirty": None})]) == [
         f"recorded: {record.key}{doubt}"
@@ -451,16 +428,6 @@ def test_what_is_not_promoted(root: Path, profile: str, values: int, message: st
         runs.promote([record])
     assert record.key in str(caught.value)
     assert not runs.recorded_dir().exists()
-
-
-def test_promote_on_a_full_disk_leaves_no_record(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = Fakes().run()
-    with monkeypatch.context() as patch:
-        patch.setattr(runs.shutil, "copyfile", no_space)
-        with pytest.raises(OSError, match=r"could not write .*\.npz"):
-            runs.promote([record])
-    assert list(runs.recorded_dir().iterdir()) == []
-    assert runs.promote([record])[0].startswith(f"recorded: {record.key}")
 
 
 # --- Where a run was made --------------------------------------------------------------------------------------------
