@@ -1,9 +1,11 @@
 """The training loop: seeds, resuming, the time budget, and what it says when the loss breaks."""
 
 import json
+import math
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -72,40 +74,32 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def stopped(folder: Path, **options) -> Path:
+    """The checkpoint of a training that was stopped after its first epoch."""
+    checkpoint = folder / "row.safetensors"
+    with pytest.raises(OutOfTime):
+        fit(context=one_sitting(checkpoint), **options)
+    return checkpoint
+
+
 # --- Seeds -----------------------------------------------------------------------------------------------------------
 
 
-def test_same_seed_gives_identical_weights() -> None:
-    (first, trained), (again, trained_again) = fit(0), fit(0)
-    assert same(first, again)
-    assert trained.curve == trained_again.curve
-
-
-def test_another_seed_gives_others() -> None:
-    (first, trained), (other, trained_other) = fit(0), fit(1)
+def test_the_seed_decides_the_weights_and_the_order_of_images() -> None:
+    (first, trained), (again, trained_again), (other, trained_other) = (fit(seed) for seed in (0, 0, 1))
+    assert same(first, again) and trained.curve == trained_again.curve
     assert all(not torch.equal(first[k], other[k]) for k in first if k.endswith("weight") and first[k].ndim == 4)
     assert trained.curve != trained_other.curve
-
-
-def test_the_seed_also_orders_the_images() -> None:
-    first, again, other = (fit(seed, initial=0, epochs=1)[0] for seed in (0, 0, 1))
-    assert same(first, again)
-    assert not same(first, other)
+    assert not same(first, fit(1, initial=0)[0])  # equal at the start
 
 
 def test_training_trains_the_student_and_the_loss() -> None:
-    weights, trained = fit()
-    assert trained.curve["loss"][-1] < trained.curve["loss"][0]
-    assert list(trained.curve) == ["loss", "plain"]
-    assert [len(v) for v in trained.curve.values()] == [EPOCHS, EPOCHS]
-    assert weights["1.logits"].abs().max() > 0
-    assert trained.seconds > 0
-    assert trained.images_per_second > 0
-
-
-def test_one_line_per_epoch() -> None:
     lines: list[str] = []
-    fit(context=quiet(log=lines.append))
+    weights, trained = fit(context=quiet(log=lines.append))
+    assert trained.curve["loss"][-1] < trained.curve["loss"][0]
+    assert {name: len(values) for name, values in trained.curve.items()} == {"loss": EPOCHS, "plain": EPOCHS}
+    assert weights["1.logits"].abs().max() > 0
+    assert trained.seconds > 0 and trained.images_per_second > 0
     assert len(lines) == EPOCHS
     assert all(f"epoch {i + 1}/{EPOCHS}" in line and "images/s" in line for i, line in enumerate(lines))
 
@@ -129,10 +123,6 @@ def test_the_cosine_starts_full_and_falls_towards_nothing() -> None:
         schedule_factor("step", 0, 4)
 
 
-def test_the_schedule_reaches_the_optimizer() -> None:
-    assert not same(fit()[0], fit(schedule="cosine")[0])
-
-
 def shifted(indices: Tensor, generator: torch.Generator, epoch: int) -> list[Tensor]:
     """An augmentation that tells draws apart."""
     return [f[indices] + torch.rand(1, generator=generator) for f in features()]
@@ -141,9 +131,8 @@ def shifted(indices: Tensor, generator: torch.Generator, epoch: int) -> list[Ten
 def test_what_is_drawn_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
     whole, _ = fit(draw=shifted, schedule="cosine")
     assert not same(whole, fit(schedule="cosine")[0])
-    checkpoint = tmp_path / "row.safetensors"
-    with pytest.raises(OutOfTime):
-        fit(draw=shifted, schedule="cosine", context=one_sitting(checkpoint))
+    assert not same(whole, fit(draw=shifted)[0])
+    checkpoint = stopped(tmp_path, draw=shifted, schedule="cosine")
     assert same(fit(draw=shifted, schedule="cosine", context=quiet(checkpoint=checkpoint))[0], whole)
 
 
@@ -171,8 +160,7 @@ def test_no_two_seeds_share_their_orders() -> None:
 
 
 def test_a_single_last_image_is_dropped() -> None:
-    parts = order(13, 4, 0, 0)
-    assert [len(part) for part in parts] == [4, 4, 4]
+    assert [len(part) for part in order(13, 4, 0, 0)] == [4, 4, 4]
     left = {n for epoch in range(60) for n in set(range(13)) - set(chain(*order(13, 4, 0, epoch)))}
     assert left == set(range(13))  # another image each time: none is left out for good
 
@@ -190,43 +178,44 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, layout: torch.
             fit(context=one_sitting(checkpoint), layout=layout)
         assert checkpoint.exists()
     lines: list[str] = []
-    resumed, trained_again = fit(context=quiet(checkpoint=checkpoint, log=lines.append), layout=layout)
+    context = quiet(checkpoint=checkpoint, log=lines.append)
+    resumed, trained_again = fit(context=context, layout=layout, initial=7)  # other weights: the checkpoint's count
     assert f"continues after epoch 2 of {EPOCHS}" in lines[0]
     assert len(lines) == 1 + EPOCHS - 2
     assert same(resumed, whole)
     assert trained_again.curve == trained.curve
 
 
-def test_resuming_does_not_depend_on_the_state_of_the_generator(tmp_path: Path) -> None:
-    whole, _ = fit()
-    checkpoint = tmp_path / "row.safetensors"
-    with pytest.raises(OutOfTime):
-        fit(context=one_sitting(checkpoint))
-    resumed, _ = fit(context=quiet(checkpoint=checkpoint), initial=7)  # the checkpoint's weights take their place
-    assert same(resumed, whole)
-
-
-def test_seconds_of_all_sittings_are_counted(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "row.safetensors"
-    with pytest.raises(OutOfTime):
-        fit(context=one_sitting(checkpoint))
-    with safe_open(checkpoint, framework="pt") as file:
-        earlier = json.loads(file.metadata()["header"])["seconds"]
-    _, trained = fit(context=quiet(checkpoint=checkpoint))
-    assert trained.seconds > earlier > 0
-
-
-def test_checkpoint_is_safetensors_with_a_json_header(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "row.safetensors"
-    with pytest.raises(OutOfTime):
-        fit(context=one_sitting(checkpoint))
+def test_checkpoint_is_safetensors_with_a_json_header_and_counts_seconds(tmp_path: Path) -> None:
+    checkpoint = stopped(tmp_path)
     with safe_open(checkpoint, framework="pt") as file:  # reads no pickle
         header, keys = json.loads(file.metadata()["header"]), set(file.keys())
     assert header["epoch"] == 1
     assert len(header["curve"]["loss"]) == 1
     assert {"weights.1.logits", "weights.0.scales.0.1.running_mean"} <= keys
     assert any(k.startswith("optimizer.") and k.endswith("exp_avg_sq") for k in keys)
-    assert [p.name for p in tmp_path.iterdir()] == ["row.safetensors"]
+    assert list(tmp_path.iterdir()) == [checkpoint]
+    _, trained = fit(context=quiet(checkpoint=checkpoint))
+    assert trained.seconds > header["seconds"] > 0
+
+
+def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    probe, said = Mock(side_effect=[{}, {}, KeyboardInterrupt]), []
+    checkpoint = tmp_path / "row.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(context=quiet(checkpoint=checkpoint, every_seconds=0.0), probe=probe)
+    resumed, trained = fit(context=quiet(checkpoint=checkpoint, log=said.append), initial=7)
+    assert said[0] == f"  continues after epoch 2 of {EPOCHS}"
+    whole, uninterrupted = fit()
+    assert same(resumed, whole)
+    assert {name: trained.curve[name] for name in uninterrupted.curve} == uninterrupted.curve
+
+
+def test_out_of_time_stops_without_a_checkpoint_too_but_not_after_the_last_epoch() -> None:
+    with pytest.raises(OutOfTime, match="after epoch 1"):
+        fit(context=one_sitting())
+    _, trained = fit(context=one_sitting(), epochs=1)
+    assert len(trained.curve["loss"]) == 1
 
 
 def test_checkpoint_is_written_when_due_and_not_after_the_last_epoch(tmp_path: Path) -> None:
@@ -238,16 +227,6 @@ def test_checkpoint_is_written_when_due_and_not_after_the_last_epoch(tmp_path: P
     fit(context=quiet(checkpoint=checkpoint, every_seconds=0.0))
     with safe_open(checkpoint, framework="pt") as file:
         assert json.loads(file.metadata()["header"])["epoch"] == EPOCHS - 1
-
-
-def test_no_time_left_after_the_last_epoch_is_no_reason_to_stop() -> None:
-    _, trained = fit(context=one_sitting(), epochs=1)
-    assert len(trained.curve["loss"]) == 1
-
-
-def test_out_of_time_without_a_checkpoint_still_stops() -> None:
-    with pytest.raises(OutOfTime, match="after epoch 1"):
-        fit(context=one_sitting())
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", None])
@@ -264,13 +243,7 @@ def test_damaged_checkpoint_is_named(tmp_path: Path, content: bytes | None) -> N
 def test_a_device_without_memory_does_not_condemn_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = tmp_path / "row.safetensors"
-    with pytest.raises(OutOfTime):
-        fit(context=one_sitting(checkpoint))
-
-    def no_memory(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
+    checkpoint, no_memory = stopped(tmp_path), Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
     monkeypatch.setattr("defectlab.training.loop.load_checkpoint", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         fit(context=quiet(checkpoint=checkpoint))
@@ -279,9 +252,7 @@ def test_a_device_without_memory_does_not_condemn_the_checkpoint(
 def test_checkpoint_on_a_full_disk_names_the_file_and_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = tmp_path / "row.safetensors"
-    with pytest.raises(OutOfTime):
-        fit(context=one_sitting(checkpoint))
+    checkpoint = stopped(tmp_path)
     before = checkpoint.read_bytes()
 
     def no_space(tensors, path, header):  # as safetensors does, which raises no OSError
@@ -292,33 +263,29 @@ def test_checkpoint_on_a_full_disk_names_the_file_and_keeps_the_old_one(
     with pytest.raises(OSError, match=r"could not write .*row\.safetensors"):
         fit(context=one_sitting(checkpoint))
     assert checkpoint.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["row.safetensors"]
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+@pytest.mark.parametrize(("epochs", "asked"), [(20, [*range(2, 21, 2)]), (25, [*range(2, 25, 2), 25]), (3, [1, 2, 3])])
+def test_probe_is_asked_every_tenth_part_and_at_the_end(epochs: int, asked: list[int]) -> None:
+    _, trained = fit(epochs=epochs, probe=lambda: {"one": 1.0})
+    assert trained.curve["probe_epoch"] == asked and trained.curve["one"] == [1.0] * len(asked)
+    assert len(trained.curve["loss"]) == epochs
 
 
 # --- A loss that breaks ----------------------------------------------------------------------------------------------
 
 
-class BreaksAt:
-    """A loss that is not finite at one call."""
-
-    def __init__(self, call: int, value: float) -> None:
-        self.call, self.value, self.calls = call, value, 0
-
-    def __call__(self, teacher: list[Tensor], students: list[list[Tensor]]) -> dict[str, Tensor]:
-        self.calls += 1
-        loss = sum((t - s).square().mean() for t, s in zip(teacher, students[0], strict=True))
-        return {"other": torch.zeros(()), "loss": loss * (self.value if self.calls == self.call else 1.0)}
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_loss_names_epoch_and_batch(value: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "epoch", "batch"), [(math.nan, 2, 3), (math.inf, 2, 3), (math.nan, 1, 2)])
+def test_non_finite_loss_names_epoch_and_batch(tmp_path: Path, value: float, epoch: int, batch: int) -> None:
     batches = -(-IMAGES // BATCH)
-    with pytest.raises(NonFiniteLoss, match=f"epoch 2, batch 3 of {batches}"):
-        fit(loss=BreaksAt(batches + 3, value))
+    factors = iter([1.0] * (batches * (epoch - 1) + batch - 1) + [value] + [1.0] * IMAGES)
 
+    def loss(teacher: list[Tensor], students: list[list[Tensor]]) -> dict[str, Tensor]:
+        terms = [(t - s).square().mean() for t, s in zip(teacher, students[0], strict=True)]
+        return {"other": torch.zeros(()), "loss": sum(terms) * next(factors)}
 
-def test_non_finite_loss_leaves_no_broken_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "row.safetensors"
-    with pytest.raises(NonFiniteLoss):
-        fit(loss=BreaksAt(2, float("nan")), context=quiet(checkpoint=checkpoint, every_seconds=0.0))
-    assert not checkpoint.exists()
+    with pytest.raises(NonFiniteLoss, match=f"epoch {epoch}, batch {batch} of {batches}; lower the learning rate"):
+        fit(loss=loss, context=quiet(checkpoint=checkpoint, every_seconds=0.0))
+    assert checkpoint.exists() == (epoch > 1)  # none of the broken epoch
