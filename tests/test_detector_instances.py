@@ -105,7 +105,7 @@ def test_mask_term_is_a_mean_over_positives_and_zero_without():
 
 
 def test_candidates_are_the_truths_in_order():
-    """What `mask_terms` relies on: candidate i of a level belongs to truth i // (3 K) of all, picture by picture."""
+    """What `mask_terms` relies on: candidate i of a level belongs to truth i // (3 K) of all, image by image."""
     boxes = torch.rand(3, 4, 2) * 40
     boxes = torch.cat([boxes, boxes + 5 + torch.rand(3, 4, 2) * 20], -1)
     labels = torch.zeros(3, 4, dtype=torch.long)
@@ -195,8 +195,8 @@ def test_boxes_are_those_of_select(data):
     detector = fresh(1).eval()
     found = list(predict_instances(detector, data.dev, batch=len(data.dev)))
     with torch.inference_mode():  # to the last bit as predict_instances does it: scores of a fresh detector nearly tie
-        pictures = plain(data.dev.images, torch.arange(len(data.dev))).contiguous(memory_format=torch.channels_last)
-        output = fused(detector).to(memory_format=torch.channels_last)(pictures)
+        images = plain(data.dev.images, torch.arange(len(data.dev))).contiguous(memory_format=torch.channels_last)
+        output = fused(detector).to(memory_format=torch.channels_last)(images)
         boxes, scores = decode_anchor_based(output.raw, detector.anchors)
     split = data.dev
     places = {"scale": split.scale, "offset": split.offset, "sizes": split.sizes}
@@ -222,7 +222,7 @@ class Fixed(nn.Module):
 
 
 class Wide:
-    """A split with a picture of 50 x 100 px in 32 px: scale 0.32, 8 px of ground above and below it."""
+    """A split with an image of 50 x 100 px in 32 px: scale 0.32, 8 px of ground above and below it."""
 
     images = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
     sizes, scale, offset = torch.tensor([[50, 100]]), torch.tensor([0.32]), torch.tensor([[0.0, 8.0]])
@@ -276,7 +276,7 @@ def test_perfect_prediction_gives_100(data):
 
 
 def test_right_boxes_with_wrong_masks(data):
-    """The first picture's masks are emptied: boxes stay perfect, masks lose just these."""
+    """The first image's masks are emptied: boxes stay perfect, masks lose just these."""
     truths = list(instance_ground_truth(data.test))
     found = [truth | {"scores": torch.ones(len(truth["labels"]))} for truth in truths]
     found[0] = found[0] | {"masks": torch.zeros_like(found[0]["masks"])}

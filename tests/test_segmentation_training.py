@@ -90,7 +90,9 @@ def test_flip_decides_for_each_image() -> None:
 def test_images_and_masks_are_flipped_alike_and_each_image_in_its_own_way() -> None:
     split = nuts(200, 0, 12)
     indices = torch.arange(199, -1, -1)
+    state = torch.get_rng_state()
     images, masks = draw_flipped(split, indices, torch.Generator().manual_seed(5))
+    assert torch.equal(torch.get_rng_state(), state)  # what is drawn is drawn by the generator alone
     assert images.dtype == torch.uint8
     assert torch.equal(images[:, 0] >= 150, masks == 1)
     originals = split.images[indices]

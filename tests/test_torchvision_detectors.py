@@ -8,12 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import (
-    faster_rcnn,
-    fcos,
-    retinanet,
-    ssd,
-)
+from torchvision.models.detection import faster_rcnn, fcos, retinanet, ssd
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.models.vgg import make_layers
 from toy_detection import CLASSES, toy_data, toy_split
@@ -27,12 +22,7 @@ from defectlab.networks.torchvision_detectors import LEAST_SSD_SIZE, RATES, Torc
 from defectlab.runs import OutOfTime
 from defectlab.training import torchvision_detectors
 from defectlab.training.detector import augmentation_of
-from defectlab.training.torchvision_detectors import (
-    predict_torchvision,
-    run_torchvision,
-    to_targets,
-    torchvision_loss,
-)
+from defectlab.training.torchvision_detectors import predict_torchvision, run_torchvision, to_targets, torchvision_loss
 
 TOY = TorchvisionSettings(dataset="toy", size=64, epochs=3, batch=4, learning_rate=0.1)
 
@@ -50,11 +40,8 @@ def small_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is not measured: ten forward passes of 32 pictures take longer than all else."""
+    """Speed is not measured: ten forward passes of 32 images take longer than all else."""
     monkeypatch.setattr(costs, "inference_seconds", lambda model, images, *options: 0.01 * len(images))
-
-
-# --- Boxes there and back --------------------------------------------------------------------------------------------
 
 
 def test_targets_by_hand() -> None:
@@ -64,20 +51,20 @@ def test_targets_by_hand() -> None:
     assert second["boxes"].shape == (0, 4) and second["labels"].shape == (0,)
 
 
-class Told(nn.Module):
-    """A detector that finds the same in every picture."""
+class SameInAllImages(nn.Module):
+    """A detector that finds the same in every image."""
 
     def __init__(self, boxes: list[list[float]], labels: list[int]):
         super().__init__()
         self.boxes, self.labels, self.seen = torch.tensor(boxes), torch.tensor(labels), []
 
-    def forward(self, pictures: list[Tensor]) -> list[dict[str, Tensor]]:
-        self.seen += pictures
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        self.seen += images
         scores = torch.linspace(0.9, 0.1, len(self.labels))
-        return [{"boxes": self.boxes, "labels": self.labels, "scores": scores} for _ in pictures]
+        return [{"boxes": self.boxes, "labels": self.labels, "scores": scores} for _ in images]
 
 
-def test_predictions_come_back_to_the_original_pictures() -> None:
+def test_predictions_come_back_to_the_original_images() -> None:
     split = toy_split(3, 0, 64)
     split = replace(
         split,
@@ -85,7 +72,7 @@ def test_predictions_come_back_to_the_original_pictures() -> None:
         offset=torch.tensor([[0.0, 0.0], [4.0, 8.0], [0.0, 16.0]]),
         sizes=torch.tensor([[64, 64], [20, 25], [64, 128]]),
     )
-    model = Told([[10.0, 20, 30, 60], [0, 0, 5, 5], [-5, 2, 70, 40]], [2, 0, 1])
+    model = SameInAllImages([[10.0, 20, 30, 60], [0, 0, 5, 5], [-5, 2, 70, 40]], [2, 0, 1])
     plain_one, enlarged, shrunk = predict_torchvision(model, split, batch=2)
     assert [p["labels"].tolist() for p in (plain_one, enlarged, shrunk)] == [[1, 0]] * 3  # background is left out
     torch.testing.assert_close(plain_one["scores"], torch.tensor([0.9, 0.1]))
@@ -105,7 +92,7 @@ def test_every_architecture_gives_losses_and_boxes(architecture: str, small_back
         model.rpn._post_nms_top_n = {"training": 20, "testing": 20}
     split = toy_split(2, 0, size)
     labels = split.labels.clone()
-    labels[1] = -1  # augmentation may leave a picture without a box
+    labels[1] = -1  # augmentation may leave an image without a box
     batch = Batch(plain(split.images, torch.arange(2)), split.boxes, labels, torch.eye(3), torch.zeros(2, 4))
     with torch.no_grad():
         scalars = torchvision_loss(model.train())(batch)
@@ -115,9 +102,6 @@ def test_every_architecture_gives_losses_and_boxes(architecture: str, small_back
     for found in predict_torchvision(model.eval(), split):
         assert 0 < len(found["boxes"]) <= 300 and set(found["labels"].tolist()) <= {0, 1}
         assert found["boxes"].min() >= 0 and found["boxes"].max() <= size and found["scores"].min() >= 0.001
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def test_the_recipe() -> None:
@@ -131,7 +115,7 @@ def test_the_recipe() -> None:
 
 
 class Oracle(nn.Module):
-    """Knows the boxes of plain pictures; what it learns is how many boxes an augmented picture has."""
+    """Knows the boxes of plain images; what it learns is how many boxes an augmented image has."""
 
     def __init__(self, data: DetectionData):
         super().__init__()
@@ -141,16 +125,16 @@ class Oracle(nn.Module):
             targets = to_targets(split.boxes, split.labels)
             self.answers += list(zip(plain(split.images, torch.arange(len(split))), targets, strict=True))
 
-    def answer(self, picture: Tensor) -> dict[str, Tensor]:
-        known = [target for known, target in self.answers if torch.equal(known, picture)]
+    def answer(self, image: Tensor) -> dict[str, Tensor]:
+        known = [target for known, target in self.answers if torch.equal(known, image)]
         target = known[0] if known else {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
         return target | {"scores": torch.full((len(target["labels"]),), 0.75)}
 
     def forward(
-        self, pictures: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         if not self.training:
-            return [self.answer(picture) for picture in pictures]
+            return [self.answer(image) for image in images]
         off = torch.stack([self.count - len(target["labels"]) for target in targets])
         return {"square": off.square().mean(), "absolute": off.abs().mean()}
 
@@ -172,9 +156,9 @@ def test_an_oracle_gets_everything_right(oracle: DetectionData) -> None:
     for loss, square, absolute in zip(*(result.curve[name] for name in ("loss", "square", "absolute")), strict=True):
         assert loss == pytest.approx(square + absolute, abs=1e-5)
     assert result.curve["loss"][-1] < result.curve["loss"][0] and result.curve["dev_map50"] == [100.0] * 3
-    predictions, truths, names, class_names = unpack(result.predictions)
+    predictions, ground_truth, names, class_names = unpack(result.predictions)
     assert names == oracle.test.names and class_names == CLASSES
-    assert all(torch.equal(p["labels"], t["labels"]) for p, t in zip(predictions, truths, strict=True))
+    assert all(torch.equal(p["labels"], t["labels"]) for p, t in zip(predictions, ground_truth, strict=True))
     assert len(result.predictions["case_index"]) == len(result.predictions["case_images"]) > 0
     assert result.model.keys() == {"count"} and result.precision == "fp32"
     assert result.costs["latency_ms"] == 10.0 and result.costs["images_per_second_32"] == 100.0
