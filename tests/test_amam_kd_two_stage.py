@@ -25,9 +25,6 @@ def rectangle(top: int, left: int, bottom: int, right: int, side: int = 100) -> 
     return mask
 
 
-# --- Boxes -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("mask", "margin", "expected"),
     [
@@ -43,9 +40,6 @@ def test_the_box_is_a_square_around_the_largest_component(mask: Tensor, margin: 
     assert square_boxes(mask, margin)[0].tolist() == pytest.approx(expected)
 
 
-# --- Cutting and pasting ---------------------------------------------------------------------------------------------
-
-
 def test_cutting_takes_the_pixels_of_the_box() -> None:
     images = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(1, 3, 8, 8)
     found = cut(images, torch.tensor([[0.25, 0.5, 0.75, 1.0]]), 4, InterpolationMode.NEAREST_EXACT)
@@ -56,21 +50,13 @@ def test_a_pasted_map_lies_where_it_was_cut() -> None:
     box = torch.tensor([[0.25, 0.5, 0.75, 1.0]], dtype=torch.float64)  # columns 64..192, rows 128..256 of 256
     whole = torch.rand(1, 256, 256, generator=torch.Generator().manual_seed(0))
     pasted = paste_back(whole[:, 128:, 64:192], box, fill=-1.0)
-    assert torch.allclose(pasted[:, 128:, 64:192], whole[:, 128:, 64:192], atol=1e-5)
+    torch.testing.assert_close(pasted[:, 128:, 64:192], whole[:, 128:, 64:192], rtol=0, atol=1e-5)
     assert (pasted[:, :128] == -1).all() and (pasted[:, :, :64] == -1).all() and (pasted[:, :, 192:] == -1).all()
-
-
-def test_the_box_of_the_whole_image_changes_nothing() -> None:
-    maps = torch.rand(2, 256, 256)
-    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64).expand(2, 4)
-    assert torch.allclose(paste_back(maps, boxes, -1.0), maps, atol=1e-5)
-
-
-def test_a_map_of_another_size_is_interpolated() -> None:
-    ramp = torch.linspace(0, 1, 64).expand(1, 64, 64)
-    pasted = paste_back(ramp, torch.tensor([[0.0, 0.0, 0.5, 0.5]]), 0.0)
-    assert pasted[0, :128, 0].max() < 0.01 and pasted[0, :128, 127].min() > 0.99
-    assert (pasted[0, 0, 1:128] >= pasted[0, 0, :127]).all()
+    uncut = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(paste_back(whole, uncut, -1.0), whole, rtol=0, atol=1e-5)
+    ramp = torch.linspace(0, 1, 64).expand(1, 64, 64)  # of another size: interpolated
+    row = paste_back(ramp, torch.tensor([[0.0, 0.0, 0.5, 0.5]]), 0.0)[0, 0, :128]
+    assert row[0] < 0.01 and row[-1] > 0.99 and (row[1:] >= row[:-1]).all()
 
 
 def split_of_two() -> AnomalySplit:
@@ -98,8 +84,6 @@ def test_a_cut_split_keeps_masks_with_their_images() -> None:
 def test_the_share_of_defect_pixels_cut_off() -> None:
     assert outside(split_of_two().masks, BOXES) == pytest.approx(100 / 500)
 
-
-# --- Both stages -----------------------------------------------------------------------------------------------------
 
 DETECTOR = DistillationSettings(teacher="resnet18_random", size=64, epochs=1, batch=4, vit_depth=1, precision="fp32")
 SEGMENTER = segmentation.Settings(encoder="resnet18_random", size=32, precision="fp32")
@@ -153,9 +137,6 @@ def test_images_become_maps_of_the_whole_images_by_the_crop_of_the_nut() -> None
     assert (both(images) == -1).float().mean().item() == pytest.approx(1 - 0.55**2, abs=0.01)
 
 
-# --- A run -----------------------------------------------------------------------------------------------------------
-
-
 def run_with(level: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Result, list[tuple[Any, int]]]:
     """The result with this segmenter, and the rows that were asked for before."""
     required = []
@@ -180,7 +161,14 @@ def test_without_a_nut_two_stages_are_one(monkeypatch: pytest.MonkeyPatch) -> No
     assert result.predictions["scores"] == pytest.approx(alone.predictions["scores"], abs=1e-4)
 
 
-def test_a_run_cuts_the_nut_and_says_what_it_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_cuts_the_nut_says_what_it_cut_off_and_calls_that_normal(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, original = {}, training.result_of
+
+    def keep(student: Any, data: AnomalyData, dev_maps: Tensor, test_maps: Tensor) -> Result:
+        seen["maps"] = dev_maps, test_maps
+        return original(student, data, dev_maps, test_maps)
+
+    monkeypatch.setattr(training, "result_of", keep)
     result, required = run_with(45, monkeypatch)
     assert required == [(SETTINGS.segmenter, 3)]  # stage one first, with the same seed
     assert result.metrics["crop_share"] == pytest.approx(100 * 0.55**2)
@@ -189,28 +177,13 @@ def test_a_run_cuts_the_nut_and_says_what_it_cut_off(monkeypatch: pytest.MonkeyP
     assert (result.notes["segmenter"], result.notes["segmenter_sha256"]) == ("stage one", "0123")
     assert {"image_auroc", "pixel_auroc", "aupro", "image_auroc_crop", "pixel_auroc_crop"} <= result.metrics.keys()
     assert result.predictions["scores"].shape == (7,)
-    TwoStage(SETTINGS).detector.network.load_state_dict(
-        result.model
-    )  # what is kept is the detector; the segmenter has a record of its own
+    TwoStage(SETTINGS).detector.network.load_state_dict(result.model)  # the segmenter has a record of its own
 
-
-def test_what_lies_outside_the_box_is_called_normal(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, original = {}, training.result_of
-
-    def keep(student: Any, data: AnomalyData, dev_maps: Tensor, test_maps: Tensor) -> Result:
-        seen["maps"] = dev_maps, test_maps
-        return original(student, data, dev_maps, test_maps)
-
-    monkeypatch.setattr(training, "result_of", keep)
-    result, _ = run_with(45, monkeypatch)
     dev, test = seen["maps"]
     assert test.shape == (7, 256, 256)
     assert (test == dev.min()).float().mean(dim=(1, 2)).tolist() == pytest.approx([1 - 0.55**2] * 7, abs=0.01)
     assert (test[-1, :16, :16] == dev.min()).all()  # a defect there cannot be found
     assert result.metrics["pixel_auroc"] < 100
-
-
-# --- Leakage ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_list_of_the_papers_sizes_has_most_test_images_in_its_training_part() -> None:

@@ -1,9 +1,11 @@
 """D3N's power transfer (equations 6 and 7) against cases worked by hand and finite differences."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from scipy.special import expit as sigmoid
 from torch.autograd import gradcheck
 from torchvision.ops import complete_box_iou_loss
 
@@ -14,8 +16,13 @@ from defectlab.papers.d3n.transfer import PowerTransfer, box_distance, logit_dis
 STRIDES = (8, 16, 32)
 ANCHORS = torch.tensor([[[6.0, 8], [12, 10]], [[20.0, 22], [34, 18]], [[48.0, 40], [60, 70]]])
 CLASSES = 3
+
+
 TERMS = ("distill_obj", "distill_cls", "distill_box")
-readings = pytest.mark.parametrize("reading", [("l2", "ciou"), ("bce", "ciou"), ("l2", "l2"), ("bce", "l2")])
+terms_of = partial(object_scaled_terms, anchors=ANCHORS, strides=STRIDES)
+readings = pytest.mark.parametrize(
+    "reading", [{"distance": distance, "box": box} for distance in ("l2", "bce") for box in ("ciou", "l2")], ids=str
+)
 
 
 def maps(seed, size=64, batch=2, scale=2.0, **options):
@@ -27,52 +34,12 @@ def maps(seed, size=64, batch=2, scale=2.0, **options):
     ]
 
 
-def named(reading):
-    return dict(zip(("distance", "box"), reading, strict=True))
-
-
 def with_channel(raw, channel, value):
     """The maps with one of the 5 + C values of every anchor set to `value`."""
     changed = [m.clone() for m in raw]
     for m in changed:
         m.unflatten(1, (ANCHORS.shape[1], -1))[:, :, channel] = value
     return changed
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-# Distances
-
-
-@pytest.mark.parametrize("temperature", [1.0, 20.0])
-def test_l2_of_logits_by_hand(temperature):
-    got = logit_distance(torch.tensor(-1.0), torch.tensor(3.0), "l2", temperature)
-    expected = (sigmoid(3 / temperature) - sigmoid(-1 / temperature)) ** 2 * temperature**2
-    assert got.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_high_temperature_is_the_squared_difference_of_logits():
-    torch.manual_seed(0)
-    student, teacher = 4 * torch.randn(2, 200, dtype=torch.float64)
-    limit = (teacher - student).square() / 16
-    torch.testing.assert_close(logit_distance(student, teacher, "l2", 1000.0), limit, atol=0, rtol=1e-3)
-    at_20, at_1 = (logit_distance(student, teacher, "l2", t) for t in (20.0, 1.0))
-    assert (at_20 <= limit).all() and (at_20 > 0.7 * limit).all()
-    assert at_1.max() < 1 < limit.max()  # a difference of probabilities
-
-
-def test_cross_entropy_is_least_where_both_agree():
-    teacher = torch.tensor([-3.0, -0.5, 0.0, 2.0], dtype=torch.float64)
-    student = teacher.clone().requires_grad_()
-    at_teacher = logit_distance(student, teacher, "bce")
-    p = teacher.sigmoid()
-    torch.testing.assert_close(at_teacher, -(p * p.log() + (1 - p) * (1 - p).log()))  # the teacher's entropy
-    at_teacher.sum().backward()
-    assert student.grad.abs().max() < 1e-12
-    for step in (-0.1, 0.1):
-        assert (logit_distance(teacher + step, teacher, "bce") > at_teacher).all()
 
 
 def test_box_distances_by_hand():
@@ -83,9 +50,6 @@ def test_box_distances_by_hand():
     assert ciou.item() == pytest.approx(complete_box_iou_loss(student, teacher).item(), abs=1e-5)
 
 
-# Terms
-
-
 @readings
 def test_single_cell_by_hand(reading):
     """One image, one level of one cell, one anchor of 8 x 8 px, two classes: o_T is weight and its own divisor."""
@@ -93,15 +57,15 @@ def test_single_cell_by_hand(reading):
     student = torch.tensor([0.0, 0, math.log(3), 0, -1.0, 1.0, 0.0])  # width (2 * 0.75)^2 * 8 = 18 px
     raw = [values.view(1, 7, 1, 1) for values in (student, teacher)]
     got = object_scaled_terms(
-        [raw[0]], [raw[1]], torch.tensor([[[8.0, 8.0]]]), (8,), (4.0,), temperature=2.0, **named(reading)
+        [raw[0]], [raw[1]], torch.tensor([[[8.0, 8.0]]]), (8,), (4.0,), temperature=2.0, **reading
     )
 
     def distance(z_t, z_s):
-        if reading[0] == "l2":
+        if reading["distance"] == "l2":
             return 4 * (sigmoid(z_t / 2) - sigmoid(z_s / 2)) ** 2
         return -sigmoid(z_t) * math.log(sigmoid(z_s)) - (1 - sigmoid(z_t)) * math.log(1 - sigmoid(z_s))
 
-    if reading[1] == "l2":  # both ends are off by 5 of 8 px
+    if reading["box"] == "l2":  # both ends are off by 5 of 8 px
         box = 2 * (5 / 8) ** 2
     else:
         box = complete_box_iou_loss(torch.tensor([-5.0, 0, 13, 8]), torch.tensor([0.0, 0, 8, 8])).item()
@@ -113,7 +77,7 @@ def test_single_cell_by_hand(reading):
 def test_places_weigh_by_the_teachers_objectness():
     """Loops over images, levels, anchors and cells."""
     student, teacher = maps(1), maps(2)
-    got = object_scaled_terms(student, teacher, ANCHORS, STRIDES)
+    got = terms_of(student, teacher)
     total = cls = box = obj = 0.0
     for s, t, anchors, stride, weight in zip(student, teacher, ANCHORS, STRIDES, (4.0, 1.0, 0.4), strict=True):
         batch, _, height, width = s.shape
@@ -146,9 +110,6 @@ def test_the_detectors_balance_of_levels_counts():
         assert got["distill_obj"].item() == pytest.approx(weight * (sigmoid(1) - 0.5) ** 2, rel=1e-5)
 
 
-# Object scaling
-
-
 @readings
 @pytest.mark.parametrize("background", [-50.0, -math.inf])
 def test_nothing_is_learned_where_the_teacher_sees_background(reading, background):
@@ -160,13 +121,13 @@ def test_nothing_is_learned_where_the_teacher_sees_background(reading, backgroun
 
     for m in teacher:
         left(m)[:, :, 4] = background
-    before = object_scaled_terms(student, teacher, ANCHORS, STRIDES, **named(reading))
+    before = terms_of(student, teacher, **reading)
     changed = [m.clone() for m in student]
     for m in changed:
         left(m)[:, :, :4] += 3.0
         left(m)[:, :, 5:] -= 3.0
         m.requires_grad_()
-    after = object_scaled_terms(changed, teacher, ANCHORS, STRIDES, **named(reading))
+    after = terms_of(changed, teacher, **reading)
     for name in TERMS:
         torch.testing.assert_close(after[name], before[name])
     sum(after.values()).backward()
@@ -180,57 +141,48 @@ def test_nothing_is_learned_where_the_teacher_sees_background(reading, backgroun
 @readings
 def test_a_teacher_that_sees_no_object_at_all(reading):
     student = [m.requires_grad_() for m in maps(8)]
-    terms = object_scaled_terms(student, with_channel(maps(9), 4, -math.inf), ANCHORS, STRIDES, **named(reading))
-    assert terms["distill_cls"] == 0 and terms["distill_box"] == 0
+    terms = terms_of(student, with_channel(maps(9), 4, -math.inf), **reading)
+    assert terms["distill_cls"] == terms["distill_box"] == 0
     assert terms["distill_obj"] > 0 and terms["distill_obj"].isfinite()
     sum(terms.values()).backward()
     assert all(m.grad.isfinite().all() for m in student)
 
 
-# Gradients and precision
-
-
 @readings
 def test_gradients(reading, monkeypatch):
-    student, teacher = (
-        [m[:, :8].contiguous() for m in maps(seed, size=32, batch=1, scale=1.0, dtype=torch.float64)]
-        for seed in (10, 11)
-    )  # of one anchor
-    for m in student:
-        m.requires_grad_()
-    kept = []  # the weight of CIoU's shape term, a constant for the gradient
+    """With one anchor; the weight of CIoU's shape term is a constant for the gradient."""
+    options = {"size": 32, "batch": 1, "scale": 1.0, "dtype": torch.float64}
+    student, teacher = ([m[:, :8].contiguous() for m in maps(seed, **options)] for seed in (10, 11))
+    kept = []
 
     def constant(values):
-        if not kept:
-            kept.append(values.detach().clone())
+        kept.append(kept[0] if kept else values.detach().clone())
         return kept[0]
 
     monkeypatch.setattr(assignment, "constant", constant)
 
     def compute(*raw):
-        return tuple(object_scaled_terms(raw, teacher, ANCHORS[:, 1:], STRIDES, **named(reading)).values())
+        return tuple(object_scaled_terms(raw, teacher, ANCHORS[:, 1:], STRIDES, **reading).values())
 
-    assert gradcheck(compute, student)
-    assert len(kept) == (reading[1] == "ciou")
+    assert gradcheck(compute, [m.requires_grad_() for m in student])
+    assert bool(kept) == (reading["box"] == "ciou")
 
 
 @readings
 def test_the_teacher_is_a_constant(reading):
     student, teacher = maps(12), [m.requires_grad_() for m in maps(13)]
-    assert not any(v.requires_grad for v in object_scaled_terms(student, teacher, ANCHORS, STRIDES).values())
+    assert not any(v.requires_grad for v in terms_of(student, teacher).values())
     student = [m.requires_grad_() for m in student]
-    sum(object_scaled_terms(student, teacher, ANCHORS, STRIDES, **named(reading)).values()).backward()
+    sum(terms_of(student, teacher, **reading).values()).backward()
     assert all(m.grad is None for m in teacher) and all(m.grad.abs().max() > 0 for m in student)
 
 
 @readings
 def test_float32_under_autocast(reading):
     student, teacher = ([m.bfloat16() for m in maps(seed)] for seed in (14, 15))
-    exact = object_scaled_terms(
-        [m.float() for m in student], [m.float() for m in teacher], ANCHORS, STRIDES, **named(reading)
-    )
+    exact = terms_of([m.float() for m in student], [m.float() for m in teacher], **reading)
     with torch.autocast("cpu", torch.bfloat16):
-        lowered = object_scaled_terms(student, teacher, ANCHORS, STRIDES, **named(reading))
+        lowered = terms_of(student, teacher, **reading)
     for name in TERMS:
         assert lowered[name].dtype == torch.float32 and torch.equal(lowered[name], exact[name])
 
@@ -245,9 +197,6 @@ def test_nothing_waits_for_the_device():
     transfer(student, teacher, boxes, labels)["loss"].backward()
 
 
-# The whole loss
-
-
 BOXES = torch.tensor([[[4.0, 6, 20, 22], [30, 20, 60, 58]], [[10.0, 10, 40, 30], [0, 0, 0, 0]]])
 LABELS = torch.tensor([[0, 2], [1, -1]])
 
@@ -257,7 +206,7 @@ def test_weight_zero_is_the_detectors_own_loss(reading):
     own = AnchorBasedLoss(CLASSES, ANCHORS, size=64)
     student, teacher = [m.requires_grad_() for m in maps(18)], maps(19)
     plain = own(student, BOXES, LABELS)
-    got = PowerTransfer(own, 0.0, **named(reading))(student, teacher, BOXES, LABELS)
+    got = PowerTransfer(own, 0.0, **reading)(student, teacher, BOXES, LABELS)
     assert {name: got[name].item() for name in plain} == {name: value.item() for name, value in plain.items()}
     slopes = [torch.autograd.grad(terms["loss"], student) for terms in (plain, got)]
     assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
@@ -267,7 +216,7 @@ def test_the_teacher_takes_the_detectors_gains():
     own = AnchorBasedLoss(CLASSES, ANCHORS, size=320)
     student, teacher = maps(20), maps(21)
     got = PowerTransfer(own, 0.5)(student, teacher, BOXES, LABELS)
-    terms = object_scaled_terms(student, teacher, ANCHORS, STRIDES)
+    terms = terms_of(student, teacher)
     assert all(torch.equal(got[name], terms[name]) for name in TERMS)
     gains = {"box": 0.05, "obj": 0.25, "cls": 0.5 * CLASSES / 80}  # (320 / 640)^2
     taught = sum(gain * terms[f"distill_{name}"] for name, gain in gains.items())
@@ -275,19 +224,16 @@ def test_the_teacher_takes_the_detectors_gains():
     assert set(got) == {"loss", "box", "obj", "cls", *TERMS}
 
 
-# Refusals
-
-
-def test_refusals_are_one_sentence():
-    student = maps(23)
-    with pytest.raises(ValueError, match=r"\(2, 16, 8, 8\).*\(2, 16, 16, 16\).*one scale"):
-        object_scaled_terms(student, maps(23, size=128), ANCHORS, STRIDES)
-    with pytest.raises(ValueError, match=r"of the student .* of the teacher"):
-        object_scaled_terms(student, student[:2], ANCHORS, STRIDES)
-    for wrong, message in (
-        ({"distance": "l1"}, "'l2' or 'bce', not 'l1'"),
-        ({"box": "giou"}, "'ciou' or 'l2', not 'giou'"),
-        ({"temperature": 0.0}, "above 0, not 0.0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            object_scaled_terms(student, student, ANCHORS, STRIDES, **wrong)
+@pytest.mark.parametrize(
+    ("teacher", "options", "message"),
+    [
+        (maps(23, size=128), {}, r"\(2, 16, 8, 8\).*\(2, 16, 16, 16\).*one scale"),
+        (maps(23)[:2], {}, r"of the student .* of the teacher"),
+        (maps(23), {"distance": "l1"}, "'l2' or 'bce', not 'l1'"),
+        (maps(23), {"box": "giou"}, "'ciou' or 'l2', not 'giou'"),
+        (maps(23), {"temperature": 0.0}, "above 0, not 0.0"),
+    ],
+)
+def test_refusals(teacher, options, message):
+    with pytest.raises(ValueError, match=message):
+        terms_of(maps(23), teacher, **options)
