@@ -3,27 +3,11 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms
 
 from defectlab.networks.yolo import decode
-from defectlab.networks.yolo.decode import (
-    DefectFinder,
-    anchor_centres,
-    decode_anchor_based,
-    decode_anchor_free,
-    expected_distances,
-    select,
-)
+from defectlab.networks.yolo.decode import DefectFinder, decode_anchor_based, decode_anchor_free, select
 from defectlab.networks.yolo.model import Detector
-
-
-def test_centres_go_level_by_level_and_row_by_row():
-    centres, strides = anchor_centres([(2, 3), (1, 1)], (8, 16))
-    assert centres.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8]]
-    assert strides.tolist() == [8] * 6 + [16]
-
-
-# From maps to boxes
 
 
 def test_set_distributions_give_exact_boxes():
@@ -42,11 +26,6 @@ def test_set_distributions_give_exact_boxes():
     assert scores[0, 0].tolist() == [0.5, 0.5]
 
 
-def test_expected_distance_is_the_mean():
-    share = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    torch.testing.assert_close(expected_distances(share.log().expand(4, 4)), torch.full((4,), 2.0))
-
-
 @pytest.mark.parametrize("family", ["free", "based"])
 def test_lowered_maps_are_decoded_in_float32(family):
     def run(level):
@@ -60,11 +39,6 @@ def test_lowered_maps_are_decoded_in_float32(family):
     for got, exact in zip(lowered, run(level.float()), strict=True):
         assert got.dtype == torch.float32
         assert torch.equal(got, exact)
-
-
-def test_maps_without_classes_are_refused():
-    with pytest.raises(ValueError, match="64 channels hold no class"):
-        decode_anchor_free([torch.zeros(1, 64, 1, 1)], (8,))
 
 
 def test_anchored_boxes_by_hand():
@@ -83,9 +57,6 @@ def test_anchored_boxes_by_hand():
     assert scores[1, 11].tolist() == pytest.approx([0.5, 1.0])
 
 
-# Suppression
-
-
 def one(boxes, scores, **options):
     """`select` for a single image of 100 px."""
     (found,) = select(torch.tensor([boxes]), torch.tensor([scores]), 100, **options)
@@ -95,29 +66,28 @@ def one(boxes, scores, **options):
 NEAR = [[10.0, 10, 50, 50], [12.0, 10, 52, 50], [60.0, 60, 90, 90]]  # the first two overlap by 38 / 42
 
 
-def test_suppression_is_within_a_class():
-    found = one(NEAR, [[0.6, 0.0], [0.9, 0.0], [0.3, 0.0]])
-    assert found["scores"].tolist() == pytest.approx([0.9, 0.3])
-    assert found["boxes"].tolist() == [NEAR[1], NEAR[2]]
-    across = one(NEAR, [[0.6, 0.0], [0.0, 0.9], [0.3, 0.0]])
-    assert across["boxes"].tolist() == [NEAR[1], NEAR[0], NEAR[2]]
-    assert across["labels"].tolist() == [1, 0, 0]
-    loose = one(NEAR, [[0.6, 0.0], [0.9, 0.0], [0.3, 0.0]], iou=0.91)
-    assert len(loose["boxes"]) == 3
+@pytest.mark.parametrize(
+    ("scores", "options", "kept", "labels"),
+    [
+        ([[0.6, 0.0], [0.9, 0.0], [0.3, 0.0]], {}, [1, 2], [0, 0]),
+        ([[0.6, 0.0], [0.0, 0.9], [0.3, 0.0]], {}, [1, 0, 2], [1, 0, 0]),  # across classes none is suppressed
+        ([[0.6, 0.0], [0.9, 0.0], [0.3, 0.0]], {"iou": 0.91}, [1, 0, 2], [0, 0, 0]),
+        ([[0.6, 0.2], [0.0, 0.0], [0.0, 0.7]], {"confidence": 0.2}, [2, 0], [1, 0]),  # above the threshold
+        ([[0.6, 0.3], [0.0, 0.0], [0.0, 0.0]], {"confidence": 0.2}, [0, 0], [0, 1]),  # one anchor, several classes
+        ([[0.6, 0.0], [0.9, 0.0], [0.3, 0.0]], {"most": 1}, [1], [0]),
+    ],
+)
+def test_suppression_by_hand(scores, options, kept, labels):
+    found = one(NEAR, scores, **options)
+    assert found["boxes"].tolist() == [NEAR[index] for index in kept]
+    assert found["labels"].tolist() == labels
+    assert found["scores"].tolist() == pytest.approx([scores[i][c] for i, c in zip(kept, labels, strict=True)])
 
 
-def test_one_anchor_may_give_several_classes():
-    found = one(NEAR[:1], [[0.6, 0.2, 0.7]], confidence=0.2)  # the threshold itself is not enough
-    assert found["labels"].tolist() == [2, 0]
-    assert found["boxes"].tolist() == [NEAR[0], NEAR[0]]
-
-
-def test_limits_keep_the_best(monkeypatch):
-    boxes = [[10.0 * k, 0, 10 * k + 5, 5] for k in range(9)]
-    scores = [[0.1 * k + 0.05] for k in range(9)]
-    assert one(boxes, scores, most=2)["scores"].tolist() == pytest.approx([0.85, 0.75])
+def test_candidates_are_the_best(monkeypatch):
     monkeypatch.setattr(decode, "CANDIDATES", 4)
-    assert one(boxes, scores)["scores"].tolist() == pytest.approx([0.85, 0.75, 0.65, 0.55])
+    found = one([[10.0 * k, 0, 10 * k + 5, 5] for k in range(9)], [[0.1 * k + 0.05] for k in range(9)])
+    assert found["scores"].tolist() == pytest.approx([0.85, 0.75, 0.65, 0.55])
 
 
 def random_pairs(*shape):
@@ -126,27 +96,6 @@ def random_pairs(*shape):
     corner = (torch.rand(*shape, 2) * 60).round()
     boxes = torch.cat([corner, corner + 10 + (torch.rand(*shape, 2) * 30).round()], -1)
     return boxes, (torch.rand(*shape, 3) * 20).round() / 20
-
-
-def slow_select(boxes, scores, confidence, iou):
-    """Greedy suppression in plain loops, one image: (score, label, anchor) of what stays."""
-    pairs = [(float(scores[a, c]), c, a) for a in range(len(boxes)) for c in range(scores.shape[1])]
-    kept = []
-    for score, c, a in sorted(pairs, reverse=True):
-        same = [boxes[other] for _, label, other in kept if label == c]
-        if score > confidence and not any(box_iou(boxes[a][None], b[None]) > iou for b in same):
-            kept.append((score, c, a))
-    return kept
-
-
-def test_select_agrees_with_plain_loops():
-    boxes, scores = random_pairs(3, 40)
-    scores = scores + torch.arange(120).view(3, 40, 1) * 1e-5 + torch.arange(3) * 1e-6  # no ties: their order is free
-    for found, own, of_own in zip(select(boxes, scores, 100, confidence=0.31, iou=0.4123), boxes, scores, strict=True):
-        expected = slow_select(own, of_own, 0.31, 0.4123)
-        assert found["scores"].tolist() == [score for score, _, _ in expected]
-        assert found["labels"].tolist() == [label for _, label, _ in expected]
-        assert torch.equal(found["boxes"], own[[anchor for _, _, anchor in expected]])
 
 
 def select_one(boxes, scores, confidence, iou, most, scale, offset, size):
@@ -175,6 +124,7 @@ def test_an_image_is_the_same_in_any_batch(anchors, confidence, iou, most):
         expected = select_one(boxes[i], scores[i], confidence, iou, most, scale[i], offset[i], sizes[i])
         for key, values in expected.items():
             assert torch.equal(found[key], values) and found[key].dtype == values.dtype
+    assert select(boxes[:0], scores[:0], 100) == []
 
 
 class Waits(TorchDispatchMode):
@@ -199,13 +149,6 @@ def test_the_host_does_not_wait_for_each_image():
     assert waits[0] == waits[1]
 
 
-def test_nothing_found_has_the_right_shapes():
-    found = one(NEAR, [[0.0], [0.0], [0.0]])
-    assert found["boxes"].shape == (0, 4) and found["scores"].shape == found["labels"].shape == (0,)
-    assert [found[key].dtype for key in ("boxes", "scores", "labels")] == [torch.float32, torch.float32, torch.int64]
-    assert select(torch.zeros(0, 5, 4), torch.zeros(0, 5, 2), 100) == []
-
-
 def test_boxes_return_to_the_pixels_of_the_image_and_are_clipped():
     """An image of 200 x 120 px (width x height) halved into 100 px has a border of 20 px above and below."""
     boxes = torch.tensor([[[10.0, 30, 40, 70], [-5, 10, 50, 95], [60, 20, 105, 60]], [[10.0, 30, 40, 70]] * 3])
@@ -221,14 +164,23 @@ def test_boxes_return_to_the_pixels_of_the_image_and_are_clipped():
     assert one([[-3.0, 5, 130, 140]], [[0.9]])["boxes"].tolist() == [[0, 5, 100, 100]]
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_numbers_that_are_not_finite_are_an_error(value):
-    boxes, scores = torch.tensor([NEAR]), torch.full((1, 3, 1), 0.5)
-    for broken in (boxes, scores):
-        broken[0, 1, 0] = value
-        with pytest.raises(ValueError, match="not finite"):
-            select(boxes, scores, 100)
-        broken[0, 1, 0] = 0.5
+def select_with(box, score):
+    return select(torch.tensor([[*NEAR[:2], box]]), torch.tensor([[[0.5], [score], [0.5]]]), 100)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: decode_anchor_free([torch.zeros(1, 64, 1, 1)], (8,)), "64 channels hold no class"),
+        (lambda: select_with([torch.nan, 0, 1, 1], 0.5), "not finite"),
+        (lambda: select_with([0, 0, torch.inf, 1], 0.5), "not finite"),
+        (lambda: select_with([0, 0, 1, 1], torch.nan), "not finite"),
+        (lambda: select_with([0, 0, 1, 1], torch.inf), "not finite"),
+    ],
+)
+def test_refusals(use, message):
+    with pytest.raises(ValueError, match=message):
+        use()
 
 
 @pytest.mark.parametrize("family", ["v8", "v5"])

@@ -1,4 +1,4 @@
-"""A toy set made in memory and a pretended teacher's features, for the tests of anomaly detection."""
+"""A toy set made in memory and a toy teacher's features, for the tests of anomaly detection."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.runs import Result
 
-CHANNELS = (8, 16, 32)  # of the pretended teacher
+CHANNELS = (8, 16, 32)  # of the toy teacher
 
 
 def fake_split(good: int, bad: int, seed: int, size: int = 64) -> AnomalySplit:
