@@ -71,11 +71,6 @@ def test_costs_by_hand(clock: list[tuple[int, ...]]) -> None:
     assert larger.costs["gflops"] == pytest.approx(4 * result.costs["gflops"], rel=0.02)  # of this very size
 
 
-def test_a_real_clock() -> None:
-    result = run_costs(dataclasses.replace(SMALL, size=32, classes=1), 0, NoData(), quiet())
-    assert result.costs["fps"] == pytest.approx(1000 / result.costs["latency_ms"], abs=0.1)
-
-
 @pytest.mark.parametrize(("changes", "message"), [({"scale": "z"}, "unknown detector"), ({"size": 100}, "divisible")])
 def test_impossible_settings(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

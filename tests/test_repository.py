@@ -1,5 +1,6 @@
 """The feature repository: what comes back, what is refused, and what a killed build or a bad disk leaves behind."""
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -87,34 +89,22 @@ def test_a_killed_build_goes_on_after_its_last_batch(tmp_path: Path) -> None:
     assert rest.calls == [[6]]
 
 
-def test_a_kill_between_the_features_and_their_mark_costs_that_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("place", "name", "effects", "left"),
+    [
+        (np.memmap, "flush", [None] * 4, [[3, 4, 5], [6]]),  # in the second batch, between the features and their mark
+        (hashlib, "file_digest", [], []),  # all is there but the hash
+    ],
+)
+def test_a_killed_build_computes_nothing_twice_that_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str, effects: list, left: list
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
-
-        def killed(features, indices, made_of, checked=feature_store._checked):
-            found = checked(features, indices, made_of)
-            if indices == [3, 4, 5]:  # the first level is written, the second is not
-                found[1] = type("Kills", (), {"__array__": lambda self, *_: (_ for _ in ()).throw(Killed())})()
-            return found
-
-        patch.setattr(feature_store, "_checked", killed)
+        patch.setattr(place, name, Mock(side_effect=[*effects, Killed]))
         build(tmp_path, Compute())
     rest = Compute()
     assert_holds_the_features(build(tmp_path, rest))
-    assert rest.calls == [[3, 4, 5], [6]]
-
-
-def test_a_kill_before_the_hash_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(folder, shapes):
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(feature_store, "_digest", killed)
-        build(tmp_path, Compute())
-    nothing = Compute()
-    assert_holds_the_features(build(tmp_path, nothing))
-    assert nothing.calls == []
+    assert rest.calls == left
     assert "sha256" in json.loads((tmp_path / "index.json").read_text())
 
 
@@ -194,14 +184,10 @@ def test_a_folder_of_other_features_is_refused(built: Path, changed: dict, said:
 
 @pytest.mark.parametrize("value", [70_000.0, -70_000.0, math.nan, math.inf])
 def test_a_value_beyond_half_precision_names_its_image(tmp_path: Path, value: float) -> None:
-    def compute(indices: list[int]) -> list[Tensor]:
-        levels = [level[indices] for level in FEATURES]
-        if 4 in indices:
-            levels[1][indices.index(4), 2, 1, 1] = value
-        return levels
-
+    broken = [level.clone() for level in FEATURES]
+    broken[1][4, 2, 1, 1] = value
     with pytest.raises(ValueError, match="image 'plate_4' are not finite in half precision"):
-        build(tmp_path, compute)
+        build(tmp_path, lambda indices: [level[indices] for level in broken])
     rest = Compute()
     build(tmp_path, rest)
     assert rest.calls == [[3, 4, 5], [6]]
@@ -215,30 +201,25 @@ def test_features_of_other_shapes_are_refused(tmp_path: Path, wrong) -> None:
 
 def test_the_size_is_said_before_anything_is_computed(tmp_path: Path) -> None:
     lines, said = [], []
-    shapes = ((2, 64, 64),)  # 16,384 bytes per image
 
     def compute(indices: list[int]) -> list[Tensor]:
         said.append(list(lines))
-        return [torch.zeros(len(indices), *shapes[0])]
+        return [torch.zeros(len(indices), 2, 64, 64)]  # 16,384 bytes per image
 
-    build(tmp_path, compute, shapes=shapes, log=lines.append)
-    assert said[0] == [f"feature repository {tmp_path.name}: 0.1 MB, 7 images, 7 to compute"]
-    assert lines[1].startswith("  3 of 7 images, ")
-    lines.clear()
-    build(tmp_path, compute, shapes=shapes, log=lines.append)
-    assert lines == [f"feature repository {tmp_path.name}: 0.1 MB, 7 images, 0 to compute"]
+    for missing in (7, 0):
+        lines.clear()
+        build(tmp_path, compute, shapes=((2, 64, 64),), log=lines.append)
+        assert lines[0] == f"feature repository {tmp_path.name}: 0.1 MB, 7 images, {missing} to compute"
+    assert len(lines) == 1 and [len(before) for before in said] == [1, 2, 3]
+    assert said[1][1].startswith("  3 of 7 images, ")
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 7 * 2 * (4 * 8 * 8 + 6 * 4 * 4)
-
-    def free(size: int) -> None:
-        monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
-
+    free = Mock(side_effect=[SimpleNamespace(free=needed), SimpleNamespace(free=math.ceil(needed / 0.95) + 1)])
+    monkeypatch.setattr(shutil, "disk_usage", free)
     compute = Compute(fails_at=0)
-    free(needed)  # room enough, were nothing to stay spare
     with pytest.raises(OSError, match=f"{tmp_path}: {needed} bytes needed, {needed} free .*free some disk"):
-        build(tmp_path, compute)
-    free(math.ceil(needed / 0.95) + 1)
+        build(tmp_path, compute)  # room enough, were nothing to stay spare
     with pytest.raises(Killed):
         build(tmp_path, compute)
