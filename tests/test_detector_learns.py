@@ -52,12 +52,8 @@ class Certain(nn.Module):
 def test_predictions_are_in_pixels_of_images_that_are_not_square() -> None:
     """An image of 100 x 50 px scaled by 0.64 to 64 x 32 px, 16 px from above; and one of 32 x 64 px, 16 from left."""
     split = toy_split(2, 0, 64)
-    split = replace(
-        split,
-        sizes=torch.tensor([[50, 100], [64, 32]]),
-        scale=torch.tensor([0.64, 1.0]),
-        offset=torch.tensor([[0.0, 16.0], [16.0, 0.0]]),
-    )
+    sizes, offset = torch.tensor([[50, 100], [64, 32]]), torch.tensor([[0.0, 16.0], [16.0, 0.0]])
+    split = replace(split, sizes=sizes, scale=torch.tensor([0.64, 1.0]), offset=offset)
     wide, high = predict(Certain(), split, confidence=0.3)
     scores = torch.tensor([3.0, 1.0]).sigmoid()
     for found in (wide, high):
@@ -84,21 +80,9 @@ def test_predictions_do_not_depend_on_the_batch_and_follow_other_images() -> Non
 # --- A toy set, learnt from scratch ----------------------------------------------------------------------------------
 
 TOY = DetectorSettings(
-    dataset="toy",
-    scale="t",
-    size=96,
-    epochs=40,
-    batch=8,
-    optimizer="adamw",
-    learning_rate=0.005,
-    warm_up=1.0,
-    average=0.98,
-    average_ramp=20.0,
-    mosaic=0.5,
-    close_mosaic=20,
-    zoom=0.2,
-    precision="fp32",
-)
+    dataset="toy", scale="t", size=96, epochs=40, batch=8, optimizer="adamw", learning_rate=0.005, warm_up=1.0,
+    average=0.98, average_ramp=20.0, mosaic=0.5, close_mosaic=20, zoom=0.2, precision="fp32",
+)  # fmt: skip
 
 
 # mAP50 of seeds 0 to 4, measured once on one thread of a CPU:
