@@ -18,13 +18,12 @@ from defectlab.data.masks import (
     PAPER_LIST,
     SegmentationData,
     draw_parts,
-    list_of_parts,
     load_segmentation,
     nut_mask,
     segmentation_fingerprint,
     subset,
 )
-from defectlab.data.splits import PARTS
+from defectlab.data.splits import PARTS, committed
 from defectlab.files import DataError
 
 SIZE = 32
@@ -296,7 +295,7 @@ def test_real_list_is_drawn_again(real_set) -> None:
     plan = segmentation._plan(METAL_NUT, "nut", "paper", real_set(*NUT))
     samples = {segmentation._name(s): s for part in plan.parts.values() for s in part}
     parts = draw_parts(*segmentation._types_and_content(plan, samples))
-    assert PAPER_LIST.read_text(encoding="utf-8") == list_of_parts(parts)
+    assert committed(PAPER_LIST) == [f"{name} {part}" for name, part in sorted(parts.items())]
 
 
 @pytest.mark.real_data

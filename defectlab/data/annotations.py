@@ -1,12 +1,9 @@
 """Readers of box annotations: VOC xml, YOLO txt, COCO json and DeepPCB txt, all into one form.
 
 A box is (x1, y1, x2, y2) in pixels of the image as it is stored, 0 to its width or height; an EXIF rotation is not
-applied. Whatever is wrong with a file is said in one sentence that names it.
-
-VOC defines xmin and ymin as pixels counted from 1, but much annotation software writes positions counted from 0 and
-lifts 0 to 1, and no file says which it is. Coordinates are therefore kept as they are (at most one pixel off at two
-sides). NEU-DET is such a case: its coordinates run from 1 to 200 in images of 200 pixels, 1500 of them are 1 and 575
-are 200. Both conventions would give that range.
+applied. VOC counts xmin and ymin from 1, but much annotation software writes positions counted from 0 and lifts 0 to 1,
+and no file says which it is. Coordinates are therefore kept as they are (at most one pixel off at two sides). NEU-DET
+is such a case: in images of 200 pixels 1500 of its coordinates are 1 and 575 are 200.
 """
 
 from __future__ import annotations
@@ -61,7 +58,7 @@ def _checked(
     normalised: bool = False,
     stated: tuple[int, int] | None = None,
 ) -> AnnotatedImage:
-    """Check the objects (label, x1 y1 x2 y2) that the file `source` gives for an image.
+    """The objects (label, x1 y1 x2 y2) that the file `source` gives for an image, checked.
 
     `normalised`: the coordinates are parts of the width and height. `stated`: the size that `source` gives, if any.
     """
@@ -72,10 +69,9 @@ def _checked(
             f"{source} says {stated[0]} x {stated[1]} pixels, its image {path} has {width} x {height}: "
             "its boxes do not fit, annotate this image again"
         )
-    boxes = np.array([box for _, box in objects], np.float64).reshape(-1, 4)
+    boxes, limits = np.array([box for _, box in objects], np.float64).reshape(-1, 4), (width, height) * 2
     if normalised:
-        boxes *= (width, height, width, height)
-    limits = np.array((width, height, width, height))
+        boxes *= limits
     clipped = boxes.clip(0, limits).astype(np.float32)
     kept: dict[tuple, None] = {}  # a set that keeps its order
     for number, (raw, box, (label, _)) in enumerate(zip(boxes, clipped, objects, strict=True), 1):
@@ -119,15 +115,13 @@ def _text(path: Path) -> str:
 
 
 def _parse_voc(path: Path) -> tuple[list[tuple[str, list[float]]], tuple[int, int] | None]:
-    """The objects (class name, x1 y1 x2 y2) of one xml and the image's size, None where it states none (or 0)."""
+    """The objects (class name, x1 y1 x2 y2) of an xml and the image's size, None where it states none (or 0)."""
     try:
         tree = ElementTree.parse(path).getroot()
         width, height = (int(tree.findtext(f"size/{side}") or 0) for side in ("width", "height"))
+        corners = ("xmin", "ymin", "xmax", "ymax")
         objects = [
-            (
-                item.findtext("name").strip(),
-                [float(item.findtext(f"bndbox/{corner}")) for corner in ("xmin", "ymin", "xmax", "ymax")],
-            )
+            (item.findtext("name").strip(), [float(item.findtext(f"bndbox/{corner}")) for corner in corners])
             for item in tree.iter("object")
         ]
     except (ElementTree.ParseError, OSError, ValueError, TypeError, AttributeError) as error:
@@ -160,17 +154,14 @@ def read_voc(folder: Path, class_names: Sequence[str] | None = None) -> Annotati
         if beside[0] in parsed:
             raise DataError(f"{beside[0]} has two xml files, one is {xml}: keep one")
         parsed[beside[0]] = xml, *_parse_voc(xml)
-    without = [path for path in images if path not in parsed]
-    if without:
+    if without := [path for path in images if path not in parsed]:
         raise DataError(f"{without[0]} has no xml: annotate it (an xml without objects says that it has none)")
     names = tuple(class_names or sorted({name for _, objects, _ in parsed.values() for name, _ in objects}))
-    return Annotations(
-        names,
-        tuple(
-            _checked(path, xml, [(_index(name, names, xml), box) for name, box in objects], stated=size)
-            for path, (xml, objects, size) in sorted(parsed.items())
-        ),
+    checked = (
+        _checked(path, xml, [(_index(name, names, xml), box) for name, box in objects], stated=size)
+        for path, (xml, objects, size) in sorted(parsed.items())
     )
+    return Annotations(names, tuple(checked))
 
 
 # --------------------------------------------------------------------------------------------------------------- YOLO
@@ -178,13 +169,13 @@ def read_voc(folder: Path, class_names: Sequence[str] | None = None) -> Annotati
 
 def _yolo_names(folder: Path) -> tuple[str, ...]:
     """Class names from classes.txt (one a line) or from `names` in data.yaml (a list, or index: name)."""
-    listed = next((p for p in (folder / "classes.txt", folder / "labels" / "classes.txt") if p.is_file()), None)
-    if listed:
+    places = (folder / name for name in ("classes.txt", "labels/classes.txt", "data.yaml", "data.yml"))
+    listed = next((path for path in places if path.is_file()), None)
+    if listed is None:
+        raise DataError(f"{folder} holds neither classes.txt nor data.yaml: write the class names, one a line")
+    if listed.suffix == ".txt":
         names = [line.strip() for line in _text(listed).splitlines() if line.strip()]
     else:
-        listed = next((folder / name for name in ("data.yaml", "data.yml") if (folder / name).is_file()), None)
-        if listed is None:
-            raise DataError(f"{folder} holds neither classes.txt nor data.yaml: write the class names, one a line")
         try:
             names = yaml.safe_load(_text(listed))["names"]
             names = [names[index] for index in range(len(names))]  # a list and a mapping alike
@@ -219,11 +210,10 @@ def _parse_yolo(path: Path, class_names: Sequence[str]) -> list[tuple[int, list[
 def read_yolo(folder: Path, class_names: Sequence[str] | None = None) -> Annotations:
     """Images below a folder `images`, their txt under the same path below `labels`.
 
-    Both `images/train/a.jpg` with `labels/train/a.txt` and `train/images/a.jpg` with `train/labels/a.txt` are read. A
-    line is `class x y width height`, centre and size as parts of the image's. An image without txt has no object.
+    So `images/train/a.jpg` has `labels/train/a.txt`, and `train/images/a.jpg` has `train/labels/a.txt`. A line is
+    `class x y width height`, centre and size as parts of the image's. An image without txt has no object.
     `class_names` None: from classes.txt (also in labels), or `names` of data.yaml, in `folder`. Raises DataError: no
-    image or no txt at all, a txt without image, another kind of line, a class index without a name, a box as in
-    `read_voc`.
+    image or no txt at all, a txt without image, another line, a class index without a name, a box as in `read_voc`.
     """
     folder = Path(folder)
     names = tuple(class_names or _yolo_names(folder))
@@ -235,18 +225,15 @@ def read_yolo(folder: Path, class_names: Sequence[str] | None = None) -> Annotat
             sources[path] = folder.joinpath(*parts).with_suffix(".txt")
     texts = [path for path in find_files(folder, {".txt"}) if "labels" in path.relative_to(folder).parts[:-1]]
     texts = [path for path in texts if path.name != "classes.txt"]
-    alone = sorted(set(texts) - set(sources.values()))
-    if alone:
+    if alone := sorted(set(texts) - set(sources.values())):
         raise DataError(f"{alone[0]} has no image under the same path below `images`: restore it, or remove the txt")
     if not texts:
         raise DataError(f"{folder} should hold images below `images` and txt files below `labels`: arrange them so")
-    return Annotations(
-        names,
-        tuple(
-            _checked(path, source, _parse_yolo(source, names) if source.is_file() else [], normalised=True)
-            for path, source in sources.items()
-        ),
+    checked = (
+        _checked(path, source, _parse_yolo(source, names) if source.is_file() else [], normalised=True)
+        for path, source in sources.items()
     )
+    return Annotations(names, tuple(checked))
 
 
 # --------------------------------------------------------------------------------------------------------------- COCO

@@ -37,12 +37,11 @@ PASTED_DEFECTS = "2f5ebef63256b8b1"  # digest of what `paste_defect` and `hold_o
 
 @dataclass(frozen=True)
 class AnomalySplit:
-    """N images and their masks, as tensors on one device.
+    """N images and their masks, as tensors on one device, resized by `to_square` and `resize_mask`.
 
-    `images` are resized without regard to their aspect ratio (antialiased, bilinear); grey images fill all three
-    channels. A mask pixel is 1 where the mask file has more than 127, taken at native size and then resized
-    (nearest-exact). `has_mask` is False for an anomalous image whose mask is empty: it counts in image metrics and is
-    left out of pixel metrics. `names` are the files' paths in the set; a pasted defect adds "+type".
+    A mask pixel is 1 where the mask file has more than 127. `has_mask` is False for an anomalous image whose mask is
+    empty: it counts in image metrics and is left out of pixel metrics. `names` are the files' paths in the set; a
+    pasted defect adds "+type".
     """
 
     images: Tensor  # (N, 3, size, size) uint8
@@ -61,8 +60,8 @@ class AnomalySplit:
 class AnomalyData:
     """A set as the notebooks use it. `train` is normal only, `dev` half normal and half pasted defects.
 
-    `fingerprint` is the sha256 over the content of the set, the three lists of names and the pasted defects. `derived`
-    holds what is computed from the images once, such as a teacher's features; a copy with other images starts without.
+    `derived` holds what is computed from the images once, such as a teacher's features; a copy with other images
+    starts without.
     """
 
     name: str  # as given to load_anomaly
@@ -99,8 +98,7 @@ def _tile_samples(files: list[str], folder: Path, train_list: Path | None) -> tu
         train = set(shuffled(normal, "train")[: round(0.8 * len(normal))])
     else:
         train = {f"MT_Free/Imgs/{name}" for name in train_list.read_text(encoding="utf-8").split()}
-        unknown = sorted(train - set(normal))
-        if unknown:
+        if unknown := sorted(train - set(normal)):
             raise DataError(f"{train_list.name} lists {unknown[0]}, which {folder} does not hold: fetch the set again")
     test = [Sample(path) for path in normal if path not in train]
     for kind in TILE_TYPES:
@@ -125,10 +123,7 @@ def hold_out(train: list[Sample], pasted_types: tuple[str, ...]) -> tuple[list[S
     """(train without them, dev): a tenth of the normal images, then a copy of each with a defect, types in turn."""
     chosen = set(shuffled([sample.path for sample in train], "dev")[: round(len(train) / 10)])
     normal = [sample for sample in train if sample.path in chosen]
-    pasted = [
-        Sample(sample.path, pasted_types[index % len(pasted_types)], pasted=index)
-        for index, sample in enumerate(normal)
-    ]
+    pasted = [Sample(s.path, pasted_types[i % len(pasted_types)], pasted=i) for i, s in enumerate(normal)]
     return [sample for sample in train if sample.path not in chosen], normal + pasted
 
 
@@ -166,7 +161,7 @@ def _identity(content: str, parts: Sequence[list[Sample]]) -> str:
 
 
 def data_fingerprint(name: str, root: Path | None = None) -> str:
-    """`AnomalyData.fingerprint` of a set, from its manifest alone: no image is read. Errors as `load_anomaly`."""
+    """sha256 over the content of the set, the three lists of names and the pasted defects; no image is read."""
     return plan_of(name, root).fingerprint
 
 
@@ -223,10 +218,10 @@ def _read_split(samples: list[Sample], plan: Plan, size: int, device) -> Anomaly
 def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -> AnomalyData:
     """Read a set, whole, as tensors on `device`.
 
-    `name`: "magnetic_tile", "mvtec_ad/<category>", "synthetic_tile" or "synthetic_nut" (written on first use). `size`:
-    side of the images in pixels. `root`: where data sets lie, by default `data_dir()`. The split depends on nothing
-    but the set: magnetic tiles train on the 761 images of DifferNet (WACV 2021), the synthetic ones on 80 % of the
-    normal ones, MVTec AD as published. Raises DataError naming the file and the remedy; ValueError for a size below 1.
+    `name`: "magnetic_tile", "mvtec_ad/<category>", "synthetic_tile" or "synthetic_nut". `size`: side of the images in
+    pixels. `root`: where data sets lie, by default `data_dir()`. Magnetic tiles train on the 761 images of DifferNet
+    (WACV 2021), the synthetic ones on 80 % of the normal ones, MVTec AD as published. Raises DataError naming the file
+    and the remedy; ValueError for a size below 1.
     """
     check_size(size)
     plan = plan_of(name, root)
@@ -250,9 +245,7 @@ def from_good_folder(folder: Path, size: int, device="cpu") -> AnomalyData:
     folder = Path(folder)
     paths = _images_in(folder)
     if len(paths) < 20:
-        raise DataError(
-            f"{folder} holds {len(paths)} images: training needs at least 20 good ones (jpg, png, bmp, tif)"
-        )
+        raise DataError(f"{folder} holds {len(paths)} images: training needs at least 20 good ones")
     parts = hold_out([Sample(path.name) for path in paths], TILE_TYPES)
     plan = Plan(folder, f"images of {folder.name}", "replace this image", None, type_names=("good", *TILE_TYPES))
     train, dev = (_read_split(samples, plan, size, device) for samples in parts)

@@ -1,9 +1,8 @@
 """Augmentation for detection, batched: mosaic, affine, flips, colour. And images corrupted as in a factory.
 
-A whole batch is made by one bilinear sampling pass, without a loop over images. The four source images of a mosaic lie
-side by side in an atlas of 2S x 2S pixels; the mosaic's canvas is that atlas shifted by whole pixels and cut to
-2S x 2S, so output pixel -> canvas -> atlas is one affine map per image. An image without mosaic fills the first quarter
-of its atlas, and the rest of the path is the same.
+A whole batch is made by one bilinear sampling pass. The four source images of a mosaic lie side by side in an atlas of
+2S x 2S pixels; the mosaic's canvas is that atlas shifted by whole pixels and cut to 2S x 2S, so output pixel ->
+canvas -> atlas is one affine map per image. An image without mosaic fills the first quarter of its atlas.
 
 Coordinates are continuous: pixel (row i, column j) covers [j, j + 1] x [i, i + 1] and has its centre at
 (j + 0.5, i + 0.5); boxes and matrices use the same coordinates, so an S x S image spans 0..S.
@@ -88,9 +87,8 @@ def augment(
     output. It is dropped if then a side is below MIN_SIDE, its aspect ratio above MAX_ASPECT, or less than MIN_AREA of
     its area is left. M' is the largest count of boxes in the batch, at least 1.
 
-    All random choices and the boxes are worked out on the CPU and go over in one transfer, so nothing waits for the
-    device if `indices`, `split_boxes` and `split_labels` lie on the CPU, too. `generator` lives there, so that a seed
-    draws the same batch on every device. Raises ValueError for images that are not square or not uint8, and for a
+    All random choices and the boxes are worked out on the CPU, where `generator` lives, and go over in one transfer: a
+    seed draws the same batch on every device. Raises ValueError for images that are not square or not uint8, and for a
     generator that is not on the CPU.
     """
     count, (split_size, channels, height, size) = len(indices), split_images.shape
@@ -127,8 +125,7 @@ def _draw(
 ) -> dict[str, Tensor]:
     """All random choices of a batch, as small tensors (B, ...) on the CPU, float64 but for `mosaic`.
 
-    The same numbers are drawn whatever the settings, so that switching one augmentation off leaves the others as they
-    were. Small matrices are made here and not on the device, where they would be dozens of kernel launches.
+    The same numbers are drawn whatever the settings: switching one augmentation off leaves the others as they were.
     """
     drawn = torch.rand(count, sum(_NUMBERS.values()), dtype=torch.float64, generator=generator)
     uniform = dict(zip(_NUMBERS, drawn.split(list(_NUMBERS.values()), 1), strict=True))  # name: (B, numbers)

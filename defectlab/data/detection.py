@@ -1,8 +1,7 @@
 """The detection sets, whole, as tensors on one device: NEU-DET, DeepPCB and the synthetic ones.
 
-Every set has three splits. `test` is the official one where there is one. `dev`, where design choices are made, is a
-tenth of the training images. Splits depend on the names of the files alone, never on a seed of a run, and images that
-are byte for byte the same stand on one side.
+`test` is the official split where there is one. `dev`, where design choices are made, is a tenth of the training
+images. Images that are byte for byte the same stand on one side.
 """
 
 from __future__ import annotations
@@ -20,7 +19,17 @@ from torch import Tensor
 
 from defectlab.data.annotations import AnnotatedImage, Annotations, read_deep_pcb, read_voc
 from defectlab.data.images import check_size, decode, in_threads, letterbox
-from defectlab.data.splits import PARTS, Plan, detection_identity, draw_split, last_fifth, locate, number_of, with_dev
+from defectlab.data.splits import (
+    PARTS,
+    Plan,
+    committed,
+    detection_identity,
+    draw_split,
+    last_fifth,
+    locate,
+    number_of,
+    with_dev,
+)
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.data.synthetic.boards import BOARD_KINDS
 from defectlab.data.synthetic.steel import STEEL_KINDS
@@ -128,8 +137,7 @@ def _plan(dataset: str, root: Path | None) -> Plan:
     matches = {path: re.fullmatch(chosen.strata, path) for path in files}
     strata = {path: match[1] for path, match in matches.items() if match}
     if dataset == "neu_det":
-        lines = NEU_TEST_LIST.read_text(encoding="utf-8").splitlines()
-        test = [f"IMAGES/{line}" for line in lines if line and not line.startswith("#")]
+        test = [f"IMAGES/{line}" for line in committed(NEU_TEST_LIST)]
     elif dataset == "neu_det_index":
         test = [path for path in strata if number_of(path) > 240]
     elif dataset == "synthetic_steel":
@@ -148,10 +156,7 @@ def _plan(dataset: str, root: Path | None) -> Plan:
 
 
 def detection_fingerprint(dataset: str, root: Path | None = None) -> str:
-    """sha256 over the content of a set, its three lists of names and the rules of the split.
-
-    Taken from the manifest and the lists: no image is read. Errors as `load_detection`.
-    """
+    """sha256 over the content of a set, its three lists of names and the rules of the split; no image is read."""
     return _plan(dataset, root).fingerprint
 
 
@@ -162,7 +167,7 @@ def load_detection(dataset: str, size: int, device="cpu", root: Path | None = No
     """Read a set, whole, as tensors on `device`.
 
     `dataset`: "neu_det" (our test split, a fifth: splits/neu_det_test.txt), "neu_det_index" (test = numbers 241-300
-    of each class), "deep_pcb" (the official lists), "synthetic_steel" or "synthetic_board" (written on first use).
+    of each class), "deep_pcb" (the official lists), "synthetic_steel" or "synthetic_board".
     `size`: side of the square images in pixels. `root`: where data sets lie, by default `data_dir()`. Raises DataError
     naming the file and the remedy; ValueError for a size below 1.
     """
@@ -172,7 +177,7 @@ def load_detection(dataset: str, size: int, device="cpu", root: Path | None = No
 
 
 def load_images(dataset: str, part: str, size: int, device="cpu", root: Path | None = None) -> Tensor:
-    """The images of one part alone, "train", "dev" or "test": as `load_detection`'s, in its order, without boxes."""
+    """The images of one part alone: as `load_detection`'s, in its order, without boxes."""
     check_size(size)
     plan, grey = _plan(dataset, root), _SETS[dataset].grey
     read = in_threads(partial(_read_image, size=size, remedy=plan.remedy, grey=grey), _paths(plan, part))
@@ -200,8 +205,7 @@ def to_data(
 ) -> DetectionData:
     """Decode the images that `plan.parts` names by their paths in `plan.folder`, and scale their boxes.
 
-    `name`: of the result. `size`: side of the square images in pixels. `grey`: read colour as grey. Raises DataError,
-    ending in the plan's remedy, where an image cannot be decoded; ValueError for a size below 1.
+    `name`: of the result. Others, and errors, as `load_detection`. `grey`: read colour as grey.
     """
     check_size(size)
     by_path = {image.path: image for image in annotations.images}

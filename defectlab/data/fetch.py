@@ -1,7 +1,7 @@
-"""Fetch, unpack, describe and verify data sets: the one module behind every script in `data_scripts`.
+"""Fetch, unpack and verify data sets: what is behind every script in `data_scripts`.
 
 A data set is a folder below `data_dir()` with a `manifest.json` that lists every file's size and sha256. It appears by
-one rename when it is complete. Readers call `quick_check` (names and sizes) at every load; `verify` reads every byte.
+one rename when it is complete. Readers call `quick_check` at every load; `verify` reads every byte.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -30,7 +29,7 @@ from pathlib import Path, PureWindowsPath
 import pooch
 from filelock import FileLock
 
-from defectlab.files import DataError, data_dir
+from defectlab.files import DataError, data_dir, write_json
 
 MANIFEST = "manifest.json"
 _SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # file managers leave these behind
@@ -51,10 +50,9 @@ class Source:
 class DataSet:
     """What a data script knows about its set.
 
-    `members` is a regular expression over the full member names of an archive; its group `path` is where a
-    matching member goes below `folder`, and members that do not match are left out. So archives with other
-    top-level folders and extra files give one content. `check` gets the unpacked folder, raises DataError if
-    it is not this set, and returns a note for the manifest (such as "reduced", or "").
+    `members` is a regular expression over the full member names of an archive, whatever its top-level folders; its
+    group `path` is where a matching member goes below `folder`. Others are left out. `check` gets the unpacked folder,
+    raises DataError if it is not this set, and returns a note for the manifest (such as "reduced", or "").
     """
 
     name: str  # as printed
@@ -73,10 +71,9 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`files` maps a path relative to the folder ("/" between parts) to (size in bytes, sha256).
+    """`files`: path in the folder ("/" between parts) -> (size in bytes, sha256).
 
-    `fingerprint` is the sha256 over the lines "path sha256\\n", sorted by path: the identity of the content,
-    whatever archive it came from.
+    `fingerprint`: sha256 over the lines "path sha256\\n", sorted by path, whatever archive they came from.
     """
 
     name: str
@@ -110,9 +107,7 @@ def write_manifest(folder: Path, name: str, source: str, note: str = "", archive
     """Hash every file below `folder` and write its manifest.json atomically."""
     files = {path: (size, pooch.file_hash(folder / path, "sha256")) for path, size in _list_files(folder)}
     manifest = Manifest(name, note, source, archive_sha256, _fingerprint(files), dict(sorted(files.items())))
-    temporary = folder / f".{MANIFEST}.part"
-    temporary.write_text(json.dumps(asdict(manifest), indent=0) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    write_json(folder / MANIFEST, asdict(manifest))
     return manifest
 
 
@@ -120,19 +115,17 @@ def read_manifest(folder: Path, remedy: str) -> Manifest:
     """The manifest of `folder`; DataError (ending in `remedy`) if it is missing, unreadable or edited."""
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist: {remedy}")
-    path = folder / MANIFEST
+    path, again = folder / MANIFEST, f"delete {folder}, then {remedy}"
     if not path.is_file():
-        raise DataError(
-            f"{path} is missing, so nothing says that the set is complete: move {folder} away, then {remedy}"
-        )
+        raise DataError(f"{path} is missing, nothing says that the set is complete: move {folder} away, then {remedy}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         files = {name: (int(size), str(sha256)) for name, (size, sha256) in fields.pop("files").items()}
         manifest = Manifest(**fields, files=files)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({error}): delete {folder}, then {remedy}") from error
+        raise DataError(f"{path} cannot be read ({error}): {again}") from error
     if _fingerprint(files) != manifest.fingerprint:
-        raise DataError(f"{path} was edited (its fingerprint does not fit its list): delete {folder}, then {remedy}")
+        raise DataError(f"{path} was edited (its fingerprint does not fit its list): {again}")
     return manifest
 
 
@@ -141,20 +134,16 @@ def quick_check(folder: Path, remedy: str) -> Manifest:
     manifest = read_manifest(folder, remedy)
     present = dict(_list_files(folder))
     for path, (size, _) in manifest.files.items():
-        if path not in present:
-            raise DataError(f"{folder / path} is missing: delete {folder}, then {remedy}")
-        if present[path] != size:
-            raise DataError(
-                f"{folder / path} has {present[path]} bytes, expected {size}: delete {folder}, then {remedy}"
-            )
-    extra = sorted(present.keys() - manifest.files.keys())
-    if extra:
+        if present.get(path) != size:
+            found = f"has {present[path]} bytes, expected {size}" if path in present else "is missing"
+            raise DataError(f"{folder / path} {found}: delete {folder}, then {remedy}")
+    if extra := sorted(present.keys() - manifest.files.keys()):
         raise DataError(f"{folder / extra[0]} does not belong to {manifest.name}: move it out of {folder}")
     return manifest
 
 
 def verify(folder: Path, remedy: str) -> Manifest:
-    """`quick_check`, then compare the sha256 of every file; DataError names the first that differs."""
+    """`quick_check`, then the sha256 of every file."""
     manifest = quick_check(folder, remedy)
     for path, (_, expected) in manifest.files.items():
         got = pooch.file_hash(folder / path, "sha256")
@@ -174,36 +163,23 @@ def _check_fingerprint(dataset: DataSet, manifest: Manifest, where: Path) -> Non
 # ---------------------------------------------------------------------------------------- folders, atomically
 
 
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what the operating system says about `folder` into one clear sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            message = f"the disk of {folder} is full; nothing was kept: free some space"
-        else:
-            message = f"{folder} could not be filled ({error}): check that it is writable"
-        raise DataError(f"{message}, or choose another folder with --data-dir or DEFECTLAB_DATA") from error
-
-
 def create_folder(
     target: Path, fill: Callable[[Path], Manifest], existing: Callable[[], Manifest | None] = lambda: None
 ) -> Manifest:
     """Let `fill` write a set and its manifest into a temporary sibling, then rename that to `target`.
 
-    A folder already at `target` is replaced if it has a manifest (it is ours), else it is refused. On any
-    error nothing is left behind. Several processes take turns; `existing`, asked when a turn comes, may return a
-    manifest to say that another process has just done the work.
+    A folder at `target` is replaced if it has a manifest, else refused. On any error nothing is left behind. Processes
+    take turns; `existing`, asked when a turn comes, returns the manifest where another has just done the work.
     """
-    with _disk_errors(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / f".{target.name}.lock"):
+    folder = target.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{target.name}.lock"):
             if manifest := existing():
                 return manifest
             if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
                 raise DataError(f"{target} exists and has no {MANIFEST}: move it away first, it would be overwritten")
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=folder))
             try:
                 manifest = fill(temporary / "new")
                 if target.is_dir():
@@ -212,13 +188,18 @@ def create_folder(
                 return manifest
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            message = f"the disk of {folder} is full; nothing was kept: free some space"
+        else:
+            message = f"{folder} could not be filled ({error}): check that it is writable"
+        raise DataError(f"{message}, or choose another folder with --data-dir or DEFECTLAB_DATA") from error
 
 
 # -------------------------------------------------------------------------------------------------------- unpacking
 
 
-def require_space(folder: Path, size: int) -> None:
-    """DataError unless the disk of `folder` has `size` bytes free."""
+def _require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise DataError(
@@ -248,7 +229,7 @@ def unpack(archive: Path, folder: Path, members: str, limit: int = 2 * 2**30) ->
 
     `members`: see `DataSet`. `limit`: the most bytes written. DataError: a damaged archive, any member that is a link
     or device or would lie outside the folder, two members for one path, too many bytes, no match, too little free
-    space. OSError from writing passes through. What was written until then stays: call it inside `create_folder`.
+    space. What was written until then stays: call it inside `create_folder`.
     """
     wanted, total = re.compile(members), 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -269,7 +250,7 @@ def unpack(archive: Path, folder: Path, members: str, limit: int = 2 * 2**30) ->
                 total += size
                 if total > limit:
                     raise DataError(f"{archive} unpacks to more than {limit} bytes: it is not this set, fetch it again")
-                require_space(folder, size)
+                _require_space(folder, size)
                 if (folder / match["path"]).exists():
                     raise DataError(f"{archive} holds two files for {match['path']}: fetch it again")
                 if is_zip:
@@ -303,16 +284,14 @@ def _download(dataset: DataSet, folder: Path) -> tuple[Path, str, str]:
     failures = []
     for source in dataset.sources:
         try:
-            require_space(folder, source.size)
+            _require_space(folder, source.size)
             downloader = pooch.HTTPDownloader(timeout=60)
-            path = pooch.retrieve(source.url, None, fname="archive", path=folder, downloader=downloader)
-            expected = [source.sha256] if source.sha256 else []
-            return Path(path), _check_archive_hash(dataset, Path(path), expected), source.url
+            path = Path(pooch.retrieve(source.url, None, fname="archive", path=folder, downloader=downloader))
+            return path, _check_archive_hash(dataset, path, [source.sha256] if source.sha256 else []), source.url
         except (OSError, ValueError, DataError) as error:
             if getattr(error, "errno", None) in _DISK_FULL:
                 raise
-            reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}, {str(error)[:80]}"
-            failures.append(f"{source.url}: {reason}")
+            failures.append(f"{source.url}: {type(error).__name__}, {error}")
             (folder / "archive").unlink(missing_ok=True)
     tried = "; ".join(failures) or "it has no address that a script may fetch"
     raise DataError(
@@ -322,11 +301,10 @@ def _download(dataset: DataSet, folder: Path) -> tuple[Path, str, str]:
 
 
 def fetch(dataset: DataSet, root: Path, archive: Path | None = None) -> Manifest:
-    """Put the set into `root / dataset.folder`, from `archive` or its addresses; return its manifest.
+    """Put the set into `root / dataset.folder`, from `archive` or its addresses. Raises DataError.
 
     Without `archive`, a folder that is already there and passes `quick_check` is kept. A local archive is judged
-    by its content (pinned fingerprint or check function); where the set has neither, by its sha256. Raises
-    DataError.
+    by its content (pinned fingerprint or check function); where the set has neither, by its sha256.
     """
     target = root / dataset.folder
     if archive is None and (target / MANIFEST).is_file():
@@ -369,7 +347,7 @@ def make_sets(
     command: str,
     check: Callable[[Manifest, Path], None] = lambda manifest, folder: None,
 ) -> int:
-    """Make each set, or verify what is there, and print what lies where. -> exit status, 1 with one line on stderr.
+    """Make each set, or verify what is there; the exit status, 1 with one line on stderr.
 
     `sets`: folder below the data root -> what makes it, given that root. `command`: what to run where one is missing.
     """

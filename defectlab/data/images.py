@@ -53,6 +53,12 @@ def decode(path: Path, remedy: str = "replace or remove this image") -> Image.Im
         return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
 
 
+def save_image(path: Path, pixels: np.ndarray) -> None:
+    """Save (H, W) or (H, W, 3) uint8, as JPEG in quality 95; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, quality=95)
+
+
 def in_threads(read: Callable[[Any], Any], items: Iterable) -> list:
     """`read` of each item, in order: PIL and scipy decode, resize and label outside the GIL."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

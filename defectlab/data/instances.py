@@ -28,7 +28,7 @@ from defectlab.data.annotations import AnnotatedImage, Annotations
 from defectlab.data.augment import Batch
 from defectlab.data.detection import DetectionData, DetectionSplit, to_data
 from defectlab.data.images import decode, in_threads, letterbox_maps
-from defectlab.data.splits import PARTS, Plan, content_id, identity, locate, with_dev
+from defectlab.data.splits import PARTS, Plan, committed, content_id, identity, locate, with_dev
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.data.synthetic.steel import MASKED_KINDS
 from defectlab.files import DataError
@@ -70,8 +70,6 @@ class InstanceSplit(DetectionSplit):
 
 @dataclass(frozen=True)
 class InstanceData(DetectionData):
-    """As `DetectionData`, with masks; `fingerprint` is what `instance_fingerprint` gives."""
-
     train: InstanceSplit
     dev: InstanceSplit
     test: InstanceSplit
@@ -110,9 +108,8 @@ def instances(mask: np.ndarray, classes: int = len(CLASSES)) -> tuple[np.ndarray
 
 
 def _neu_seg_splits(dataset: str) -> tuple[list[str], list[str], list[str]]:
-    lines = [line for line in TURNS_LIST.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     strata, content, shown = {}, {}, set()
-    for classes, *members in map(str.split, lines):
+    for classes, *members in map(str.split, committed(TURNS_LIST)):
         names = [f"images/{member}.jpg" for member in members]
         strata |= dict.fromkeys(names, classes)
         content |= dict.fromkeys(names, names[0])
@@ -144,8 +141,7 @@ def _plan(dataset: str, root: Path | None) -> Plan:
 
 
 def instance_fingerprint(dataset: str, root: Path | None = None) -> str:
-    """sha256 over the content of a set, its three lists and the rule of instances; no image is read. Errors as
-    `load_instances`."""
+    """sha256 over the content of a set, its three lists and the rule of instances; no image is read."""
     return _plan(dataset, root).fingerprint
 
 
@@ -165,10 +161,8 @@ def load_instances(dataset: str, size: int, device="cpu", root: Path | None = No
     """Read a set, whole, as tensors on `device`.
 
     `dataset`: "neu_seg" (the official test part; ours: its images taken out of the training part, see above),
-    "neu_seg_published" (both parts as published) or "synthetic_steel_masks" (written on first use). `dev` is a tenth of
-    the training images, all turns of an image on one side. `size`: side of the square images in pixels. `root`:
-    where data sets lie, by default `data_dir()`. Raises DataError naming the file and the remedy; ValueError for a
-    size below 1.
+    "neu_seg_published" (both parts as published) or "synthetic_steel_masks". `dev` is a tenth of the training images,
+    all turns of an image on one side. `size`, `root` and errors as `detection.load_detection`.
     """
     plan = _plan(dataset, root)
     names = [name for part in plan.parts.values() for name in part]

@@ -20,28 +20,21 @@ from torch import Tensor
 
 from defectlab.data.anomaly import SYNTHETIC_NUT, Sample, plan_of, read_mask
 from defectlab.data.images import check_size, decode, in_threads, resize_mask, to_square
-from defectlab.data.splits import PARTS, Plan, content_id, draw_split, identity
+from defectlab.data.splits import PARTS, Plan, committed, content_id, draw_split, identity
 from defectlab.files import DataError
 
 METAL_NUT = "mvtec_ad/metal_nut"
 PAPER_LIST = Path(__file__).parent / "splits" / "metal_nut_segmentation.txt"
 TARGETS, SPLITS = ("nut", "defect"), ("paper", "good")
-LIST_HEADER = """\
-# The 335 images of MVTec AD metal_nut as 268 train, 33 dev and 34 test, the sizes of Machines 2025, 13, 712,
-# section 4.1, which gives no list: this one is ours. Drawn by defectlab.data.masks.draw_parts, stratified by
-# type, in the order of the sha256 of "segmentation test NAME" and "segmentation dev NAME". A test draws it again.
-"""
 NUT_MASKS = "0a45cca9e4abcf4a"  # digest of what `nut_mask` gives; see `splits.content_id`
 SMALLEST_PART = 0.005  # of the largest part's area: a bent lobe may lie apart, and dust is smaller
 
 
 @dataclass(frozen=True)
 class SegmentationSplit:
-    """N images and their masks, as tensors on one device.
+    """N images, resized as in `anomaly.AnomalySplit`, and masks, made at the images' own size, then resized alike.
 
-    `images` are resized as in `anomaly.AnomalySplit`; masks are made at the images' own size and then resized
-    (nearest-exact). `names` are the files' paths in the set without the suffix, which the reduced copy of metal_nut has
-    changed.
+    `names`: paths in the set without the suffix, which the reduced copy of metal_nut has changed.
     """
 
     images: Tensor  # (N, 3, size, size) uint8
@@ -55,8 +48,6 @@ class SegmentationSplit:
 
 @dataclass(frozen=True)
 class SegmentationData:
-    """A set, split three ways. `fingerprint` is what `segmentation_fingerprint` gives."""
-
     name: str  # as given to load_segmentation
     label: str  # as printed in tables
     target: str  # "nut" or "defect"
@@ -124,19 +115,11 @@ def _without_bore(mask: np.ndarray) -> np.ndarray:
 
 
 def draw_parts(types: Mapping[str, str], content: Mapping[str, str]) -> dict[str, str]:
-    """Name -> "train", "dev" or "test", 80/10/10 in the proportions of the types (see `detection.draw_split`).
-
-    `types`: name to type. `content`: name to a hash of the image's bytes; equal images get the same part.
-    """
+    """Name -> "train", "dev" or "test", 80/10/10; `types` (name -> type) are the strata of `draw_split`."""
     test = set(draw_split(types, 0.1, "segmentation test", content))
     rest = {name: kind for name, kind in types.items() if name not in test}
     dev = set(draw_split(rest, 1 / 9, "segmentation dev", content))
     return {name: "test" if name in test else "dev" if name in dev else "train" for name in sorted(types)}
-
-
-def list_of_parts(parts: Mapping[str, str]) -> str:
-    """The content of PAPER_LIST: "name part" a line."""
-    return LIST_HEADER + "".join(f"{name} {part}\n" for name, part in sorted(parts.items()))
 
 
 def _name(sample: Sample) -> str:
@@ -159,8 +142,7 @@ def _plan(dataset: str, target: str, split: str, root: Path | None) -> Plan:
     if split == "paper":
         samples = {_name(sample): sample for sample in sorted([s for part in parts.values() for s in part], key=_name)}
         if dataset == METAL_NUT:
-            lines = PAPER_LIST.read_text(encoding="utf-8").splitlines()
-            listed = dict(line.split() for line in lines if not line.startswith("#"))
+            listed = dict(map(str.split, committed(PAPER_LIST)))
         else:
             listed = draw_parts(*_types_and_content(plan, samples))
         if odd := sorted(listed.keys() ^ samples.keys()):
@@ -181,10 +163,9 @@ def _types_and_content(plan: Plan, samples: Mapping[str, Sample]) -> tuple[dict[
 
 
 def subset(split: SegmentationSplit, share: float, seed: int) -> SegmentationSplit:
-    """A share of the images (paper section 4.1.2, Table 6: "randomly constructed"), drawn by the seed.
+    """A share (0 < share <= 1) of the images, drawn by the seed (section 4.1.2, Table 6: "randomly constructed").
 
-    Ours: in the proportions of the types, and for one seed a smaller share lies in a larger one. 0 < share <= 1;
-    ValueError for another share.
+    Ours: in the proportions of the types, and for one seed a smaller share lies in a larger one.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
@@ -202,10 +183,7 @@ def subset(split: SegmentationSplit, share: float, seed: int) -> SegmentationSpl
 
 
 def segmentation_fingerprint(dataset: str, target: str, split: str, root: Path | None = None) -> str:
-    """sha256 over the set's content, the three lists, the target and what the recipe gives; no image is read.
-
-    Arguments and errors as `load_segmentation`.
-    """
+    """sha256 over the set's content, the three lists, the target and what the recipe gives; no image is read."""
     return _plan(dataset, target, split, root).fingerprint
 
 
@@ -214,7 +192,7 @@ def load_segmentation(
 ) -> SegmentationData:
     """Read a set, whole, as tensors on `device`.
 
-    `dataset`: "mvtec_ad/metal_nut" or "synthetic_nut" (written on first use). `target`: "nut", by `nut_mask`,
+    `dataset`: "mvtec_ad/metal_nut" or "synthetic_nut". `target`: "nut", by `nut_mask`,
     or "defect", MVTec's masks, empty for good images. `split`: "paper", all images as 80/10/10 per cent (for
     metal_nut 268/33/34 as in section 4.1, by a list of ours), or "good", trained on the good training images less
     the tenth that is the normal half of `load_anomaly`'s dev, which is dev here, and tested on the whole test folder.

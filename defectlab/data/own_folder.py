@@ -60,10 +60,8 @@ def _read_own(folder: Path, format: str) -> tuple[Annotations, dict[str, str | N
 def load_folder(path: Path, format: str, size: int, device="cpu", test_share: float = 0.2) -> DetectionData:
     """A reader's own images and boxes as a set; `report` of the result says what was found.
 
-    `format` "voc": images, and an xml of the same name for each, anywhere below `path`. "yolo": images below
-    `images`, txt files below `labels`, class names in classes.txt or data.yaml. "coco": a json, or one for each of
-    train, val and test; the images beside their json, in images/train or train, or else anywhere below `path`. See
-    `read_voc`, `read_yolo`, `read_coco`.
+    `format` "voc", "yolo" or "coco": see `read_voc`, `read_yolo`, `read_coco`. For COCO a json, or one for each of
+    train, val and test; the images beside their json, in images/train or train, or else anywhere below `path`.
 
     Folders named train, val (or valid) and test split the set, for COCO such a word in the json's name or folder. With
     train and one other, that other is the test split; with all three, val is dev. Without such names `test_share`

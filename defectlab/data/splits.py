@@ -42,9 +42,9 @@ class Plan:
 
 
 def locate(folder: str, label: str, command: str, root: Path | None) -> Plan:
-    """The set in `folder` below the data root, checked by names and sizes; a synthetic one is written on first use.
+    """The set in `folder` below the data root, checked as by `quick_check`; a synthetic one is written on first use.
 
-    `command`: the script in data_scripts that fetches it, with its options. DataError as `fetch.quick_check`.
+    `command`: the script in data_scripts that fetches it, with its options.
     """
     root = data_dir() if root is None else Path(root)
     if folder in SYNTHETIC:
@@ -68,6 +68,11 @@ def detection_identity(content: str, parts: Iterable[Iterable[str]]) -> str:
 # ------------------------------------------------------------------------------------------------------------- splits
 
 
+def committed(path: Path) -> list[str]:
+    """The lines of a list in `splits/` but its comments."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+
+
 def shuffled(names: list[str], purpose: str) -> list[str]:
     """A fixed order that looks random: by hash, so it depends on no library's random numbers and on no other name."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{purpose} {name}".encode()).digest())
@@ -76,9 +81,8 @@ def shuffled(names: list[str], purpose: str) -> list[str]:
 def draw_split(strata: Mapping[str, str], share: float, purpose: str, content: Mapping[str, str]) -> list[str]:
     """Draw `share` of the names, sorted: the same part of each stratum, as nearly as whole images allow.
 
-    `strata`: name to stratum. `content`: name to a hash of its bytes; names of one content are drawn together or not
-    at all. Within a stratum the order is that of the sha256 of "purpose name", so the draw depends on no library's
-    random numbers. A group of one content is passed over where it would exceed the share.
+    `strata`: name -> stratum. `content`: name -> hash of its bytes; names of one content are drawn together or not at
+    all, and passed over where they would exceed the share. The order is by hash, as in `shuffled`.
     """
     groups = defaultdict(list)
     for name in sorted(strata):

@@ -7,7 +7,8 @@ last pixel.
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from defectlab.data.images import save_image
 
 BOARD_KINDS = ("open", "short", "mousebite", "spur", "copper", "pin-hole")  # in the order of DeepPCB's types 1-6
 ADDS_COPPER = {"short", "spur", "copper"}
@@ -37,7 +38,7 @@ def bounds(mask: np.ndarray) -> Box:
 def _draw_tracks(rng: np.random.Generator, row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Copper (S, S) bool without defects, and where a track passes straight: grid points (lanes, lanes) bool.
 
-    `row` (S, 1) and `column` (1, S) are the pixels' places in lanes. A track ends in drilled pads; beside it are single pads.
+    `row` (S, 1) and `column` (1, S) are the pixels' places in lanes. Tracks end in drilled pads; others stand alone.
     """
     copper, holes = np.zeros((2, row.size, column.size), bool)
     straight = np.zeros((_LANES, _LANES), bool)
@@ -98,12 +99,10 @@ def write_board(folder: Path, count: int = 60, size: int = 640, seed: int = 0) -
     for i in range(count):
         number = f"{10000 + i // 20:05d}"
         name, images, boxes = f"{number}{i % 20:03d}", f"group{number}/{number}", f"group{number}/{number}_not"
-        for place in (images, boxes):
-            (root / place).mkdir(parents=True, exist_ok=True)
+        (root / boxes).mkdir(parents=True, exist_ok=True)
         template, copper, objects = board_pair(np.random.default_rng([seed, i]), size)
         for part, board in (("temp", template), ("test", copper)):
-            pixels = np.where(board, 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / images / f"{name}_{part}.jpg", quality=95)
+            save_image(root / images / f"{name}_{part}.jpg", np.where(board, 0, 255).astype(np.uint8))
         text = "".join(f"{' '.join(map(str, box))} {BOARD_KINDS.index(kind) + 1}\n" for kind, box in objects)
         (root / boxes / f"{name}.txt").write_text(text, encoding="utf-8")
         lines.append(f"{images}/{name}.jpg {boxes}/{name}.txt\n")

@@ -1,8 +1,8 @@
 """Synthetic hot-rolled steel strip with exact boxes (the layout of NEU-DET) or masks (of NEU-Seg).
 
 Sizes and contrasts were chosen by eye beside the images of NEU-DET; objects are kept large enough for a small detector
-at 96-128 pixels. A box is x1, y1, x2, y2 in whole pixels counted from 0, x2 and y2 one past the last pixel: what the
-readers expect. No object touches the first row or column, so that VOC coordinates are at least 1 as in the real set.
+at 96-128 pixels. Boxes are those of `boards`. No object touches the first row or column, so that VOC coordinates are at
+least 1 as in the real set.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 from scipy.special import expit
 
+from defectlab.data.images import save_image
 from defectlab.data.synthetic.boards import Box, bounds
 from defectlab.data.synthetic.pasted import ellipse_distance, smooth_field
 
@@ -175,21 +175,19 @@ def _voc(name: str, folder: str, size: int, objects: list[tuple[str, Box]]) -> s
 def write_steel(folder: Path, count: int = 20, size: int = 200, seed: int = 0) -> None:
     """Write a synthetic set in the layout of NEU-DET: IMAGES/<kind>_<number>.jpg, ANNOTATIONS/<kind>_<number>.xml.
 
-    `count` images of each of `STEEL_KINDS`, numbers from 1; JPEG (quality 95) of `size` x `size` pixels stored as RGB
-    with R = G = B, as the real ones are; boxes as Pascal VOC xml. An image has 1-4 objects; a few hold one of another
-    kind than the file name says. The images of one seed are the same whatever `count` is. ValueError for a `size` below
-    100.
+    `count` images of each of `STEEL_KINDS`, numbers from 1; JPEG of `size` x `size` pixels stored as RGB with
+    R = G = B, as the real ones are; boxes as Pascal VOC xml. The images of one seed are the same whatever `count` is.
+    ValueError for a `size` below 100.
     """
     if size < 100:
         raise ValueError(f"steel images of {size} pixels are too small for their objects: give size=100 or more")
-    images, annotations = Path(folder) / "IMAGES", Path(folder) / "ANNOTATIONS"
-    images.mkdir(parents=True, exist_ok=True)
+    annotations = Path(folder) / "ANNOTATIONS"
     annotations.mkdir(parents=True, exist_ok=True)
     for k, kind in enumerate(STEEL_KINDS):
         for number in range(1, count + 1):
             _, image, objects = steel_image(np.random.default_rng([seed, k, number]), kind, size)
             name = f"{kind}_{number}"
-            Image.fromarray(image).convert("RGB").save(images / f"{name}.jpg", quality=95)
+            save_image(Path(folder) / "IMAGES" / f"{name}.jpg", np.repeat(image[..., None], 3, 2))
             (annotations / f"{name}.xml").write_text(_voc(name, kind[:2], size, objects), encoding="utf-8")
 
 
@@ -214,7 +212,5 @@ def write_steel_masks(folder: Path, count: int = 16, size: int = 100, seed: int 
                     closed = ndimage.binary_closing(drawn, np.ones((3, 3)), 2)[2:-2, 2:-2]
                     mask[y1:y2, x1:x2][closed] = MASKED_KINDS.index(name) + 1
             part = "test" if number >= count - count // 4 else "training"
-            for group, pixels, suffix in (("images", image, "jpg"), ("annotations", mask, "png")):
-                path = Path(folder) / group / part / f"{kind}_{number}.{suffix}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path, **({"quality": 95} if suffix == "jpg" else {}))
+            save_image(Path(folder) / "images" / part / f"{kind}_{number}.jpg", image)
+            save_image(Path(folder) / "annotations" / part / f"{kind}_{number}.png", mask)

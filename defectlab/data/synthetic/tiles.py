@@ -6,9 +6,9 @@ Magnitudes and contrasts of tiles are rounded from the images of the real set.
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import gaussian_filter, rotate
 
+from defectlab.data.images import save_image
 from defectlab.data.synthetic.pasted import add_defect, ellipse_distance, grinding_lines, require_size, smooth_field
 
 _COUNTS = {"Free": 60, "Blowhole": 6, "Break": 6, "Crack": 6, "Fray": 6, "Uneven": 6}
@@ -54,7 +54,7 @@ def draw_tile(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 def write_magnetic_tile(folder: Path, seed: int = 0, counts: dict[str, int] | None = None) -> None:
     """Write a synthetic set in the layout of the magnetic tiles: MT_<Type>/Imgs/exp{0..6}_num_{id}.jpg and .png.
 
-    Grey JPEGs (quality 95), height 89-160 and width 44-250 (about 0.4 of the real size), and grey PNG masks: above 127
+    Grey JPEGs, height 89-160 and width 44-250 (about 0.4 of the real size), and grey PNG masks: above 127
     is defect; half the masks have grey edges, those of Free are all zero. As in the real set, a mask can be empty
     although the tile is defective: that of the last Uneven tile is, if there is more than one. `counts`: images per
     type (default 60 Free, 6 of each defect; a type left out has none); ValueError for an unknown type.
@@ -65,8 +65,6 @@ def write_magnetic_tile(folder: Path, seed: int = 0, counts: dict[str, int] | No
     rng = np.random.default_rng(seed)
     numbers = iter(rng.choice(400_000, sum(counts.values()), replace=False))  # ids are unique in the real set
     for type_name in _COUNTS:
-        images = Path(folder) / f"MT_{type_name}" / "Imgs"
-        images.mkdir(parents=True, exist_ok=True)
         count = counts.get(type_name, 0)
         for i in range(count):
             height = int(rng.integers(89, 161))
@@ -77,9 +75,9 @@ def write_magnetic_tile(folder: Path, seed: int = 0, counts: dict[str, int] | No
                 image, mask = add_defect(image, type_name.lower(), rng)
             if type_name == "Uneven" and i == count - 1 > 0:
                 mask = np.zeros_like(mask)
-            stem = images / f"exp{rng.integers(7)}_num_{next(numbers)}"
-            Image.fromarray(image).save(stem.with_suffix(".jpg"), quality=95)
-            Image.fromarray(_grey_mask(mask, soft=rng.random() < 0.5)).save(stem.with_suffix(".png"))
+            stem = Path(folder) / f"MT_{type_name}" / "Imgs" / f"exp{rng.integers(7)}_num_{next(numbers)}"
+            save_image(stem.with_suffix(".jpg"), image)
+            save_image(stem.with_suffix(".png"), _grey_mask(mask, soft=rng.random() < 0.5))
 
 
 def _grey_mask(mask: np.ndarray, soft: bool) -> np.ndarray:
@@ -148,14 +146,13 @@ def write_mvtec(
     root = Path(folder) / category
     jobs = [("train", "good", train)] + [("test", t, test) for t in ("good", "bent", "color", "flip", "scratch")]
     for part, kind, count in jobs:
-        (root / part / kind).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             rgb, nut = _draw_nut(rng, size)
             if kind != "good":
                 rgb, defect = _nut_defect(rng, rgb, nut, kind)
             degrees = rng.uniform(0, 360)
             rgb = rotate(rgb, degrees, reshape=False, order=1, mode="constant", cval=25)
-            Image.fromarray(np.clip(rgb, 0, 255).astype(np.uint8)).save(root / part / kind / f"{i:03d}.png")
+            save_image(root / part / kind / f"{i:03d}.png", np.clip(rgb, 0, 255).astype(np.uint8))
             if kind != "good":
                 _save_mask(root / "ground_truth" / kind / f"{i:03d}_mask.png", defect, degrees)
             if kind == "flip":
@@ -164,6 +161,4 @@ def write_mvtec(
 
 
 def _save_mask(path: Path, mask: np.ndarray, degrees: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    turned = rotate(mask.astype(np.uint8), degrees, reshape=False, order=0) * np.uint8(255)
-    Image.fromarray(turned).save(path)
+    save_image(path, rotate(mask.astype(np.uint8), degrees, reshape=False, order=0) * np.uint8(255))
