@@ -48,3 +48,9 @@ def float32_on_cpu(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return function(x)
     with torch.autocast("cpu", enabled=False):
         return function(at_least_float32(x))
+
+
+def check_uint8(images: Tensor) -> None:
+    """ValueError for images that are not uint8: a network that divides by 255 itself would see floats as black."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, 0 to 255, got {images.dtype}")

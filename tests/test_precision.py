@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from defectlab.precision import at_least_float32, autocast, float32_on_cpu, full_float32, precision_of
+from defectlab.precision import at_least_float32, autocast, check_uint8, float32_on_cpu, full_float32, precision_of
 
 CPU = torch.device("cpu")
 
@@ -57,3 +57,9 @@ def test_float32_on_cpu_whatever_autocast_says() -> None:
     with autocast(CPU, "bf16"):
         assert float32_on_cpu(convolution, torch.rand(1, 2, 2, 2).bfloat16()).dtype == torch.float32
         assert convolution(torch.rand(1, 2, 2, 2)).dtype == torch.bfloat16  # autocast goes on afterwards
+
+
+def test_float_images_are_refused_where_bytes_are_meant():
+    check_uint8(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="uint8"):
+        check_uint8(torch.rand(1, 3, 8, 8))

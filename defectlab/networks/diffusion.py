@@ -65,7 +65,7 @@ class DiffusionSettings:
     epochs: int = 200
     average: float = 0.9999  # EMA of the weights, what is used afterwards; ours: Ho et al. appendix B
     average_ramp: float = 2000.0  # steps: the EMA starts short; ours
-    flips: bool = True  # of each training image, both ways with probability 1/2; ours: steel and boards have no up
+    flips: bool = True  # both ways with probability 1/2; ours: steel and boards have no preferred orientation
     precision: str = "bf16"  # where the device is fast at it, else fp32
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from defectlab.networks.resnet import load_teacher
-from defectlab.precision import at_least_float32, full_float32
+from defectlab.precision import at_least_float32, check_uint8, full_float32
 
 MAP_SIZE = 256  # pixel metrics are taken at 256x256 in every profile
 SIGMA = 4.0  # of the Gaussian, in pixels at 256x256: the official code's value
@@ -282,6 +282,7 @@ class AnomalyMapper(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, S, S) -> smoothed maps (B, 256, 256), in float32; the score is `image_scores` of them."""
+        check_uint8(images)
         with full_float32():
             features = self.teacher(images)
             return gaussian_smooth(self.to_maps(features, self.network(features)))

@@ -47,7 +47,7 @@ class TorchvisionSettings:
     momentum: float = 0.9  # all four papers
     weight_decay: float = 0.0001  # as published for all but SSD, which has 0.0005
     warm_up: float = 3.0  # epochs; ours: as the YOLO detectors
-    flip_up_down: float = 0.5  # probability; ours: rolled steel has no up
+    flip_up_down: float = 0.5  # probability; ours: rolled steel has no preferred orientation
 
     @property
     def recipe(self) -> DetectorSettings:

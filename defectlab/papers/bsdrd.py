@@ -149,15 +149,15 @@ class Wavelet(nn.Module):
 
 
 def squeeze(channels: int, width: int) -> nn.Sequential:
-    """The waist that a band has to pass: `channels` to `width` and back, over a 3x3 neighbourhood."""
+    """The bottleneck that a band has to pass: `channels` to `width` and back, over a 3x3 neighbourhood."""
     narrow, mix = stage(channels, width, "same", 1, 0), stage(width, width, "same", 1, 0)
     return nn.Sequential(*narrow, *mix, nn.Conv2d(width, channels, 1))
 
 
 class DetailStudent(nn.Module):
-    """Wavelet bands of the high-level features, each through a waist of its own, and the inverse transform.
+    """Wavelet bands of the high-level features, each through a bottleneck of its own, and the inverse transform.
 
-    With two levels the approximation is transformed again, and the low band's waist is at the coarsest level.
+    With two levels the approximation is transformed again, and the low band's bottleneck is at the coarsest level.
     """
 
     def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: Settings):
@@ -174,7 +174,7 @@ class DetailStudent(nn.Module):
         self.up = nn.ModuleList([stage(third, second, "up", 2, bottleneck), stage(second, first, "up", 2, bottleneck)])
 
     def bands(self, x: Tensor, level: int) -> Tensor:
-        """(B, C, H, W) -> the same shape after every band of this level and the coarser ones passed its waist."""
+        """(B, C, H, W) -> the same shape after every band of this level and the coarser ones passed its bottleneck."""
         low, high = self.wavelet(x).split([1, 3], dim=1)
         low = low[:, 0]
         low = self.bands(low, level + 1) if level + 1 < len(self.high) else self.low(low)

@@ -1,8 +1,9 @@
 """YOLO-DCF: dual distillation and context-aware fusion for defect detection. A RECONSTRUCTION.
 
 Xing, Yang, "YOLO-DCF: dual distillation and context-aware fusion for defect detection", Scientific Reports 16, 15897
-(2026), doi 10.1038/s41598-026-46602-x. Only a summary for laymen could be read: no formula, no setting and no number of
-the paper is known here. What it fixes, of "a popular real-time detector family" and in the order of this file:
+(2026), doi 10.1038/s41598-026-46602-x. Only a plain-language summary could be read: no formula, no setting and no
+number of the paper is known here. What it fixes, of "a popular real-time detector family" and in the order of this
+file:
 
 - a *context-guided fusion module* that "first looks along horizontal and vertical directions" and "then blends fine
   local details with this wider view";
@@ -36,7 +37,7 @@ class Settings(DetectorSettings):
     """The baseline's settings and what YOLO-DCF adds. Sources as comments."""
 
     model: ClassVar[str] = "yolo_dcf"
-    version: ClassVar[int] = DetectorSettings.version  # plus one for each change of ours to results
+    version: ClassVar[int] = DetectorSettings.version  # plus one where a change of ours alters results
 
     fusion: str = "context_guided"  # summary; "concat", and "se" or "cbam" at the same four places
     block: str = "multi_scale"  # summary; "plain": the baseline's bottleneck

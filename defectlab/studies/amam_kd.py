@@ -108,7 +108,7 @@ def detection_settings(profile: str) -> dict[str, Any]:
         "kd_weighting_3": replace(full, weighting="3x3"),
         "kd_weighting_5": replace(full, weighting="5x5"),
         "kd_weighting_printed": replace(full, weighting="printed"),
-        # section 4.2.2, and audit points 27 and 29
+        # section 4.2.2; and what notebook 41 asks: without flips, and at 256 px
         "kd_homogeneous": replace(full, student="homogeneous"),
         "kd_no_flips": replace(full, flips=False),
         "kd_256": replace(full, size={"smoke": 128}.get(profile, 256)),

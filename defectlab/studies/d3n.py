@@ -56,7 +56,7 @@ DETECTOR = {
 }
 SETTINGS = {
     profile: DetectorSettings(**{**DETECTOR[profile], **SHARED, "flip_up_down": 0.5}) for profile in DETECTOR
-}  # ours: rolled steel has no up
+}  # ours: rolled steel has no preferred orientation
 
 
 # --- Rows of the tables ----------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def load_for_compression(settings: CompressionSettings, device: str) -> Detectio
 
 
 def fingerprints(settings: Any) -> dict[str, str]:
-    """Of the data; every weight here starts from chance."""
+    """Of the data; every weight here is random at first."""
     if settings.dataset in MASKED:
         return {"data": instance_fingerprint(settings.dataset), "weights": "random"}
     return baselines.fingerprints(settings)

@@ -12,7 +12,8 @@ from defectlab.training.detection import run_detector
 
 # What a profile changes; "smoke" has synthetic data.
 SMOKE_DATA = {"neu_det": "synthetic_steel", "neu_det_index": "synthetic_steel", "deep_pcb": "synthetic_board"}
-ADAMW = {"optimizer": "adamw", "learning_rate": 0.001}  # ours: the first that was tried, see results/tried.md
+# ours: the first that was tried, see results/tried.md; shared by YOLO-DCF, D3N and the command `detect`
+ADAMW = {"optimizer": "adamw", "learning_rate": 0.001}
 QUICK = {"size": 224, "epochs": 30, "batch": 16, **ADAMW}
 PAPER = {**ADAMW, "learning_rate": 0.002}  # ours: twice the rate for four times the batch; not tried yet
 SMOKE = {**QUICK, "scale": "t", "size": 96, "epochs": 2, "close_mosaic": 1, "warm_up": 0.5, "average_ramp": 20.0}
@@ -41,7 +42,7 @@ def _load(dataset: str, size: int, device: str) -> DetectionData:
 
 
 def fingerprints(settings: Any) -> dict[str, str]:
-    """Of the data; every weight here starts from chance."""
+    """Of the data; every weight here is random at first."""
     return {"data": detection_fingerprint(settings.dataset), "weights": "random"}
 
 

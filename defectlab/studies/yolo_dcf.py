@@ -39,7 +39,7 @@ def rows(profile: str) -> dict[str, Row]:
         "channel": own(replace(whole, relation=0.0), **few),
         "yolo_dcf": own(whole, **more, primary=True),
         "teacher": own(teacher_settings(whole), **once),
-        # the field survey's advice, at the same four places
+        # plain attention (Hu et al. 2018, Woo et al. 2018), at the same four places
         "se": own(replace(base, fusion="se", block="plain"), **few),
         "cbam": own(replace(base, fusion="cbam", block="plain"), **few),
     }

@@ -14,7 +14,7 @@ from torchvision.ops import batched_nms
 
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.model import BINS, STRIDES, Detector
-from defectlab.precision import at_least_float32, full_float32
+from defectlab.precision import at_least_float32, check_uint8, full_float32
 
 CANDIDATES = 3000  # ours: most (anchor, class) pairs of an image that enter the suppression
 
@@ -195,6 +195,7 @@ class DefectFinder(nn.Module):
     def forward(self, images: Tensor, *features: Tensor, **options: float) -> list[dict[str, Tensor]]:
         """uint8 images (B, 1 or 3, S, S), S a multiple of 32 -> for each image what `select` gives; `options`:
         `confidence`, `iou`, `most`. `features`: further inputs of the detector."""
+        check_uint8(images)
         network = fused(self.detector.eval())
         pixels = (images / 255).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         with full_float32():

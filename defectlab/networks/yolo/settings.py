@@ -14,15 +14,15 @@ class DetectorSettings:
     dataset: str = "neu_det"
     family: str = "v8"  # "v8" anchor-free, "v5" anchor-based
     scale: str = "n"
-    size: int = 640  # px per side; the field's habit
+    size: int = 640  # px per side; common in published YOLO papers
     epochs: int = 300  # ours: the papers that state it lie between 100 and 300
     batch: int = 64  # ours: small networks leave a GPU idle at 16
-    optimizer: str = "sgd"  # "sgd" (Nesterov) or "adamw", which all three profiles use
-    learning_rate: float = 0.01  # the field's habit with SGD and losses summed over 64 images; ours are means
+    optimizer: str = "sgd"  # "sgd" (Nesterov) or "adamw"; all rows but torchvision's detectors use adamw
+    learning_rate: float = 0.01  # common with SGD and losses summed over 64 images; ours are means
     final_rate: float = 0.01  # of the first, at the end of the schedule
     schedule: str = "cosine"  # or "linear"
-    momentum: float = 0.937  # the field's habit; Adam's first beta, too
-    weight_decay: float = 0.0005  # the field's habit; not on norms and biases
+    momentum: float = 0.937  # common; Adam's first beta, too
+    weight_decay: float = 0.0005  # common; not on norms and biases
     warm_up: float = 3.0  # epochs
     average: float = 0.9999  # EMA of the weights, what is evaluated
     average_ramp: float = 2000.0  # steps: the EMA starts short
@@ -35,4 +35,4 @@ class DetectorSettings:
     close_mosaic: int = 10  # last epochs without mosaic
     anchors: str = "coco"  # v5 only: "coco" or "kmeans" on the training boxes
     precision: str = "bf16"  # where the device is fast at it, else fp32
-    separate_streams: bool = False  # records before it share one generator state for order and augmentation
+    separate_streams: bool = False  # False in every row so far: order and augmentation start from one generator state

@@ -204,10 +204,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "l1":
 
 
 class DistillationLoss(nn.Module):
-    """Sum over the three scales. With `weighting="printed"` the score's three 1x1 weights stand in it and learn.
+    """Sum over the three scales. With `weighting="printed"` the score's three 1x1 weights are part of it and trained.
 
-    No other reading trains "an adaptive weight for training purposes" by the printed loss, and on normal images the
-    smallest weighted sum has weights of zero. They are kept from going below (ours).
+    This is the only reading in which the printed loss trains "an adaptive weight for training purposes". On normal
+    images the loss is smallest where all weights are zero. They are kept positive (ours).
     """
 
     def __init__(self, settings: DistillationSettings):

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from defectlab.networks.reverse_distillation import MAP_SIZE
 from defectlab.papers.amam_kd import segmentation
 from defectlab.papers.amam_kd.distillation import DistillationSettings, KnowledgeDistillation
-from defectlab.precision import full_float32
+from defectlab.precision import check_uint8, full_float32
 
 SEGMENTER = segmentation.Settings(split="good")
 DETECTOR = DistillationSettings()
@@ -43,6 +43,7 @@ class TwoStageSettings:
 
     @property
     def size(self) -> int:
+        """Of the images that are loaded: they are cut before they are resized."""
         return self.source
 
     @property
@@ -132,6 +133,7 @@ class TwoStage(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, S, S) -> smoothed anomaly maps of the whole images (B, 256, 256)."""
+        check_uint8(images)
         boxes = self.boxes(images)
         crops = cut(images, boxes, self.settings.detector.size, v2.InterpolationMode.BILINEAR)
         return paste_back(self.detector(crops), boxes, self.fill)

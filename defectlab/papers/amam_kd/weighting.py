@@ -1,6 +1,7 @@
 """The anomaly score of stage two (section 3.2.2): AL = sum over k of Conv(M^k), and how its convolutions are fitted.
 
-The paper says that they adapt and not to what. Its loss does not contain them, and in the loss they go to zero (see
+The paper calls them adaptive and does not say what they are fitted to. Its loss does not contain them; in it they would
+go to zero (see
 `distillation.DistillationLoss`). Ours: after the training they are fitted to tell the pixels of pasted defects from
 normal ones, on dev.
 """
@@ -13,7 +14,7 @@ from defectlab.networks.reverse_distillation import gaussian_smooth, upsample
 
 KERNELS = {"none": 1, "1x1": 1, "3x3": 3, "5x5": 5, "printed": 1}
 FIT_STEPS = 50  # ours: of L-BFGS
-FIT_STRIDE = 2  # ours: of the pixels on which the fit looks
+FIT_STRIDE = 2  # ours: every second pixel is used in the fit
 
 
 def inverse_softplus(x: Tensor) -> Tensor:
@@ -61,8 +62,8 @@ def fit_weighting(maps: list[Tensor], masks: Tensor, kernel: int) -> MapWeightin
     """Kernels by which the smoothed AL tells defect from normal pixels best: logistic regression (ours).
 
     The defect pixels of each image together count as one, whatever their number, and all normal pixels as much as they
-    all. Weights are positive, since a discrepancy never speaks for a pixel, and scaled to a sum of 3, that of the plain
-    sum, which changes no order. The same input gives the same kernels.
+    all. Weights are positive, since a larger discrepancy must never lower the score, and scaled to a sum of 3, that of
+    the plain sum, which changes no order. The same input gives the same kernels.
 
     Args:
         maps: three M^k (N, h, w) of images among which some have defects: never those of the test set.

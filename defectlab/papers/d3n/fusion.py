@@ -76,7 +76,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, printed: bool = False) 
 
 
 class MultiHeadAttention(nn.Module):
-    """Equation 4 for maps: (B, C, H, W) asks, (B, C, h, w) answers -> (B, C, H, W); without a second map: itself.
+    """Equation 4 for maps (B, C, H, W), which gives the queries, and (B, C, h, w), keys and values -> (B, C, H, W).
+
+    With one map: self-attention.
 
     printed: see `attention`. positional: "sine" adds 2-D sinusoids to what queries and keys are made of, not to values.
     ValueError for channels that the heads do not divide, an unknown encoding, or sinusoids with C not divisible by 4.
@@ -98,7 +100,7 @@ class MultiHeadAttention(nn.Module):
         # ours: equation 4 ends with the concatenation; the projection mixes the heads, as in Vaswani et al.
         self.output = nn.Linear(channels, channels)
         # ours: Xavier, as PyTorch's own attention. The default of `Linear`, a third of the variance, keeps the logits
-        # near 0 and every query's answer near the mean of the map, where the cross-attention alone has no place in it.
+        # near 0: attention is then almost uniform, and a cross-attention alone carries no position.
         for linear in (self.query, self.key, self.value, self.output):
             nn.init.xavier_uniform_(linear.weight)
             if linear.bias is not None:
@@ -155,8 +157,8 @@ class Concatenated(Fusion):
 
 
 class WeightedSum(Fusion):
-    """Table II, "Weighted sum", and what joins the branches of Fig. 6. Ours: weights are a softmax, equal at first,
-    whose sum is one, as of the shares of Fig. 11."""
+    """Table II, "Weighted sum", and what joins the branches of Fig. 6. Ours: weights are a softmax; they sum to 1,
+    as the shares of Fig. 11 do, and are equal at first."""
 
     def __init__(self, names: Sequence[str] = ("ddpm", "det")):
         super().__init__()

@@ -2,10 +2,10 @@
 
 Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845. The hybrid reads an image and its
 latents: the frozen compressor maps them back to features, a noise filter and the dynamic cross-fusion join them with
-the three maps of the backbone, and the detector goes on as it was. The student is the plain detector.
+the three maps of the backbone, and neck and head are unchanged. The student is the plain detector.
 
-Features belong to the plain image, so a mosaic, which mixes four, would part features and pixels. Hybrid, student and
-their baseline share a recipe of flips and scale, whose matrix moves the features, too (ours: the paper is silent).
+Features belong to the plain image, so a mosaic, which mixes four, would separate features from pixels. Hybrid, student
+and their baseline share a recipe of flips and scale, whose matrix moves the features, too (ours: the paper is silent).
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class HybridSettings(DetectorSettings):
     """The detector's settings and what section III-C adds. Sources as comments."""
 
     model: ClassVar[str] = "d3n_hybrid"
-    version: ClassVar[int] = DetectorSettings.version  # plus one for each change of ours to results
+    version: ClassVar[int] = DetectorSettings.version  # plus one where a change of ours alters results
 
     compression: Any = None  # CompressionSettings, which name the diffusion model
     fuse: str = "dynamic"  # Table II: "concat", "sum", "weighted_sum"
@@ -70,8 +70,8 @@ class HybridDetector(nn.Module):
     """Images (B, 3, S, S) in 0..1 and latents (B, C_k / 8, H_k, W_k), finest first -> the detector's raw maps.
 
     The latents are those of the plain images; `matrices` (B, 3, 3), where given, are what the augmentation did to
-    them. It is the decoded features that move: kernels have sides, and latents of zero, as would stand outside an
-    image, do not decode to anything neutral. Outside stands 0, no difference from the mean features.
+    them. The decoded features are moved, not the latents: convolution kernels are not symmetric, and zero latents do
+    not decode to zero features. Outside the image the features are 0, no difference from the mean features.
     """
 
     def __init__(self, detector: Detector, compressor: Compressor, fusion: CrossModelFusion):

@@ -5,9 +5,8 @@ IV-A, the PCA of Table III; `decode` is the feature mapping of section III-C.
 
 Each of the decoder's three maps has a codec of its own that keeps its resolution and divides its channels by 8. Ours:
 features are standardised first, so that the squared error is in units of variance and no channel drowns the others. The
-mean is per channel and place, over the training images: all images share their noise, and the maps' answer to it,
-most of the finest map's variation, tells no image from another. It is left out for good: what is decoded are the
-differences from the mean map.
+mean is per channel and position, over the training images: all images get the same noise, and its effect, most of the
+variation of the finest map, is the same in every image. This mean map is subtracted and not added back after decoding.
 """
 
 from collections.abc import Iterable, Sequence
@@ -59,7 +58,7 @@ class ResVAE(nn.Module):
     that a linear way leads through the whole VAE: what PCA can do is learnt quickly, and no ReLU cuts the few latents.
     Their batch norm, once trained, is the same affine map at every pixel: the decoder stays local, and padding of the
     latents does not reach far, as it would by a group norm's statistics. Mirrored latents are not decoded to quite the
-    mirrored maps: kernels have sides.
+    mirrored maps: convolution kernels are not symmetric.
     """
 
     def __init__(self, channels: int, latent: int):
