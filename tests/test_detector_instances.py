@@ -65,10 +65,10 @@ def test_head_adds_masks_and_leaves_the_boxes():
 
 
 def one_level(valid: list[bool], boxes: torch.Tensor) -> Matched:
-    """A candidate for each truth of (B, T) boxes: anchor 0 of cell (0, 0), all valid ones as given."""
-    count, truths = boxes.shape[:2]
-    zeros = torch.zeros(count * truths, dtype=torch.long)
-    image = torch.arange(count).repeat_interleave(truths)
+    """A candidate for each of (B, T) boxes: anchor 0 of cell (0, 0), all valid ones as given."""
+    count, most = boxes.shape[:2]
+    zeros = torch.zeros(count * most, dtype=torch.long)
+    image = torch.arange(count).repeat_interleave(most)
     return Matched(torch.tensor(valid), image, zeros, zeros, zeros, boxes.flatten(0, 1), zeros)
 
 
@@ -94,28 +94,19 @@ def test_mask_term_is_a_mean_over_positives_and_zero_without():
     coefficients, prototypes = [torch.tensor([1.0, 1.0]).view(2, 1, 1, 1)], torch.rand(2, 1, 2, 2)
     prototypes[0, :, :, 1] = 9.0
 
-    def term(*valid: bool, **options) -> float:
-        return mask_terms(coefficients, prototypes, [one_level(list(valid), boxes)], maps, boxes, **options)["mask"]
+    def term(*valid: int, **options) -> float:
+        level = one_level([i in valid for i in range(4)], boxes)
+        return float(mask_terms(coefficients, prototypes, [level], maps, boxes, **options)["mask"])
 
-    each = [term(*(i == k for i in range(4))) for k in range(3)]
-    assert len({round(float(value), 4) for value in each}) == 3
-    assert term(True, True, True, False).item() == pytest.approx(sum(each).item() / 3, rel=1e-5)
-    assert term(True, True, True, False, most=1).item() == pytest.approx((each[0] + each[2]).item() / 2, rel=1e-5)
-    assert term(False, False, False, False).item() == 0
-
-
-def test_candidates_are_the_truths_in_order():
-    """What `mask_terms` relies on: candidate i of a level belongs to truth i // (3 K) of all, image by image."""
-    boxes = torch.rand(3, 4, 2) * 40
-    boxes = torch.cat([boxes, boxes + 5 + torch.rand(3, 4, 2) * 20], -1)
-    labels = torch.zeros(3, 4, dtype=torch.long)
-    for level in match_anchors(boxes, labels, torch.tensor(ANCHORS), (8, 16, 32), [(8, 8), (4, 4), (2, 2)]):
-        owner = torch.arange(len(level.valid)) // 9
-        assert torch.equal(level.boxes, boxes.flatten(0, 1)[owner]) and torch.equal(level.image, owner // 4)
+    each = [term(0), term(1), term(2)]
+    assert len({round(value, 4) for value in each}) == 3
+    assert term(0, 1, 2) == pytest.approx(sum(each) / 3, rel=1e-5)
+    assert term(0, 1, 2, most=1) == pytest.approx((each[0] + each[2]) / 2, rel=1e-5)
+    assert term() == 0
 
 
-def test_every_truth_is_served_before_any_twice():
-    """Two candidates a truth, as many positives as truths: both truths learn, whatever the order of candidates."""
+def test_every_box_is_served_before_any_twice():
+    """Two candidates per box, as many positives as boxes: both boxes learn, whatever the order of candidates."""
     maps = torch.zeros(1, 8, 8, dtype=torch.long)
     maps[0, :, :4], maps[0, :, 4:] = 1, 2
     boxes = torch.tensor([[[0.0, 0, 4, 8], [4, 0, 8, 8]]])
@@ -123,7 +114,7 @@ def test_every_truth_is_served_before_any_twice():
     prototypes = torch.rand(1, 1, 2, 2).requires_grad_()
     both = mask_terms([torch.ones(1, 1, 1, 1)] * 2, prototypes, [level, level], maps, boxes, most=2)["mask"]
     both.backward()
-    assert (prototypes.grad != 0).all()  # either column of cells belongs to one truth
+    assert (prototypes.grad != 0).all()  # either column of cells belongs to one box
 
 
 def test_the_smallest_term_are_the_masks():
@@ -210,14 +201,13 @@ def test_boxes_are_those_of_select(data):
 
 
 class Fixed(nn.Module):
-    """Gives what it is told, whatever it sees."""
+    """Gives the same output, whatever it sees."""
 
-    def __init__(self, output: InstanceMaps, anchors: torch.Tensor):
+    def __init__(self, anchors: torch.Tensor, *output: torch.Tensor):
         super().__init__()
-        self.output, self.anchors = output, anchors
+        self.output, self.anchors = InstanceMaps(*output), anchors
 
     def forward(self, images, *latents):
-        self.latents = latents
         return self.output
 
 
@@ -242,7 +232,8 @@ def test_a_mask_by_hand():
     prototypes[0, 0], prototypes[0, 1, 3:, 4:] = 5.0, 10.0
     anchors = torch.tensor([[[9.0, 9], [16, 4]]] * 3)
     split = Wide()
-    found = list(predict_instances(Fixed(InstanceMaps(raw, coefficients, prototypes), anchors), split, confidence=0.1))
+    detector = Fixed(anchors, raw, coefficients, prototypes)
+    found = list(predict_instances(detector, split, confidence=0.1))
     assert len(found) == 1 and found[0]["labels"].tolist() == [1]
     x1, y1, x2, y2 = found[0]["boxes"][0].tolist()
     assert (x1, y1, x2, y2) == pytest.approx((12 / 0.32, 2 / 0.32, 28 / 0.32, 6 / 0.32))
@@ -251,25 +242,23 @@ def test_a_mask_by_hand():
     rows, columns = mask.nonzero().unbind(1)
     assert (columns.min(), columns.max(), rows.max()) == (50, 86, 18)  # 16 / 0.32 and the box's edges
     assert rows.min() in (12, 13)  # (12 - 8) / 0.32 is 12.5, the very centre of row 12
-    none = list(predict_instances(Fixed(InstanceMaps(raw, coefficients, prototypes), anchors), split, confidence=1.0))
+    none = list(predict_instances(detector, split, confidence=1.0))
     assert none[0]["masks"].shape == (0, 50, 100) and none[0]["boxes"].shape == (0, 4)
-    broken = InstanceMaps(raw, coefficients, prototypes * torch.nan)
     with pytest.raises(ValueError, match="not finite"):
-        list(predict_instances(Fixed(broken, anchors), split))
+        list(predict_instances(Fixed(anchors, raw, coefficients, prototypes * torch.nan), split))
 
 
 # Evaluation
 
 
 def test_perfect_prediction_gives_100(data):
-    found = [
-        truth | {"scores": torch.linspace(0.9, 0.5, len(truth["labels"]))} for truth in instance_ground_truth(data.test)
-    ]
-    scored = score(found, instance_ground_truth(data.test), data.class_names)
+    ground_truth = list(instance_ground_truth(data.test))
+    found = [one | {"scores": torch.linspace(0.9, 0.5, len(one["labels"]))} for one in ground_truth]
+    scored = score(found, ground_truth, data.class_names)
     metrics, per_class = instance_metrics(scored, data.class_names, 0.1)
-    names = ("map50", "map50_95", "mask_map50", "mask_map50_95", "precision_dev", "recall_dev")
-    assert [metrics[name] for name in names] == pytest.approx([100] * 6)
-    assert metrics["mask_precision_dev"] == metrics["mask_recall_dev"] == 100
+    of_boxes = ("map50", "map50_95", "precision_dev", "recall_dev")
+    names = [name for box in of_boxes for name in (box, f"mask_{box}")]
+    assert [metrics[name] for name in names] == pytest.approx([100] * 8)
     assert all(values["mask_map50_95"] == pytest.approx(100) for values in per_class.values())
     above = instance_metrics(scored, data.class_names, 0.95)[0]
     assert above["mask_recall_dev"] == 0 and math.isnan(above["mask_precision_dev"])
@@ -277,17 +266,18 @@ def test_perfect_prediction_gives_100(data):
 
 def test_right_boxes_with_wrong_masks(data):
     """The first image's masks are emptied: boxes stay perfect, masks lose just these."""
-    truths = list(instance_ground_truth(data.test))
-    found = [truth | {"scores": torch.ones(len(truth["labels"]))} for truth in truths]
+    ground_truth = list(instance_ground_truth(data.test))
+    found = [one | {"scores": torch.ones(len(one["labels"]))} for one in ground_truth]
     found[0] = found[0] | {"masks": torch.zeros_like(found[0]["masks"])}
-    lost, total = len(truths[0]["labels"]), sum(len(truth["labels"]) for truth in truths)
-    metrics, _ = instance_metrics(score(found, truths, data.class_names), data.class_names, 0.5)
+    total = sum(len(one["labels"]) for one in ground_truth)
+    left = 100 * (total - len(ground_truth[0]["labels"])) / total
+    metrics, _ = instance_metrics(score(found, ground_truth, CLASSES), CLASSES, 0.5)
     assert metrics["map50"] == pytest.approx(100) and metrics["precision_dev"] == 100
-    assert metrics["mask_precision_dev"] == metrics["mask_recall_dev"] == pytest.approx(100 * (total - lost) / total)
+    assert metrics["mask_precision_dev"] == metrics["mask_recall_dev"] == pytest.approx(left)
     assert metrics["mask_map50"] < 99
-    empty = [{**truth, "labels": truth["labels"][:0], "boxes": truth["boxes"][:0]} for truth in truths]
+    empty = [{name: values[:0] for name, values in one.items()} for one in ground_truth]
     with pytest.raises(ValueError, match="no ground truth"):
-        instance_metrics(score(found, [t | {"masks": t["masks"][:0]} for t in empty], CLASSES), CLASSES, 0.5)
+        instance_metrics(score(found, empty, CLASSES), CLASSES, 0.5)
 
 
 def test_right_masks_follow_the_rule_of_boxes():
@@ -318,7 +308,7 @@ def test_right_masks_follow_the_rule_of_boxes():
 def test_packed_masks_give_the_average_precision_again():
     """For the bootstrap: from the bits of a record, what torchmetrics gives from the masks."""
     generator = torch.Generator().manual_seed(1)
-    side, found, truths = 32, [], []
+    side, found, ground_truth = 32, [], []
     for _ in range(24):
         masks = torch.rand(5, side // 8, side // 8, generator=generator) > 0.4
         masks = masks.repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -326,10 +316,10 @@ def test_packed_masks_give_the_average_precision_again():
         labels, scores = torch.arange(5) % 2, 0.02 + 0.9 * torch.rand(8, generator=generator)
         moved = torch.cat([masks.roll(int(torch.randint(0, 6, (), generator=generator)), 2), masks[:3].flip(1)])
         box = torch.tensor([0.0, 0.0, side, side])
-        truths.append({"boxes": box.repeat(5, 1), "labels": labels, "masks": masks})
+        ground_truth.append({"boxes": box.repeat(5, 1), "labels": labels, "masks": masks})
         found.append({"boxes": box.repeat(8, 1), "labels": torch.cat([labels, labels[:3]]), "masks": moved})
         found[-1]["scores"] = scores.half().float()  # as a record holds them
-    scored = score(found, truths, CLASSES[:2])
+    scored = score(found, ground_truth, CLASSES[:2])
     arrays = pack(scored.found, scored.ground_truth, [str(i) for i in range(24)], CLASSES[:2], scored.right)
     assert arrays["mask_right"].dtype == np.uint16
     weights = np.ones(24)

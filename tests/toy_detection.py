@@ -17,16 +17,9 @@ from defectlab.training.loop import Trained
 
 CLASSES = ("rectangle", "ellipse")
 SHORT = DetectorSettings(
-    dataset="toy",
-    scale="t",
-    size=64,
-    epochs=4,
-    batch=4,
-    warm_up=1.0,
-    average_ramp=3.0,
-    close_mosaic=1,
+    dataset="toy", scale="t", size=64, epochs=4, batch=4, warm_up=1.0, average_ramp=3.0, close_mosaic=1,
     precision="fp32",
-)
+)  # fmt: skip
 
 
 def toy_split(count: int, seed: int, size: int) -> DetectionSplit:
