@@ -99,7 +99,7 @@ def test_planned_seeds() -> None:
 
 
 class Seen(torch.nn.Module):
-    """Stands for the fusion, and keeps the features that it is given."""
+    """In place of the fusion: keeps the features that it is given."""
 
     def forward(self, maps: list[Tensor], features: list[Tensor]) -> list[Tensor]:
         self.features = features

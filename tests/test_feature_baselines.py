@@ -49,9 +49,6 @@ def test_bf16_features_become_float32(seen) -> None:
     assert seen(features(torch.bfloat16)).dtype == torch.float32
 
 
-# --- PatchCore -------------------------------------------------------------------------------------------------------
-
-
 def test_patch_features_are_layers_2_and_3_at_the_resolution_of_2() -> None:
     layers = features()
     patches = patch_features(layers)
@@ -73,16 +70,11 @@ def slow_coreset(patches: Tensor, keep: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_coreset_equals_the_slow_one(seed: int) -> None:
+def test_coreset_equals_the_slow_one_and_never_repeats(seed: int) -> None:
     patches = normal(40, 12, seed=seed)
     assert greedy_coreset(patches, 10, seed).tolist() == slow_coreset(patches, 10, seed)
-
-
-@pytest.mark.parametrize("distinct", [30, 3, 1])
-def test_coreset_never_repeats(distinct: int) -> None:
-    patches = normal(distinct, 6).repeat(30 // distinct, 1)  # copies: all distances become 0
-    chosen = greedy_coreset(patches, 30, 0)
-    assert sorted(chosen.tolist()) == list(range(30))
+    copies = patches[:3].repeat(10, 1)  # all distances become 0
+    assert sorted(greedy_coreset(copies, 30, seed).tolist()) == list(range(30))
 
 
 @pytest.mark.parametrize("chunk", [4096, 7])
@@ -92,14 +84,8 @@ def test_nearest_distances_are_cdists(chunk: int) -> None:
     distances, indices = nearest_distances(queries, bank, chunk)
     torch.testing.assert_close(distances.double(), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(indices, index)
-
-
-def test_distance_of_a_remembered_patch_is_zero_and_never_nan() -> None:
-    bank = 10 * normal(20, 64)
-    distances, indices = nearest_distances(bank, bank)
-    assert torch.equal(indices, torch.arange(20))
-    assert float(distances.max()) < 0.1  # of norms around 80: rounding of squares near 6400
-    assert float(distances.min()) >= 0
+    own = nearest_distances(10 * queries, 10 * queries, chunk)[0]
+    assert 0 <= float(own.min()) <= float(own.max()) < 0.1  # of norms around 40: rounded squares, and no NaN
 
 
 def formula(patches: Tensor, bank: Tensor, neighbours: int) -> float:
@@ -122,23 +108,14 @@ def test_reweighted_score_is_the_formula(size: int, neighbours: int) -> None:
         assert float(found) == pytest.approx(formula(patches, bank, min(neighbours, size)), rel=1e-4)
 
 
-def test_a_memory_that_is_there_twice_gives_the_weight_of_its_distance() -> None:
-    """The weight is that of m* whichever of two equal memories counts as the nearest of its own neighbours."""
+def test_reweighted_score_of_equal_memories_and_of_a_single_one() -> None:
+    """The weight is that of m* whichever of two equal memories counts as the nearest of its own neighbours. With one
+    memory the formula's weight would be 1 - exp(d)/exp(d) = 0 for every image: the distance stands."""
     patch = torch.tensor([[0.0, 3.0]])
     bank = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, -1.0], [7.0, 0.0]])
     found = float(reweighted_score(patch, *nearest_distances(patch, bank), bank))
-    others = torch.cdist(patch, bank)[0]
-    assert found == pytest.approx(float(3 * (1 - others.softmax(0)[0])), rel=1e-5)
-
-
-def test_single_memory_is_not_weighed() -> None:
-    """With one memory the formula's weight would be 1 - exp(d)/exp(d) = 0 for every image: the distance stands."""
-    patch = torch.tensor([[1.0, 1.0]])
-    bank = torch.zeros(1, 2)
-    assert float(reweighted_score(patch, *nearest_distances(patch, bank), bank)) == pytest.approx(2**0.5)
-
-
-# --- PaDiM -----------------------------------------------------------------------------------------------------------
+    assert found == pytest.approx(float(3 * (1 - torch.cdist(patch, bank)[0].softmax(0)[0])), rel=1e-5)
+    assert float(reweighted_score(patch, *nearest_distances(patch, bank[:1]), bank[:1])) == pytest.approx(3)
 
 
 def test_channels_are_drawn_without_repetition_and_by_the_seed() -> None:
@@ -154,55 +131,32 @@ def test_channels_are_drawn_without_repetition_and_by_the_seed() -> None:
 
 
 def test_embedding_holds_the_drawn_channels_of_each_layer_at_the_finest_resolution() -> None:
-    features = [torch.rand(2, 3, 8, 8), torch.rand(2, 4, 4, 4), torch.rand(2, 5, 2, 2)]
-    embedded = embedding(features, torch.tensor([1, 2, 3, 6, 11]))  # 2 of layer 1, 2 of layer 2, the last of layer 3
-    assert embedded.shape == (64, 2, 5)
+    maps = features()
+    embedded = embedding(maps, torch.tensor([1, 2, 4, 8]))  # of layers 1, 2, 2 and 3
+    assert embedded.shape == (64, 2, 4)
     row, column = 5, 2
-    expected = [
-        features[0][1, 1, row, column],
-        features[0][1, 2, row, column],
-        features[1][1, 0, row // 2, column // 2],
-        features[1][1, 3, row // 2, column // 2],
-        features[2][1, 4, row // 4, column // 4],
-    ]
-    assert embedded[8 * row + column, 1].tolist() == pytest.approx([float(x) for x in expected])
+    places = (maps[0][1, 1], 1), (maps[1][1, 0], 2), (maps[1][1, 2], 2), (maps[2][1, 3], 4)
+    assert embedded[8 * row + column, 1].tolist() == [float(m[row // step, column // step]) for m, step in places]
 
 
 def test_gaussians_and_distances_are_numpys() -> None:
     train, test = normal(3, 12, 5), normal(3, 4, 5, seed=1)
-    mean, factor = fit_gaussians(train)
-    distances = mahalanobis(test, mean, factor)
+    distances = mahalanobis(test, *fit_gaussians(train))
     assert distances.shape == (3, 4)
     for position in range(3):
         points = train[position].double().numpy()
-        covariance = np.cov(points, rowvar=False) + 0.01 * np.eye(5)
-        for image in range(4):
-            off = test[position, image].double().numpy() - points.mean(0)
-            expected = np.sqrt(off @ np.linalg.inv(covariance) @ off)
-            assert float(distances[position, image]) == pytest.approx(expected, rel=1e-4)
-
-
-def test_fewer_images_than_channels_still_have_a_gaussian() -> None:
-    train = normal(2, 5, 40)
-    distances = mahalanobis(train, *fit_gaussians(train))
-    assert torch.isfinite(distances).all()
+        inverse = np.linalg.inv(np.cov(points, rowvar=False) + 0.01 * np.eye(5))
+        off = test[position].double().numpy() - points.mean(0)
+        np.testing.assert_allclose(distances[position], np.sqrt(((off @ inverse) * off).sum(1)), rtol=1e-4)
+    few = normal(2, 5, 40)  # images fewer than channels
+    assert torch.isfinite(mahalanobis(few, *fit_gaussians(few))).all()
     with pytest.raises(ValueError, match="at least 2 good images, got 1"):
-        fit_gaussians(train[:, :1])
+        fit_gaussians(few[:, :1])
 
 
-# --- SPADE -----------------------------------------------------------------------------------------------------------
-
-
-def test_descriptors_pool_layer_3_alone() -> None:
+def test_spade_sees_layer_3_pooled_and_all_layers_at_the_resolution_of_2() -> None:
     maps = features()
-    found = descriptors(maps)
-    assert found.shape == (2, 4)
-    assert float(found[1, 2]) == pytest.approx(float(maps[2][1, 2].mean()))
-    assert torch.equal(descriptors([maps[0] + 1, maps[1] + 1, maps[2]]), found)
-
-
-def test_pyramid_holds_all_layers_at_the_resolution_of_2() -> None:
-    maps = features()
+    torch.testing.assert_close(descriptors(maps), maps[2].mean((2, 3)))
     found = pyramid(maps)
     assert found.shape == (2, 4, 4, 9)
     torch.testing.assert_close(found[1, 3, 1, :2], maps[0][1, :, 6:8, 2:4].mean((1, 2)))  # the four pixels of layer 1
@@ -233,8 +187,6 @@ def test_pixel_distances_equal_the_slow_ones_and_look_only_into_the_nearest_imag
     moved = pixel_distances(good[[4]].roll(2, 2), good, nearest[:1])  # a pixel may lie anywhere in them
     assert float(moved.max()) < 1e-2
 
-
-# --- Whole runs ------------------------------------------------------------------------------------------------------
 
 SMALL = {"teacher": "resnet18_random", "size": 64, "precision": "fp32"}
 RUNS = {

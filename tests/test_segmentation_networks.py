@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
+from toy_detection import lively
 
-from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD, load_teacher
+from defectlab.networks.resnet import load_teacher
 from defectlab.networks.segmentation import (
     COMPARATORS,
     AttentionGate,
@@ -30,9 +31,6 @@ def images(count: int = 2, size: int = SIZE) -> Tensor:
 
 def norms(module: nn.Module, kind: type) -> list[str]:
     return [name for name, child in module.named_modules() if isinstance(child, kind)]
-
-
-# --- Encoder ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("output_stride", "sides"), [(32, (4, 2)), (16, (4, 4)), (8, (8, 8))])
@@ -68,51 +66,25 @@ def test_only_layer_4_depends_on_the_seed() -> None:
 
 
 def test_frozen_norm_is_the_norm_of_eval_mode() -> None:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Sequential(nn.BatchNorm2d(3, eps=0.1)))
-    norm = network[1][0]
-    norm.running_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
-    norm.running_var.copy_(torch.tensor([0.5, 2.0, 9.0]))
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
+    network = lively(nn.Sequential(nn.Conv2d(2, 3, 1), nn.Sequential(nn.BatchNorm2d(3, eps=0.1))))
     x = torch.randn(4, 2, 5, 5)
-    wanted = network.eval()(x)
+    wanted = network(x)
     freeze_norms(network)
     torch.testing.assert_close(network.train()(x), wanted)
     assert not norms(network, nn.BatchNorm2d)
-
-
-def test_segmenter_normalises_uint8_images() -> None:
-    seen: list[Tensor] = []
-
-    class Spy(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(x)
-            return x[:, :1]
-
-    grey = torch.full((2, 3, 4, 4), 51, dtype=torch.uint8)  # 0.2
-    logits = Segmenter(Spy())(grey)
-    assert logits.shape == (2, 4, 4)
-    wanted = torch.tensor([(0.2 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
-    torch.testing.assert_close(seen[0][1, :, 2, 3], wanted)
-    assert seen[0].is_contiguous(memory_format=torch.channels_last)
-
-
-# --- Dilated depthwise convolutions on CPUs --------------------------------------------------------------------------
 
 
 def test_dilated_depthwise_gradient_is_right_under_bf16_autocast() -> None:
     """40 px wide: there torch's own bf16 gradient is garbage on CPUs with fast bf16."""
     torch.manual_seed(0)
     convolution = DilatedDepthwise(8, 8, (3, 1), padding=(4, 0), dilation=4, groups=8, bias=False)
-    x, upstream = torch.randn(2, 8, 40, 40), torch.randn(2, 8, 40, 40)
+    x, upstream = torch.randn(2, 8, 40, 40).bfloat16(), torch.randn(2, 8, 40, 40)
     gradients = []
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            y = convolution(x.bfloat16() if enabled else x.bfloat16().float())
+            y = convolution(x if enabled else x.float())
         assert y.dtype == torch.float32
-        (gradient,) = torch.autograd.grad(y, convolution.weight, upstream)
-        gradients.append(gradient)
+        gradients += torch.autograd.grad(y, convolution.weight, upstream)
     torch.testing.assert_close(*gradients)
 
 
@@ -124,15 +96,13 @@ def test_deeplab_keeps_its_function_when_its_dilated_convolutions_are_replaced()
     torch.testing.assert_close(as_dilated_depthwise(old)(x), old(x))
 
 
-# --- Networks --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", COMPARATORS)
 def test_comparators_segment_and_learn_in_every_part(name: str) -> None:
     torch.manual_seed(0)
     segmenter = Segmenter(build_comparator(name, ENCODER)).train()
     logits = segmenter(images())
     assert logits.shape == (2, SIZE, SIZE)
+    assert segmenter.normalise(images()).is_contiguous(memory_format=torch.channels_last)
     logits.square().mean().backward()
     without = [n for n, p in segmenter.named_parameters() if p.grad is None]
     assert without == []
@@ -161,9 +131,6 @@ def test_pspnet_reads_layer_4_at_stride_8() -> None:
 def test_what_is_unknown_is_named(build: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
-
-
-# --- Attention U-Net -------------------------------------------------------------------------------------------------
 
 
 def test_attention_gate_by_hand() -> None:

@@ -73,10 +73,10 @@ def test_predictions_come_back_to_the_original_images() -> None:
         sizes=torch.tensor([[64, 64], [20, 25], [64, 128]]),
     )
     model = SameInAllImages([[10.0, 20, 30, 60], [0, 0, 5, 5], [-5, 2, 70, 40]], [2, 0, 1])
-    plain_one, enlarged, shrunk = predict_torchvision(model, split, batch=2)
-    assert [p["labels"].tolist() for p in (plain_one, enlarged, shrunk)] == [[1, 0]] * 3  # background is left out
-    torch.testing.assert_close(plain_one["scores"], torch.tensor([0.9, 0.1]))
-    assert plain_one["boxes"].tolist() == [[10, 20, 30, 60], [0, 2, 64, 40]]
+    same, enlarged, shrunk = predict_torchvision(model, split, batch=2)
+    assert [p["labels"].tolist() for p in (same, enlarged, shrunk)] == [[1, 0]] * 3  # background is left out
+    torch.testing.assert_close(same["scores"], torch.tensor([0.9, 0.1]))
+    assert same["boxes"].tolist() == [[10, 20, 30, 60], [0, 2, 64, 40]]
     assert enlarged["boxes"].tolist() == [[3, 6, 13, 20], [0, 0, 25, 16]]  # less (4, 8), halved, within 25 x 20
     assert shrunk["boxes"].tolist() == [[20, 8, 60, 64], [0, 0, 128, 48]]  # less (0, 16), doubled, within 128 x 64
     assert torch.equal(torch.stack(model.seen), plain(split.images, torch.arange(3)))
