@@ -1,5 +1,6 @@
 """What all figures share, and those of anomaly maps: long tables of records, curves, colour and grey, no runs yet."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from matplotlib.colors import to_rgb
 
 from defectlab import figures
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
-from defectlab.figures import anomaly, detection
+from defectlab.figures import anomaly, common, detection, instances
 
 RED, GREY = (200, 20, 30), (90, 90, 90)
 
@@ -25,23 +26,19 @@ def shown(axis) -> np.ndarray:
     return np.asarray(axis.images[0].get_array())
 
 
+OF_ROWS = (
+    figures.training_curves, anomaly.score_histograms, detection.precision_recall_curves, detection.per_class_bars,
+)  # fmt: skip
+OF_ONE = (anomaly.examples, detection.examples, detection.confusion)
+OF_IMAGES = (detection.boxed, common.image_grid, lambda shown: instances.overlaid(shown, [], ()))
+
+
 @pytest.mark.parametrize(
-    "draw",
-    [
-        figures.training_curves,
-        anomaly.score_histograms,
-        detection.precision_recall_curves,
-        detection.per_class_bars,
-    ],
+    ("draw", "nothing"),
+    [*product(OF_ROWS, ({}, {"row": []})), *product(OF_ONE, [None]), *product(OF_IMAGES, [[]])],
 )
-@pytest.mark.parametrize("records", [{}, {"row": []}])
-def test_no_finished_run_is_said_and_not_an_error(draw, records) -> None:
-    assert "no finished run yet" in draw(records).texts[0].get_text()
-
-
-@pytest.mark.parametrize("draw", [anomaly.examples, detection.examples, detection.confusion])
-def test_no_record_is_said_and_not_an_error(draw) -> None:
-    assert "no finished run yet" in draw(None).texts[0].get_text()
+def test_no_finished_run_is_said_and_not_an_error(draw, nothing) -> None:
+    assert "no finished run yet" in draw(nothing).texts[0].get_text()
 
 
 # --- Records ---------------------------------------------------------------------------------------------------------
@@ -100,18 +97,14 @@ def test_a_graph_keeps_the_colours_of_thin_lines() -> None:
 # --- Images ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("colour", "shape"), [(RED, (16, 16, 3)), (GREY, (16, 16))])
-def test_thumbnails_keep_colour_where_there_is_some(colour, shape) -> None:
-    small = figures.thumbnails(coloured(colour, 2, 64), 16)
-    assert small.shape == (2, *shape)
-    assert small.dtype == np.uint8
-    assert small[0, 0, 0].tolist() == (list(colour) if small.ndim == 4 else colour[0])
-
-
-def test_one_coloured_image_among_grey_ones_keeps_its_colour() -> None:
-    images = torch.full((2, 3, 32, 32), 90, dtype=torch.uint8)
-    images[1, 0] = 200
-    assert tuple(figures.thumbnails(images, 8)[1, 0, 0]) == (200, 90, 90)
+@pytest.mark.parametrize(
+    ("colours", "shape"), [((RED, RED), (16, 16, 3)), ((GREY, GREY), (16, 16)), ((GREY, RED), (16, 16, 3))]
+)
+def test_thumbnails_keep_colour_where_there_is_some(colours, shape) -> None:
+    small = figures.thumbnails(torch.cat([coloured(colour, 1, 64) for colour in colours]), 16)
+    assert (small.shape, small.dtype) == ((2, *shape), np.uint8)
+    for image, colour in zip(small, colours, strict=True):
+        assert image[0, 0].tolist() == (list(colour) if len(shape) == 3 else colour[0])
 
 
 def test_gallery_has_a_place_for_each_image_and_outlines_masks() -> None:
