@@ -13,6 +13,13 @@ from defectlab import runs
 from defectlab.data.synthetic import SYNTHETIC, ensure_synthetic
 
 SCRIPTS = Path(__file__).parents[1] / "data_scripts"
+ARCHIVES = {  # folder of a real set: script, archive, options
+    "magnetic_tile": ("magnetic_tile", "magnetic-tile.zip"),
+    "mvtec_ad/metal_nut": ("mvtec_ad", "mvtec_metal_nut_512.zip", "--category", "metal_nut"),
+    "neu_det": ("neu_det", "NEU-DET.zip"),
+    "deep_pcb": ("deep_pcb", "DeepPCB.tar.xz"),
+    "neu_seg": ("neu_seg", "NEU-Seg.zip"),
+}
 
 
 def load_script(name: str) -> ModuleType:
@@ -29,15 +36,16 @@ def script() -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture(scope="session")
-def real_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """real_set(folder, script, archive, *options) -> the data root that holds the set.
+def real_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """real_set(folder) -> the data root that holds the set.
 
     DEFECTLAB_DATA is used where it holds the set; else the archive in DEFECTLAB_ARCHIVES is unpacked by the script
     itself, once a session; else the test is skipped, saying why.
     """
     root = tmp_path_factory.mktemp("data")
 
-    def get(folder: str, script_name: str, archive: str, *options: str) -> Path:
+    def get(folder: str) -> Path:
+        script_name, archive, *options = ARCHIVES[folder]
         own = os.environ.get("DEFECTLAB_DATA")
         if own and (Path(own) / folder / "manifest.json").is_file():
             return Path(own)

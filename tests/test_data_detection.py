@@ -13,7 +13,7 @@ from defectlab.data import annotations, detection
 from defectlab.data import fetch as store
 from defectlab.data.detection import DetectionData, detection_fingerprint, load_detection, load_images
 from defectlab.data.images import letterbox
-from defectlab.data.splits import draw_split
+from defectlab.data.splits import committed, draw_split
 from defectlab.data.synthetic.boards import write_board
 from defectlab.data.synthetic.steel import write_steel
 from defectlab.files import DataError
@@ -110,7 +110,7 @@ def test_draw_split_of_few() -> None:
 
 
 def test_committed_list() -> None:
-    names = [line for line in detection.NEU_TEST_LIST.read_text().splitlines() if not line.startswith("#")]
+    names = committed(detection.NEU_TEST_LIST)
     assert len(names) == len(set(names)) == 360
     for kind in detection.NEU_CLASSES:
         numbers = [int(name[len(kind) + 1 : -4]) for name in names if name.startswith(f"{kind}_")]

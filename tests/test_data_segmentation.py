@@ -27,7 +27,6 @@ from defectlab.data.splits import PARTS, committed
 from defectlab.files import DataError
 
 SIZE = 32
-NUT = ("mvtec_ad/metal_nut", "mvtec_ad", "mvtec_metal_nut_512.zip", "--category", "metal_nut")
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +291,7 @@ def test_list_and_set_that_do_not_fit(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.real_data
 def test_real_list_is_drawn_again(real_set) -> None:
-    plan = segmentation._plan(METAL_NUT, "nut", "paper", real_set(*NUT))
+    plan = segmentation._plan(METAL_NUT, "nut", "paper", real_set(METAL_NUT))
     samples = {segmentation._name(s): s for part in plan.parts.values() for s in part}
     parts = draw_parts(*segmentation._types_and_content(plan, samples))
     assert committed(PAPER_LIST) == [f"{name} {part}" for name, part in sorted(parts.items())]
@@ -300,7 +299,7 @@ def test_real_list_is_drawn_again(real_set) -> None:
 
 @pytest.mark.real_data
 def test_real_defects(real_set) -> None:
-    data = load_segmentation(METAL_NUT, "defect", "paper", 128, root=real_set(*NUT))
+    data = load_segmentation(METAL_NUT, "defect", "paper", 128, root=real_set(METAL_NUT))
     assert [len(getattr(data, part)) for part in PARTS] == [268, 33, 34]
     for part in PARTS:  # no defect gets lost in the resize
         split = getattr(data, part)
@@ -311,7 +310,7 @@ def test_real_defects(real_set) -> None:
 @pytest.mark.real_data
 def test_real_nuts_against_mvtecs_own_outlines(real_set) -> None:
     """MVTec outlines flipped nuts, whole, and bent lobes: what the docstring of the recipe says."""
-    folder = real_set(*NUT) / METAL_NUT
+    folder = real_set(METAL_NUT) / METAL_NUT
     found, lost = [], []
     for path in sorted(folder.glob("ground_truth/*/*_mask.png")):
         image = next((folder / "test" / path.parent.name).glob(path.name.replace("_mask.png", ".*")))

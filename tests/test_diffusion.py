@@ -162,7 +162,7 @@ def test_a_run_on_images_with_colours() -> None:
 
 @pytest.mark.real_data
 def test_steel_as_the_model_sees_it(real_set: Callable[..., Path]) -> None:
-    data = load_detection("neu_det", 64, root=real_set("neu_det", "neu_det", "NEU-DET.zip"))
+    data = load_detection("neu_det", 64, root=real_set("neu_det"))
     assert data.train.images.shape[1:] == (1, 64, 64)
     settings = replace(TOY, size=64, epochs=1)
     unet, _ = train_ddpm(data.train.images[:8], settings, 0, quiet())
