@@ -25,8 +25,8 @@ from defectlab.runs import Context
 from defectlab.studies import study
 from defectlab.training.anomaly import teacher_features, train_student
 from defectlab.training.detection import fresh
-from defectlab.training.detector import augmentation_of, train_detector
 from defectlab.training.loop import Trained
+from defectlab.training.recipe import augmentation_of, train_detector
 
 BATCH, IMAGES = 16, 32  # images per batch, in training and inference, and of the set
 CLASSES, BOXES = 6, 4  # as NEU-DET has them: classes, boxes per image

@@ -19,7 +19,6 @@ from defectlab.networks.yolo.masks import MASK_GAIN, InstanceMaps, add_masks, ma
 from defectlab.networks.yolo.model import ANCHORS, Detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.training import instances
-from defectlab.training.detector import train_detector
 from defectlab.training.instances import (
     evaluate_instances,
     instance_ground_truth,
@@ -28,6 +27,7 @@ from defectlab.training.instances import (
     right_masks,
     score,
 )
+from defectlab.training.recipe import train_detector
 
 SIZE = 64
 CLASSES = ("inclusion", "patches", "scratches")

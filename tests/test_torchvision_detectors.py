@@ -21,7 +21,7 @@ from defectlab.metrics.detection import unpack
 from defectlab.networks.torchvision_detectors import LEAST_SSD_SIZE, RATES, TorchvisionSettings, build_torchvision
 from defectlab.runs import OutOfTime
 from defectlab.training import torchvision_detectors
-from defectlab.training.detector import augmentation_of
+from defectlab.training.recipe import augmentation_of
 from defectlab.training.torchvision_detectors import predict_torchvision, run_torchvision, to_targets, torchvision_loss
 
 TOY = TorchvisionSettings(dataset="toy", size=64, epochs=3, batch=4, learning_rate=0.1)

@@ -12,8 +12,8 @@ from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.runs import Context
 from defectlab.training.detection import fresh
-from defectlab.training.detector import train_detector
 from defectlab.training.loop import Trained
+from defectlab.training.recipe import train_detector
 
 CLASSES = ("rectangle", "ellipse")
 SHORT = DetectorSettings(

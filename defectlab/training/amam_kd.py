@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.data.splits import PARTS
 from defectlab.networks.reverse_distillation import MAP_SIZE
 from defectlab.papers.amam_kd import segmentation
 from defectlab.papers.amam_kd.distillation import (
@@ -45,9 +46,7 @@ def train_distillation(
     return student
 
 
-def map_split(
-    student: distil.Student, settings: DistillationSettings, data: AnomalyData, part: str, device: str | torch.device
-) -> Tensor:
+def map_split(student: distil.Student, settings: DistillationSettings, data: AnomalyData, part: str) -> Tensor:
     """Smoothed AL (ours: the Gaussian of RD4AD) of "dev" or "test": (N, 256, 256)."""
     features = distil.teacher_features(data, part, settings)
     return distil.score_features(student.network, features, partial(to_maps, student.network), student.precision)
@@ -61,13 +60,10 @@ def weights_in_words(network: DistillationNetwork) -> str:
 def run_distillation(settings: DistillationSettings, seed: int, data: AnomalyData, context: Context) -> Result:
     """One row and seed; AD, the image score, is the maximum of AL (section 3.2.2)."""
     student = train_distillation(settings, seed, data, context)
-    maps = [map_split(student, settings, data, part, context.device) for part in ("dev", "test")]
+    maps = [map_split(student, settings, data, part) for part in ("dev", "test")]
     result = distil.result_of(student, data, *maps)
     result.notes = {"weighting": weights_in_words(student.network)}
     return result
-
-
-PARTS = ("train", "dev", "test")
 
 
 def cut_split(split: AnomalySplit, boxes: Tensor, size: int) -> AnomalySplit:
@@ -103,7 +99,7 @@ def run_two_stage(settings: TwoStageSettings, seed: int, data: AnomalyData, cont
         **{part: cut_split(getattr(data, part), boxes[part], settings.detector.size) for part in PARTS},
     )
     student = train_distillation(settings.detector, seed, crops, context)
-    maps = {part: map_split(student, settings.detector, crops, part, context.device) for part in ("dev", "test")}
+    maps = {part: map_split(student, settings.detector, crops, part) for part in ("dev", "test")}
     fill = float(maps["dev"].min())  # what lies outside the box is called normal
     result = result_of(student, data, *(paste_back(maps[part], boxes[part], fill) for part in maps))
     alone = evaluate(crops, maps["dev"], maps["test"]).metrics

@@ -40,7 +40,8 @@ def teacher_features(data: AnomalyData, part: str, settings: Any) -> list[Tensor
 def flipped_features(data: AnomalyData, part: str, settings: Any) -> list[Tensor]:
     """The same of the images and of their flips, (4 N, C, h, w): as they are, then in the order of `FLIPS`.
 
-    Features of a flipped image are not flipped features: stride-2 layers sample other pixels, kernels have sides.
+    Features of a flipped image are not flipped features: stride-2 layers sample other pixels, and kernels are not
+    symmetric.
     """
     key = (*_key(data, part, settings), "flips")
     if key not in data.derived:
@@ -141,7 +142,7 @@ def train_student(
 
 
 def result_of(student: Student, data: AnomalyData, dev_maps: Tensor, test_maps: Tensor) -> Result:
-    """`evaluate`, and what the student's training has to tell."""
+    """`evaluate`, plus curve, weights and costs of the student's training."""
     result = evaluate(data, dev_maps, test_maps)
     result.curve = student.trained.curve
     result.precision = student.precision

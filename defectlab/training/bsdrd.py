@@ -1,4 +1,4 @@
-"""BSDRD's two students, trained and evaluated as RD4AD's one."""
+"""BSDRD's two students, trained and evaluated in the same way as RD4AD's one."""
 
 from defectlab.data.anomaly import AnomalyData
 from defectlab.papers.bsdrd import Settings, build, make_loss, to_maps

@@ -32,8 +32,8 @@ from defectlab.training.detection import (
     probe_on,
     train_and_evaluate,
 )
-from defectlab.training.detector import Loss
 from defectlab.training.instances import evaluate_instances
+from defectlab.training.recipe import Loss
 
 
 class Task(NamedTuple):
@@ -86,9 +86,7 @@ def start(task: Task, settings: DetectorSettings, seed: int, data: DetectionData
     return task.build(settings, data).to(context.device, memory_format=torch.channels_last)
 
 
-def own_loss(
-    task: Task, detector: Detector, settings: DetectorSettings, data: DetectionData, forward: Callable[[Batch], Any]
-) -> Loss:
+def own_loss(task: Task, detector: Detector, settings: DetectorSettings, forward: Callable[[Batch], Any]) -> Loss:
     """The detector's loss, and that of its masks, of what `forward` makes of a batch."""
     criterion = detection_loss(detector, settings.size)
 
@@ -113,7 +111,7 @@ def run_hybrid(settings: HybridSettings, seed: int, data: DetectionData, context
     task = task_of(data)
     hybrid = build_hybrid(settings, task.build(settings, data), prepared.compressor)
     hybrid.to(context.device, memory_format=torch.channels_last)
-    loss = own_loss(task, hybrid.detector, settings, data, with_latents(hybrid, prepared.latents))
+    loss = own_loss(task, hybrid.detector, settings, with_latents(hybrid, prepared.latents))
     dev = dev_probe(data, prepared.unseen["dev"])
 
     def probe(average: HybridDetector) -> dict[str, float]:
@@ -184,7 +182,7 @@ def run_with_masks(settings: InstanceSettings, seed: int, data: InstanceData, co
     """The baseline of Table IV: the plain detector with masks."""
     task = task_of(data)
     detector = start(task, settings, seed, data, context)
-    loss = own_loss(task, detector, settings, data, lambda batch: detector(batch.images))
+    loss = own_loss(task, detector, settings, lambda batch: detector(batch.images))
     return train_and_evaluate(
         detector, loss, settings, seed, data, context, probe=dev_probe(data), evaluation=task.evaluate
     )

@@ -38,7 +38,7 @@ from defectlab.training.diffusion import load_ddpm
 from defectlab.training.loop import Trained, adam, rate_per_epoch, train
 from defectlab.training.results import rounded
 
-PARTS = ("dev", "test")
+HELD_OUT = ("dev", "test")
 PCA_VECTORS, PCA_CHUNK = 200_000, 4096  # channel vectors that a PCA sees: in all, and at once
 
 
@@ -104,7 +104,7 @@ def feature_repository(extract: Extractor, data: DetectionData, context: Context
 def channel_vectors(level: Level, x: Tensor, seed: int) -> Iterable[Tensor]:
     """The standardised channel vectors of all pixels of (N, C, H, W), in chunks of about 4096: (M, C) float32.
 
-    Of more than 200,000 so many are drawn without repetition (ours: some 400 for each of 512 channels will do).
+    If there are more than 200,000, 200,000 are drawn without repetition (ours: about 400 for each of 512 channels).
     """
     count, _, height, width = x.shape
     pixels = torch.randperm(count * height * width, generator=torch.Generator().manual_seed(seed))[:PCA_VECTORS]
@@ -217,7 +217,7 @@ def run_compression(settings: CompressionSettings, seed: int, data: DetectionDat
     compressor, trained = fit_compressor(settings, features, seed, context)
     compressor = compressor.eval().requires_grad_(False)
     found = {"train": reconstruction_error(compressor, features)}
-    for part in PARTS:
+    for part in HELD_OUT:
         few = getattr(data, part).images.split(64)
         fresh = joined([level.half() for level in extract(images)] for images in few)
         found[part] = reconstruction_error(compressor, fresh)
@@ -280,7 +280,7 @@ class Prepared:
 
 
 def prepare(
-    settings: CompressionSettings, data: DetectionData, context: Context, parts: tuple[str, ...] = PARTS
+    settings: CompressionSettings, data: DetectionData, context: Context, parts: tuple[str, ...] = HELD_OUT
 ) -> Prepared:
     """Latents of a set, `data` at the diffusion model's size; runs the stages that this machine has not run yet."""
     record = context.require(settings, 0)  # ours: one compressor for all seeds of what follows

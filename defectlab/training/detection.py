@@ -19,7 +19,7 @@ from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.precision import full_float32, precision_of
 from defectlab.runs import Context, Record, Result, load_weights
-from defectlab.training.detector import Loss, train_detector
+from defectlab.training.recipe import Loss, train_detector
 from defectlab.training.results import rounded, shrunk
 
 SIDE = 112  # pixels a side of the examples that a record keeps

@@ -31,8 +31,8 @@ from defectlab.training.results import rounded
 if TYPE_CHECKING:  # diffusers takes seconds to import: where it is needed, not for every table that names a row
     from diffusers import UNet2DModel
 
-# of a finished network: the error at so many timesteps, on so many images of a split (a hundred settle it, and the
-# whole set would take a CPU longer than other rows train), and so many samples and examples in its record
+# of a finished network: timesteps and images of a split on which the error is measured (100 images give a stable mean;
+# the whole set would take a CPU longer than other rows train), and samples and examples in its record
 ERROR_TIMESTEPS, ERROR_IMAGES, SAMPLES, EXAMPLES = 20, 120, 16, 6
 
 

@@ -1,4 +1,4 @@
-"""A feature repository: what a frozen network says of each image, computed once and kept on disk.
+"""A feature repository: features of each image by a frozen network, computed once and kept on disk.
 
 One folder: `level_0.npy` .. in half precision, (N, C, H, W), mapped into memory; `done.npy`, which images are there;
 `index.json`, what the features are made of, and once all are there the sha256 of the levels. Images are marked as done

@@ -111,14 +111,14 @@ def train(
 
     Args:
         draw: (indices, CPU generator, epoch from 0) -> a batch of these examples, augmented. The
-            generator depends on seed, epoch and `stream` alone; at stream 0 it starts as that of the order does.
+            generator depends on seed, epoch and `stream` alone; at stream 0 it is the generator state of the order.
         step: a batch -> named scalars, of which "loss" is minimised.
         settings: have `epochs` and `batch`.
         rate: (step of the whole training, from 0, steps per epoch) -> learning rate.
         clip: largest norm of the gradient.
         indices_on: where `draw` gets its indices; by default the weights' device.
-        average: follows after each step.
-        probe: asked about ten times, and at the end, for scalars that enter the curve, beside "probe_epoch".
+        average: updated after each step.
+        probe: called about ten times, and at the end, for scalars that enter the curve, beside "probe_epoch".
 
     Raises:
         OutOfTime, NonFiniteLoss (names epoch and batch), ValueError (fewer than two examples, a foreign checkpoint).

@@ -7,7 +7,7 @@ from torch.nn.functional import interpolate
 
 
 def rounded(values: Mapping[str, float]) -> dict[str, float]:
-    """To four digits, without NaN, which JSON does not know: a class without ground truth has no value."""
+    """To four decimals, without NaN, which JSON does not know: a class without ground truth has no value."""
     return {name: round(value, 4) for name, value in values.items() if value == value}
 
 

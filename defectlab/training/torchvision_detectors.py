@@ -17,7 +17,7 @@ from defectlab.networks.torchvision_detectors import TorchvisionSettings, build_
 from defectlab.precision import full_float32
 from defectlab.runs import Context, Result
 from defectlab.training.detection import evaluate_found, probe_on, train_and_evaluate
-from defectlab.training.detector import Loss
+from defectlab.training.recipe import Loss
 
 
 def to_targets(boxes: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
