@@ -1,4 +1,4 @@
-"""Rows of costs alone: against published counts, the speed by hand, and a record without metrics."""
+"""Rows of costs alone: counts and speed by hand, and a record without metrics."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from toy_runs import quiet
 
 from defectlab import batch, runs
 from defectlab.metrics import costs
-from defectlab.metrics.costs import flops, parameters
+from defectlab.metrics.costs import parameters
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.model import Detector
 from defectlab.studies import Row, Study
@@ -18,29 +18,7 @@ from defectlab.training.cost_rows import CostSettings, NoData, run_costs
 from defectlab.verdicts import claims, measured, tables
 from defectlab.verdicts.measured import value_of
 
-# (parameters in millions, GFLOPs at 640 px) for 80 classes, as the makers of YOLOv5 6.x and YOLOv8 state them
-PUBLISHED = {
-    ("v5", "n"): (1.9, 4.5),
-    ("v5", "s"): (7.2, 16.5),
-    ("v5", "m"): (21.2, 49.0),
-    ("v5", "l"): (46.5, 109.1),
-    ("v8", "n"): (3.2, 8.7),
-    ("v8", "s"): (11.2, 28.6),
-    ("v8", "m"): (25.9, 78.9),
-    ("v8", "l"): (43.7, 165.2),
-}
 SMALL = CostSettings(scale="t", size=64)
-
-
-@pytest.mark.parametrize(("family", "scale"), list(PUBLISHED))
-def test_published_counts(family: str, scale: str) -> None:
-    settings = CostSettings(family=family, scale=scale)
-    with torch.device("meta"):
-        detector = fused(Detector(family, scale, settings.classes))
-        counted = flops(detector, torch.zeros(1, 3, settings.size, settings.size))
-    weights, gflops = PUBLISHED[family, scale]
-    assert parameters(detector) / 1e6 == pytest.approx(weights, rel=0.02)
-    assert counted / 1e9 == pytest.approx(gflops, rel=0.02)
 
 
 @pytest.fixture
@@ -122,4 +100,4 @@ def test_a_claim_about_its_speed_is_not_judged(study: Study) -> None:
     claim = {"id": "fast", "kind": "bound", "a": "cost_t", "metric": "fps", "at_least": 100, "primary": False}
     (judged,) = claims.judge([claim], {"quick": {"cost_t": [record]}}, "quick")
     assert judged.value == 125.0 and judged.device == record.device
-    assert judged.verdict == "not judged: a timing holds for its device and sitting"
+    assert judged.verdict == "not judged: timings of different runs are not compared"

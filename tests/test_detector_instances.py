@@ -117,30 +117,14 @@ def test_every_box_is_served_before_any_twice():
     assert (prototypes.grad != 0).all()  # either column of cells belongs to one box
 
 
-def test_the_smallest_term_are_the_masks():
-    """Prototypes and coefficients, fitted freely, give a disc and a bar back, each cut to its box."""
-    y, x = torch.meshgrid(torch.arange(64) - 20, torch.arange(64) - 24, indexing="ij")
-    maps = torch.zeros(1, 64, 64, dtype=torch.long)
-    maps[0][x**2 + y**2 < 14**2] = 1
-    maps[0, 36:60, 8:16] = 2
-    boxes = torch.tensor([[[11.0, 7, 38, 34], [8, 36, 16, 60]]])
-    anchors = torch.tensor([[[16.0, 24]]])
-    matched = match_anchors(boxes, torch.zeros(1, 2, dtype=torch.long), anchors, (8,), [(8, 8)])
-    generator = torch.Generator().manual_seed(0)
-    coefficients = torch.randn(1, 4, 8, 8, generator=generator).requires_grad_()
-    prototypes = torch.randn(1, 4, 16, 16, generator=generator).requires_grad_()
-    optimizer = torch.optim.Adam([coefficients, prototypes], 0.2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        mask_terms([coefficients], prototypes, matched, maps, boxes)["mask"].backward()
-        optimizer.step()
-    for number, (row, column) in enumerate([(2, 3), (6, 1)], 1):  # the cells of the boxes' centres
-        logits = (coefficients[0, :, row, column].tanh()[:, None, None] * prototypes[0]).sum(0)
-        part = (maps[0] == number).view(16, 4, 16, 4).float().mean((1, 3))
-        x1, y1, x2, y2 = [(2, 1, 10, 9), (2, 9, 4, 15)][number - 1]  # the boxes in cells
-        inside = (slice(y1, y2), slice(x1, x2))
-        clear = (part[inside] - 0.5).abs() > 0.1
-        assert clear.sum() > 10 and ((logits[inside] > 0) == (part[inside] > 0.5))[clear].all()
+def test_candidates_stand_in_the_order_of_the_boxes():
+    """What `mask_terms` relies on: candidate i of a level belongs to box i // (3 K) of all, image by image."""
+    boxes = torch.rand(3, 4, 2) * 40
+    boxes = torch.cat([boxes, boxes + 5 + torch.rand(3, 4, 2) * 20], -1)
+    labels = torch.zeros(3, 4, dtype=torch.long)
+    for level in match_anchors(boxes, labels, torch.tensor(ANCHORS), (8, 16, 32), [(8, 8), (4, 4), (2, 2)]):
+        owner = torch.arange(len(level.valid)) // 9
+        assert torch.equal(level.boxes, boxes.flatten(0, 1)[owner]) and torch.equal(level.image, owner // 4)
 
 
 def test_gradcheck():
@@ -161,22 +145,18 @@ def test_gradcheck():
 
 
 def test_the_loss_reaches_every_parameter(data):
-    detector = fresh()
+    detector, split = fresh(), data.train
     criterion = AnchorBasedLoss(3, detector.anchors, size=SIZE)
-    settings, generator = Augmentation(mosaic=0.0), torch.Generator().manual_seed(0)
-    split = data.train
-    batch = augment(split.images, split.boxes, split.labels, torch.arange(8), settings, generator)
-    output = detector(batch.images)
-    maps = move_instances(split, batch)
-    scalars = add_masks(
-        criterion(output.raw, batch.boxes, batch.labels), criterion, output, batch.boxes, batch.labels, maps
-    )
+    generator = torch.Generator().manual_seed(0)
+    recipe = Augmentation(mosaic=0.0)
+    batch = augment(split.images, split.boxes, split.labels, torch.arange(8), recipe, generator)
+    output, maps = detector(batch.images), move_instances(split, batch)
+    own = criterion(output.raw, batch.boxes, batch.labels)
+    scalars = add_masks(dict(own), criterion, output, batch.boxes, batch.labels, maps)
     assert list(scalars) == ["loss", "box", "obj", "cls", "mask"]
-    own = criterion(output.raw, batch.boxes, batch.labels)["loss"]
-    torch.testing.assert_close(scalars["loss"], own + MASK_GAIN * scalars["mask"])
+    torch.testing.assert_close(scalars["loss"], own["loss"] + MASK_GAIN * scalars["mask"])
     scalars["loss"].backward()
-    silent = [name for name, p in detector.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not silent
+    assert all(p.grad is not None and p.grad.any() for p in detector.parameters())
 
 
 # Prediction

@@ -55,10 +55,12 @@ def test_learning_rate_by_hand(schedule: str, step: int, expected: float) -> Non
     assert learning_rate(step, 4, replace(HAND, schedule=schedule)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_learning_rate_without_warm_up_and_of_an_unknown_schedule() -> None:
+def test_learning_rate_without_warm_up_and_what_is_unknown() -> None:
     assert learning_rate(0, 4, replace(HAND, warm_up=0.0)) == 0.2
     with pytest.raises(ValueError, match="unknown schedule 'step': use cosine or linear"):
         learning_rate(0, 4, replace(HAND, schedule="step"))
+    with pytest.raises(ValueError, match="unknown optimizer 'adam': use sgd or adamw"):
+        make_optimizer(nn.Linear(2, 2), replace(SHORT, optimizer="adam"))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -71,38 +73,32 @@ def test_norms_and_biases_do_not_decay(name: str, family: str) -> None:
     kernels = {id(m.weight) for m in detector.modules() if isinstance(m, nn.Conv2d)}
     assert {id(p) for p in decaying["params"]} == kernels
     assert {id(p) for p in others["params"]} == {id(p) for p in detector.parameters()} - kernels
+    frozen = make_optimizer(nn.Conv2d(2, 2, 1).requires_grad_(False), replace(SHORT, optimizer=name))
+    assert [group["params"] for group in frozen.param_groups] == [[], []]
     if name == "sgd":
         assert decaying["nesterov"] and decaying["momentum"] == 0.937
     else:
         assert decaying["betas"] == (0.937, 0.999)
 
 
-def test_frozen_weights_are_not_trained_and_unknown_optimizer() -> None:
-    model = nn.Linear(2, 2)
-    model.weight.requires_grad_(False)
-    assert [len(group["params"]) for group in make_optimizer(model, SHORT).param_groups] == [0, 1]
-    with pytest.raises(ValueError, match="unknown optimizer 'adam': use sgd or adamw"):
-        make_optimizer(model, replace(SHORT, optimizer="adam"))
-
-
-def test_moving_average_against_the_slow_formula() -> None:
+@pytest.mark.parametrize("counted", [0, 1])
+def test_moving_average_against_the_slow_formula(counted: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
-    average = MovingAverage(model, 0.9, 4.0)
-    expected = {name: value.double() for name, value in model.state_dict().items()}
+    average = MovingAverage(model, 0.9, 4.0, counted)
+    expected = {name: value.double() for name, value in model.state_dict().items() if value.is_floating_point()}
     for step in range(6):
         with torch.no_grad():
             for value in model.parameters():
                 value.add_(torch.randn_like(value))
             model(torch.randn(4, 2, 5, 5))  # moves the running statistics
         average.update(step + 1)
-        decay = 0.9 * (1 - math.exp(-(step + 1) / 4))
-        for name, value in model.state_dict().items():
-            expected[name] = decay * expected[name] + (1 - decay) * value.double()
-    for name, value in average.model.state_dict().items():
-        if value.is_floating_point():
-            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
-    assert not torch.equal(average.model[1].running_mean, torch.zeros(3))
+        decay = 0.9 * (1 - math.exp(-(step + 1 + counted) / 4))
+        for name in expected:
+            expected[name] = decay * expected[name] + (1 - decay) * model.state_dict()[name].double()
+    found = average.model.state_dict()
+    torch.testing.assert_close({name: found[name].double() for name in expected}, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found["1.running_mean"], torch.zeros(3))
     assert not average.model.training and model.training
     assert not any(p.requires_grad for p in average.model.parameters())
 

@@ -94,14 +94,15 @@ def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]
 def test_the_teacher_is_trained_first_and_once(run: Callable[..., Record], project: Path) -> None:
     student = run(STUDENT, 1)
     found = recorded(project)
-    (teacher,) = set(found) - {student.key}
-    assert (found[teacher]["seed"], found[teacher]["settings"]["scale"]) == (0, "n")
-    assert found[teacher]["settings"] | {"scale": "t"} == asdict(MODULES)
-    assert student.notes == {"teacher": teacher, "teacher_sha256": found[teacher]["model_sha256"]}
-    assert {"relation", "channel"} < set(student.curve) and not {"relation", "channel"} & set(found[teacher]["curve"])
-    before = (project / "runs" / "smoke" / f"{teacher}.json").stat().st_mtime_ns
+    (key,) = set(found) - {student.key}
+    teacher, path = found[key], project / "runs" / "smoke" / f"{key}.json"
+    assert (teacher["seed"], teacher["settings"]["scale"]) == (0, "n")
+    assert teacher["settings"] | {"scale": "t"} == asdict(MODULES)
+    assert student.notes == {"teacher": key, "teacher_sha256": teacher["model_sha256"]}
+    assert {"relation", "channel"} < set(student.curve) and not {"relation", "channel"} & set(teacher["curve"])
+    before = path.stat().st_mtime_ns
     assert run(STUDENT, 2).notes == student.notes
-    assert (project / "runs" / "smoke" / f"{teacher}.json").stat().st_mtime_ns == before
+    assert path.stat().st_mtime_ns == before
 
 
 def test_nothing_of_the_distillation_is_deployed(run: Callable[..., Record]) -> None:
@@ -130,17 +131,13 @@ def test_robustness_looks_at_the_network_of_another_row(run: Callable[..., Recor
     assert not record.path.with_suffix(".safetensors").exists()
 
 
-@pytest.mark.parametrize("kind", ["teacher", "robustness"])
-def test_weights_missing_beside_their_record_are_named(run: Callable[..., Record], kind: str) -> None:
+def test_weights_missing_beside_their_record_are_named(run: Callable[..., Record]) -> None:
     """As after copying records without weights from another machine."""
-    seed = 5 if kind == "teacher" else 6
-    first = replace(STUDENT, teacher_seed=seed)
-    record = run(teacher_settings(first), seed)
+    record = run(MODULES, 6)
     weights = record.path.with_suffix(".safetensors")
     weights.unlink()
-    later = first if kind == "teacher" else RobustnessSettings(of=teacher_settings(first))
     with pytest.raises(ValueError, match=r"is missing beside its record: delete .* and run that row again") as caught:
-        run(later, seed)
+        run(RobustnessSettings(of=MODULES), 6)
     assert str(weights) in str(caught.value) and str(record.path) in str(caught.value)
 
 
