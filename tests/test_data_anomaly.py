@@ -205,61 +205,32 @@ def test_load_folder(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
-def test_unknown_names_and_size(tmp_path: Path) -> None:
-    for name in ("magnetic_tiles", "mvtec_ad/teapot", "mvtec_ad", "../x"):
-        with pytest.raises(DataError, match=r"there is no anomaly set .*metal_nut") as error:
-            load_anomaly(name, SIZE, root=tmp_path)
-        assert repr(name) in str(error.value)
-    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
-        load_anomaly("magnetic_tile", 0, root=tmp_path)
+SCRIPT = r".*run `python data_scripts/magnetic_tile\.py`"
+DAMAGED = [  # suffix of the file, what becomes of it, whether the manifest knows, message
+    ("jpg", Path.unlink, False, "is missing.*" + SCRIPT),
+    ("jpg", lambda path: path.write_bytes(b"x" * 200), False, "has 200 bytes" + SCRIPT),
+    ("jpg", lambda path: path.write_bytes(path.read_bytes()[:400]), True, "cannot be decoded" + SCRIPT),
+    ("jpg", lambda path: path.write_bytes(b"<html></html>"), True, "cannot be decoded" + SCRIPT),
+    ("png", Path.unlink, True, "is missing" + SCRIPT),
+    ("png", lambda path: Image.new("L", (80, 64)).save(path), True, r"is 80 x 64 pixels, its image .*\.jpg 64 x 80"),
+    ("png", lambda path: Image.fromarray(np.ones((80, 64), np.uint16)).save(path), True, "more than 8 bits a pixel"),
+]
 
 
-def test_set_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"magnetic_tile does not exist: run `python data_scripts/magnetic_tile\.py`"):
-        load_anomaly("magnetic_tile", SIZE, root=tmp_path)
-    command = r"python data_scripts/mvtec_ad\.py --category bottle"
-    with pytest.raises(DataError, match=rf"bottle does not exist: run `{command}`"):
-        load_anomaly("mvtec_ad/bottle", SIZE, root=tmp_path)
-
-
-def test_missing_and_corrupt_image(tiles: Path) -> None:
-    path = tiles / "MT_Crack/Imgs/exp2_num_0.jpg"
-    content = path.read_bytes()
-    path.unlink()
-    with pytest.raises(DataError, match=r"exp2_num_0\.jpg is missing.*magnetic_tile\.py"):
+@pytest.mark.parametrize(("suffix", "change", "known", "message"), DAMAGED)
+def test_missing_and_damaged_files(tiles: Path, suffix: str, change, known: bool, message: str) -> None:
+    change(tiles / f"MT_Crack/Imgs/exp2_num_0.{suffix}")
+    if known:
+        manifest(tiles)
+    with pytest.raises(DataError, match=rf"exp2_num_0\.{suffix} .*{message}"):
         load_tiles(tiles)
-    path.write_bytes(content[:200])
-    with pytest.raises(DataError, match=r"exp2_num_0\.jpg has 200 bytes.*magnetic_tile\.py"):
-        load_tiles(tiles)
-    for damaged in (content[: len(content) // 2], b"<html></html>"):
-        path.write_bytes(damaged)
-        manifest(tiles)  # even if the manifest was made of the damaged file
-        with pytest.raises(DataError, match=r"exp2_num_0\.jpg cannot be decoded.*magnetic_tile\.py"):
-            load_tiles(tiles)
 
 
-def test_mask_missing_or_of_another_size(tiles: Path, bottles: Path) -> None:
-    path = tiles / "MT_Crack/Imgs/exp2_num_0.png"
-    save(path, Image.new("L", (80, 64)))
-    manifest(tiles)
-    with pytest.raises(DataError, match=r"exp2_num_0\.png is 80 x 64 pixels, its image .*exp2_num_0\.jpg 64 x 80"):
-        load_tiles(tiles)
-    path.unlink()
-    manifest(tiles)
-    with pytest.raises(DataError, match=r"exp2_num_0\.png is missing: run `python data_scripts/magnetic_tile\.py`"):
-        load_tiles(tiles)
+def test_mask_missing_in_the_layout_of_mvtec(bottles: Path) -> None:
     (bottles / "ground_truth/dirty/000_mask.png").unlink()
     manifest(bottles)
     with pytest.raises(DataError, match=r"dirty/000_mask\.png is missing: run .*--category bottle"):
         load_anomaly("mvtec_ad/bottle", SIZE, root=bottles.parents[1])
-
-
-def test_sixteen_bit_image(tiles: Path) -> None:
-    deep = Image.fromarray(np.full((80, 64), 40_000, np.uint16))
-    save(tiles / "MT_Crack/Imgs/exp2_num_0.png", deep)
-    manifest(tiles)
-    with pytest.raises(DataError, match=r"exp2_num_0\.png has more than 8 bits a pixel"):
-        load_tiles(tiles)
 
 
 def test_list_and_set_that_do_not_fit(tiles: Path) -> None:

@@ -214,15 +214,6 @@ def test_fingerprint_follows_content_and_lists(copies: Path, tmp_path: Path) -> 
     assert detection_fingerprint("deep_pcb", tmp_path) != first
 
 
-def test_refusals(tmp_path: Path, copies: Path) -> None:
-    with pytest.raises(DataError, match="there is no detection set 'neu': choose one of neu_det"):
-        load_detection("neu", SIZE, root=tmp_path)
-    with pytest.raises(DataError, match=r"does not exist: run `python data_scripts/neu_det\.py`"):
-        load_detection("neu_det", SIZE, root=tmp_path)
-    with pytest.raises(ValueError, match="size must be at least 1"):
-        load_detection("deep_pcb", 0, root=copies)
-
-
 @pytest.mark.parametrize("name", ["neu_det", "deep_pcb"])
 def test_scripts_refuse_other_archives(name: str, copies: Path, tmp_path: Path, script, capsys) -> None:
     archive = shutil.make_archive(str(tmp_path / "few"), "zip", copies / name)

@@ -105,15 +105,6 @@ def test_synthetic_masks(data, root):
     assert torch.equal(again.train.maps, data.train.maps) and again.train.names == data.train.names
 
 
-def test_unknown_sets_missing_sets_and_bad_masks(root, tmp_path):
-    with pytest.raises(DataError, match="no set with masks called 'neu_det'"):
-        load_instances("neu_det", SIZE, root=root)
-    with pytest.raises(DataError, match=r"run `python data_scripts/neu_seg.py`"):
-        load_instances("neu_seg", SIZE, root=tmp_path)
-    with pytest.raises(ValueError, match="size must be at least 1"):
-        load_instances(SYNTHETIC, 0, root=root)
-
-
 # ------------------------------------------------------------------------------------------------------ NEU-Seg's turns
 
 

@@ -247,23 +247,6 @@ def test_subset_refuses_what_is_no_share(nuts: SegmentationData, share: float) -
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_names(root: Path) -> None:
-    with pytest.raises(
-        DataError, match="no segmentation set 'mvtec_ad/bottle': choose mvtec_ad/metal_nut or synthetic"
-    ):
-        load_segmentation("mvtec_ad/bottle", "nut", "paper", SIZE, root=root)
-    with pytest.raises(ValueError, match="unknown target 'bore': use one of nut, defect"):
-        load(root, "bore", "paper")
-    with pytest.raises(ValueError, match="unknown split 'random': use one of paper, good"):
-        load(root, "nut", "random")
-    with pytest.raises(ValueError, match="good images have no defect to learn from"):
-        load(root, "defect", "good")
-    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
-        load_segmentation("synthetic_nut", "nut", "paper", 0, root=root)
-    with pytest.raises(DataError, match=r"metal_nut does not exist: run `python data_scripts/mvtec_ad\.py --category"):
-        load_segmentation(METAL_NUT, "nut", "paper", SIZE, root=root)
-
-
 def test_list_and_set_that_do_not_fit(root: Path, tmp_path: Path) -> None:
     """A set of another size than the published one, under the published one's name."""
     folder = tmp_path / METAL_NUT
