@@ -33,7 +33,7 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
     """Compute one row and seed unless `runs/<profile>/` has it already, and keep the result there.
 
     An interrupted training leaves a checkpoint and is continued by the next call. `seconds` of the record are those of
-    all sittings, without those of other rows, which have records of their own.
+    all calls, without those of other rows, which have records of their own.
     """
     folder, settings = runs.runs_dir(runs.check_profile(profile)), row.settings
     prints = row.fingerprints(settings)
@@ -82,7 +82,7 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
 
 
 def seconds_before(checkpoint: Path) -> float:
-    """Seconds of training in earlier sittings, from the checkpoint that they left; 0 without one."""
+    """Seconds of training in earlier calls, from the checkpoint that they left; 0 without one."""
     try:
         with safe_open(checkpoint, framework="pt") as file:
             return float(json.loads(file.metadata()["header"])["seconds"])

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from defectlab import runs
 from defectlab.provenance import pick_device
 from defectlab.verdicts import page
-from defectlab.verdicts.page import Outcome
+from defectlab.verdicts.page import NotebookStatus
 
 PARAMETERS = ("profile", "device", "seeds", "minutes")  # all that a notebook's `parameters` cell may hold
 PACKAGE = Path(__file__).resolve().parent
@@ -99,14 +99,14 @@ def prepare_environment(jobs: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
-def execute(notebook: Notebook, deadline: float) -> Outcome:
+def execute(notebook: Notebook, deadline: float) -> NotebookStatus:
     """Run one, unless it is finished or the time is up, and tell it how many minutes are left. What it prints goes to
     `<name>.log` at once, the notebook is saved after every cell, and kept as `<name>.error.ipynb` where it fails."""
     started, status, error = time.monotonic(), "failed", ""
     if notebook.finished:
-        return Outcome(notebook.name, "done before", notebook.seconds, "")
+        return NotebookStatus(notebook.name, "done before", notebook.seconds, "")
     if started >= deadline:
-        return Outcome(notebook.name, "not started", 0.0, "the minutes were used up")
+        return NotebookStatus(notebook.name, "not started", 0.0, "the minutes were used up")
     given, running = dict(notebook.parameters), notebook.beside(".running.ipynb")
     if deadline < math.inf:
         given["minutes"] = round((deadline - started) / 60, 2)
@@ -129,10 +129,10 @@ def execute(notebook: Notebook, deadline: float) -> Outcome:
         running.replace(notebook.beside(".error.ipynb" if error else ".ipynb"))
     for suffix in (".ipynb", ".html") if error else (".error.ipynb", ".error.html"):
         notebook.beside(suffix).unlink(missing_ok=True)  # of an earlier source: no longer true
-    return Outcome(notebook.name, status, time.monotonic() - started, error.split("\n")[0])
+    return NotebookStatus(notebook.name, status, time.monotonic() - started, error.split("\n")[0])
 
 
-def run_all(notebooks: list[Notebook], minutes: float | None, jobs: int) -> list[Outcome]:
+def run_all(notebooks: list[Notebook], minutes: float | None, jobs: int) -> list[NotebookStatus]:
     """Run what is not finished, `jobs` at a time; a line for each as it ends, with an estimate by what each took before
     (one that never ran: as the mean of the others)."""
     began, outcomes = time.monotonic(), []

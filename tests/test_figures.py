@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 
 from defectlab import figures
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
-from defectlab.figures import anomaly, common, detection, instances
+from defectlab.figures import anomaly, detection, instances
 
 RED, GREY = (200, 20, 30), (90, 90, 90)
 
@@ -30,7 +30,7 @@ OF_ROWS = (
     figures.training_curves, anomaly.score_histograms, detection.precision_recall_curves, detection.per_class_bars,
 )  # fmt: skip
 OF_ONE = (anomaly.examples, detection.examples, detection.confusion)
-OF_IMAGES = (detection.boxed, common.image_grid, lambda shown: instances.overlaid(shown, [], ()))
+OF_IMAGES = (detection.boxed, figures.image_grid, lambda shown: instances.overlaid(shown, [], ()))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,17 @@ def test_losses_of_different_height_begin_at_one() -> None:
     (axis,) = drawn(figures.training_curves(records, ["loss"], first_is_one=True))
     assert [line.get_ydata().tolist() for line in axis.lines] == [[1, 0.5, 0.25]] * 3
     assert "epoch 1" in axis.get_title()
+
+
+@pytest.mark.parametrize("scalars", ["a", "ab", "abcdef"])
+def test_the_legend_of_many_rows_lies_inside_the_figure(scalars: str) -> None:
+    curve = {name: [2.0, 1.0] for name in scalars}
+    figure = figures.training_curves({f"context-guided fusion {k}": [record(curve=curve)] for k in range(5)})
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert len(legend.get_texts()) == 5
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
 
 
 def test_a_graph_keeps_the_colours_of_thin_lines() -> None:

@@ -219,7 +219,7 @@ def test_a_speed_is_shown_with_the_range_of_its_network_and_not_judged(toy: Proj
     write(toy, "small", (80.0,), profile="quick", costs=network | {"latency_ms": 99.0}, device="another")
     write(toy, "large", (80.0,), profile="quick", costs={"gflops": 9.9, "latency_ms": 1.0})  # another network
     (one,) = toy.judged()
-    assert one.verdict == "not judged: a timing holds for its device and sitting"
+    assert one.verdict == "not judged: timings of different runs are not compared"
     line = claims_table("toy", "paper").iloc[0]
     assert line["compared"] == "large, latency (ms, batch 1), on one GPU"
     assert line["difference"] == "14.69 to 42.44 ms in 2 records (at most 33.3 ms)"
@@ -232,7 +232,7 @@ def test_speeds_of_two_rows_are_not_compared(toy: Project) -> None:
     assert list(toy.verdicts().values()) == ["not run yet: small"] * 3
     write(toy, "small", (79.9, 80.0, 80.1), costs={"latency_ms": 3.0})
     speed, better, size = toy.judged()
-    assert speed.verdict == "not judged: timed in different sittings"
+    assert speed.verdict == "not judged: timings of different runs are not compared"
     assert size.verdict == "cannot be judged (the records lack the cost)"
     assert speed.value is size.value is None and claims_table("toy", "paper")["difference"][0] == "–"
     assert better.verdict == "supports"  # and Holm counts the tested claims alone
@@ -259,7 +259,7 @@ def test_a_broken_record_is_said_on_the_page(toy: Project) -> None:
     write(toy, "large", (80.0,))
     next(runs.recorded_dir().glob("*.json")).write_text("{<")
     with pytest.raises(page.IncompletePage, match=r"A toy study, Toys: .*is not a readable record") as raised:
-        page.write_page("quick", [page.Outcome("03_a", "failed", 1800.0, "ValueError: a < b")])
+        page.write_page("quick", [page.NotebookStatus("03_a", "failed", 1800.0, "ValueError: a < b")])
     text = raised.value.path.read_text()
     assert "This table could not be built" in text and "ValueError: a &lt; b" in text  # escaped
     assert "Failed: 03_a." in text and "0.50 hours in all" in text

@@ -21,7 +21,7 @@ from defectlab.__main__ import main
 from defectlab.reproduce import numbered_notebooks
 from defectlab.studies import Study
 from defectlab.verdicts import page
-from defectlab.verdicts.page import Outcome
+from defectlab.verdicts.page import NotebookStatus
 
 LITERALS = 'profile = "smoke"\ndevice = "auto"\nseeds = None\nminutes = None'
 
@@ -287,12 +287,12 @@ def toy_study(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = {"main": "its table", "broken": "its other table"}
     monkeypatch.setattr(page, "STUDIES", ("toy",))
     monkeypatch.setattr(page, "study", lambda name: Study("A <study>", {"smoke": {}}, tables, (("image_auroc",),)))
-    monkeypatch.setattr(page.report, "results_table", results_table)
-    monkeypatch.setattr(page.report, "claims_table", lambda name, profile, store: pd.DataFrame())
+    monkeypatch.setattr(page.tables, "results_table", results_table)
+    monkeypatch.setattr(page.tables, "claims_table", lambda name, profile, store: pd.DataFrame())
 
 
 def test_a_table_that_cannot_be_built_says_so_in_its_place(toy_study, toys, kept, no_kernel, capsys):
-    results = [Outcome("03_a", "done", 1800.0, ""), Outcome("20_b", "failed", 1800.0, "ValueError: a < b")]
+    results = [NotebookStatus("03_a", "done", 1800.0, ""), NotebookStatus("20_b", "failed", 1800.0, "ValueError: a < b")]
     with pytest.raises(page.IncompletePage, match=r"its other table: x\.json is not a readable record") as raised:
         page.write_page("smoke", results)
     text = raised.value.path.read_text()

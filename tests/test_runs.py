@@ -170,7 +170,7 @@ def test_second_call_reads_and_does_not_compute(root: Path) -> None:
         fakes.run(profile="fast")
 
 
-def test_seconds_are_those_of_all_sittings_and_the_checkpoint_goes(root: Path) -> None:
+def test_seconds_are_those_of_all_calls_and_the_checkpoint_goes(root: Path) -> None:
     def interrupted(seed: int, context: Context) -> Result:
         context.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         header = {"header": json.dumps({"epoch": 1, "seconds": 1234.5})}

@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 
 from defectlab.data.augment import plain
 from defectlab.data.detection import DetectionSplit
-from defectlab.figures import Rows, frame, nothing_yet, panels
+from defectlab.figures import Rows, frame, legend_above, nothing_yet, panels
 from defectlab.metrics import detection as metrics
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import decode
@@ -87,7 +87,7 @@ def boxed(
             _draw_ground_truth(axis, ground_truth[index], predictions[index], names, threshold)
         if coloured is not None:
             shown |= _draw_coloured(axis, coloured[index], names if tags else None, threshold)
-    handles = [Line2D([], [], color=_colour(label), label=names.get(label, label)) for label in sorted(shown)]
+    handles = [Line2D([], [], color=class_colour(label), label=names.get(label, label)) for label in sorted(shown)]
     if both:
         handles.insert(0, Line2D([], [], color="white", linewidth=0.8, path_effects=OUTLINE, label="ground truth"))
     if handles:
@@ -117,7 +117,7 @@ def examples(record: Record | None, columns: int = 4, width: float = 9.0, thresh
     return boxed(images, in_small(ground_truth), in_small(predictions), titles, class_names, columns, width, threshold)
 
 
-def _colour(label: int) -> str:
+def class_colour(label: int) -> str:
     return CLASS_COLOURS[label % len(CLASS_COLOURS)]
 
 
@@ -148,7 +148,7 @@ def _draw_coloured(
     entries = zip(found["boxes"].tolist(), found["labels"].tolist(), scores, strict=True)
     entries = [entry for entry in entries if entry[2] is None or entry[2] >= threshold]
     for box, label, score in reversed(entries):
-        colour = _colour(label)
+        colour = class_colour(label)
         _outline(axis, box, edgecolor=colour, linewidth=1.3)
         if names is None:
             continue
@@ -217,7 +217,7 @@ def per_class_bars(records: Rows, metric: str = "map50") -> Figure:
     figure, axis = plt.subplots(figsize=(max(4.5, 1.45 * len(means)), 2.8))
     means.plot.bar(ax=axis, yerr=spread, rot=0, width=0.8, alpha=0.75, legend=False)
     axis.set(xlabel="", ylabel=f"{AP_NAMES[metric]} / %", ylim=(0, 100))
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    legend_above(figure, axis.get_legend_handles_labels()[0])
     return figure
 
 

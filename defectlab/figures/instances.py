@@ -13,7 +13,7 @@ from torch import Tensor
 
 from defectlab.data.instances import InstanceSplit
 from defectlab.figures import image_axes, nothing_yet
-from defectlab.figures.detection import CLASS_COLOURS
+from defectlab.figures.detection import CLASS_COLOURS, class_colour
 
 STRENGTH = 0.4  # of a mask's colour over the image: defects stay visible below it
 
@@ -74,7 +74,7 @@ def overlaid(
         axis.set_title(title, fontsize=7)
         if captions:
             axis.set_xlabel(captions[index], fontsize=7, labelpad=2)
-    handles = [Patch(color=_colour(label), label=name) for label, name in enumerate(class_names)]
+    handles = [Patch(color=class_colour(label), label=name) for label, name in enumerate(class_names)]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False, fontsize=8)
     return figure
 
@@ -85,14 +85,10 @@ def _draw(axis: Axes, one: Shown) -> None:
     scores = one.boxes["scores"].tolist() if "scores" in one.boxes else [None] * len(one.boxes["labels"])
     entries = zip(one.boxes["boxes"].tolist(), one.boxes["labels"].tolist(), scores, strict=True)
     for (x1, y1, x2, y2), label, score in reversed(list(entries)):  # the surest on top
-        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=_colour(label), linewidth=1.1))
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=class_colour(label), linewidth=1.1))
         if score is not None:
             above = "bottom" if y1 > 0.08 * height else "top"  # off the mask where there is room
             place = {"ha": "left", "va": above, "fontsize": 5, "clip_on": True}
-            look = {"facecolor": _colour(label), "edgecolor": "none", "pad": 0.3, "alpha": 0.85}
+            look = {"facecolor": class_colour(label), "edgecolor": "none", "pad": 0.3, "alpha": 0.85}
             axis.text(max(x1, 0), max(y1, 0), f"{score:.2f}", color="black", bbox=look, **place)
     axis.set(xlim=(0, width), ylim=(height, 0))
-
-
-def _colour(label: int) -> str:
-    return CLASS_COLOURS[label % len(CLASS_COLOURS)]

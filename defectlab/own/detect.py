@@ -17,7 +17,7 @@ from defectlab import runs
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionData, DetectionSplit
 from defectlab.data.images import IMAGE_SUFFIXES, decode, find_files, letterbox
 from defectlab.data.own_folder import load_folder
-from defectlab.figures.detection import CLASS_COLOURS, boxed
+from defectlab.figures.detection import boxed, class_colour
 from defectlab.files import DataError, write_atomically, write_json
 from defectlab.metrics.detection import Boxes, examples
 from defectlab.networks.yolo.model import SCALES, Detector, build_detector
@@ -226,6 +226,6 @@ def draw(
     pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
     pixels = pixels.view(image.height, image.width, 3).movedim(-1, 0)  # (3, H, W)
     tags = [f"{class_names[label]} {score:.2f}" for label, score in zip(labels.tolist(), scores.tolist(), strict=True)]
-    colours = [CLASS_COLOURS[label % len(CLASS_COLOURS)] for label in labels.tolist()]
+    colours = [class_colour(label) for label in labels.tolist()]
     drawn = draw_bounding_boxes(pixels, boxes, tags, colours, width=2)
     return Image.fromarray(drawn.movedim(0, -1).numpy())

@@ -45,7 +45,7 @@ def read(path: Path, kinds: Mapping[str, Callable[..., Any]], remedy: str) -> Sa
         kind = kinds[texts["model"]]
         header = {name: json.loads(text) if text[:1] in "[{" else text for name, text in texts.items()}
         fields = {name: tuple(v) if isinstance(v, list) else v for name, v in header["settings"].items()}
-        fields.pop("mixup", None)  # a setting of models saved while there was mixup
+        fields.pop("mixup", None)  # mixup: a setting of older model files, ignored
         return Saved(path, kind(**fields), float(header["dev"]["threshold"]), header, tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is no model that this program saved ({first_line(error)}): {remedy}") from error

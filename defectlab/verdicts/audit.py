@@ -53,7 +53,7 @@ class PrintedNumbers:
         that difference in per cent of the smaller number."""
         lines = []
         for said in printed_table(self.study, "audit/text_gains"):
-            if not said["a_row"]:  # of no one number of a table
+            if not said["a_row"]:  # not about a single table number
                 continue
             a, *b = (
                 self.printed(said["metric"], said[f"{x}_table"], said[f"{x}_row"]) for x in "ab" if said[f"{x}_row"]

@@ -5,7 +5,7 @@ Claims are data (`results/papers/<study>/claims.toml`). Three kinds:
 - "gain": metric of row `a` less that of row `b`, in points;
 - "order": the gain at some defect `types` minus the mean gain over all types: a difference of differences;
 - "bound": a cost of `a`, or its ratio to that of `b`, is `at_most` or `at_least` a number. Records do not show that two
-  speeds were timed in one sitting, so bounds of timed costs are shown and not judged.
+  speeds were timed in one run, so bounds of timed costs are shown and not judged.
 """
 
 import math
@@ -32,6 +32,8 @@ from defectlab.verdicts.measured import (
 
 Claim = dict[str, Any]
 Found = Mapping[str, Mapping[str, list[Record]]]  # profile -> row -> its records, the best profile first
+
+NOT_COMPARED = "not judged: timings of different runs are not compared"
 
 
 @dataclass(frozen=True)
@@ -160,13 +162,12 @@ def _bound(claim: Claim, sides: list[list[Record]], profile: str, found: Found) 
         return Judged(claim, n, "cannot be judged (the records lack the cost)", profile)
     if COSTS[metric].timed:
         if "b" in claim:
-            return Judged(claim, n, "not judged: timed in different sittings", profile)
+            return Judged(claim, n, NOT_COMPARED, profile)
         device, network = sides[0][0].device, _network(sides[0][0])
         every = {r.path: r for rows in found.values() for records in rows.values() for r in records}.values()
         timings = (value_of(r, metric) for r in every if r.device == device and _network(r) == network)
         values = tuple(v for v in timings if math.isfinite(v))
-        verdict = "not judged: a timing holds for its device and sitting"
-        return Judged(claim, n, verdict, profile, value=means[0], values=values, device=device)
+        return Judged(claim, n, NOT_COMPARED, profile, value=means[0], values=values, device=device)
     value = means[0] / means[1] if "b" in claim else means[0]
     slack = 1e-9 * value  # a ratio of equal costs is 1, whatever the means of several seeds round to
     holds = value - slack <= claim["at_most"] if "at_most" in claim else value + slack >= claim["at_least"]
@@ -213,7 +214,7 @@ def compared(judged: Judged) -> str:
     return f"{rows}, {METRIC_NAMES[claim['metric']]}{types}" + (f", on {judged.device}" if judged.device else "")
 
 
-def outcome(judged: Judged) -> str:
+def measured_text(judged: Judged) -> str:
     """'+0.4' (points), '×1.12 (at most ×1.25)', '3.16 M (at most 3.5 M)' or, timed, '14.69 to 42.44 ms in 3 records (at
     most 33.3 ms)'; '–' where nothing could be measured."""
     claim, metric = judged.claim, judged.claim["metric"]

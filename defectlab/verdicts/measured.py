@@ -70,7 +70,7 @@ class Cost(NamedTuple):
     unit: str
     digits: int  # after the point
     higher_is_better: bool = False
-    timed: bool = False  # then it depends on the device and on the sitting
+    timed: bool = False  # then it holds for its device and its run alone
 
 
 COSTS = {

@@ -21,7 +21,7 @@ from defectlab.verdicts import claims, stats
 from defectlab.verdicts.measured import BOOTSTRAPPED, COSTS, METRIC_NAMES, bootstrap_level, value_of, within, written
 
 BEST_FIRST = ("paper", "quick")  # the profiles of committed records
-NEAR_100 = 98.0  # per cent: from here on seeds say less than images
+NEAR_100 = 98.0  # per cent: from here on the interval is that over images, narrower and below 100
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RecordStore:
 
     @property
     def shown_profile(self) -> str:
-        """The profile in whose terms an unrecorded row is spoken of: this machine's own, in smoke quick."""
+        """The profile named for a row without a record: this machine's own, in smoke quick."""
         return "quick" if self.profile == "smoke" else self.profile
 
     @property
@@ -285,7 +285,7 @@ def claims_table(study_name: str, profile: str, store: RecordStore | None = None
             {
                 "claim": judged.claim["id"].replace("_", " ") + (" (primary)" if judged.claim["primary"] else ""),
                 "compared": claims.compared(judged),
-                "difference": claims.outcome(judged),
+                "difference": claims.measured_text(judged),
                 "95 % over seeds": over_seeds,
                 "95 % over images": over_images,
                 "n": judged.n or "–",
@@ -306,9 +306,9 @@ def findings(study_name: str, profile: str) -> str:
         if judged.difference:
             over_seeds, over_images = _intervals(judged)
             interval = f"{over_images} over test images" if judged.n == 1 else f"{over_seeds} over {judged.n} seeds"
-            said.append(f"{claims.outcome(judged)} points, {interval}")
+            said.append(f"{claims.measured_text(judged)} points, {interval}")
         elif judged.value is not None:
-            said.append(claims.outcome(judged))
+            said.append(claims.measured_text(judged))
         lines.append(": ".join([*said, judged.verdict]))
     recorded = [store.recorded_of(of, name) for name in of.rows[store.profile]]
     used = {r.key: r for records, _ in recorded for r in records}
