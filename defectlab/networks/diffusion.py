@@ -1,20 +1,17 @@
 """Denoising diffusion: the noise schedule, the network that predicts the noise, samples, and features of its decoder.
 
-Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239. An image x_0 loses its signal over
-`steps` steps of
-
-    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                                       (their eq. 2)
-
-so that, with alpha_hat_t the product of (1 - beta_s) over s up to t, any step is reached at once:
+Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239. Noise is added to an image x_0 in `steps`
+steps, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (their eq. 2). With alpha_hat_t the product of
+(1 - beta_s) over s up to t, this gives x_t directly:
 
     x_t = sqrt(alpha_hat_t) x_0 + sqrt(1 - alpha_hat_t) noise,  noise ~ N(0, I)                    (their eq. 4)
 
-A U-Net learns to predict the noise from x_t and t (their eq. 14), which gives the mean of the way back,
+A U-Net learns to predict the noise from x_t and t (their eq. 14), which gives the mean of the reverse step
 q(x_{t-1} | x_t) (their eqs. 3 and 11). Timesteps count from 0 here: alpha_hat[0] holds one factor.
 
 Features: Baranchuk et al. 2022, "Label-Efficient Semantic Segmentation with Diffusion Models", arXiv 2112.03126. An
-image gets the noise of a small timestep, and what the decoder computes on the way to its answer is kept. They found the
-middle blocks at small timesteps the most informative, and resized all maps to one scale; here they stay at their own.
+image gets the noise of a small timestep, and the decoder's intermediate maps are kept. They found the middle blocks at
+small timesteps the most informative, and resized all maps to one scale; here each map keeps its own.
 """
 
 from __future__ import annotations
@@ -50,18 +47,13 @@ class DiffusionSettings:
     size: int = 64  # px per side; D3N section IV-A
     channels: tuple[int, int, int] = (128, 256, 512)  # per level, finest first; ours: D3N has 512 channels to compress
     layers: int = 2  # residual blocks per level on the way down, one more on the way up; ours: Ho et al. appendix B
-    attention: tuple[bool, bool, bool] = (
-        False,
-        False,
-        True,
-    )  # per level; ours: at 16x16 alone, as Ho et al. appendix B
+    attention: tuple[bool, bool, bool] = (False, False, True)  # per level; ours: at 16x16 alone, Ho et al. appendix B
     steps: int = 1000  # D3N section IV-A
     learning_rate: float = 5e-6  # D3N section IV-A: Adam, a cosine from 5e-6 ...
     final_rate: float = 0.01  # ... to 5e-8, this part of the first
     batch: int = 2  # D3N section IV-A
-    # ours: D3N is silent. Adam moves a weight by at most about the rate in a step, so too few steps at 5e-6 learn
-    # nothing: 200 epochs of 1,296 images are 129,600 steps, whose rates sum to 0.3, where a weight of the coarsest
-    # level starts at 0.015 at most
+    # ours: D3N is silent. Adam moves a weight by at most about the rate per step: the rates of 200 epochs (129,600
+    # steps with 1,296 images) sum to 0.3, and a weight of the coarsest level starts at 0.015 at most
     epochs: int = 200
     average: float = 0.9999  # EMA of the weights, what is used afterwards; ours: Ho et al. appendix B
     average_ramp: float = 2000.0  # steps: the EMA starts short; ours
@@ -92,10 +84,8 @@ def q_sample(clean: Tensor, timesteps: Tensor, noise: Tensor, alpha_hat: Tensor)
 def noise_loss(
     unet: nn.Module, clean: Tensor, timesteps: Tensor, noise: Tensor, alpha_hat: Tensor
 ) -> dict[str, Tensor]:
-    """{"loss"}: mean squared error of the predicted noise, Ho et al. eq. 14. Arguments as of `q_sample`.
-
-    Predicting no noise at all costs 1.
-    """
+    """{"loss"}: mean squared error of the predicted noise (1 where it predicts none), Ho et al. eq. 14. Arguments as of
+    `q_sample`."""
     predicted = unet(q_sample(clean, timesteps, noise, alpha_hat), timesteps).sample  # (B, C, H, W)
     return {"loss": functional.mse_loss(predicted.to(noise.dtype), noise)}
 
@@ -106,8 +96,7 @@ def noise_loss(
 def build_unet(settings: DiffusionSettings, colours: int) -> UNet2DModel:
     """A U-Net of three levels, images (B, colours, size, size) and timesteps (B,) -> .sample of the same shape.
 
-    Its `config` knows the size, the colours and the number of timesteps. Raises ValueError for channels or sizes that
-    cannot be.
+    ValueError for channels, attention or a size that do not fit.
     """
     from diffusers import UNet2DModel
 
@@ -177,8 +166,7 @@ def sample_ddim(
 def level_outputs(unet: UNet2DModel) -> list[nn.Module]:
     """The last module of each level of the decoder before the map is scaled up, finest level first.
 
-    Ours: D3N is silent on which blocks. The last block of a level has seen all of its skip connections; one per
-    level gives each scale of a detector its map.
+    Ours: D3N is silent on which blocks. The last block of a level has all its skip connections as input.
     """
     return [(getattr(block, "attentions", None) or block.resnets)[-1] for block in reversed(unet.up_blocks)]
 
@@ -194,8 +182,8 @@ def decoder_features(
 ) -> list[Tensor]:
     """Decoder features of uint8 images (B, C, S, S): float32 maps (B, K, h, w), finest first, h = w = S, S/2, S/4.
 
-    Each timestep has one noise map, drawn from `noise_seed` and the same for every image, so that an image's
-    features depend on the image alone. The computation is in the precision of the caller's autocast.
+    Each timestep has one noise map, drawn from `noise_seed` and the same for every image, so that an image's features
+    depend on the image alone. The caller's autocast sets the precision.
 
     Args:
         combine: of the timesteps' maps, "mean" (K = the level's channels) or "concat" (K = channels x timesteps).

@@ -7,6 +7,7 @@ features of these three layers: at stride 4, 8 and 16, with (64, 128, 256) chann
 
 import hashlib
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -28,11 +29,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Teacher(nn.Module):
-    """Layers 1-3 of a torchvision ResNet, frozen; always in eval mode, whatever `train()` says.
-
-    Eval mode is not only a habit here: weights with fused batch norms (running mean 0 and variance 1 by
-    construction) would compute something else in train mode.
-    """
+    """Layers 1-3 of a torchvision ResNet, frozen; always in eval mode, also after `train()`: weights with fused batch
+    norms (running mean 0 and variance 1 by construction) would give other features in train mode."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -68,18 +66,12 @@ def base_name(name: str) -> str:
     return architecture
 
 
-def local_weights(name: str) -> Path | None:
-    """A safetensors file of this teacher in the weights folder (DEFECTLAB_WEIGHTS), the first by name, or None."""
-    folder = weights_dir()
-    return min(folder.glob(f"{name}[._]*safetensors"), default=None) if folder else None
-
-
 def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
     """The teacher `name` with ImageNet weights on `device`.
 
-    Weights come from a file `<name>.safetensors` or `<name>_<anything>.safetensors` in DEFECTLAB_WEIGHTS (torchvision's
-    keys, at least the stem and layers 1-3), else from torchvision's own cache. Nothing is downloaded and nothing is
-    replaced by random numbers: `<name>_random`, seeded, is for smoke runs, and has to be asked for by this name.
+    Weights come from `<name>.safetensors` or `<name>_<anything>.safetensors` in DEFECTLAB_WEIGHTS, the first by name
+    (torchvision's keys, at least the stem and layers 1-3), else from torchvision's own cache. Nothing is downloaded.
+    Only `<name>_random`, for smoke runs, has random weights; they are seeded.
 
     Raises:
         WeightsError: unknown name, weights not there, or keys that do not fit.
@@ -90,9 +82,7 @@ def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
             torch.default_generator.manual_seed(0)  # the CPU's alone: torch.manual_seed would seed the GPUs, too
             return Teacher(name).to(device)
     teacher = Teacher(name)
-    path = local_weights(architecture)
-    if path is None:
-        path = _torchvision_file(architecture)
+    path = _weights_file(architecture)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".pth" else load_file(path)
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -101,9 +91,10 @@ def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
     return teacher.to(device)
 
 
-def _torchvision_file(architecture: str) -> Path:
-    weights = ARCHITECTURES[architecture][1]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+def _weights_file(architecture: str) -> Path:
+    folder = weights_dir()
+    local = min(folder.glob(f"{architecture}[._]*safetensors"), default=None) if folder else None
+    path = local or Path(torch.hub.get_dir()) / "checkpoints" / Path(ARCHITECTURES[architecture][1].url).name
     if not path.exists():
         raise WeightsError(
             f"no ImageNet weights for the teacher {architecture}: put {architecture}.safetensors into the folder "
@@ -115,12 +106,8 @@ def _torchvision_file(architecture: str) -> Path:
 
 
 def _load(teacher: Teacher, state: dict[str, Tensor], path: Path) -> None:
-    stem = {"conv1": "stem.0", "bn1": "stem.1"}
     wanted = {k for k in teacher.state_dict() if k not in ("mean", "std") and not k.endswith("batches_tracked")}
-    renamed = {}
-    for key, value in state.items():
-        first, _, rest = key.partition(".")
-        renamed[f"{stem.get(first, first)}.{rest}"] = value
+    renamed = {re.sub(r"^conv1\b", "stem.0", re.sub(r"^bn1\b", "stem.1", k)): value for k, value in state.items()}
     missing = sorted(wanted - renamed.keys())
     if missing:
         raise WeightsError(
@@ -145,14 +132,9 @@ def fingerprint(teacher: Teacher) -> str:
 
 @torch.no_grad()
 def extract(teacher: Teacher, images: Tensor, dtype: torch.dtype, batch: int = 32) -> list[Tensor]:
-    """Teacher features of all images, computed once.
+    """Teacher features of uint8 images (N, 3, H, W) on its device: three maps (N, C, h, w), channels last in memory.
 
-    Args:
-        images: uint8 (N, 3, H, W) on the teacher's device.
-        dtype: of the cache (bfloat16 or float32); the teacher itself computes in float32.
-
-    Returns:
-        Three tensors (N, C, h, w), in channels-last memory order.
+    The teacher computes in float32; `dtype` (bfloat16 or float32) is that of the features.
     """
     with full_float32():
         parts = [[f.to(dtype) for f in teacher(chunk)] for chunk in images.split(batch)]

@@ -3,8 +3,7 @@ Embedding", CVPR 2022, arXiv 2201.10703: section 3.2 (bottleneck), section 3.1 (
 (map and score).
 
 The student never sees the image. It reads the teacher's three feature maps through a narrow one-class embedding and
-has to give the same three maps back, coarse to fine. Trained on good parts only, it restores what good parts have, and
-what it fails to restore is the anomaly.
+reconstructs them, coarse to fine. It is trained on good parts only, so what it fails to reconstruct is the anomaly.
 """
 
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -64,9 +62,8 @@ def downsample_to(inputs: int, outputs: int, steps: int) -> nn.Sequential:
 class ResidualBlock(nn.Module):
     """A ResNet block that keeps, halves (`scale="down"`) or doubles (`scale="up"`) the resolution.
 
-    Doubling uses a 2x2 transposed convolution where the encoder's block has its stride. `bottleneck` picks the 1-3-1
-    block, its width the output's divided by this number (4 for ResNet-50, 2 for WideResNet-50-2); 0 is the 3-3 block of
-    ResNet-18. The student mirrors its teacher.
+    Doubling uses a 2x2 transposed convolution where the encoder's block has its stride. `bottleneck` is 0 for the 3-3
+    block of ResNet-18, else the 1-3-1 block's ratio of output width to inner width (ResNet-50: 4, WideResNet-50-2: 2).
     """
 
     def __init__(self, inputs: int, outputs: int, scale: str = "same", bottleneck: int = 0):
@@ -105,10 +102,8 @@ class MultiScaleFusion(nn.Module):
 
     def __init__(self, channels: tuple[int, int, int]):
         super().__init__()
-        last = channels[-1]
-        self.align = nn.ModuleList(
-            [downsample_to(channels[0], last, 2), downsample_to(channels[1], last, 1), nn.Identity()]
-        )
+        first, second, last = channels
+        self.align = nn.ModuleList([downsample_to(first, last, 2), downsample_to(second, last, 1), nn.Identity()])
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """[(B, C1, 4h, 4w), (B, C2, 2h, 2w), (B, C3, h, w)] -> (B, 3 C3, h, w)."""
@@ -151,9 +146,11 @@ class ReverseDecoder(nn.Module):
 class ReverseDistillation(nn.Module):
     """RD4AD's student: multi-scale fusion, one-class embedding, reverse decoder."""
 
-    def __init__(self, channels: tuple[int, int, int], bottleneck: int):
+    def __init__(
+        self, channels: tuple[int, int, int], bottleneck: int, fusion: type[MultiScaleFusion] = MultiScaleFusion
+    ):
         super().__init__()
-        self.fusion = MultiScaleFusion(channels)
+        self.fusion = fusion(channels)
         self.embedding = OneClassEmbedding(3 * channels[2], 2 * channels[2], bottleneck)
         self.decoder = ReverseDecoder(channels, bottleneck)
 
@@ -165,8 +162,8 @@ class ReverseDistillation(nn.Module):
 def initialise(network: nn.Module) -> None:
     """Kaiming-normal convolutions (fan out, ReLU), in place; the official code does so for all but the transposed ones.
 
-    PyTorch's default weights are about 2.5 times smaller, and since a norm follows every convolution that makes the
-    first steps of a short training too large: `results/tried.md` has the numbers.
+    PyTorch's default weights are about 2.5 times smaller. A norm follows every convolution, so that the first steps of
+    a short training would then be too large (numbers in `results/tried.md`).
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -194,10 +191,7 @@ def whole_map_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
 
     Not the paper's formula: strong positions weigh more here, weak ones hardly at all.
     """
-    flat = [
-        [rearrange(at_least_float32(f), "b c h w -> b (c h w)") for f in pair]
-        for pair in zip(teacher, student, strict=True)
-    ]
+    flat = ([at_least_float32(f).flatten(1) for f in pair] for pair in zip(teacher, student, strict=True))
     return sum((1 - functional.cosine_similarity(t, s, dim=1)).mean() for t, s in flat)
 
 
@@ -259,9 +253,9 @@ def to_maps(settings: RD4ADSettings, teacher: list[Tensor], student: list[Tensor
 
 
 class AnomalyMapper(nn.Module):
-    """Images -> anomaly maps, by a frozen teacher and a network that gives the teacher's features back; in eval mode.
+    """Images -> anomaly maps, by a frozen teacher and a network that reconstructs its features; in eval mode.
 
-    `network` is fresh until trained weights are loaded into it.
+    `network` has fresh weights.
 
     Args:
         build: (settings, the teacher's channels, its bottleneck) -> network.

@@ -6,6 +6,7 @@ Networks of segmentation_models_pytorch, and Attention U-Net (Oktay et al. 2018,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -53,17 +54,15 @@ class SegmentationSettings:
 
 
 def load_encoder(name: str, output_stride: int = 32) -> ResNetEncoder:
-    """A ResNet with the teacher's ImageNet weights in stem and layers 1-3; layer 4 starts at random.
+    """A ResNet with the teacher's ImageNet weights in stem and layers 1-3; float images (B, 3, S, S) -> six maps: the
+    image itself, then strides 2, 4, 8, 16, 32 (or less).
 
-    So it is for every weights file, also one that holds layer 4: all are treated alike. The pretrained norms are frozen
-    (`freeze_norms`), those of layer 4 are ordinary ones.
+    Layer 4 starts at random, also where the weights file holds it. The pretrained norms are frozen (`freeze_norms`),
+    those of layer 4 are ordinary ones.
 
     Args:
         name: "resnet18", "resnet50", or "<name>_random" (no weights, for smoke runs).
         output_stride: of the last map: 32, or 16 or 8 by dilation in place of the last one or two strides.
-
-    Returns:
-        Encoder of float images (B, 3, S, S): six maps, the image itself, then strides 2, 4, 8, 16, 32 (or less).
 
     Raises:
         ValueError: an unknown encoder or output stride. WeightsError: weights that are missing or do not fit.
@@ -86,11 +85,8 @@ def load_encoder(name: str, output_stride: int = 32) -> ResNetEncoder:
 
 
 def freeze_norms(module: nn.Module) -> None:
-    """Turn every batch norm inside `module` into a fixed affine map, in place.
-
-    Weights with fused norms (running mean 0 and variance 1 by construction, as in the file at hand) would compute
-    something else in train mode, and eight images are few for statistics.
-    """
+    """Turn every batch norm inside `module` into a fixed affine map, in place: weights with fused norms would give
+    other features in train mode (see `Teacher`), and eight images are few for statistics."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, child.eps)
@@ -136,44 +132,37 @@ def as_dilated_depthwise(old: nn.Conv2d) -> DilatedDepthwise:
     return new
 
 
-def library_network(name: str, encoder: str) -> nn.Module:
-    """One of `OUTPUT_STRIDES` with an encoder of this architecture, all weights at random."""
+def build_comparator(name: str, encoder: str) -> nn.Module:
+    """One of `COMPARATORS` on the encoder of this name: float images (B, 3, S, S) -> logits (B, 1, S, S).
+
+    S is a multiple of the output stride. Raises ValueError for another name; errors of `load_encoder`.
+    """
     import segmentation_models_pytorch as smp
     from segmentation_models_pytorch.decoders.deeplabv3.decoder import SeparableConv2d
 
-    if name == "unet":
-        return smp.Unet(encoder, encoder_weights=None)
-    if name == "unetpp":
-        return smp.UnetPlusPlus(encoder, encoder_weights=None)
-    if name == "pspnet":  # all layers at stride 8, as published; the library's default stops after layer 2
-        return smp.PSPNet(encoder, encoder_weights=None, encoder_depth=5, upsampling=8, output_stride=8)
-    network = smp.DeepLabV3Plus(encoder, encoder_weights=None, encoder_output_stride=16)
+    if name == "attention_unet":
+        return AttentionUNet(encoder)
+    builders = {
+        "unet": smp.Unet,
+        "unetpp": smp.UnetPlusPlus,
+        "deeplabv3plus": partial(smp.DeepLabV3Plus, encoder_output_stride=16),
+        # all layers at stride 8, as published; the library's default stops after layer 2
+        "pspnet": partial(smp.PSPNet, encoder_depth=5, upsampling=8, output_stride=8),
+    }
+    if name not in builders:
+        raise ValueError(f"unknown network {name!r}: use one of {', '.join(COMPARATORS)}")
+    pretrained = load_encoder(encoder, OUTPUT_STRIDES[name])
+    network = builders[name](base_name(encoder), encoder_weights=None)
+    network.encoder = pretrained
     for module in list(network.decoder.modules()):
         if isinstance(module, SeparableConv2d) and module[0].dilation != (1, 1):
             module[0] = as_dilated_depthwise(module[0])
     return network
 
 
-def build_comparator(name: str, encoder: str) -> nn.Module:
-    """One of `COMPARATORS` on the encoder of this name: float images (B, 3, S, S) -> logits (B, 1, S, S).
-
-    S is a multiple of the output stride. Raises ValueError for another name; errors of `load_encoder`.
-    """
-    if name == "attention_unet":
-        return AttentionUNet(encoder)
-    if name not in OUTPUT_STRIDES:
-        raise ValueError(f"unknown network {name!r}: use one of {', '.join(COMPARATORS)}")
-    pretrained = load_encoder(encoder, OUTPUT_STRIDES[name])
-    network = library_network(name, base_name(encoder))
-    network.encoder = pretrained
-    return network
-
-
 class AttentionGate(nn.Module):
-    """Additive attention gate (Oktay et al. 2018, section 2, equations 1-2).
-
-    A place of the encoder's map passes as far as it agrees with what the coarser, decoded map says about it.
-    """
+    """Additive attention gate (Oktay et al. 2018, section 2, equations 1-2): the coarser, decoded map weighs each place
+    of the encoder's map."""
 
     def __init__(self, fine: int, coarse: int):
         super().__init__()
@@ -195,7 +184,7 @@ class AttentionGate(nn.Module):
 
 
 class AttentionUNet(nn.Module):
-    """Attention U-Net: the U-Net next to it in every part but the gates on its four skips."""
+    """Attention U-Net: the comparator "unet" with gates on its four skips."""
 
     def __init__(self, encoder: str):
         super().__init__()
