@@ -172,17 +172,6 @@ def test_standardised_features_have_mean_0_per_place_and_variance_1_per_channel(
     torch.testing.assert_close(y.square().mean((0, 2, 3)), variance, rtol=0, atol=1e-3)
 
 
-def test_a_map_that_all_images_share_is_left_out() -> None:
-    """The answer to the shared noise: whatever it is, latents and decoded features are the same."""
-    shared = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(1)) for x in features()]
-    both = [features(), [(x.float() + 2 * m).half() for x, m in zip(features(), shared, strict=True)]]
-    for method in ("resvae", "pca"):
-        fitted = [fit_compressor(replace(SMALL, method=method, ratio=2), x, 0, QUIET)[0] for x in both]
-        plain, added = (c.decode(c.encode(x)) for c, x in zip(fitted, both, strict=True))
-        for a, b in zip(plain, added, strict=True):
-            assert (a - b).abs().mean() < 0.02 * a.abs().mean()  # fp16 rounds the two sets differently
-
-
 def test_it_stays_frozen_inside_a_network_that_trains() -> None:
     compressor, _ = fit_compressor(SMALL, features(), 0, QUIET)
     hybrid = nn.ModuleDict({"compressor": compressor, "detector": nn.Conv2d(8, 1, 1)}).train()
