@@ -173,7 +173,7 @@ def test_fingerprints_follow_digests(synthetic: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", SYNTHETIC)
 def test_synthetic_sets_are_known_by_their_content(name: str, synthetic: Path) -> None:
     manifest = fetch.verify(synthetic / name, "")
-    assert manifest.fingerprint == SYNTHETIC[name].content, f"{name} is drawn otherwise: write the new fingerprint"
+    assert manifest.fingerprint[:16] == SYNTHETIC[name].content, f"{name} is drawn otherwise: write the new one"
     assert SYNTHETIC[name].content[:12] in manifest.source
 
 

@@ -21,13 +21,8 @@ SYNTHETIC, SIZE = "synthetic_steel_masks", 64
 
 
 @pytest.fixture(scope="module")
-def root(synthetic: Path) -> Path:
-    return synthetic
-
-
-@pytest.fixture(scope="module")
-def data(root: Path) -> instances.InstanceData:
-    return load_instances(SYNTHETIC, SIZE, root=root)
+def data(synthetic: Path) -> instances.InstanceData:
+    return load_instances(SYNTHETIC, SIZE, root=synthetic)
 
 
 # ---------------------------------------------------------------------------------------------------------- instances
@@ -93,15 +88,15 @@ def test_wide_maps_are_letterboxed():
 # ----------------------------------------------------------------------------------------------------- whole sets
 
 
-def test_synthetic_masks(data, root):
+def test_synthetic_masks(data, synthetic):
     parts = [set(split.names) for split in (data.train, data.dev, data.test)]
     assert [len(part) for part in parts] == [32, 4, 12] and len(set.union(*parts)) == 48
     assert all(name.startswith("images/test/") for name in parts[2])
     assert data.train.images.shape == (32, 1, SIZE, SIZE) and data.class_names == instances.CLASSES
-    assert data.fingerprint == instance_fingerprint(SYNTHETIC, root) and "specks left out" in data.report
+    assert data.fingerprint == instance_fingerprint(SYNTHETIC, synthetic) and "specks left out" in data.report
     for label in range(3):
         assert all((split.labels == label).any() for split in (data.train, data.test))
-    again = load_instances(SYNTHETIC, SIZE, root=root)
+    again = load_instances(SYNTHETIC, SIZE, root=synthetic)
     assert torch.equal(again.train.maps, data.train.maps) and again.train.names == data.train.names
 
 

@@ -104,7 +104,7 @@ def _list_files(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def write_manifest(folder: Path, name: str, source: str, note: str = "", archive_sha256: str | None = None) -> Manifest:
-    """Hash every file below `folder` and write its manifest.json atomically."""
+    """Hash every file below `folder` and write its manifest.json."""
     files = {path: (size, pooch.file_hash(folder / path, "sha256")) for path, size in _list_files(folder)}
     manifest = Manifest(name, note, source, archive_sha256, _fingerprint(files), dict(sorted(files.items())))
     write_json(folder / MANIFEST, asdict(manifest))
@@ -208,22 +208,6 @@ def _require_space(folder: Path, size: int) -> None:
         )
 
 
-def _open_archive(path: Path) -> zipfile.ZipFile | tarfile.TarFile:
-    if zipfile.is_zipfile(path):
-        return zipfile.ZipFile(path)
-    if tarfile.is_tarfile(path):
-        return tarfile.open(path)
-    raise DataError(f"{path} is damaged, or neither a zip nor a tar archive: fetch it again")
-
-
-def _check_member(name: str, is_plain: bool, archive: Path) -> None:
-    windows = PureWindowsPath(name)  # to it, "/" is a separator, too
-    if windows.anchor or ".." in windows.parts:
-        raise DataError(f"{archive} holds {name!r}, which lies outside its folder: do not use it")
-    if not is_plain:
-        raise DataError(f"{archive} holds {name!r}, a link or a device: do not use it")
-
-
 def unpack(archive: Path, folder: Path, members: str, limit: int = 2 * 2**30) -> None:
     """Unpack the files of a zip or tar (also .gz, .bz2, .xz) whose names match `members` into `folder`.
 
@@ -234,18 +218,25 @@ def unpack(archive: Path, folder: Path, members: str, limit: int = 2 * 2**30) ->
     wanted, total = re.compile(members), 0
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _open_archive(archive) as opened:
-            is_zip = isinstance(opened, zipfile.ZipFile)
+        is_zip = zipfile.is_zipfile(archive)
+        if not is_zip and not tarfile.is_tarfile(archive):
+            raise DataError(f"{archive} is damaged, or neither a zip nor a tar archive: fetch it again")
+        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
             for member in opened.infolist() if is_zip else opened:  # a tar in one pass: 5 GB are slow to read twice
                 if is_zip:
-                    name, size, is_file = member.filename, member.file_size, not member.is_dir()
+                    name, size, is_folder = member.filename, member.file_size, member.is_dir()
                     kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the writer was not a Unix
-                    _check_member(name, kind in (0, stat.S_IFREG, stat.S_IFDIR), archive)
+                    is_plain = kind in (0, stat.S_IFREG, stat.S_IFDIR)
                 else:
-                    name, size, is_file = member.name, member.size, member.isreg()
-                    _check_member(name, is_file or member.isdir(), archive)
+                    name, size, is_folder = member.name, member.size, member.isdir()
+                    is_plain = is_folder or member.isreg()
+                windows = PureWindowsPath(name)  # to it, "/" is a separator, too
+                if windows.anchor or ".." in windows.parts:
+                    raise DataError(f"{archive} holds {name!r}, which lies outside its folder: do not use it")
+                if not is_plain:
+                    raise DataError(f"{archive} holds {name!r}, a link or a device: do not use it")
                 match = wanted.fullmatch(name)
-                if match is None or not is_file:
+                if match is None or is_folder:
                     continue
                 total += size
                 if total > limit:

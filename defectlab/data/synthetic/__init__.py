@@ -23,35 +23,16 @@ from defectlab.data.synthetic.tiles import write_magnetic_tile, write_mvtec
 class Synthetic:
     label: str  # as printed in tables
     write: Callable[[Path], None]
-    content: str  # fingerprint of the manifest of what `write` gives; a test holds it, and a set of another is redone
+    content: str  # begin of the manifest's fingerprint of what `write` gives: a test holds it, another set is redone
 
 
 SYNTHETIC = {  # by the name that the readers take, which is the folder below the data root
-    "synthetic_tile": Synthetic(
-        "synthetic tiles",
-        write_magnetic_tile,
-        "aa48d0e534a41dc4b12a4f6b4424891b086b693a1a849db12e31cb7f7862c690",
-    ),
-    "synthetic_nut": Synthetic(
-        "synthetic nuts",
-        partial(write_mvtec, category="."),  # the set's folder is the category's
-        "caaa94f8f4c124fa8e1b1736aff8047b04475e9c1e1ed7adbfb54729e72031d6",
-    ),
-    "synthetic_steel": Synthetic(
-        "synthetic steel",
-        write_steel,
-        "1f70049ab6bf50e0f4f3f0bc24ae15506d73b465c7618047b95e53352875cfc6",
-    ),
-    "synthetic_board": Synthetic(
-        "synthetic boards",
-        write_board,
-        "67d3f5cf7205496c53502987c1c4c1a0227324004cdd6356ae9887f3e7a2ba29",
-    ),
-    "synthetic_steel_masks": Synthetic(
-        "synthetic steel with masks",
-        write_steel_masks,
-        "5a316204a3104b8efa7bfd7f7597a60d1715dce6fb7742dddd17b93dd47bcfa0",
-    ),
+    "synthetic_tile": Synthetic("synthetic tiles", write_magnetic_tile, "aa48d0e534a41dc4"),
+    # The folder of the nuts is the category's.
+    "synthetic_nut": Synthetic("synthetic nuts", partial(write_mvtec, category="."), "caaa94f8f4c124fa"),
+    "synthetic_steel": Synthetic("synthetic steel", write_steel, "1f70049ab6bf50e0"),
+    "synthetic_board": Synthetic("synthetic boards", write_board, "67d3f5cf7205496c"),
+    "synthetic_steel_masks": Synthetic("synthetic steel with masks", write_steel_masks, "5a316204a3104b8e"),
 }
 
 
