@@ -3,11 +3,11 @@
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -108,31 +108,24 @@ def test_a_killed_build_computes_nothing_twice_that_is_marked(
     assert "sha256" in json.loads((tmp_path / "index.json").read_text())
 
 
-def slow_build(folder: Path, begun, go_on) -> None:
+def test_a_second_builder_waits_and_finds_the_work_done(tmp_path: Path) -> None:
+    begun, go_on, second = threading.Event(), threading.Event(), Compute()
+
     def slow(indices: list[int]) -> list[Tensor]:
         begun.set()
         assert go_on.wait(20)
-        return [level[indices] for level in FEATURES]
+        return Compute()(indices)
 
-    build(folder, slow)
-
-
-def test_a_second_builder_waits_and_finds_the_work_done(tmp_path: Path) -> None:
-    """The first one in another process."""
-    fork = multiprocessing.get_context("fork")
-    begun, go_on, second = fork.Event(), fork.Event(), Compute()
-    first = fork.Process(target=slow_build, args=(tmp_path, begun, go_on))
-    first.start()
-    assert begun.wait(20)
-    other = threading.Thread(target=build, args=(tmp_path, second))
-    other.start()
-    other.join(0.2)
-    assert other.is_alive()
-    go_on.set()
-    first.join(20)
-    other.join(20)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(build, tmp_path, slow)
+        assert begun.wait(20)
+        other = pool.submit(build, tmp_path, second)
+        with pytest.raises(TimeoutError):
+            other.result(0.2)
+        go_on.set()
+        first.result(20)
+        assert_holds_the_features(other.result(20))
     assert second.calls == []
-    assert_holds_the_features(build(tmp_path, second))
 
 
 # --- Damage ----------------------------------------------------------------------------------------------------------

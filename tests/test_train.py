@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from toy_runs import one_sitting, quiet
 
@@ -144,12 +144,10 @@ def order(count: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
-    torch.manual_seed(1)
     first = order(20, 6, 3, 5)
     torch.manual_seed(2)
     assert order(20, 6, 3, 5) == first
-    assert order(20, 6, 3, 6) != first
-    assert order(20, 6, 4, 5) != first
+    assert order(20, 6, 3, 6) != first != order(20, 6, 4, 5)
     assert sorted(chain(*first)) == list(range(20))
     assert [len(part) for part in first] == [6, 6, 6, 2]
 
@@ -229,13 +227,12 @@ def test_checkpoint_is_written_when_due_and_not_after_the_last_epoch(tmp_path: P
         assert json.loads(file.metadata()["header"])["epoch"] == EPOCHS - 1
 
 
-@pytest.mark.parametrize("content", [b"", b"no tensors", None])
-def test_damaged_checkpoint_is_named(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"no tensors", save({"weights.0.other": torch.zeros(2)}, {"header": '{"epoch": 1}'})]
+)
+def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     checkpoint = tmp_path / "row.safetensors"
-    if content is None:  # whole, but of another network
-        save_file({"weights.0.other": torch.zeros(2)}, checkpoint, {"header": '{"epoch": 1}'})
-    else:
-        checkpoint.write_bytes(content)
+    checkpoint.write_bytes(content)
     with pytest.raises((ValueError, OSError), match=r"(?s)row\.safetensors.*delete it"):
         fit(context=quiet(checkpoint=checkpoint))
 

@@ -57,12 +57,15 @@ def test_rows(profile: str) -> None:
         assert differing(whole, modules) == {"teacher_scale", "relation", "channel"}
         assert teacher_settings(whole) == teacher
         assert differing(teacher, modules) == (set() if profile == "smoke" else {"scale"})
-    assert differing(rows["relation"], rows["yolo_dcf"]) == {"channel"} and rows["relation"].channel == 0
-    assert differing(rows["channel"], rows["yolo_dcf"]) == {"relation"} and rows["channel"].relation == 0
-    assert differing(rows["fusion"], rows["modules"]) == {"block"} and rows["fusion"].block == "plain"
-    assert differing(rows["block"], rows["modules"]) == {"fusion"} and rows["block"].fusion == "concat"
-    for attention in ("se", "cbam"):
-        assert differing(rows[attention], rows["fusion"]) == {"fusion"} and rows[attention].fusion == attention
+    for name, whole, change in (
+        ("relation", "yolo_dcf", {"channel": 0}),
+        ("channel", "yolo_dcf", {"relation": 0}),
+        ("fusion", "modules", {"block": "plain"}),
+        ("block", "modules", {"fusion": "concat"}),
+        ("se", "fusion", {"fusion": "se"}),
+        ("cbam", "fusion", {"fusion": "cbam"}),
+    ):
+        assert rows[name] == replace(rows[whole], **change) != rows[whole]
     own = {"fusion", "block", "teacher_scale", "teacher_seed", "relation", "channel", "temperature", "grid"}
     assert differing(rows["baseline"], rows["modules"]) <= own
     assert rows["baseline_robustness"].of == rows["baseline"] and rows["yolo_dcf_robustness"].of == rows["yolo_dcf"]
