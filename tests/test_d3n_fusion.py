@@ -213,6 +213,7 @@ def test_norm_takes_out_the_scale_of_the_other_models_features() -> None:
     normed, plain = DynamicCrossFusion(8, **NOTHING | {"norm": True}), DynamicCrossFusion(8, **NOTHING)
     torch.testing.assert_close(normed(x, 100 * y), normed(x, y), atol=1e-3, rtol=1e-3)
     assert (plain(x, 100 * y) - plain(x, y)).abs().max() > 1
+    torch.testing.assert_close(pixel_norm(y), nn.functional.layer_norm(y.movedim(1, 3), (8,)).movedim(3, 1))
 
 
 def test_positions_reach_the_self_attention_alone_and_the_printed_scale_both() -> None:
