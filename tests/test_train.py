@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from toy_runs import one_sitting, quiet
 
@@ -193,8 +193,10 @@ def test_checkpoint_is_safetensors_with_a_json_header_and_counts_seconds(tmp_pat
     assert {"weights.1.logits", "weights.0.scales.0.1.running_mean"} <= keys
     assert any(k.startswith("optimizer.") and k.endswith("exp_avg_sq") for k in keys)
     assert list(tmp_path.iterdir()) == [checkpoint]
+    assert 0 < header["seconds"] < 3600
+    save_file(load_file(checkpoint), checkpoint, {"header": json.dumps(header | {"seconds": 3600})})
     _, trained = fit(context=quiet(checkpoint=checkpoint))
-    assert trained.seconds > header["seconds"] > 0
+    assert 3600 < trained.seconds < 7200
 
 
 def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
