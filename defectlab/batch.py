@@ -35,7 +35,7 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
     An interrupted training leaves a checkpoint and is continued by the next call. `seconds` of the record are those of
     all calls, without those of other rows, which have records of their own.
     """
-    folder, settings = runs.runs_dir(runs.check_profile(profile)), row.settings
+    folder, settings = runs.runs_dir(profile), row.settings
     prints = row.fingerprints(settings)
     identity = runs.row_identity(settings, profile)
     key = runs.make_key(settings.model, settings.dataset, profile, seed, identity, prints)
@@ -179,10 +179,9 @@ def run_rows(
     seeds: list[int] | None = None,
     device: str = "auto",
     minutes: float | None = None,
-    log: Callable[[str], None] = print,
 ) -> list[Record]:
     """What a notebook's training cell calls: `tasks` and `run_tasks` in one."""
-    return run_tasks(name, tasks(name, profile, rows, seeds), profile, pick_device(device), minutes, log)
+    return run_tasks(name, tasks(name, profile, rows, seeds), profile, pick_device(device), minutes)
 
 
 def run_parallel(name: str, listed: list[Task], profile: str, device: str, minutes: float | None, jobs: int) -> int:

@@ -88,7 +88,7 @@ def first_line(error: Exception) -> str:
 
 
 def runs_dir(profile: str) -> Path:
-    return project_root() / "runs" / profile
+    return project_root() / "runs" / check_profile(profile)
 
 
 def recorded_dir() -> Path:
@@ -160,27 +160,19 @@ class Record:
             return dict(file)
 
     @property
-    def timed_alone(self) -> bool:
-        """Whether its speeds are the network's own: no other run shared the device."""
-        return self.content.get("jobs", 1) == 1
-
-    @property
     def row(self) -> str:
         return identity(self.model, self.version, self.changed, self.profile)
 
 
-class RecordError(ValueError):
-    """A record cannot be read; the message names the file and the remedy."""
-
-
 def read_record(path: Path) -> Record:
+    """ValueError where it cannot be read."""
     try:
         content = json.loads(path.read_text())
         curve = content.get("curve", {})  # null: the value was not finite
         content["curve"] = {name: [math.nan if v is None else v for v in values] for name, values in curve.items()}
         return Record(content, path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path} is not a readable record ({error}); delete it and run again") from error
+        raise ValueError(f"{path} is not a readable record ({error}); delete it and run again") from error
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from defectlab import batch, provenance, runs
 from defectlab.files import write_atomically, write_json
-from defectlab.runs import Context, OutOfTime, Record, RecordError, Result
+from defectlab.runs import Context, OutOfTime, Record, Result
 from defectlab.studies import Row, Study
 
 REPOSITORY = runs.project_root()
@@ -338,7 +338,7 @@ def test_a_failed_write_keeps_what_was_there(root: Path) -> None:
 def test_a_corrupt_record_is_named(root: Path, broken: bytes) -> None:
     path = Fakes().run().path
     path.write_bytes(broken)
-    with pytest.raises(RecordError, match=r"is not a readable record .*; delete it and run again") as caught:
+    with pytest.raises(ValueError, match=r"is not a readable record .*; delete it and run again") as caught:
         runs.read_records(path.parent)
     assert str(path) in str(caught.value)
 

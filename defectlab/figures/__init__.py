@@ -118,15 +118,13 @@ def image_grid(
     captions: Sequence[Sequence[str]] = (),
     outlines: Mapping[str, Grid] = MappingProxyType({}),
     limits: tuple[float, float] | None = (0, 255),
-    colours: str = "gray",
     width: float = 9.0,
 ) -> Figure:
     """Images (H, W) or (H, W, 3) and maps (H, W) in lines of equal length; None leaves a place empty.
 
     columns: titles above; lines: labels on the left; captions: below each place. outlines: colour -> for each place a
     mask (H, W), of which the edge is drawn, or None; the first colour lies below and is the broadest. limits: the
-    values of black and white; None: for each line those of its 1st and 99th percentile. colours: a colour map of
-    matplotlib. Without any line the figure says so.
+    values of black and white; None: for each line those of its 1st and 99th percentile.
     """
     if not len(images):
         return nothing_yet()
@@ -138,7 +136,7 @@ def image_grid(
         low, high = limits or np.percentile(np.concatenate([value.ravel() for value in shown]), (1, 99))
         for column, (axis, value) in enumerate(zip(line, values, strict=True)):
             if value is not None:
-                axis.imshow(np.asarray(value), colours, vmin=low, vmax=high)
+                axis.imshow(np.asarray(value), "gray", vmin=low, vmax=high)
             if captions:
                 axis.set_xlabel(captions[row][column], fontsize=7, labelpad=2)
             for under, (colour, masks) in zip(range(len(outlines) - 1, -1, -1), outlines.items(), strict=True):

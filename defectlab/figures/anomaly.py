@@ -22,9 +22,9 @@ def samples(data: AnomalyData, part: str, indices: Sequence[int], columns: int =
     return gallery(list(thumbnails(split.images[chosen])), titles, columns, list(masks.numpy()), width)
 
 
-def one_of_each(data: AnomalyData, part: str = "test") -> list[int]:
-    """The index of the first image of each type that the split has."""
-    types = getattr(data, part).types.tolist()
+def one_of_each(data: AnomalyData) -> list[int]:
+    """The index of the first test image of each type that there is."""
+    types = data.test.types.tolist()
     return [types.index(t) for t in range(len(data.type_names)) if t in types]
 
 

@@ -86,7 +86,7 @@ def boxed(
         if both:
             _draw_ground_truth(axis, ground_truth[index], predictions[index], names, threshold)
         if coloured is not None:
-            shown |= _draw_coloured(axis, coloured[index], names if tags else None, threshold)
+            shown |= draw_boxes(axis, coloured[index], names if tags else None, threshold)
     handles = [Line2D([], [], color=class_colour(label), label=names.get(label, label)) for label in sorted(shown)]
     if both:
         handles.insert(0, Line2D([], [], color="white", linewidth=0.8, path_effects=OUTLINE, label="ground truth"))
@@ -138,11 +138,11 @@ def _draw_ground_truth(
             axis.text(box[0], box[3], names.get(label, label), **look)
 
 
-def _draw_coloured(
-    axis: Axes, found: Mapping[str, Tensor], names: Mapping[int, str] | None, threshold: float
+def draw_boxes(
+    axis: Axes, found: Mapping[str, Tensor], names: Mapping[int, str] | None, threshold: float = 0.0
 ) -> set[int]:
-    """Boxes in the colours of their classes, with tags where there are names; -> the classes that occur. Predictions
-    come with the highest score first, and that lies on top."""
+    """Boxes in the colours of their classes, with tags (name and score) where there are names, which may be empty; ->
+    the classes that occur. Predictions come with the highest score first, and that lies on top."""
     right, top = axis.get_xlim()[1], axis.get_ylim()[1]
     scores = found["scores"].tolist() if "scores" in found else [None] * len(found["labels"])
     entries = zip(found["boxes"].tolist(), found["labels"].tolist(), scores, strict=True)
@@ -150,29 +150,29 @@ def _draw_coloured(
     for box, label, score in reversed(entries):
         colour = class_colour(label)
         _outline(axis, box, edgecolor=colour, linewidth=1.3)
-        if names is None:
+        tag = "" if names is None else f"{names.get(label, label)}" + ("" if score is None else f" {score:.2f}")
+        if not tag:
             continue
         at_right = box[0] > 0.5 * right  # such a tag ends with its box, and does not run out of the image
         place = {"ha": "right", "x": box[2]} if at_right else {"ha": "left", "x": box[0]}
         place |= {"y": box[1], "va": "top" if box[1] - top < 0.08 * right else "bottom"}
         ground = {"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
         ink = "white" if colour in DARK else "black"
-        tag = f"{names.get(label, label)}" + ("" if score is None else f" {score:.2f}")
-        axis.text(s=tag, fontsize=6, color=ink, clip_on=True, bbox=ground, **place)
+        axis.text(s=tag.strip(), fontsize=6, color=ink, clip_on=True, bbox=ground, **place)
     return {label for _, label, _ in entries}
 
 
 # --- Curves and counts, from records ---------------------------------------------------------------------------------
 
 
-def precision_recall_curves(records: Rows, iou: float = 0.5, columns: int = 3) -> Figure:
+def precision_recall_curves(records: Rows, iou: float = 0.5) -> Figure:
     """Precision against recall on the test images, a panel a class, a line a row (its first seed), its AP in the
     legend."""
     shown = {name: found[0] for name, found in records.items() if found}
     if not shown:
         return nothing_yet()
     class_names = list(next(iter(shown.values())).per_class)
-    figure, axes = panels(len(class_names), min(columns, len(class_names)), (3, 2.5), sharex=True, sharey=True)
+    figure, axes = panels(len(class_names), min(3, len(class_names)), (3, 2.5), sharex=True, sharey=True)
     for name, record in shown.items():
         predictions, ground_truth, _, _ = metrics.unpack(record.arrays)
         matches = metrics.match(predictions, ground_truth, (iou,), len(class_names))
@@ -187,18 +187,18 @@ def precision_recall_curves(records: Rows, iou: float = 0.5, columns: int = 3) -
     return figure
 
 
-def confusion(record: Record | None, threshold: float | None = None, iou: float = 0.5) -> Figure:
+def confusion(record: Record | None, threshold: float | None = None) -> Figure:
     """Counts of true class against predicted class on the test images; predicted as background: missed defects, true
     background: false alarms. `threshold` is by default the one from dev."""
     if record is None:
         return nothing_yet()
     threshold = record.dev["threshold"] if threshold is None else threshold
     predictions, ground_truth, _, class_names = metrics.unpack(record.arrays)
-    matrix = metrics.confusion_matrix(predictions, ground_truth, len(class_names), threshold, iou)
+    matrix = metrics.confusion_matrix(predictions, ground_truth, len(class_names), threshold)
     figure, axis = plt.subplots(figsize=(1.9 + 0.5 * len(matrix), 1.5 + 0.42 * len(matrix)))
     display = ConfusionMatrixDisplay(matrix, display_labels=[*class_names, "background"])
     display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation=45, text_kw={"fontsize": 8})
-    axis.set(xlabel="predicted", ylabel="ground truth", title=f"score ≥ {threshold:.2f}, IoU ≥ {iou:g}")
+    axis.set(xlabel="predicted", ylabel="ground truth", title=f"score ≥ {threshold:.2f}, IoU ≥ 0.5")
     return figure
 
 
@@ -242,11 +242,10 @@ def heat_maps(detector: Detector, images: Tensor, label: int, batch: int = 8) ->
     """Grad-CAM++ of one class: images uint8 (N, C, S, S) -> heat maps (N, S, S) float32 in 0..1, and Y (N,), 0 or more.
 
     Chattopadhay, Sarkar, Howlader, Balasubramanian, "Grad-CAM++", WACV 2018, arXiv 1710.11063, by the package grad-cam.
-    The method takes one score an image, Y = exp(S), and one layer; `ClassEvidence` for the score is ours, and so is the
-    mean over the three maps that the neck gives. A heat map is scaled by itself: 1 is the most that the class has in
-    this image, however little that is. So it says where, and not how sure; Y goes with it. The detector stays as it is:
-    what is looked at is a fused copy. ValueError for a label outside the detector's classes, and for sides that are not
-    divisible by 32.
+    The method takes one score per image, Y = exp(S), and one layer; `ClassEvidence` as the score and the mean over the
+    neck's three maps are this project's. A heat map is scaled by itself: 1 is the most that the class has in this
+    image, however little that is, so it says where, not how sure; Y goes with it. The detector stays as it is: a fused
+    copy is looked at. ValueError for a label outside its classes, and for sides that are not divisible by 32.
     """
     from pytorch_grad_cam import GradCAMPlusPlus  # slow to import
 

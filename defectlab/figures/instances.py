@@ -5,15 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from defectlab.data.instances import InstanceSplit
 from defectlab.figures import image_axes, nothing_yet
-from defectlab.figures.detection import CLASS_COLOURS, class_colour
+from defectlab.figures.detection import CLASS_COLOURS, as_seen, class_colour, draw_boxes
 
 STRENGTH = 0.4  # of a mask's colour over the image: defects stay visible below it
 
@@ -28,14 +27,9 @@ class Shown(NamedTuple):
 
 def from_split(split: InstanceSplit, indices: Sequence[int]) -> list[Shown]:
     """Images of a split with the boxes and masks of their ground truth, as the network sees them."""
-    shown = []
-    for index in indices:
-        real = split.labels[index] >= 0
-        image = split.images[index].movedim(0, -1).cpu().numpy()  # (S, S, C)
-        boxes = {"boxes": split.boxes[index][real].cpu(), "labels": split.labels[index][real].cpu()}
-        classes = class_map(split.maps[index].cpu(), boxes["labels"])
-        shown.append(Shown(image[..., 0] if image.shape[-1] == 1 else image, classes, boxes))
-    return shown
+    images, boxes = as_seen(split, indices)
+    maps = [class_map(split.maps[i].cpu(), own["labels"]) for i, own in zip(indices, boxes, strict=True)]
+    return [Shown(*one) for one in zip(images, maps, boxes, strict=True)]
 
 
 def class_map(numbers: Tensor, labels: Tensor) -> np.ndarray:
@@ -70,25 +64,12 @@ def overlaid(
     above = rows * (0.15 * lines + 0.05 + 0.17 * bool(captions)) + 0.4
     figure, axes = image_axes(rows, columns, width / columns, above)
     for index, (axis, one, title) in enumerate(zip(axes.flat, shown, titles, strict=False)):
-        _draw(axis, one)
+        height, width = one.image.shape[:2]
+        axis.imshow(painted(one.image, one.classes), extent=(0, width, height, 0))
+        draw_boxes(axis, one.boxes, dict.fromkeys(range(len(class_names)), ""))
         axis.set_title(title, fontsize=7)
         if captions:
             axis.set_xlabel(captions[index], fontsize=7, labelpad=2)
     handles = [Patch(color=class_colour(label), label=name) for label, name in enumerate(class_names)]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False, fontsize=8)
     return figure
-
-
-def _draw(axis: Axes, one: Shown) -> None:
-    height, width = one.image.shape[:2]
-    axis.imshow(painted(one.image, one.classes), extent=(0, width, height, 0))
-    scores = one.boxes["scores"].tolist() if "scores" in one.boxes else [None] * len(one.boxes["labels"])
-    entries = zip(one.boxes["boxes"].tolist(), one.boxes["labels"].tolist(), scores, strict=True)
-    for (x1, y1, x2, y2), label, score in reversed(list(entries)):  # the surest on top
-        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=class_colour(label), linewidth=1.1))
-        if score is not None:
-            above = "bottom" if y1 > 0.08 * height else "top"  # off the mask where there is room
-            place = {"ha": "left", "va": above, "fontsize": 5, "clip_on": True}
-            look = {"facecolor": class_colour(label), "edgecolor": "none", "pad": 0.3, "alpha": 0.85}
-            axis.text(max(x1, 0), max(y1, 0), f"{score:.2f}", color="black", bbox=look, **place)
-    axis.set(xlim=(0, width), ylim=(height, 0))

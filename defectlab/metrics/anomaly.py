@@ -238,9 +238,9 @@ def _region_shares(mask: np.ndarray) -> tuple[np.ndarray, int]:
     return 1.0 / np.bincount(labelled.ravel())[labelled[mask]], count
 
 
-def _edges(scores: torch.Tensor, bins: int, most: int = 4_000_000) -> torch.Tensor:
+def _edges(scores: torch.Tensor, bins: int) -> torch.Tensor:
     """Ascending distinct bin edges (≤ bins − 1), from an even subsample of the scores: edges need not be exact."""
-    stride = math.ceil(scores.numel() / most) | 1  # odd, so that it does not fall on the same columns
+    stride = math.ceil(scores.numel() / 4_000_000) | 1  # odd, so that it does not fall on the same columns
     sample = torch.sort(scores.reshape(-1)[::stride]).values
     if len(sample) == 0:
         return sample

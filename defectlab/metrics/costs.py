@@ -59,7 +59,6 @@ def model_costs(
     model: nn.Module,
     size: int,
     device: torch.device | str,
-    precision: str = "fp32",
     flops_size: int | None = None,
     batches: bool = True,
 ) -> dict[str, float]:
@@ -82,10 +81,10 @@ def model_costs(
         "parameters_m": round(parameters(model) / 1e6, 4),
         "gflops": round(flops(model, counted) / 1e9, 3),
         "size_mb": round(parameters(model) * 2 / 1e6, 2),
-        "latency_ms": round(1000 * inference_seconds(model, one, precision), 2),
+        "latency_ms": round(1000 * inference_seconds(model, one), 2),
     }
     if batches:
-        result["images_per_second_32"] = round(32 / inference_seconds(model, noise(32), precision, 3), 1)
+        result["images_per_second_32"] = round(32 / inference_seconds(model, noise(32), repeats=3), 1)
     for module, mode in modes:
         module.training = mode
     return result

@@ -17,13 +17,13 @@ from defectlab import runs
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionData, DetectionSplit
 from defectlab.data.images import IMAGE_SUFFIXES, decode, find_files, letterbox
 from defectlab.data.own_folder import load_folder
-from defectlab.figures.detection import boxed, class_colour
+from defectlab.figures.detection import as_seen, boxed, class_colour
 from defectlab.files import DataError, write_atomically, write_json
 from defectlab.metrics.detection import Boxes, examples
 from defectlab.networks.yolo.model import SCALES, Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.own import saved
-from defectlab.own.export import check_installed, export
+from defectlab.own.export import check_installed, to_onnx
 from defectlab.papers import yolo_dcf
 from defectlab.provenance import pick_device, provenance
 from defectlab.runs import Context, OutOfTime, Result
@@ -108,7 +108,7 @@ def train(options: argparse.Namespace) -> int:
         detector.to(device, memory_format=torch.channels_last).eval()
         write_findings(out, detector, data, result, settings, options.seed)
     if options.onnx:
-        export(detector, out / "detector.onnx", settings.size)
+        to_onnx(detector, out / "detector.onnx", settings.size)
     if not path.exists():  # last: its presence means finished
         saved.write(path, settings, result.dev, result.model, key=key, class_names=data.class_names)
         checkpoint.unlink(missing_ok=True)
@@ -126,20 +126,16 @@ def write_findings(
     content["images"] = {part: len(getattr(data, part)) for part in ("train", "dev", "test")}
     write_json(out / "metrics.json", content | provenance(data.test.images.device))
     test, threshold = data.test, result.dev["threshold"]
-    predictions, ground_truth = predict(detector, test), test.ground_truth()
+    predictions = predict(detector, test)
     write_json(out / "predictions.json", listed(predictions, test, data.class_names))
-    shown = examples(predictions, ground_truth, threshold=threshold)
-
-    def scaled(boxes: Boxes) -> Boxes:
-        places = [(i, float(test.scale[i]), test.offset[i].repeat(2)) for i, _ in shown]
-        return [{**boxes[i], "boxes": boxes[i]["boxes"] * scale + offset} for i, scale, offset in places]
-
-    images = [test.images[i].movedim(0, -1).cpu().numpy() for i, _ in shown]  # (S, S, C)
-    images = [image[..., 0] if image.shape[-1] == 1 else image for image in images]
+    shown = examples(predictions, test.ground_truth(), threshold=threshold)
     titles = [f"{test.names[i].rsplit('/', 1)[-1]}\n{why}" for i, why in shown]
-    boxes = scaled(ground_truth), scaled(predictions)
+    places = [(predictions[i], float(test.scale[i]), test.offset[i].repeat(2)) for i, _ in shown]
+    found = [one | {"boxes": one["boxes"] * scale + offset} for one, scale, offset in places]
     with plt.rc_context({"figure.constrained_layout.use": True}):
-        figure = boxed(images, *boxes, titles, data.class_names, width=13, threshold=threshold)
+        figure = boxed(
+            *as_seen(test, [i for i, _ in shown]), found, titles, data.class_names, width=13, threshold=threshold
+        )
         write_atomically(out / "cases.png", lambda aside: figure.savefig(aside, dpi=100, bbox_inches="tight"))
         plt.close(figure)
 
@@ -194,7 +190,7 @@ def find(options: argparse.Namespace) -> int:
     table = pd.DataFrame(lines, columns=["file", "x1", "y1", "x2", "y2", "score", "class"])
     write_atomically(out / "predictions.csv", lambda aside: table.to_csv(aside, index=False))
     if options.onnx:
-        export(detector, out / "detector.onnx", model.settings.size)
+        to_onnx(detector, out / "detector.onnx", model.settings.size)
     print(f"{len(paths)} images, {len(lines)} boxes with score >= {confidence:.4f}: {out}")
     if options.confidence is None and confidence >= 1:
         print("no detection on dev was right, so its threshold is 1: give --confidence, or train for longer")

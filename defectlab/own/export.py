@@ -38,8 +38,8 @@ def check_installed() -> None:
 
 
 def to_onnx(detector: Detector, path: Path, size: int) -> dict[str, float]:
-    """Write `detector`, fused, to `path`, run the file on random images, -> the largest absolute difference between
-    onnxruntime and torch over all "boxes" (pixels of the input) and all "scores".
+    """Write `detector`, fused, to `path`, run the file on random images, print and return the largest absolute
+    difference between onnxruntime and torch over all "boxes" (pixels of the input) and all "scores".
 
     Input "images": float32 (B, 3, size, size) in 0..1, letterboxed as in training; B is free. Outputs: "boxes" float32
     (B, A, 4), x1 y1 x2 y2 in pixels of the input, not clipped; "scores" float32 (B, A, classes) in 0..1.
@@ -69,16 +69,10 @@ def to_onnx(detector: Detector, path: Path, size: int) -> dict[str, float]:
     write_atomically(path, write)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = [session.run(list(OUTPUTS), {"images": batch.numpy()}) for batch in batches]
-    return {
+    differs = {
         name: max(float(np.abs(f[k] - w[k].numpy()).max()) for f, w in zip(found, wanted, strict=True))
         for k, name in enumerate(OUTPUTS)
     }
-
-
-def export(detector: Detector, path: Path, size: int) -> None:
-    """`to_onnx`, and a line that says how far the file is from torch."""
-    found = to_onnx(detector, path, size)
-    print(
-        f"saved {path}: differs from torch by at most {found['boxes']:.1e} px in boxes and {found['scores']:.1e} in "
-        "scores"
-    )
+    boxes, scores = (f"{differs[name]:.1e}" for name in OUTPUTS)
+    print(f"saved {path}: differs from torch by at most {boxes} px in boxes and {scores} in scores")
+    return differs

@@ -40,9 +40,9 @@ class PrintedNumbers:
             raise ValueError(f"{self.study}/{table}.csv prints no {metric} for row {row!r}, column {column!r}")
         return numbers[metric, row, column]
 
-    def column(self, metric: str, table: str, column: str = "all") -> dict[str, float]:
-        """Row -> the printed number, in the table's order."""
-        return {r: value for (m, r, c), value in _numbers(self.study, table).items() if (m, c) == (metric, column)}
+    def column(self, metric: str, table: str) -> dict[str, float]:
+        """Row -> the printed number of the column "all", in the table's order."""
+        return {r: value for (m, r, c), value in _numbers(self.study, table).items() if (m, c) == (metric, "all")}
 
     def row(self, metric: str, table: str, row: str) -> dict[str, float]:
         """Column -> the printed number, in the table's order."""

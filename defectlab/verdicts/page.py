@@ -73,7 +73,7 @@ def write_page(profile: str, results: list[NotebookStatus] | None = None) -> Pat
     Raises:
         IncompletePage: after writing, where a table could not be built (the page shows why in its place).
     """
-    path = runs.runs_dir(runs.check_profile(profile)) / "index.html"
+    path = runs.runs_dir(profile) / "index.html"
     folder = path.parent / "notebooks"
     outcomes = sorted({o.name: o for o in [*outcomes_on_disk(folder), *(results or [])]}.values())
     pages = [f"{o.name}.error.html" if o.status == "failed" else f"{o.name}.html" for o in outcomes]

@@ -63,7 +63,7 @@ class RecordStore:
 
 
 def record_store(profile: str) -> RecordStore:
-    here = runs.read_records(runs.runs_dir(runs.check_profile(profile)))
+    here = runs.read_records(runs.runs_dir(profile))
     return RecordStore(profile, runs.read_records(runs.recorded_dir()), here)
 
 
@@ -185,7 +185,7 @@ def _notes(line: dict[str, str], recorded: list[Record], of: Study, profile: str
     timed = line["metric"] in COSTS and COSTS[line["metric"]].timed
     timings = [r for r in recorded if timed and not math.isnan(value_of(r, line["metric"]))]
     if timings:
-        beside = "" if all(r.timed_alone for r in timings) else ", which other runs shared"
+        beside = "" if all(r.content.get("jobs", 1) == 1 for r in timings) else ", which other runs shared"
         notes.append(f"timed on {'; '.join(sorted({r.device for r in timings}))}{beside}")
     return notes
 
