@@ -1,10 +1,9 @@
-"""Anomaly detection without training: what a frozen network sees of the good images is remembered, or modelled.
+"""Anomaly detection without training, from the features that a frozen network gives for the good images.
 
 - PatchCore: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, arXiv 2106.08265. A coreset
-  of all good patches; a patch is as anomalous as it is far from the nearest one.
+  of all good patches; a patch's score is its distance to the nearest one.
 - PaDiM: Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and Localization", ICPR
-  2020 workshops, arXiv 2011.08785. A Gaussian per position, over a few channels drawn at
-  random; the Mahalanobis distance.
+  2020 workshops, arXiv 2011.08785. A Gaussian per position, over random channels; the Mahalanobis distance.
 - SPADE: Cohen and Hoshen, "Sub-Image Anomaly Detection with Deep Pyramid Correspondences", arXiv 2005.02357 (2020). The
   nearest good images; each pixel's distance to the nearest pixel in them, wherever it lies.
 
@@ -55,8 +54,7 @@ def patch_features(features: list[Tensor]) -> Tensor:
 def greedy_coreset(patches: Tensor, keep: int, seed: int) -> Tensor:
     """Section 3.2, algorithm 1: indices of `keep` patches, each the farthest from those chosen before it.
 
-    Distances are taken after a random projection to 128 dimensions, seeded; the first patch is drawn at random.
-    patches (N, C) -> (keep,) int64.
+    patches (N, C) -> (keep,) int64. The projection to 128 dimensions and the first patch are random, by the seed.
     """
     generator = torch.Generator().manual_seed(seed)
     projection = torch.randn(patches.shape[1], PROJECTION, generator=generator) / PROJECTION**0.5

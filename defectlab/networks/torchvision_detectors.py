@@ -5,7 +5,7 @@ Ren et al., "Faster R-CNN", NeurIPS 2015; Lin et al., "Focal Loss for Dense Obje
 library's. Meant for a GPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from torch import nn
@@ -55,20 +55,11 @@ class TorchvisionSettings:
 
         In fp32, since torchvision gives anchors the dtype of the maps, and bf16 resolves 512 px in steps of 2 px.
         """
-        return DetectorSettings(
-            dataset=self.dataset,
-            size=self.size,
-            epochs=self.epochs,
-            batch=self.batch,
-            optimizer="sgd",
-            learning_rate=RATES[self.architecture] if self.learning_rate is None else self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            warm_up=self.warm_up,
-            mosaic=0.0,
-            flip_up_down=self.flip_up_down,
-            precision="fp32",
-        )
+        shared = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("architecture", "learning_rate")
+        }
+        rate = RATES[self.architecture] if self.learning_rate is None else self.learning_rate
+        return DetectorSettings(**shared, learning_rate=rate, optimizer="sgd", mosaic=0.0, precision="fp32")
 
 
 def build_torchvision(settings: TorchvisionSettings, classes: int) -> nn.Module:

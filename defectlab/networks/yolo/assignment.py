@@ -21,7 +21,7 @@ from defectlab.files import DataError
 class Assigned(NamedTuple):
     """What each of A anchors learns."""
 
-    foreground: Tensor  # (B, A) bool: has a ground-truth box
+    foreground: Tensor  # (B, A) bool
     ground_truth: Tensor  # (B, A) int64: its index into M; 0 where background
     target_scores: Tensor  # (B, A, C) float32 0..1, zero where background
     boxes: Tensor  # (B, A, 4) float32 xyxy px: its ground-truth box; without meaning where background
@@ -41,7 +41,7 @@ class Matched(NamedTuple):
 
 
 def constant(values: Tensor) -> Tensor:
-    """Stop-gradient, by a name of its own so that a gradient check can hold such terms fixed."""
+    """Stop-gradient; a gradient check replaces this function to hold such terms fixed."""
     return values.detach()
 
 
@@ -83,9 +83,9 @@ def task_aligned(
 
     scores (B, A, C) 0..1, predicted boxes (B, A, 4) px, centres (A, 2) px, true_boxes (B, M, 4) px, true_labels (B, M)
     with -1 where padded, M at least 1. The iou is CIoU clamped at 0. An anchor taken by several boxes goes to the one
-    it overlaps most. The target score is the metric, scaled so that the largest of a box's anchors equals the largest
-    iou of that box's anchors. A box too small to hold a cell centre, or overlapped by none of the predictions of the
-    anchors inside it, gets no anchor and so is not learned in this step.
+    with the largest iou. The target score is the metric, scaled so that the largest of a box's anchors equals the
+    largest iou of that box's anchors. A box without a cell centre inside, or without overlap with the predictions of
+    the anchors inside, gets no anchor in this step.
     """
     scores, boxes, true_boxes, centres = scores.float(), boxes.float(), true_boxes.float(), centres.float()
     count, anchors, _ = scores.shape
@@ -128,11 +128,11 @@ def match_anchors(
     sizes: Sequence[tuple[int, int]],
     ratio: float = 4.0,
 ) -> list[Matched]:
-    """A ground-truth box matches the anchors whose width and height differ from its own by a factor less than `ratio`.
+    """A ground-truth box matches the anchors whose width and height differ from its own by a factor less than `ratio`,
+    at the cell of its centre and the nearest neighbours to the left or right and above or below, within the map.
 
     true_boxes (B, M, 4) px, true_labels (B, M) with -1 where padded, anchors (levels, K, 2) width, height px, sizes
-    (height, width) of each level's map. Positives are the cell of the box's centre and its nearest neighbours to the
-    left or right and above or below, where they lie within the map. Returns one `Matched` per level.
+    (height, width) of each level's map. Returns one `Matched` per level.
     """
     count, most = true_labels.shape
     device = true_boxes.device
@@ -169,9 +169,8 @@ def match_anchors(
 def kmeans_anchors(sizes: Tensor, count: int = 9, generator: torch.Generator | None = None) -> Tensor:
     """Dimension clusters: k-means of widths and heights under the distance 1 - IoU of boxes with one centre.
 
-    sizes (n, 2) in pixels -> (count, 2) float32 by ascending area, on the CPU. The first centres are drawn as
-    k-means++ does, each in proportion to its distance from those before. DataError where there are fewer different
-    sizes than anchors.
+    sizes (n, 2) in pixels -> (count, 2) float32 by ascending area, on the CPU. The first centres are drawn as in
+    k-means++. DataError where there are fewer different sizes than anchors.
     """
     sizes = sizes.cpu().float()
     distinct = sizes.unique(dim=0)

@@ -50,7 +50,7 @@ def norm(channels: int) -> nn.BatchNorm2d:
 
 
 class Bottleneck(nn.Module):
-    """Two convolutions with a residual connection: `hidden` = expansion x channels in between."""
+    """Two convolutions with a residual connection, expansion x channels wide in between."""
 
     def __init__(self, channels: int, shortcut: bool = True, kernels: tuple[int, int] = (3, 3), expansion: float = 1.0):
         super().__init__()
@@ -65,8 +65,8 @@ class Bottleneck(nn.Module):
 
 
 class C2f(nn.Module):
-    """Cross-stage partial block of the anchor-free generation: one half passes, the other goes through `depth`
-    bottlenecks, and the outputs of all of them are concatenated."""
+    """Cross-stage partial block of the anchor-free generation: half of the channels pass `depth` bottlenecks, and the
+    outputs of all of them are concatenated with both halves."""
 
     def __init__(
         self, channels: int, out_channels: int, depth: int, shortcut: bool, bottleneck: BottleneckFactory = Bottleneck
@@ -102,7 +102,7 @@ class C3(nn.Module):
 
 
 class SPPF(nn.Module):
-    """Spatial pyramid pooling, fast: one 5x5 max pooling three times over sees what 5, 9 and 13 would see."""
+    """Spatial pyramid pooling, fast: a 5x5 max pooling applied three times has the windows 5, 9 and 13."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -118,7 +118,7 @@ class SPPF(nn.Module):
 
 
 class Concatenation(nn.Module):
-    """How a neck joins a map with the one from beside it; the place where papers put their fusion modules."""
+    """How the neck joins two maps; papers put their fusion modules in its place."""
 
     def __init__(self, channels: tuple[int, int]):
         super().__init__()
@@ -128,8 +128,7 @@ class Concatenation(nn.Module):
 
 
 def fused(model: nn.Module) -> nn.Module:
-    """A copy for inference in which every part that can be fused is: batch norms into their convolutions, and
-    whatever else has a method `fuse` that returns its simpler equal."""
+    """A copy for inference, in which each module with a method `fuse` is replaced by what `fuse` returns."""
     return _fuse(copy.deepcopy(model).eval())
 
 

@@ -22,14 +22,13 @@ CANDIDATES = 3000  # ours: most (anchor, class) pairs of an image that enter the
 def anchor_centres(
     shapes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Cell centres of all maps, level by level, row by row.
+    """(height, width) per level -> cell centres x, y (A, 2) in pixels of the input, stride of each (A,), both float32.
 
-    shapes: (height, width) per level -> centres x, y (A, 2) in pixels of the input, stride of each (A,), both float32.
+    Level by level, row by row.
     """
     centres, sizes = [], []
     for (height, width), stride in zip(shapes, strides, strict=True):
-        y = (torch.arange(height, device=device) + 0.5) * stride
-        x = (torch.arange(width, device=device) + 0.5) * stride
+        y, x = ((torch.arange(side, device=device) + 0.5) * stride for side in (height, width))
         centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1))  # (h * w, 2)
         sizes.append(torch.full((height * width,), float(stride), device=device))
     return torch.cat(centres), torch.cat(sizes)
@@ -64,8 +63,7 @@ def decode_anchor_free(
     raw: Sequence[Tensor], strides: Sequence[int] = STRIDES, bins: int = BINS
 ) -> tuple[Tensor, Tensor]:
     """Maps (B, 4 * bins + C, h, w), one per stride -> boxes (B, A, 4) xyxy in pixels of the input, not clipped, and
-    scores (B, A, C) 0..1.
-    """
+    scores (B, A, C) 0..1."""
     sides, classes = split_maps(raw, bins)
     centres, sizes = anchor_centres([m.shape[-2:] for m in raw], strides, raw[0].device)
     return boxes_from_distances(expected_distances(sides), centres, sizes), classes.sigmoid()
@@ -93,20 +91,17 @@ def decode_anchor_based(
 ) -> tuple[Tensor, Tensor]:
     """Maps (B, K * (5 + C), h, w), anchors (levels, K, 2) width, height in px -> boxes (B, A, 4) px, scores (B, A, C).
 
-    The scores are objectness times class probability, 0..1. Boxes are not clipped. The A boxes go level by level,
-    anchor by anchor, row by row.
+    Scores are objectness times class probability, 0..1; boxes are not clipped. Level by level, anchor by anchor, row by
+    row.
     """
     boxes, scores = [], []
     for level, stride, shapes in zip(raw, strides, anchors, strict=True):
         height, width = level.shape[-2:]
         values = split_anchors(level, len(shapes))  # (B, K, h, w, 5 + C)
-        rows = torch.arange(height, device=level.device)
-        columns = torch.arange(width, device=level.device)
+        columns, rows = (torch.arange(side, device=level.device) for side in (width, height))
         cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)  # (h, w, 2)
-        box = anchored_boxes(values[..., :4], cells, shapes[:, None, None].to(values), stride)
-        score = values[..., 4:5].sigmoid() * values[..., 5:].sigmoid()
-        boxes.append(box.flatten(1, 3))
-        scores.append(score.flatten(1, 3))
+        boxes.append(anchored_boxes(values[..., :4], cells, shapes[:, None, None].to(values), stride).flatten(1, 3))
+        scores.append((values[..., 4:5].sigmoid() * values[..., 5:].sigmoid()).flatten(1, 3))
     return torch.cat(boxes, 1), torch.cat(scores, 1)
 
 
@@ -125,8 +120,8 @@ def suppress(boxes: Tensor, scores: Tensor, confidence: float, iou: float, most:
     boxes (B, A, 4), scores (B, A, C) 0..1. A box counts for every class whose score is above `confidence`; the 3000
     best pairs of an image enter, at most `most` leave. ValueError where a box or score is not finite.
 
-    Images go one by one, so that a result does not depend on the batch: one call for all would move the boxes of images
-    apart, which rounds them, and compare all pairs of all images. The host waits once per batch and once per image.
+    Images go one by one, so that a result does not depend on the batch: one call for all shifts the boxes of each
+    image, which rounds them, and compares all pairs of all images. The host waits once per batch and once per image.
     """
     classes, boxes, scores = scores.shape[2], boxes.float(), scores.float()
     best, pairs = scores.flatten(1).topk(min(CANDIDATES, scores[0].numel()), dim=1)  # descending

@@ -6,9 +6,9 @@
 - Anchor-based (v5 generation): CIoU, objectness whose target is the predicted box's CIoU, binary cross-entropy.
 
 Each returns named scalars: "loss" is minimised, the others are its terms before their gains. All terms are means, and
-"loss" is not multiplied by the batch size as in the two generations' first code, so a learning rate means the same at
-every batch size. Everything is computed in float32 whatever autocast does (float64 stays float64), and no shape
-depends on the number of boxes in an image, so nothing waits for the device.
+"loss" is not multiplied by the batch size (as in the two generations' first code), so a learning rate means the same at
+every batch size. Everything is in float32 whatever autocast does (float64 stays float64). No shape depends on the
+number of boxes in an image, so nothing waits for the device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,10 +52,8 @@ def weighted(gains: Mapping[str, float], terms: dict[str, Tensor]) -> dict[str, 
 
 def check_channels(raw: Sequence[Tensor], channels: int) -> None:
     if raw[0].shape[1] != channels:
-        raise ValueError(
-            f"maps have {raw[0].shape[1]} channels, the loss needs {channels}: build loss and detector with the same "
-            "classes"
-        )
+        counts = f"maps have {raw[0].shape[1]} channels, the loss needs {channels}"
+        raise ValueError(f"{counts}: build loss and detector with the same classes")
 
 
 class AnchorFreeLoss(nn.Module):
@@ -90,7 +88,7 @@ class AnchorFreeLoss(nn.Module):
         total = targets.sum().clamp(min=1)
         cls = functional.binary_cross_entropy_with_logits(classes, targets, reduction="sum") / total
 
-        # A fixed number of anchors that holds all the foreground; the rest weigh nothing.
+        # A fixed number of anchors that includes all the foreground; the others have weight 0.
         chosen = assigned.foreground.to(torch.uint8).topk(assigned.most, dim=1, sorted=False).indices  # (B, P)
         image = torch.arange(len(chosen), device=chosen.device)[:, None]
         centres, sizes = anchor_centres([m.shape[-2:] for m in raw], self.strides, raw[0].device)
@@ -110,9 +108,9 @@ class AnchorFreeLoss(nn.Module):
 class AnchorBasedLoss(nn.Module):
     """The v5 generation's loss: 0.05 box + 1.0 obj + 0.5 cls, see `forward`.
 
-    The gains were tuned for 80 classes at 640 px. As in that generation, the class gain is scaled by classes / 80 and
-    the objectness gain by (size / 640)^2, with `size` the side of the input in pixels. `anchors` (levels, K, 2) are
-    widths and heights in pixels; `balance` weighs the levels' objectness.
+    As in that generation, the gains are for 80 classes at 640 px: the class gain is scaled by classes / 80 and the
+    objectness gain by (size / 640)^2, with `size` the side of the input in px. `anchors` (levels, K, 2): widths and
+    heights in px; `balance` weighs the levels' objectness.
     """
 
     strides = STRIDES

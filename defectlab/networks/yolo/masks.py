@@ -77,14 +77,13 @@ def mask_terms(
     boxes: Tensor,
     most: int = POSITIVES,
 ) -> dict[str, Tensor]:
-    """The term "mask": binary cross-entropy within the instance's box, its mean there, and the mean over positive
-    anchors.
+    """The term "mask": binary cross-entropy, its mean within the instance's box, then over positive anchors (or 0).
 
     coefficients (B, K * M, h, w) per level; prototypes (B, M, S / s, S / s), s whole; `matched` by `match_anchors` of
     boxes (B, T, 4) px; maps (B, S, S) of numbers, k + 1 where box k has its instance. The target of a cell is the part
-    of it, 0..1, that the instance covers (ours: a thin scratch would be lost to a threshold). An image's positives
-    beyond `most` are left out; every instance has its first before any has its second (ours: nothing is random). 0
-    where no anchor is positive. In float32 whatever autocast does (float64 stays).
+    of it, 0..1, that the instance covers (ours: a threshold would lose a thin scratch). At most `most` positives of an
+    image are used: the first of each instance, then the second of each, and so on (ours: nothing is random). In float32
+    whatever autocast does (float64 stays).
     """
     count, channels, height, width = prototypes.shape
     instances, stride = boxes.shape[1], maps.shape[-1] // height
@@ -109,8 +108,7 @@ def mask_terms(
         logits = einsum(weights, at_least_float32(prototypes), "b p m, b m h w -> b p h w")
         target = (cells == numbers).sum(2, dtype=logits.dtype)[image, instance] / stride**2  # (B, P, h, w)
         low, high = (boxes[..., :2] / stride).floor(), (boxes[..., 2:] / stride).ceil()  # (B, T, 2), whole cells
-        column = torch.arange(width, device=boxes.device)
-        row = torch.arange(height, device=boxes.device)
+        column, row = (torch.arange(side, device=boxes.device) for side in (width, height))
         across = (column >= low[..., :1]) & (column < high[..., :1])  # (B, T, w)
         down = (row >= low[..., 1:]) & (row < high[..., 1:])  # (B, T, h)
         crop = (down[..., None] & across[..., None, :])[image, instance]  # (B, P, h, w)
@@ -127,10 +125,9 @@ def add_masks(
     labels: Tensor,
     maps: Tensor,
 ) -> dict[str, Tensor]:
-    """`terms` of the boxes, which hold "loss", with "mask" of `mask_terms`, which enters "loss" by MASK_GAIN.
+    """The detector's `terms` with "mask", and with MASK_GAIN times it in "loss"; `criterion` matches anchors to boxes.
 
-    criterion: the detector's loss, whose anchors learn the masks of the boxes that they are matched to.
-    boxes (B, T, 4) px, labels (B, T) with -1 where padded, maps (B, S, S) from `move_instances`.
+    boxes (B, T, 4) px, labels (B, T) with -1 where padded, maps (B, S, S) as in `mask_terms`.
     """
     matched = criterion.matched(output.raw, boxes, labels)
     mask = mask_terms(output.coefficients, output.prototypes, matched, maps, boxes)

@@ -7,8 +7,8 @@ over strides 8, 16, 32, and a head on each of the three maps.
   (generalised focal loss, Li et al. 2020) and a logit per class.
 - "v5": C3 blocks; one 1x1 convolution per level predicts three anchors: offset, size, objectness, a logit per class.
 
-A scale multiplies depth and width: n, s, m, l and (v8) x. Papers change two things, given as factories: `fuse`, how the
-neck joins two maps, and `bottleneck`, the residual block inside C2f and C3.
+A scale multiplies depth and width. Papers replace two parts, given as factories: `fuse`, which joins two maps in the
+neck, and `bottleneck`, the residual block inside C2f and C3.
 """
 
 import math
@@ -34,22 +34,14 @@ class Scale(NamedTuple):
     most_channels: int  # before the multiplication
 
 
+SMALL_SCALES = {
+    "t": Scale(0.33, 0.125, 1024),  # ours: for tests and synthetic data
+    "n": Scale(0.33, 0.25, 1024),
+    "s": Scale(0.33, 0.50, 1024),
+}
 SCALES = {
-    "v8": {
-        "t": Scale(0.33, 0.125, 1024),  # ours: for tests and synthetic data
-        "n": Scale(0.33, 0.25, 1024),
-        "s": Scale(0.33, 0.50, 1024),
-        "m": Scale(0.67, 0.75, 768),
-        "l": Scale(1.00, 1.00, 512),
-        "x": Scale(1.00, 1.25, 512),
-    },
-    "v5": {
-        "t": Scale(0.33, 0.125, 1024),
-        "n": Scale(0.33, 0.25, 1024),
-        "s": Scale(0.33, 0.50, 1024),
-        "m": Scale(0.67, 0.75, 1024),
-        "l": Scale(1.00, 1.00, 1024),
-    },
+    "v8": SMALL_SCALES | {"m": Scale(0.67, 0.75, 768), "l": Scale(1.0, 1.0, 512), "x": Scale(1.0, 1.25, 512)},
+    "v5": SMALL_SCALES | {"m": Scale(0.67, 0.75, 1024), "l": Scale(1.0, 1.0, 1024)},
 }
 STAGE_DEPTHS = {"v8": (3, 6, 6, 3), "v5": (3, 6, 9, 3)}
 Fuse = Callable[[tuple[int, int]], nn.Module]
@@ -77,9 +69,9 @@ class Backbone(nn.Module):
 
 
 class Neck(nn.Module):
-    """Path aggregation: context comes down from stride 32 to 8, detail goes up again; `fuse` joins at four places.
+    """Path aggregation: from stride 32 down to 8, then up again to 32; `fuse` joins two maps at four places.
 
-    Saved weights know the lateral 1x1 convolutions as `shrink_*`, the downsampling ones as `halve_*`.
+    The lateral 1x1 convolutions are `shrink_*`, the downsampling ones `halve_*`, as in saved weights.
     """
 
     def __init__(self, family: str, widths: list[int], depth: int, fuse: Fuse, bottleneck: BottleneckFactory):
@@ -125,14 +117,12 @@ class AnchorFreeHead(nn.Module):
         box_width = max(16, widths[0] // 4, 4 * BINS)
         class_width = max(widths[0], min(classes, 100))
 
-        def branch(channels: int, hidden: int, out: int) -> nn.Sequential:
-            return nn.Sequential(
-                ConvBlock(channels, hidden, 3), ConvBlock(hidden, hidden, 3), nn.Conv2d(hidden, out, 1)
-            )
+        def branch(width: int, hidden: int, out: int) -> nn.Sequential:
+            return nn.Sequential(ConvBlock(width, hidden, 3), ConvBlock(hidden, hidden, 3), nn.Conv2d(hidden, out, 1))
 
         self.boxes = nn.ModuleList(branch(w, box_width, 4 * BINS) for w in widths)
         self.classes = nn.ModuleList(branch(w, class_width, classes) for w in widths)
-        # Start from short distances and from the rarity of objects: about five in a 640 px image.
+        # At the start: short distances, and about five objects in a 640 px image.
         for box, cls, stride in zip(self.boxes, self.classes, STRIDES, strict=True):
             nn.init.constant_(box[-1].bias, 1.0)
             nn.init.constant_(cls[-1].bias, math.log(5 / classes / (640 / stride) ** 2))
@@ -186,7 +176,7 @@ class Detector(nn.Module):
             known = "; ".join(f"{f}: {', '.join(s)}" for f, s in SCALES.items())
             raise ValueError(f"unknown detector {family!r}, scale {scale!r}: use one of {known}")
         depth, width, most = SCALES[family][scale]
-        widths = [multiple_of_8(min(c, most) * width) for c in (64, 128, 256, 512, 1024)]
+        widths = [math.ceil(min(c, most) * width / 8) * 8 for c in (64, 128, 256, 512, 1024)]  # multiples of 8
         depths = [max(round(d * depth), 1) for d in STAGE_DEPTHS[family]]
         self.family, self.scale, self.class_count = family, scale, classes
         self.widths = widths[2:]  # of the three maps that the neck gives
@@ -206,10 +196,6 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.head(self.features(images))
-
-
-def multiple_of_8(channels: float) -> int:
-    return math.ceil(channels / 8) * 8
 
 
 def build_detector(settings: DetectorSettings, classes: int, anchors: Tensor | None = None, **parts: Any) -> Detector:
