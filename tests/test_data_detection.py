@@ -13,7 +13,7 @@ from defectlab.data import annotations, detection
 from defectlab.data import fetch as store
 from defectlab.data.detection import DetectionData, detection_fingerprint, load_detection, load_images
 from defectlab.data.images import letterbox
-from defectlab.data.splits import committed, draw_split
+from defectlab.data.splits import draw_split, read_list
 from defectlab.data.synthetic.boards import write_board
 from defectlab.data.synthetic.steel import write_steel
 from defectlab.files import DataError
@@ -110,7 +110,7 @@ def test_draw_split_of_few() -> None:
 
 
 def test_committed_list() -> None:
-    names = committed(detection.NEU_TEST_LIST)
+    names = read_list(detection.NEU_TEST_LIST)
     assert len(names) == len(set(names)) == 360
     for kind in detection.NEU_CLASSES:
         numbers = [int(name[len(kind) + 1 : -4]) for name in names if name.startswith(f"{kind}_")]
@@ -172,6 +172,10 @@ def test_board(copies: Path, tmp_path: Path) -> None:
     lists.write_text("".join(lists.read_text().splitlines(keepends=True)[1:]))
     manifest(tmp_path / "deep_pcb")
     with pytest.raises(DataError, match="its lists differ in PCBData/group10000/10000/10000000_test"):
+        detection_fingerprint("deep_pcb", tmp_path)
+    lists.unlink()
+    manifest(tmp_path / "deep_pcb")
+    with pytest.raises(DataError, match=r"trainval\.txt cannot be read .*: fetch the set again"):
         detection_fingerprint("deep_pcb", tmp_path)
 
 

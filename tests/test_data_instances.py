@@ -13,7 +13,7 @@ from defectlab.data import instances
 from defectlab.data.augment import Augmentation, augment
 from defectlab.data.images import letterbox_maps
 from defectlab.data.instances import SPECK, instance_fingerprint, load_instances, move_instances
-from defectlab.data.splits import committed
+from defectlab.data.splits import read_list
 from defectlab.files import DataError
 from defectlab.geometry import warp_maps
 
@@ -130,7 +130,7 @@ def test_neu_seg_lists(dataset, train, dev):
     where = {name: part for part, names in parts.items() for name in names}
     sides = [
         {where[f"images/{name}.jpg"] for name in line.split()[1:] if f"images/{name}.jpg" in where}
-        for line in committed(instances.TURNS_LIST)
+        for line in read_list(instances.TURNS_LIST)
     ]
     assert not any({"train", "dev"} <= side for side in sides)
     mixed = sum("test" in side and len(side) > 1 for side in sides)

@@ -13,7 +13,7 @@ from defectlab.data import annotations, detection
 from defectlab.data import fetch as store
 from defectlab.data.anomaly import AnomalyData, load_anomaly
 from defectlab.data.detection import DetectionData, draw_test, load_detection
-from defectlab.data.splits import committed
+from defectlab.data.splits import read_list
 
 pytestmark = pytest.mark.real_data
 EMPTY = {"exp3_num_45042", "exp4_num_45057", "exp4_num_124690", "exp4_num_352527"}
@@ -134,7 +134,7 @@ def test_neu_list_is_what_draw_test_gives(real_set) -> None:
     repeated = [path for path in content if list(content.values()).count(content[path]) > 1]
     assert repeated == ["IMAGES/patches_101.jpg", "IMAGES/patches_105.jpg"]
     strata = {path: Path(path).name.rpartition("_")[0] for path in content}
-    assert sorted(f"IMAGES/{name}" for name in committed(detection.NEU_TEST_LIST)) == draw_test(strata, content)
+    assert sorted(f"IMAGES/{name}" for name in read_list(detection.NEU_TEST_LIST)) == draw_test(strata, content)
 
 
 def test_neu_defects_of_the_set(real_set) -> None:

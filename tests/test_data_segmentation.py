@@ -23,7 +23,7 @@ from defectlab.data.masks import (
     segmentation_fingerprint,
     subset,
 )
-from defectlab.data.splits import PARTS, committed
+from defectlab.data.splits import PARTS, read_list
 from defectlab.files import DataError
 
 SIZE = 32
@@ -258,7 +258,7 @@ def test_real_list_is_drawn_again(real_set) -> None:
     plan = segmentation._plan(METAL_NUT, "nut", "paper", real_set(METAL_NUT))
     samples = {segmentation._name(s): s for part in plan.parts.values() for s in part}
     parts = draw_parts(*segmentation._types_and_content(plan, samples))
-    assert committed(PAPER_LIST) == [f"{name} {part}" for name, part in sorted(parts.items())]
+    assert read_list(PAPER_LIST) == [f"{name} {part}" for name, part in sorted(parts.items())]
 
 
 @pytest.mark.real_data

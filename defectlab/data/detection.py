@@ -22,12 +22,12 @@ from defectlab.data.images import check_size, decode, in_threads, letterbox
 from defectlab.data.splits import (
     PARTS,
     Plan,
-    committed,
     detection_identity,
     draw_split,
     last_fifth,
     locate,
     number_of,
+    read_list,
     with_dev,
 )
 from defectlab.data.synthetic import SYNTHETIC
@@ -114,13 +114,9 @@ _SETS = {
 }
 
 
-def _board_list(folder: Path, name: str, remedy: str) -> list[str]:
+def _board_list(path: Path) -> list[str]:
     """Images of a list of DeepPCB: its lines say `group/board/NUMBER.jpg ...`, the files are NUMBER_test.jpg."""
-    try:
-        lines = (folder / "PCBData" / name).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"{folder / 'PCBData' / name} cannot be read ({error}): {remedy}") from error
-    return ["PCBData/" + line.split()[0].removesuffix(".jpg") + "_test.jpg" for line in lines if line.strip()]
+    return ["PCBData/" + line.split()[0].removesuffix(".jpg") + "_test.jpg" for line in read_list(path)]
 
 
 def draw_test(strata: Mapping[str, str], content: Mapping[str, str]) -> list[str]:
@@ -137,13 +133,13 @@ def _plan(dataset: str, root: Path | None) -> Plan:
     matches = {path: re.fullmatch(chosen.strata, path) for path in files}
     strata = {path: match[1] for path, match in matches.items() if match}
     if dataset == "neu_det":
-        test = [f"IMAGES/{line}" for line in committed(NEU_TEST_LIST)]
+        test = [f"IMAGES/{line}" for line in read_list(NEU_TEST_LIST)]
     elif dataset == "neu_det_index":
         test = [path for path in strata if number_of(path) > 240]
     elif dataset == "synthetic_steel":
         test = last_fifth(strata)
     else:
-        test, training = (_board_list(plan.folder, name, plan.remedy) for name in ("test.txt", "trainval.txt"))
+        test, training = (_board_list(plan.folder / "PCBData" / name) for name in ("test.txt", "trainval.txt"))
         if odd := sorted({*test, *training} ^ strata.keys()):
             raise DataError(f"{plan.folder} and its lists differ in {odd[0]}: delete {plan.folder}, then {plan.remedy}")
     if unknown := sorted(set(test) - strata.keys()):

@@ -28,7 +28,7 @@ from defectlab.data.annotations import AnnotatedImage, Annotations
 from defectlab.data.augment import Batch
 from defectlab.data.detection import DetectionData, DetectionSplit, to_data
 from defectlab.data.images import decode, in_threads, letterbox_maps
-from defectlab.data.splits import PARTS, Plan, committed, content_id, identity, locate, with_dev
+from defectlab.data.splits import PARTS, Plan, content_id, identity, locate, read_list, with_dev
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.data.synthetic.steel import MASKED_KINDS
 from defectlab.files import DataError
@@ -109,7 +109,7 @@ def instances(mask: np.ndarray, classes: int = len(CLASSES)) -> tuple[np.ndarray
 
 def _neu_seg_splits(dataset: str) -> tuple[list[str], list[str], list[str]]:
     strata, content, shown = {}, {}, set()
-    for classes, *members in map(str.split, committed(TURNS_LIST)):
+    for classes, *members in map(str.split, read_list(TURNS_LIST)):
         names = [f"images/{member}.jpg" for member in members]
         strata |= dict.fromkeys(names, classes)
         content |= dict.fromkeys(names, names[0])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from defectlab.data.anomaly import SYNTHETIC_NUT, Sample, plan_of, read_mask
 from defectlab.data.images import check_size, decode, in_threads, resize_mask, to_square
-from defectlab.data.splits import PARTS, Plan, committed, content_id, draw_split, identity
+from defectlab.data.splits import PARTS, Plan, content_id, draw_split, identity, read_list
 from defectlab.files import DataError
 
 METAL_NUT = "mvtec_ad/metal_nut"
@@ -142,7 +142,7 @@ def _plan(dataset: str, target: str, split: str, root: Path | None) -> Plan:
     if split == "paper":
         samples = {_name(sample): sample for sample in sorted([s for part in parts.values() for s in part], key=_name)}
         if dataset == METAL_NUT:
-            listed = dict(map(str.split, committed(PAPER_LIST)))
+            listed = dict(map(str.split, read_list(PAPER_LIST)))
         else:
             listed = draw_parts(*_types_and_content(plan, samples))
         if odd := sorted(listed.keys() ^ samples.keys()):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from defectlab.data.fetch import Manifest, quick_check
 from defectlab.data.synthetic import SYNTHETIC, ensure_synthetic
-from defectlab.files import data_dir
+from defectlab.files import DataError, data_dir
 
 PARTS = ("train", "dev", "test")
 # What enters a fingerprint besides files and names (pasted defects, recipes, rules of a split) is known by a digest of
@@ -68,9 +68,13 @@ def detection_identity(content: str, parts: Iterable[Iterable[str]]) -> str:
 # ------------------------------------------------------------------------------------------------------------- splits
 
 
-def committed(path: Path) -> list[str]:
-    """The lines of a list in `splits/` but its comments."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+def read_list(path: Path) -> list[str]:
+    """The lines of a list of names, but for comments and empty ones. DataError where it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}): fetch the set again") from error
+    return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def shuffled(names: list[str], purpose: str) -> list[str]:
