@@ -9,8 +9,7 @@ be read: no formula, no setting and no number of the paper is known here. What t
   high-frequency components";
 - a "multi-dimensional feature gated fusion loss (MD-GFLoss)".
 
-All else is ours and marked so; where two readings are plausible, a setting switches between them. `BSDRD` at the end
-is the whole method: images -> anomaly maps.
+All else is ours and marked so; a setting switches between two plausible readings. `BSDRD`: images -> anomaly maps.
 """
 
 from dataclasses import dataclass
@@ -26,9 +25,8 @@ from defectlab.networks.reverse_distillation import (
     LOSSES,
     AnomalyMapper,
     MultiScaleFusion,
-    OneClassEmbedding,
     RD4ADSettings,
-    ReverseDecoder,
+    ReverseDistillation,
     downsample_to,
     per_position_discrepancy,
     stage,
@@ -60,11 +58,8 @@ class Settings(RD4ADSettings):
 
 
 class DynamicFusion(MultiScaleFusion):
-    """RD4AD's fusion with input-dependent weights over the three scales, one set per channel (ours: attention in the
-    style of selective kernels).
-
-    The pooled descriptors of the aligned scales decide, by a softmax over the scales, how much of each a channel takes.
-    """
+    """RD4AD's fusion, with softmax weights over the three scales for each channel, computed from the pooled scales
+    (ours: attention in the style of selective kernels)."""
 
     def __init__(self, channels: tuple[int, int, int]):
         super().__init__(channels)
@@ -83,17 +78,13 @@ class DynamicFusion(MultiScaleFusion):
         return rearrange(3 * weights[..., None, None] * scales, "b s c h w -> b (s c) h w"), weights
 
 
-class StructStudent(nn.Module):
-    """Dynamic fusion, RD4AD's one-class embedding (the compression) and reverse decoder."""
+class StructStudent(ReverseDistillation):
+    """RD4AD's student with the dynamic fusion; its one-class embedding is the compression."""
 
     def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: Settings):
-        super().__init__()
-        self.fusion = DynamicFusion(channels)
-        self.embedding = OneClassEmbedding(3 * channels[2], 2 * channels[2], bottleneck)
-        self.decoder = ReverseDecoder(channels, bottleneck)
+        super().__init__(channels, bottleneck, DynamicFusion)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """The teacher's three maps -> their reconstructions, of the same shapes."""
         fused, _ = self.fusion(features)
         return self.decoder(self.embedding(fused))
 
@@ -104,9 +95,8 @@ class StructStudent(nn.Module):
 class Wavelet(nn.Module):
     """One level of the 2-D wavelet transform as a fixed depthwise convolution, and its exact inverse.
 
-    Orthonormal filters with periodic borders (PyWavelets' mode "periodization"), so the inverse is the transpose and
-    the reconstruction is perfect. `"none"` is space-to-depth: four bands of the same shapes without any frequency
-    meaning, the control of equal size.
+    Orthonormal filters with periodic borders (PyWavelets' mode "periodization"), so the inverse is the transpose.
+    "none" is space-to-depth: four bands of the same shapes without frequency meaning, a control of equal size.
     """
 
     def __init__(self, name: str):
@@ -176,8 +166,7 @@ class DetailStudent(nn.Module):
     def bands(self, x: Tensor, level: int) -> Tensor:
         """(B, C, H, W) -> the same shape after every band of this level and the coarser ones passed its bottleneck."""
         low, high = self.wavelet(x).split([1, 3], dim=1)
-        low = low[:, 0]
-        low = self.bands(low, level + 1) if level + 1 < len(self.high) else self.low(low)
+        low = self.bands(low[:, 0], level + 1) if level + 1 < len(self.high) else self.low(low[:, 0])
         high = self.high[level](rearrange(high, "b k c h w -> b (k c) h w"))
         return self.wavelet.inverse(torch.cat([low[:, None], rearrange(high, "b (k c) h w -> b k c h w", k=3)], 1))
 
@@ -216,7 +205,7 @@ DIMENSIONS = ("position", "channel", "map")
 def dimension_discrepancies(teacher: Tensor, student: Tensor) -> Tensor:
     """1 - cosine along three dimensions of 2 x (B, C, H, W): (3,), each in 0..2 (our reading of "multi-dimensional").
 
-    Per position, per channel (without those that are silent in the teacher: they have no direction), per whole map.
+    Per position, per channel (without channels that are zero in the teacher: they have no direction), per whole map.
     """
     teacher, student = (at_least_float32(f).flatten(2) for f in (teacher, student))  # (B, C, H W)
     position = (1 - functional.cosine_similarity(teacher, student, dim=1)).mean()
@@ -229,9 +218,8 @@ def dimension_discrepancies(teacher: Tensor, student: Tensor) -> Tensor:
 def gated_fusion(discrepancies: Tensor, logits: Tensor, gate: str, barrier: float) -> tuple[Tensor, Tensor]:
     """Fuse (S, 3) discrepancies by gates on the simplex: -> (loss summed over the S scales, gates (S, 3)).
 
-    "learned": gates are softmax(logits), trained with the student. Alone they would go to whichever term is smallest;
-    the barrier -(barrier / 3) sum(log 3 g) goes to infinity as a gate closes. With discrepancies in 0..2 the best
-    gates obey g >= barrier / (3 (2 + barrier)): no term can be switched off.
+    "learned": softmax(logits), trained with the student. The barrier -(barrier / 3) sum(log 3 g) keeps all gates open:
+    with discrepancies in 0..2 the best gates obey g >= barrier / (3 (2 + barrier)).
     "focus": softmax(5 d) of the detached discrepancies: the largest term leads, nothing is learned. "equal": 1/3 each.
     """
     if gate == "learned":

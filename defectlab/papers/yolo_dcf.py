@@ -12,8 +12,7 @@ file:
 - a *dual distillation* in which "a stronger version of the same network guides a lighter one" by "the spatial
   relationships between blocks and the emphasis within each channel".
 
-All else is ours and marked so, with the published neighbour that it follows. `YOLODCF` at the end is the whole method:
-images -> boxes.
+All else is ours and marked so, with the published work that it follows. `YOLODCF`: images -> boxes.
 """
 
 from dataclasses import dataclass, replace
@@ -55,10 +54,9 @@ class Settings(DetectorSettings):
 class ContextGuidedFusion(nn.Module):
     """Joins two maps of the neck in place of their concatenation.
 
-    Context: the means of rows pass a vertical strip convolution, those of columns a horizontal one; their sum, spread
-    over the plane, becomes an attention map (ours, after the rectangular self-calibration of CGRSeg, ECCV 2024; on
-    vectors, as in coordinate attention, CVPR 2021). Detail: a depthwise 3x3 convolution. A gate decides for each
-    channel and place how much of either the result takes.
+    Context: a vertical strip convolution of the row means plus a horizontal one of the column means gives an attention
+    map (ours, after the rectangular self-calibration of CGRSeg, ECCV 2024; on vectors, as in coordinate attention, CVPR
+    2021). Detail: a depthwise 3x3 convolution. A gate weighs context and detail for each channel and place.
     """
 
     def __init__(self, channels: tuple[int, int], strip: int = 11):
@@ -126,8 +124,8 @@ class MultiScaleResidualBlock(nn.Module):
     """The baseline's bottleneck with three parallel paths in place of its second convolution.
 
     Dense local texture: a 3x3 convolution. Medium and large structure: depthwise 3x3 convolutions with dilation 2 and
-    3, which reach 5 and 7 pixels (ours, after the dilated reparameterised block of UniRepLKNet, CVPR 2024). All paths
-    are linear, each with a norm, so that their sum can be fused.
+    3, 5 and 7 px wide (ours, after the dilated reparameterised block of UniRepLKNet, CVPR 2024). All paths are linear,
+    each with a norm, so that their sum can be fused.
     """
 
     def __init__(self, channels: int, shortcut: bool = True, kernels: tuple[int, int] = (3, 3), expansion: float = 1.0):

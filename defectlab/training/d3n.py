@@ -161,7 +161,9 @@ def run_student(settings: StudentSettings, seed: int, data: DetectionData, conte
     task = task_of(data)
     student = start(task, settings, seed, data, context)
     criterion = detection_loss(student, settings.size)
-    transfer = PowerTransfer(criterion, settings.transfer, settings.distance, settings.temperature, settings.box)
+    transfer = PowerTransfer(
+        criterion, settings.transfer, distance=settings.distance, temperature=settings.temperature, box=settings.box
+    )
     taught = with_latents(teacher, prepared.latents)
 
     def loss(batch: Batch) -> dict[str, Tensor]:

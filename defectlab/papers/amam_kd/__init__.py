@@ -1,4 +1,6 @@
-"""AMAM and knowledge distillation in two stages: Guo, Lv, Machines 13(8), 712 (2025), doi 10.3390/machines13080712.
+"""AMAM and knowledge distillation: Guo, Lv, "A Two-Stage Deep-Learning Framework for Industrial Anomaly Detection:
+Integrating Small-Sample Semantic Segmentation and Knowledge Distillation", Machines 13(8), 712 (2025), doi
+10.3390/machines13080712.
 
 - `segmentation.py`: section 3.1, stage one. `segmentation.build(settings)`: images -> foreground logits.
 - `distillation.py`: section 3.2, stage two, without its score. `KnowledgeDistillation`: images -> anomaly maps.

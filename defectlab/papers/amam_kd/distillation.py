@@ -1,14 +1,13 @@
-"""Stage two: anomaly detection by knowledge distillation (section 3.2, and what the ablations of 4.2.2 switch).
+"""Stage two: anomaly detection by knowledge distillation (section 3.2, and the ablations of 4.2.2).
 
-Guo, Lv, "A Two-Stage Deep-Learning Framework for Industrial Anomaly Detection: Integrating Small-Sample Semantic
-Segmentation and Knowledge Distillation", Machines 13(8), 712 (2025), doi 10.3390/machines13080712. The frame is reverse
-distillation (RD4AD, CVPR 2022), which the paper does not cite: a frozen teacher, an embedding of its three feature
-maps, a student that gives them back. The score is in `weighting.py`.
+Guo, Lv, Machines 13(8), 712 (2025), doi 10.3390/machines13080712. It is reverse distillation (RD4AD, CVPR 2022), which
+the paper does not cite: a frozen teacher, an embedding of its three feature maps, a student that reconstructs them. The
+score is in `weighting.py`.
 
 Deviations and choices are marked "ours". The largest: Table 3 gives the teacher 16 x 16 x 2048 at 256 px, which no
-layer of a WideResNet-50-2 has without dilation, while the loss uses three unnamed scales (here: layers 1 to 3); 14 x 14
-tokens fit 224 px, the size used here; and the printed loss does not contain the convolutions of the anomaly score, so
-that these are fitted apart from it, to pasted defects.
+layer of a WideResNet-50-2 has without dilation, and the loss uses three unnamed scales (here: layers 1 to 3). 14 x 14
+tokens fit 224 px, the size used here. The printed loss does not contain the convolutions of the anomaly score; here
+they are fitted to pasted defects after the training.
 """
 
 from collections.abc import Callable
@@ -103,9 +102,8 @@ class FeatureAggregation(nn.Module):
         self.grid = min(TOKENS, settings.size // 16)
         self.fusion = MultiScaleFusion(channels) if settings.fusion else None
         width = (3 if settings.fusion else 1) * channels[2]
-        self.compress = nn.Sequential(
-            nn.Conv2d(width, WIDTH, 1, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True)
-        )
+        compress = nn.Conv2d(width, WIDTH, 1, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True)
+        self.compress = nn.Sequential(*compress)
         filters: list[nn.Module] = []
         if settings.vit:
             filters.append(ViTBlock(self.grid**2, settings.vit_depth, settings.vit_heads))
@@ -182,15 +180,6 @@ def discrepancies(teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:
     return [per_position_discrepancy(t, s) for t, s in zip(teacher, student, strict=True)]
 
 
-def cosine(teacher: Tensor, student: Tensor) -> Tensor:
-    """One scale's term of the paper's loss, 2 x (B, C, h, w) -> scalar: M^k averaged over positions and images."""
-    return per_position_discrepancy(teacher, student).mean()
-
-
-def l1(teacher: Tensor, student: Tensor) -> Tensor:
-    return functional.l1_loss(at_least_float32(student), at_least_float32(teacher))
-
-
 def mse(teacher: Tensor, student: Tensor) -> Tensor:
     return functional.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
@@ -200,14 +189,19 @@ def l2(teacher: Tensor, student: Tensor) -> Tensor:
     return teacher.shape[1] * mse(teacher, student)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "l1": l1, "l2": l2, "mse": mse}  # Table 10
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # Table 10: one scale's term, 2 x (B, C, h, w) -> scalar
+    "cosine": lambda teacher, student: per_position_discrepancy(teacher, student).mean(),  # the paper's
+    "l1": lambda teacher, student: functional.l1_loss(at_least_float32(student), at_least_float32(teacher)),
+    "l2": l2,
+    "mse": mse,
+}
 
 
 class DistillationLoss(nn.Module):
     """Sum over the three scales. With `weighting="printed"` the score's three 1x1 weights are part of it and trained.
 
-    This is the only reading in which the printed loss trains "an adaptive weight for training purposes". On normal
-    images the loss is smallest where all weights are zero. They are kept positive (ours).
+    Only so does the printed loss train "an adaptive weight for training purposes". On normal images it is smallest
+    where all weights are zero; they are kept positive (ours).
     """
 
     def __init__(self, settings: DistillationSettings):
@@ -236,7 +230,7 @@ class DistillationLoss(nn.Module):
 
 
 class DistillationNetwork(nn.Module):
-    """Figure 4 without the teacher: feature aggregation, student, and the weighting of the maps it leads to."""
+    """Figure 4 without the teacher: feature aggregation, student, and the weighting of the anomaly maps."""
 
     def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: DistillationSettings):
         super().__init__()

@@ -1,8 +1,7 @@
 """Stage one: segmentation by a U-shaped network with an adaptive multi-scale attention module (section 3.1).
 
-Guo, Lv, "A Two-Stage Deep-Learning Framework for Industrial Anomaly Detection: Integrating Small-Sample Semantic
-Segmentation and Knowledge Distillation", Machines 13(8), 712 (2025), doi 10.3390/machines13080712: Table 1, Figures
-1 to 3, and the recipe of section 4.1. No code and no nut masks were published. Deviations and readings:
+Guo, Lv, Machines 13(8), 712 (2025), doi 10.3390/machines13080712: Table 1, Figures 1 to 3, and the recipe of section
+4.1. No code and no nut masks were published. Deviations and readings:
 
 - ResNet-18 in place of ResNet-50 by default; its layer 4 starts at random (`load_encoder`).
 - The text (dilation, output stride 16) and Table 1 (strides 2, 4, 8, 16 with 64, 128, 256, 512 channels) describe two
@@ -68,9 +67,9 @@ class AMAM(nn.Module):
     """Adaptive multi-scale attention module (section 3.1.2, Figure 2 and the formulas F1..F6, F_out).
 
     Six paths over the same map: a 1x1 convolution; factorised 3x3 convolutions (3x1, then 1x3) at four dilations;
-    global average pooling; each a quarter as wide as the input (ours). Concatenated, they pass a 3x3 convolution, also
-    depthwise separable ("standard convolutions are replaced"), whose sigmoid gates the module's input. With attention
-    "self" one multi-head self-attention of the fused map is added to the input instead.
+    global average pooling; each a quarter as wide as the input (ours). Their concatenation passes a 3x3 convolution,
+    also depthwise separable ("standard convolutions are replaced"), whose sigmoid gates the module's input. With
+    attention "self" one multi-head self-attention of the fused map is added to the input instead.
     """
 
     def __init__(self, channels: int, dilations: tuple[int, ...] = (4, 8, 12, 16), attention: str = "gate"):
@@ -109,8 +108,8 @@ class AMAM(nn.Module):
 
 
 class GateAttention(AttentionGate):
-    """Figure 3: "coarse-scale features" gate the skip's "fine-scale features", with a ReLU inside. There is no formula;
-    the description is that of Attention U-Net's gate, which it is here."""
+    """Figure 3: "coarse-scale features" gate the skip's "fine-scale features", with a ReLU inside. Without a formula in
+    the paper, it is Attention U-Net's gate (ours)."""
 
 
 class LowestSkip(nn.Module):
@@ -169,10 +168,7 @@ class UShapedNetwork(nn.Module):
     """
 
     def __init__(self, settings: Settings):
-        from segmentation_models_pytorch.base.initialization import (
-            initialize_decoder,
-            initialize_head,
-        )  # slow to import
+        from segmentation_models_pytorch.base import initialization  # slow to import
 
         super().__init__()
         if settings.layout not in DECODER_WIDTHS:
@@ -198,8 +194,8 @@ class UShapedNetwork(nn.Module):
                 inputs = outputs
         self.head = nn.Conv2d(inputs, 1, 1)
         for part in (self.reduce, self.amam, self.decoder):
-            initialize_decoder(part)  # ours: as the comparators' decoders
-        initialize_head(self.head)
+            initialization.initialize_decoder(part)  # ours: as the comparators' decoders
+        initialization.initialize_head(self.head)
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
         """Float images (B, 3, S, S) -> the output of every layer by name, in the order of Table 1: "encoder 1" ...,

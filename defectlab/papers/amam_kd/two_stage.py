@@ -2,8 +2,8 @@
 
 The paper gives no procedure beyond "cascaded knowledge distillation training on the segmented normal data" and
 figure 7. Ours: a square box around the largest segmented component, with a margin, cut from the image as stored and
-resized to the detector's input; maps are pasted back onto the whole image, so that one stage and two are judged on the
-same pixels. (On crops alone, the paper's way, the easy background is gone and the two cannot be compared.)
+resized to the detector's input. Maps are pasted back onto the whole image, so that one stage and two are evaluated on
+the same pixels; the paper evaluates crops, which lack the easy background.
 """
 
 from dataclasses import dataclass
@@ -71,9 +71,7 @@ def square_boxes(foreground: Tensor, margin: float) -> Tensor:
         rows, columns = ndimage.find_objects(labelled)[largest - 1]
         height, width = rows.stop - rows.start, columns.stop - columns.start
         wanted = min(side, max(height, width) * (1 + 2 * margin))
-        top, left = (
-            float(np.clip((part.start + part.stop - wanted) / 2, 0, side - wanted)) for part in (rows, columns)
-        )
+        top, left = (float(np.clip((p.start + p.stop - wanted) / 2, 0, side - wanted)) for p in (rows, columns))
         boxes.append((left / side, top / side, (left + wanted) / side, (top + wanted) / side))
     return torch.tensor(boxes, dtype=torch.float64)
 
@@ -97,9 +95,8 @@ def paste_back(maps: Tensor, boxes: Tensor, fill: float) -> Tensor:
     y = 2 * (centres[None] - top[:, None]) / (bottom - top)[:, None] - 1
     grid = torch.stack([x[:, None, :].expand(-1, MAP_SIZE, -1), y[:, :, None].expand(-1, -1, MAP_SIZE)], -1)
     inside = (grid.abs() <= 1).all(-1)  # (N, 256, 256)
-    values = functional.grid_sample(
-        maps[:, None], grid.to(maps.dtype), "bilinear", padding_mode="border", align_corners=False
-    )
+    grid = grid.to(maps.dtype)
+    values = functional.grid_sample(maps[:, None], grid, "bilinear", padding_mode="border", align_corners=False)
     return values[:, 0].where(inside, fill)
 
 
@@ -110,8 +107,8 @@ class TwoStage(nn.Module):
     """Segment, box, cut, detect, paste back: `TwoStage(TwoStageSettings())(images)`; `segmenter` and `detector.network`
     have fresh weights.
 
-    threshold: of the foreground's probability; fill: value of the map outside the box. A study takes both from dev: the
-    threshold of the best IoU, the smallest value of the maps.
+    threshold: of the foreground's probability, best by IoU on dev; fill: value of the map outside the box, the smallest
+    of the maps on dev.
     """
 
     def __init__(self, settings: TwoStageSettings, threshold: float = 0.5, fill: float = 0.0):

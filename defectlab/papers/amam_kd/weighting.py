@@ -1,14 +1,14 @@
 """The anomaly score of stage two (section 3.2.2): AL = sum over k of Conv(M^k), and how its convolutions are fitted.
 
-The paper calls them adaptive and does not say what they are fitted to. Its loss does not contain them; in it they would
-go to zero (see
-`distillation.DistillationLoss`). Ours: after the training they are fitted to tell the pixels of pasted defects from
-normal ones, on dev.
+The paper calls them adaptive and does not say what they are fitted to. Its loss does not contain them, and would bring
+them to zero (see `distillation.DistillationLoss`). Ours: after the training they are fitted on dev, to tell pixels of
+pasted defects from normal ones.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from defectlab.networks.reverse_distillation import gaussian_smooth, upsample
 
@@ -59,11 +59,11 @@ def tap_maps(maps: Tensor, kernel: int) -> Tensor:
 
 
 def fit_weighting(maps: list[Tensor], masks: Tensor, kernel: int) -> MapWeighting:
-    """Kernels by which the smoothed AL tells defect from normal pixels best: logistic regression (ours).
+    """Kernels by which the smoothed AL tells defect from normal pixels: logistic regression (ours), deterministic.
 
-    The defect pixels of each image together count as one, whatever their number, and all normal pixels as much as they
-    all. Weights are positive, since a larger discrepancy must never lower the score, and scaled to a sum of 3, that of
-    the plain sum, which changes no order. The same input gives the same kernels.
+    The defect pixels of each image have the same total weight; all normal pixels together weigh as much as all defect
+    pixels. The kernels are positive, since a larger discrepancy must never lower the score, and scaled to a sum of 3,
+    that of the plain sum, which changes no order.
 
     Args:
         maps: three M^k (N, h, w) of images among which some have defects: never those of the test set.
@@ -83,9 +83,7 @@ def fit_weighting(maps: list[Tensor], masks: Tensor, kernel: int) -> MapWeightin
     def closure() -> Tensor:
         optimizer.zero_grad()
         logits = functional.softplus(raw) @ seen + bias
-        loss = functional.binary_cross_entropy_with_logits(
-            logits, target.flatten(), importance.flatten(), reduction="sum"
-        )
+        loss = binary_cross_entropy_with_logits(logits, target.flatten(), importance.flatten(), reduction="sum")
         loss.backward()
         return loss
 

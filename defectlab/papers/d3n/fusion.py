@@ -1,8 +1,7 @@
 """Cross-model feature fusion (section III-C), and what the ablations of section IV-B put in its place.
 
-Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: the noise filter, four-head
-cross-attention (equations 4, 5), the dynamic cross-fusion (Figs. 4, 6); Tables I and II, positional encodings, the
-weights of the branches (Fig. 11).
+Yu, arXiv 2408.13845: the noise filter, four-head cross-attention (equations 4, 5), the dynamic cross-fusion (Figs. 4,
+6); Tables I and II, positional encodings, the weights of the branches (Fig. 11).
 
 A level of the detector is X (B, C, H, W), the DDPM's reconstructed features of the same level are Y (B, C_y, h, w).
 """
@@ -25,11 +24,11 @@ POSITIONS = ("none", "sine")
 class NoiseFilter(nn.Module):
     """FFT, spatial attention on the spectrum, inverse FFT; (B, C, H, W) -> the same shape, real, float32.
 
-    "Inspired by MedSegDiff" (whose filter is one learned map for all images); what the attention sees is not said.
+    "Inspired by MedSegDiff" (whose filter is one learned map for all images); the attention's input is not stated.
     Ours, as in CBAM (Woo et al. 2018): mean and largest amplitude over the channels, a 7x7 convolution and a sigmoid
     give one weight per frequency, shared by all channels. Amplitudes enter as log(1 + a), since they fall by orders of
-    magnitude from the lowest frequency to the highest. Weights lie in 0..2 and start at 1, the identity, so that a
-    frequency may gain on the others as well as lose: a batch norm follows, and only ratios count.
+    magnitude from the lowest frequency to the highest. Weights lie in 0..2 and start at 1, the identity; only their
+    ratios count, since a batch norm follows.
     """
 
     def __init__(self, kernel: int = 7):
@@ -65,7 +64,7 @@ def wrapped(x: Tensor, border: int) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, printed: bool = False) -> Tensor:
     """(B, heads, N, d), (B, heads, M, d), (B, heads, M, d) -> (B, heads, N, d): softmax(Q K^T / sqrt(d)) V (Vaswani et
-    al. 2017), or, `printed`, equation 5 as it stands: softmax(Q K^T) / sqrt(d) times V."""
+    al. 2017), or, `printed`, equation 5 as printed: softmax(Q K^T) / sqrt(d) times V."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # In float32: forward and backward of the bf16 kernel take 1.6 times as long on a CPU (576 pixels, torch 2.11).
         with torch.autocast("cpu", enabled=False):
@@ -76,9 +75,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, printed: bool = False) 
 
 
 class MultiHeadAttention(nn.Module):
-    """Equation 4 for maps (B, C, H, W), which gives the queries, and (B, C, h, w), keys and values -> (B, C, H, W).
-
-    With one map: self-attention.
+    """Equation 4: queries from a map (B, C, H, W), keys and values from (B, C, h, w) or, without it, from the first map
+    (self-attention) -> (B, C, H, W).
 
     printed: see `attention`. positional: "sine" adds 2-D sinusoids to what queries and keys are made of, not to values.
     ValueError for channels that the heads do not divide, an unknown encoding, or sinusoids with C not divisible by 4.
@@ -157,8 +155,8 @@ class Concatenated(Fusion):
 
 
 class WeightedSum(Fusion):
-    """Table II, "Weighted sum", and what joins the branches of Fig. 6. Ours: weights are a softmax; they sum to 1,
-    as the shares of Fig. 11 do, and are equal at first."""
+    """Table II, "Weighted sum", and the sum of the branches of Fig. 6. Ours: weights are a softmax, so that they sum to
+    1 as in Fig. 11, and are equal at first."""
 
     def __init__(self, names: Sequence[str] = ("ddpm", "det")):
         super().__init__()
@@ -182,7 +180,7 @@ class DynamicCrossFusion(Fusion):
     cross-attention alone.
 
     Args:
-        dual: self-attention on X and on Y; without it these branches, where they are, carry X and Y as they came.
+        dual: self-attention on X and on Y; without it these branches, where used, are X and Y.
         weighted: the branches' learned weights; without it, and with `dual`, their plain sum.
         residual: X is added, times a learned weight that starts at 1.
         norm: Y is normalised before the cross-attention. Ours: layer norm of each pixel's channels, which keeps the
@@ -204,11 +202,9 @@ class DynamicCrossFusion(Fusion):
         super().__init__()
         self.norm, self.alone = norm, not (dual or weighted)
         self.cross = MultiHeadAttention(channels, heads, printed_scale)
-        if dual:
-            self.refine_x = MultiHeadAttention(channels, heads, printed_scale, positional)
-            self.refine_y = MultiHeadAttention(channels, heads, printed_scale, positional)
-        else:
-            self.refine_x, self.refine_y = nn.Identity(), nn.Identity()
+        self.refine_x, self.refine_y = (
+            MultiHeadAttention(channels, heads, printed_scale, positional) if dual else nn.Identity() for _ in range(2)
+        )
         self.shares = WeightedSum(("ddpm", "det", "cross")) if weighted else None
         self.kept = nn.Parameter(torch.ones(())) if residual else None
 
@@ -245,8 +241,8 @@ class LevelFusion(nn.Module):
 
     Y is resized to H x W, filtered and projected to C channels, then fused with X. Ours: the filter comes before the
     projection, since Fig. 4 filters the reconstructed features, and after the resizing, since smaller maps are cheaper.
-    The projection is a 1x1 convolution with a batch norm: else the unknown scale of the features would decide the plain
-    sum of Table II.
+    The projection is a 1x1 convolution with a batch norm: without it, the unknown scale of the features would dominate
+    the plain sum of Table II.
 
     Args:
         fuse: "dynamic", or Table II's "concat", "sum", "weighted_sum".
@@ -291,12 +287,10 @@ class CrossModelFusion(nn.Module):
 
     def __init__(self, channels: Sequence[int], feature_channels: Sequence[int], **switches):
         super().__init__()
-        if len(channels) != len(feature_channels):
-            counts = f"{len(channels)} maps of the detector, {len(feature_channels)} of the DDPM"
-            raise ValueError(f"{counts}: give one each")
-        self.levels = nn.ModuleList(
-            LevelFusion(c, own, **switches) for c, own in zip(channels, feature_channels, strict=True)
-        )
+        if (maps := len(channels)) != (own := len(feature_channels)):
+            raise ValueError(f"{maps} maps of the detector, {own} of the DDPM: give one each")
+        pairs = zip(channels, feature_channels, strict=True)
+        self.levels = nn.ModuleList(LevelFusion(*pair, **switches) for pair in pairs)
 
     def forward(self, maps: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
         return [level(x, y) for level, x, y in zip(self.levels, maps, features, strict=True)]

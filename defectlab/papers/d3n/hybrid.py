@@ -1,11 +1,11 @@
 """The hybrid detector (section III-C, Fig. 4) and its student (section III-D, Fig. 7), which is what is deployed.
 
-Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845. The hybrid reads an image and its
-latents: the frozen compressor maps them back to features, a noise filter and the dynamic cross-fusion join them with
-the three maps of the backbone, and neck and head are unchanged. The student is the plain detector.
+Yu, arXiv 2408.13845. The hybrid reads an image and its latents: the frozen compressor maps them back to features, a
+noise filter and the dynamic cross-fusion join them with the three maps of the backbone, and neck and head are
+unchanged. The student is the plain detector.
 
-Features belong to the plain image, so a mosaic, which mixes four, would separate features from pixels. Hybrid, student
-and their baseline share a recipe of flips and scale, whose matrix moves the features, too (ours: the paper is silent).
+Features belong to the plain image, so a mosaic of four images is not possible. Hybrid, student and their baseline share
+a recipe of flips and scale, whose matrix moves the features, too (ours: the paper is silent).
 """
 
 from dataclasses import dataclass
@@ -69,9 +69,9 @@ SWITCHES = ("fuse", "noise_filter", "dual", "weighted", "residual", "norm", "pri
 class HybridDetector(nn.Module):
     """Images (B, 3, S, S) in 0..1 and latents (B, C_k / 8, H_k, W_k), finest first -> the detector's raw maps.
 
-    The latents are those of the plain images; `matrices` (B, 3, 3), where given, are what the augmentation did to
-    them. The decoded features are moved, not the latents: convolution kernels are not symmetric, and zero latents do
-    not decode to zero features. Outside the image the features are 0, no difference from the mean features.
+    The latents are those of the plain images; `matrices` (B, 3, 3), where given, those of the images' augmentation. The
+    decoded features are moved, not the latents: convolution kernels are not symmetric, and zero latents do not decode
+    to zero features. Outside the image the features are 0, no difference from the mean features.
     """
 
     def __init__(self, detector: Detector, compressor: Compressor, fusion: CrossModelFusion):

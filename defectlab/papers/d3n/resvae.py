@@ -1,12 +1,12 @@
 """Compression of the diffusion model's features (section III-B): a residual VAE, and PCA of equal size.
 
-Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: ResVAE, the settings of section
-IV-A, the PCA of Table III; `decode` is the feature mapping of section III-C.
+Yu, arXiv 2408.13845: ResVAE, the settings of section IV-A, the PCA of Table III; `decode` is the feature mapping of
+section III-C.
 
 Each of the decoder's three maps has a codec of its own that keeps its resolution and divides its channels by 8. Ours:
-features are standardised first, so that the squared error is in units of variance and no channel drowns the others. The
-mean is per channel and position, over the training images: all images get the same noise, and its effect, most of the
-variation of the finest map, is the same in every image. This mean map is subtracted and not added back after decoding.
+features are standardised first, so that the squared error is in units of variance and all channels count alike. The
+mean is per channel and position, over the training images: all images get the same noise, which causes most of the
+variation of the finest map. This mean map is subtracted and not added back after decoding.
 """
 
 from collections.abc import Iterable, Sequence
@@ -54,11 +54,9 @@ class ResVAE(nn.Module):
     "employed as the basic module to speed up the training").
 
     Ours: two residual blocks on each side of the latents, half as wide as the map, and a 1x1 convolution next to the
-    latents: 512, 256, 256, 64 means and 64 log-variances | 64, 256, 256, 512. The blocks are pre-activation ones, so
-    that a linear way leads through the whole VAE: what PCA can do is learnt quickly, and no ReLU cuts the few latents.
-    Their batch norm, once trained, is the same affine map at every pixel: the decoder stays local, and padding of the
-    latents does not reach far, as it would by a group norm's statistics. Mirrored latents are not decoded to quite the
-    mirrored maps: convolution kernels are not symmetric.
+    latents: 512, 256, 256, 64 means and 64 log-variances | 64, 256, 256, 512. The blocks are pre-activation ones: the
+    VAE has a linear path from end to end, and no ReLU cuts the latents. Batch norm, once trained, is the same affine
+    map at every pixel, so that the decoder stays local (a group norm's statistics are not).
     """
 
     def __init__(self, channels: int, latent: int):
@@ -85,8 +83,8 @@ class ResVAE(nn.Module):
         return self.decoder(z)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C, H, W) -> reconstruction (in training of a sample, by the generator on the device of `x`; in evaluation
-        of the mean), mean, log-variance."""
+        """(B, C, H, W) -> reconstruction (in training of a sample, in evaluation of the mean), mean, log-variance. The
+        generator is on the device of `x`."""
         mean, log_variance = self.posterior(x)
         if not self.training:
             return self.decode(mean), mean, log_variance
@@ -104,19 +102,15 @@ def vae_loss(
 ) -> dict[str, Tensor]:
     """Section IV-A: MSE and KL divergence, the latter with weight `kl`; the paper does not say how they are reduced.
 
-    An image has D values and L latent values, D / L = 8. With mse and kl_mean averaged over all of them, "loss" is for
+    reconstruction, target (B, C, H, W); mean, log_variance (B, latent, H, W) -> "loss", "mse" and "kl" (nats per latent
+    value: kl_mean), scalars. An image has D values and L latent values, D / L = 8. "loss" is, by `reduction`:
 
         "sum":   D mse + kl L kl_mean   the negative evidence bound of the likelihood N(reconstruction, 1/2), per image
                                         and up to constants
         "mean":  mse + kl kl_mean       "sum" with an 8 times heavier KL
-        "mixed": mse + kl L kl_mean     an MSE as `nn.MSELoss` has it beside an image's KL: "sum" with a D times heavier
-                                        KL, for which the posterior collapses
+        "mixed": mse + kl L kl_mean     "sum" with a D times heavier KL, for which the posterior collapses
 
-    Args:
-        reconstruction, target: (B, C, H, W). mean, log_variance: (B, latent, H, W).
-
-    Returns:
-        "loss", "mse" and "kl" (nats per latent value: kl_mean), scalars. ValueError for an unknown reduction.
+    ValueError for another reduction.
     """
     mse = functional.mse_loss(reconstruction, target)
     kl_mean = kl_divergence(mean, log_variance).mean()

@@ -1,21 +1,20 @@
 """Power transfer (section III-D): the hybrid teaches a plain detector of the same width and depth.
 
-Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845: equations 6 and 7, and what section
-IV-A says about distance and temperature. The object scaling is that of Mehta and Ozturk, "Object detection at 200
-frames per second", ECCV Workshops 2018 (the paper's [32]).
+Yu, arXiv 2408.13845: equations 6 and 7, distance and temperature of section IV-A. The object scaling is that of Mehta
+and Ozturk, "Object detection at 200 frames per second", ECCV Workshops 2018 (the paper's [32]).
 
 Equation 6 adds three parts, equation 7 gives each as the detector's own loss against the ground truth plus lambda times
-the same against the teacher; for classes and boxes the latter is scaled by o_T, the objectness that the teacher
-predicts, so that nothing is learned from its boxes and classes where it sees background. Its objectness is learned
-everywhere.
+the same against the teacher. For classes and boxes the latter is scaled by o_T, the objectness that the teacher
+predicts, so that they are not learned in the background.
 
-Equation 7 and section IV-A do not agree. The equation takes the losses of the detector (cross-entropies, an overlap of
-boxes) and has no temperature; the section says "logit distillation", "L2" and "the temperature coefficient is set to
-20". Both are here: `distance` is "l2" (section IV-A, our default) or "bce" (equation 7) for objectness and classes;
-`box` is "ciou" (equation 7, our default) or "l2".
+Equation 7 and section IV-A do not agree. The equation has the losses of the detector (cross-entropies, an overlap of
+boxes) and no temperature; the section says "logit distillation", "L2" and "the temperature coefficient is set to 20".
+Both are here: `distance` is "l2" (section IV-A, our default) or "bce" (equation 7) for objectness and classes; `box` is
+"ciou" (equation 7, our default) or "l2".
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,8 @@ def logit_distance(student: Tensor, teacher: Tensor, distance: str = "l2", tempe
     "l2": (sigmoid(z_T / T) - sigmoid(z_S / T))^2 T^2. Section IV-A names L2 and T = 20; that T softens sigmoids (YOLO's
     probabilities), and that T^2 keeps the gradient's size (Hinton et al. 2015), is ours. For |z| well below 4 T it is
     (z_T - z_S)^2 / 16, the squared difference of logits, to which 0.2 % and 0.01 % differ as much as 82 % and 18 %.
-    "bce": equation 7 with the detector's own loss, the cross-entropy with the teacher's probability as a soft target;
-    no temperature. Its least value, where both agree, is the entropy of the teacher and not 0.
+    "bce": equation 7, the cross-entropy with the teacher's probability as a soft target; no temperature. Where both
+    agree, it is the entropy of the teacher and not 0.
     """
     if distance == "bce":
         return functional.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none")
@@ -75,10 +74,9 @@ def object_scaled_terms(
     """The parts of equation 7 against the teacher, without lambda: "distill_obj", "distill_cls", "distill_box".
 
     Both give raw maps (B, K * (5 + C), h, w), finest level first; anchors (levels, K, 2) are widths and heights in px.
-    One architecture has the same cells and anchors, so place is compared with place; the teacher is a constant. As in
-    the detector's loss, objectness is a mean over the places of each level times the level's balance, and classes are a
-    mean over the classes. Ours: classes and boxes are means over the places of all levels and images, weighted by o_T.
-    All in float32 whatever autocast does (float64 stays float64).
+    The teacher is a constant. As in the detector's loss, objectness is a mean over the places of each level times the
+    level's balance, and classes are a mean over the classes. Ours: classes and boxes are means over the places of all
+    levels and images, weighted by o_T. All in float32 whatever autocast does (float64 stays float64).
 
     ValueError where the maps of both differ in number or shape, and for an unknown distance.
     """
@@ -114,21 +112,18 @@ def per_place(raw: Sequence[Tensor], count: int) -> Tensor:
 class PowerTransfer(nn.Module):
     """Equation 6: the student's whole loss, its own plus `weight` (lambda) times the parts against the teacher.
 
-    These take the gains of the detector's own terms, so that lambda weighs teacher against ground truth. At weight 0
-    the loss is exactly the detector's own.
+    These take the gains of the detector's own terms. At weight 0 the loss is exactly the detector's own. `reading`:
+    `distance`, `temperature` and `box` of `object_scaled_terms`.
     """
 
     def __init__(
         self,
         detector_loss: AnchorBasedLoss,
         weight: float = 1.0,  # ours: the paper names lambda and no value
-        distance: str = "l2",  # paper section IV-A
-        temperature: float = 20.0,  # paper section IV-A
-        box: str = "ciou",  # paper equation 7
+        **reading: Any,
     ):
         super().__init__()
-        self.detector_loss, self.weight = detector_loss, weight
-        self.reading = {"distance": distance, "temperature": temperature, "box": box}
+        self.detector_loss, self.weight, self.reading = detector_loss, weight, reading
 
     def forward(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor], boxes: Tensor, labels: Tensor
