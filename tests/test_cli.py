@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +50,17 @@ def fake(root: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStudy:
     fake = FakeStudy()
     monkeypatch.setattr(batch, "study", lambda name: fake.study if name == "bsdrd" else study(name))
     return fake
+
+
+def raising(error: BaseException, bad: int) -> Callable[..., Result]:
+    """A run that fails at seed `bad` alone."""
+
+    def run(settings, seed: int, data, context: Context) -> Result:
+        if seed == bad:
+            raise error
+        return fake_result(seed)
+
+    return run
 
 
 def call(line: str) -> int:
@@ -120,11 +132,11 @@ def test_a_row_that_the_profile_does_not_plan(fake: FakeStudy, capsys: pytest.Ca
     assert fake.computed == [("rd4ad", 0)]
 
 
-def test_the_rows_of_d3n_that_quick_leaves_out(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("status d3n --rows fusion_sum") == 0
-    assert "fusion_sum  not part of quick: name its seeds" in capsys.readouterr().out
-    assert call("run d3n --rows fusion_sum") == 1
-    assert "fusion_sum: not part of quick: name its seeds" in capsys.readouterr().err
+def test_status_of_all_studies_and_of_a_row_that_quick_leaves_out(root: Path, capsys) -> None:
+    assert call("status --profile paper") == call("status d3n --rows fusion_sum") == 0
+    shown = capsys.readouterr().out
+    for line in ("reverse_distillation (paper): row", "bsdrd (paper): row", "fusion_sum  not part of quick: name its"):
+        assert line in shown
 
 
 def test_missing_data_name_the_script(root: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -173,12 +185,7 @@ def test_corrupt_record_is_an_error_and_no_traceback(fake: FakeStudy, capsys: py
     ],
 )
 def test_a_row_that_fails_is_an_error_and_the_others_run(fake: FakeStudy, capsys, error: Exception) -> None:
-    def fails_once(settings, seed: int, data, context: Context) -> Result:
-        if seed == 1:
-            raise error
-        return fake_result(seed)
-
-    fake.run = fails_once
+    fake.run = raising(error, 1)
     assert call("run bsdrd --rows rd4ad --seeds 0,1,2 --device cpu") == 1
     assert [seed for _, seed in fake.computed] == [0, 2]
     assert sorted(record.seed for record in runs.read_records(runs.runs_dir("quick"))) == [0, 2]
@@ -204,10 +211,7 @@ def test_a_stale_checkpoint_does_not_stop_the_batch(fake: FakeStudy, capsys: pyt
 
 
 def test_interrupted_by_the_user(fake: FakeStudy, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    fake.run = interrupted
+    fake.run = raising(KeyboardInterrupt(), 0)
     assert call("run bsdrd --device cpu") == 130
     assert "the same command continues" in capsys.readouterr().err
 
@@ -232,13 +236,6 @@ def test_status_lists_rows_in_the_order_of_running(fake: FakeStudy, capsys: pyte
     assert capsys.readouterr().out.splitlines()[1].split() == ["rd4ad", "2", "0,2", "1"]
 
 
-def test_status_of_all_studies(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("status --profile paper") == 0
-    text = capsys.readouterr().out
-    assert "reverse_distillation (paper): row" in text
-    assert "bsdrd (paper): row" in text
-
-
 def test_run_computes_what_is_missing_headline_rows_first(fake: FakeStudy, capsys) -> None:
     assert call("run bsdrd --rows gate_equal,bsdrd,rd4ad --seeds 0,1 --device cpu") == 0
     first = [("bsdrd", 0), ("rd4ad", 0), ("bsdrd", 1), ("rd4ad", 1), ("gate_equal", 0), ("gate_equal", 1)]
@@ -257,47 +254,33 @@ def test_no_minutes_stop_cleanly(fake: FakeStudy, capsys: pytest.CaptureFixture[
 
 
 def test_a_row_that_runs_out_of_time_stops_the_batch_cleanly(fake: FakeStudy, capsys) -> None:
-    started = []
-
     def out_of_time(settings, seed: int, data, context: Context) -> Result:
         assert context.deadline is not None
-        started.append(seed)
         raise OutOfTime("time budget used up after epoch 1 of 10; run again to go on")
 
     fake.run = out_of_time
     assert call("run bsdrd --minutes 5 --device cpu") == 0
-    assert len(started) == 1
-    assert "after epoch 1 of 10; run again" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "after epoch 1 of 10; run again" in shown and "[2/" not in shown
     assert runs.read_records(runs.runs_dir("quick")) == []
 
 
-class FakeChild:
-    """A process that ends at once."""
-
-    started: list[list[str]]
-    shared: list[str]  # what each was told of how many run at once
-    codes: list[int]
-
-    def __init__(self, command: list[str], env: dict[str, str]) -> None:
-        self.started.append(command)
-        self.shared.append(env[provenance.JOBS])
-
-    def wait(self) -> int:
-        return self.codes.pop(0)
-
-    @classmethod
-    def given(cls, option: str) -> list[str]:
-        return [command[command.index(option) + 1] for command in cls.started]
-
-
 @pytest.fixture
-def children(monkeypatch: pytest.MonkeyPatch) -> type[FakeChild]:
-    FakeChild.started, FakeChild.shared, FakeChild.codes = [], [], [0, 0, 0]
-    monkeypatch.setattr(batch.subprocess, "Popen", FakeChild)
-    return FakeChild
+def children(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Processes that end at once: `given(option)` of each, `shared`: what each was told of how many run at once."""
+    commands, shared, codes = [], [], [0, 0, 0]
+
+    def start(command: list[str], env: dict[str, str]) -> SimpleNamespace:
+        commands.append(command)
+        shared.append(env[provenance.JOBS])
+        return SimpleNamespace(wait=lambda: codes.pop(0))
+
+    monkeypatch.setattr(batch.subprocess, "Popen", start)
+    given = lambda option: [command[command.index(option) + 1] for command in commands]  # noqa: E731
+    return SimpleNamespace(given=given, shared=shared, codes=codes)
 
 
-def test_jobs_share_the_tasks(fake: FakeStudy, children: type[FakeChild]) -> None:
+def test_jobs_share_the_tasks(fake: FakeStudy, children: SimpleNamespace) -> None:
     assert call("run bsdrd --rows rd4ad,bsdrd --seeds 0,1 --device cpu --jobs 3 --minutes 7") == 0
     given = children.given("--tasks")
     assert sorted(",".join(given).split(",")) == ["bsdrd:0", "bsdrd:1", "rd4ad:0", "rd4ad:1"]
@@ -305,7 +288,7 @@ def test_jobs_share_the_tasks(fake: FakeStudy, children: type[FakeChild]) -> Non
     assert set(children.given("--minutes")) == {"7.0"} and set(children.given("--device")) == {"cpu"}
 
 
-def test_what_is_only_timed_runs_afterwards_and_alone(children: type[FakeChild]) -> None:
+def test_what_is_only_timed_runs_afterwards_and_alone(children: SimpleNamespace) -> None:
     assert call("run d3n --rows cost_v5n,cost_v5s,v8n,v8s --seeds 0 --jobs 2 --minutes 7 --device cpu") == 0
     assert children.given("--tasks") == ["v8n:0", "v8s:0", "cost_v5n:0,cost_v5s:0"]
     assert children.shared == ["2", "2", "1"]
@@ -314,7 +297,7 @@ def test_what_is_only_timed_runs_afterwards_and_alone(children: type[FakeChild])
 
 
 @pytest.mark.parametrize("code", [1, 2, -9])
-def test_a_job_that_failed_or_was_killed_is_no_success(fake: FakeStudy, children: type[FakeChild], code: int) -> None:
+def test_a_job_that_failed_or_was_killed_is_no_success(fake: FakeStudy, children: SimpleNamespace, code: int) -> None:
     children.codes[:] = [0, code]
     assert call("run bsdrd --jobs 2 --minutes 0 --device cpu") != 0
     assert children.given("--minutes") == ["0.0", "0.0"]  # no time is a budget, too

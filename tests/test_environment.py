@@ -38,13 +38,10 @@ def closure(direct: list[str]) -> set[str]:
     return set(seen)
 
 
-def test_constraints_hold_exact_versions_and_nothing_else():
+def test_constraints_hold_exact_versions_the_same_on_every_platform():
     for line in LINES:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line), f"not an exact version: {line}"
     assert len(PINS) == len(LINES), "a package is named twice"
-
-
-def test_constraints_are_the_same_on_every_platform():
     assert not [name for name in PINS if PLATFORM.match(name)]
 
 
@@ -61,12 +58,7 @@ def test_everything_needed_is_pinned():
 
 # --- What the package imports ----------------------------------------------------------------------------------------
 
-TOOLS = {
-    "jupyterlab",
-    "ipykernel",
-    "faster-coco-eval",
-    "onnx",
-}  # a reader's, and what others import: torchmetrics, torch
+TOOLS = {"jupyterlab", "ipykernel", "faster-coco-eval", "onnx"}  # a reader's, and what torchmetrics and torch import
 
 
 def imported(nodes: Iterator[ast.AST]) -> set[str]:

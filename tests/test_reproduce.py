@@ -56,6 +56,10 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce.papermill, "execute_notebook", lambda *_, **__: pytest.fail("a notebook was run"))
 
 
+def outputs_of(path: Path) -> list[nbformat.NotebookNode]:
+    return [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+
+
 def call(*options: str) -> int:
     return main(["reproduce", "--device", "cpu", *options])
 
@@ -86,31 +90,21 @@ def test_a_failing_notebook_is_kept_and_named_and_the_same_command_goes_on(toys,
     assert re.search(rf"^\[[12]/2\] 03_good  done{times}$", out, re.M)
     assert re.search(rf"^\[[12]/2\] 10_fails  FAILED \(KeyError: 'no such row'\){times}$", out, re.M)
     assert "not done: 10_fails; the same command continues" in out
+    left = sorted(p.name for p in kept.glob("[01]*") if p.suffix != ".log")
+    assert left == ["03_good.html", "03_good.ipynb", "10_fails.error.html", "10_fails.error.ipynb"]
     # what the good one printed: its parameters, this python, the notebooks' folder; and its figure
-    assert sorted(p.name for p in kept.glob("[01]*") if p.suffix != ".log") == [
-        "03_good.html",
-        "03_good.ipynb",
-        "10_fails.error.html",
-        "10_fails.error.ipynb",
-    ]
-    executed = nbformat.read(kept / "03_good.ipynb", as_version=4)
-    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    text = "".join(output.get("text", "") for output in outputs)
-    printed_profile, device, minutes, python, folder, threads = text.split()
-    assert (printed_profile, device, python, folder) == ("smoke", "cpu", sys.executable, "toys")
-    assert threads == str(max(1, os.cpu_count() // 2))
+    outputs = outputs_of(kept / "03_good.ipynb")
+    profile, device, minutes, *others = "".join(output.get("text", "") for output in outputs).split()
+    assert (profile, device, *others) == ("smoke", "cpu", sys.executable, "toys", str(max(1, os.cpu_count() // 2)))
     assert 4 < float(minutes) <= 5
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert sys.executable in (kept / "03_good.log").read_text()
     shown = (kept / "03_good.html").read_text()
-    assert "data:image/png;base64," in shown
-    assert "require.min.js" not in shown
-    failed = nbformat.read(kept / "10_fails.error.ipynb", as_version=4)
-    assert any("so far" in output.get("text", "") for cell in failed.cells for output in cell.get("outputs", []))
+    assert "data:image/png;base64," in shown and "require.min.js" not in shown
+    assert any("so far" in output.get("text", "") for output in outputs_of(kept / "10_fails.error.ipynb"))
     index = (root / "runs" / "smoke" / "index.html").read_text()
-    assert 'href="notebooks/03_good.html"' in index
-    assert 'href="notebooks/10_fails.error.html"' in index
-    assert "no such row" in index
+    for part in ('href="notebooks/03_good.html"', 'href="notebooks/10_fails.error.html"', "no such row"):
+        assert part in index
     # again: the good one is skipped whatever the budget, the repaired one runs
     write_notebook(toys, "10_fails", "pass")
     assert call() == 0
@@ -173,20 +167,18 @@ def plan(source: Path, kept: Path, content: str | None = None, **parameters: str
 
 
 def test_an_output_counts_only_for_the_same_source_parameters_and_package(toys, kept):
-    source = write_notebook(toys, "03_a", "1")
+    source, shows_the_machine = (write_notebook(toys, name, "1") for name in ("03_a", "00_a"))
     assert not plan(source, kept).finished
-    finished(source, kept)
+    for one in (source, shows_the_machine):
+        finished(one, kept)
     assert plan(source, kept).finished and plan(source, kept).seconds == 120
+    assert not plan(shows_the_machine, kept).finished
     assert not plan(source, kept, device="auto").finished
     assert not plan(source, kept, content="another version of the package").finished
-    finished(source, kept, cut_short=True)
-    assert not plan(source, kept).finished
-    finished(source, kept)
     write_notebook(toys, "03_a", "2")
     assert not plan(source, kept).finished
-    shows_the_machine = write_notebook(toys, "00_a", "1")
-    finished(shows_the_machine, kept)
-    assert not plan(shows_the_machine, kept).finished
+    finished(source, kept, cut_short=True)
+    assert not plan(source, kept).finished
 
 
 def test_the_content_hash_sees_records_and_printed_numbers(root):
@@ -232,13 +224,8 @@ def test_numbers_and_beginnings_select(tmp_path):
         numbered_notebooks(tmp_path)
     for name in ("20_bsdrd", "00_start", "21_ablation", "notes"):
         write_notebook(tmp_path, name, "1")
-    names = [[p.stem for p in numbered_notebooks(tmp_path, w)] for w in (None, ["21", "00"], ["2"], ["20_bs"])]
-    assert names == [
-        ["00_start", "20_bsdrd", "21_ablation"],
-        ["00_start", "21_ablation"],
-        ["20_bsdrd", "21_ablation"],
-        ["20_bsdrd"],
-    ]
+    for wanted, numbers in ((None, "00 20 21"), (["21", "00"], "00 21"), (["2"], "20 21"), (["20_bs"], "20")):
+        assert " ".join(path.stem[:2] for path in numbered_notebooks(tmp_path, wanted)) == numbers
 
 
 def test_the_budget_stops_what_was_not_started_and_the_estimate_knows_earlier_times(toys, kept, capsys, monkeypatch):
@@ -292,7 +279,10 @@ def toy_study(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_table_that_cannot_be_built_says_so_in_its_place(toy_study, toys, kept, no_kernel, capsys):
-    results = [NotebookStatus("03_a", "done", 1800.0, ""), NotebookStatus("20_b", "failed", 1800.0, "ValueError: a < b")]
+    results = [
+        NotebookStatus("03_a", "done", 1800.0, ""),
+        NotebookStatus("20_b", "failed", 1800.0, "ValueError: a < b"),
+    ]
     with pytest.raises(page.IncompletePage, match=r"its other table: x\.json is not a readable record") as raised:
         page.write_page("smoke", results)
     text = raised.value.path.read_text()
