@@ -79,7 +79,7 @@ def test_padding_comes_last():
 
 def test_grey_images_equal_colour_images_without_colour():
     images, boxes, labels = make_split(8)
-    settings = Augmentation(mosaic=0.5, hue=0.5, **GEOMETRY | {"translate": 0.1})
+    settings = Augmentation(mosaic=0.5, hue=0.5, contrast=0.5, **GEOMETRY | {"translate": 0.1})
     grey = augment(images, boxes, labels, torch.arange(6), settings, seeded(3))
     colour = augment(images.expand(-1, 3, -1, -1), boxes, labels, torch.arange(6), settings, seeded(3))
     torch.testing.assert_close(grey.images, colour.images, atol=1e-5, rtol=0)
@@ -133,7 +133,7 @@ def test_a_seed_gives_what_it_gave_when_records_were_made():
 def test_nothing_waits_for_the_device(mosaic):
     """On the meta device there are no values: whatever is read back is an error."""
     images, boxes, labels = make_split(9, channels=3)
-    arguments = boxes, labels, torch.arange(4), only(mosaic=mosaic, brightness=0.2)
+    arguments = boxes, labels, torch.arange(4), only(mosaic=mosaic, contrast=0.2)
     here, there = (augment(images.to(device), *arguments, seeded(0)) for device in ("cpu", "meta"))
     for name, value in vars(there).items():
         assert value.device.type == "meta" and value.shape == getattr(here, name).shape, name
@@ -246,3 +246,17 @@ def test_hue_turns_about_the_grey_axis():
     # A third of a turn leads from red to green.
     towards_green = colour_of([200, 50, 50], hue=1 / 3)[:, 1].max()
     assert torch.isclose(towards_green, torch.tensor(200 / 255), atol=0.01)
+
+
+def test_contrast_keeps_the_mean():
+    images = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
+    images[..., :4] = 140
+    indices = torch.zeros(300, dtype=torch.int64)
+    split = images, torch.zeros(1, 1, 4), torch.full((1, 1), -1), indices
+    changed = augment(*split, only(contrast=0.5), seeded(0)).images
+    torch.testing.assert_close(changed.mean((1, 2, 3)), torch.full((300,), 120 / 255))
+    gain = (changed[:, 0, 0, 0] - changed[:, 0, 0, 7]) * 255 / 40
+    assert 0.5 - 1e-4 <= gain.min() < 0.52 and 1.48 < gain.max() <= 1.5 + 1e-4
+    both = augment(*split, only(contrast=0.5, brightness=0.3), seeded(0)).images
+    brightness = augment(*split, only(brightness=0.3), seeded(0)).images
+    torch.testing.assert_close(both.mean((1, 2, 3)), brightness.mean((1, 2, 3)))

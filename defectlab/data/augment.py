@@ -26,13 +26,12 @@ from defectlab.precision import full_float32
 MIN_SIDE = 2.0  # px: boxes that are narrower or lower after clipping are dropped
 MAX_ASPECT = 100.0  # longer side over shorter side, above which a box is dropped
 MIN_AREA = 0.10  # of the area before clipping that has to remain
-# Uniform random numbers for one image. The reserved ones belonged to what no study uses: they keep their places, since
-# what a seed gives depends on the order and count of all.
+# Uniform random numbers for one image. The reserved ones belonged to shear and mixup, which no study uses: they keep
+# their places, since what a seed gives depends on the order and count of all.
 # fmt: off
 _NUMBERS = {
     "mosaic": 1, "partners": 3, "centre": 2, "angle": 1, "scale": 1, "reserved for shear": 2, "translate": 2,
-    "flips": 2, "hue": 1, "saturation": 1, "brightness": 1, "reserved for contrast": 1,
-    "reserved for mixup": 65,
+    "flips": 2, "hue": 1, "saturation": 1, "brightness": 1, "contrast": 1, "reserved for mixup": 65,
 }
 # fmt: on
 
@@ -50,6 +49,7 @@ class Augmentation:
     hue: float = 0.015  # turn about the grey axis by ± this fraction of a full turn, 0..0.5; colour images only
     saturation: float = 0.7  # gain in 1 ± saturation, 0..1; colour images only
     brightness: float = 0.4  # gain in 1 ± brightness, 0..1
+    contrast: float = 0.0  # gain about the image's mean in 1 ± contrast, 0..1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -174,6 +174,7 @@ def _draw(
         "matrices": matrices,
         "theta": theta[:, :2],
         "brightness": 1 + settings.brightness * signed["brightness"][:, 0],
+        "contrast": 1 + settings.contrast * signed["contrast"][:, 0],
         "colour": colour,
     }
 
@@ -215,7 +216,10 @@ def _sample(tiles: Tensor, visible: Tensor, theta: Tensor) -> Tensor:
 
 def _colour(levels: Tensor, drawn: dict[str, Tensor], settings: Augmentation) -> Tensor:
     """Levels above ground (B, C, S, S) -> (B, C, S, S) in 0..1 with the drawn colour, written over the input."""
-    gain, offset = drawn["brightness"] / 255, drawn["brightness"] * GROUND / 255  # (B,)
+    brightness, contrast = drawn["brightness"], drawn["contrast"]
+    gain, offset = brightness * contrast / 255, brightness * GROUND / 255  # (B,)
+    if settings.contrast > 0:
+        offset = offset + (1 - contrast) * brightness * levels.mean((1, 2, 3)) / 255
     if levels.shape[1] == 3 and (settings.hue > 0 or settings.saturation > 0):
         levels = (drawn["colour"] @ levels.flatten(2)).view_as(levels)
     return levels.mul_(gain[:, None, None, None]).add_(offset[:, None, None, None]).clamp_(0, 1)
