@@ -49,9 +49,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(aside)
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
-        raise OSError(
-            f"could not write {path} ({getattr(error, 'strerror', None) or error}): free some disk space"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"could not write {path} ({reason}): free some disk space") from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -181,9 +181,8 @@ def reproduce(options: argparse.Namespace) -> int:
         with FileLock(results / ".lock", blocking=False):
             outcomes = run_all(planned, options.minutes, options.jobs)
     except Timeout:
-        raise ValueError(
-            f"another reproduce of profile {options.profile} is running: wait for it, or stop it"
-        ) from None
+        running = f"another reproduce of profile {options.profile} is running"
+        raise ValueError(f"{running}: wait for it, or stop it") from None
     for path in (notebook.beside(suffix) for notebook in planned for suffix in (".ipynb", ".error.ipynb")):
         if path.exists():
             page.write_html(path)

@@ -193,9 +193,8 @@ def find(records: list[Record], settings: Any, profile: str) -> list[Record]:
     ordered = sorted(groups.values(), key=lambda group: (len(group), max(r.date for r in group)))
     if len(ordered) > 1:
         others = ", ".join(record.key for group in ordered[:-1] for record in group)
-        warnings.warn(
-            f"left out, since made from other data or weights than {ordered[-1][0].key}: {others}", stacklevel=2
-        )
+        reason = f"left out, since made from other data or weights than {ordered[-1][0].key}"
+        warnings.warn(f"{reason}: {others}", stacklevel=2)
     return sorted(ordered[-1], key=lambda r: r.seed) if ordered else []
 
 
@@ -236,9 +235,8 @@ def load_weights(record: Record, network: nn.Module) -> None:
     try:
         network.load_state_dict(read_tensors(path)[0])
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} does not fit this network ({first_line(error)}): delete {record.path} and it"
-        ) from error
+        reason = f"does not fit this network ({first_line(error)})"
+        raise ValueError(f"{path} {reason}: delete {record.path} and it") from error
 
 
 def promote(records: list[Record]) -> list[str]:

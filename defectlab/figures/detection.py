@@ -43,12 +43,8 @@ Boxes = Sequence[Mapping[str, Tensor]]
 def as_seen(split: DetectionSplit, indices: Sequence[int]) -> tuple[list[np.ndarray], list[dict[str, Tensor]]]:
     """Images of a split as the network sees them, uint8 (S, S) or (S, S, 3), and their boxes in pixels of these."""
     images = [split.images[i].movedim(0, -1).squeeze(-1).cpu().numpy() for i in indices]
-    there = [split.labels[i] >= 0 for i in indices]
-    boxes = [
-        {"boxes": split.boxes[i][k].cpu(), "labels": split.labels[i][k].cpu()}
-        for i, k in zip(indices, there, strict=True)
-    ]
-    return images, boxes
+    there = [(i, split.labels[i] >= 0) for i in indices]
+    return images, [{"boxes": split.boxes[i][k].cpu(), "labels": split.labels[i][k].cpu()} for i, k in there]
 
 
 def boxed(
@@ -65,9 +61,8 @@ def boxed(
     """Images, uint8 (H, W) or (H, W, 3), with their boxes in pixels of the image.
 
     Ground truth is thin and white; where no shown prediction of its class overlaps it by IoU 0.5 stands its class.
-    Predictions with score >= `threshold` have the colour of their class, and a tag with its name and the score. Where
-    only ground truth is given, it has colour and name instead. `class_names` is for tags and legend; `tags` False
-    leaves the class to the colour.
+    Predictions with score >= `threshold` have the colour of their class, and with `tags` its name and the score. Where
+    only ground truth is given, it has colour and name instead.
     """
     if not len(images):
         return nothing_yet()

@@ -64,9 +64,8 @@ def overlap(a: Sequence[float], b: Sequence[float], bins: int = 10) -> float:
     """The share, 0..1, that the score distributions of two samples have in common: Σ min(p_k, q_k).
 
     p and q are the histograms of a and b, each divided by its sum, on `bins` common bins of equal width from the
-    smallest to the largest value of both: 0 where no bin holds values of both, 1 for equal histograms, whatever the
-    scale. Unlike AUROC it depends on the bins, and small samples of one distribution share less than 1 (22 and 93
-    values in 10 bins about 0.73, in 30 bins 0.54): compare equal sizes and bins only.
+    smallest to the largest value of both. Small samples of one distribution share less than 1 (22 and 93 values in 10
+    bins about 0.73, in 30 bins 0.54): compare equal sizes and bins only.
 
     An empty sample, a value that is not finite, or bins < 1 is a ValueError.
     """

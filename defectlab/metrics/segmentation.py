@@ -30,9 +30,9 @@ THRESHOLDS = [step / 20 for step in range(1, 20)]
 class SegmentationMetrics:
     """Metrics in per cent, NaN where undefined.
 
-    `overall` has all of `METRICS`; `per_class` the same for the images of each type that is present, "good" among them,
-    alone. `images` are arrays (N,) from which `statistic` gives them again: tp, fp, fn, tn (int64, pixels), mae,
-    weighted_f, s_measure, e_measure (float64, per cent) and nonempty (bool: the ground truth has foreground).
+    `overall` has all of `METRICS`; `per_class` the same for the images of each type alone, "good" among them. `images`
+    are arrays (N,) from which `statistic` gives them again: tp, fp, fn, tn (int64, pixels), mae, weighted_f, s_measure,
+    e_measure (float64, per cent) and nonempty (bool: the ground truth has foreground).
     """
 
     overall: dict[str, float]
@@ -63,9 +63,7 @@ def segmentation_metrics(
         shapes = f"{tuple(probabilities.shape)}, {tuple(masks.shape)} and {len(types)} types"
         raise ValueError(f"probabilities and masks must both be (N, H, W), with N types; got {shapes}")
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise ValueError(
-            "probabilities must lie in 0..1: give the sigmoid of the logits; NaN means that it has diverged"
-        )
+        raise ValueError("probabilities must lie in 0..1: give the sigmoid of the logits; NaN: it has diverged")
     images = _of_each_image(probabilities.detach().float(), masks != 0, threshold)
     types = np.asarray(torch.as_tensor(types).cpu())
     per_class = {type_names[t]: _all_metrics(images, (types == t).astype(float)) for t in np.unique(types)}

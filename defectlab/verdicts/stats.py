@@ -45,7 +45,7 @@ class Difference:
 def mean_interval(values: Sequence[float]) -> Interval:
     """Mean of the values of independent seeds with Student's t interval (n − 1 degrees of freedom).
 
-    One value has no spread: low and high are NaN. No value at all is a ValueError. A NaN value gives NaN.
+    One value has no spread: low and high are NaN. No value at all is a ValueError.
     """
     values = as_vector(values, "values")
     mean, n = float(values.mean()), values.size
@@ -59,12 +59,9 @@ def pooled_difference(a: Sequence[float], b: Sequence[float], groups: Sequence[S
     """Unpaired difference mean(a) − mean(b), with one residual spread for the whole table.
 
     `groups` holds the seed values of every row of the table, those of a and b among them. The residual variance is
-    pooled over all rows (as in a one-way analysis of variance), df = Σ(n − 1): with few seeds per row, this is far
-    steadier than the spread of two rows alone, and it assumes that the rows spread alike. With groups = [a, b] it is
-    Student's two-sample t test with equal variances.
-
-    df = 0 (one seed everywhere) gives a NaN interval and p. No residual spread at all gives an interval of width zero,
-    p = 0 for a difference and 1 for none. A NaN value gives NaN. An empty a or b is a ValueError.
+    pooled over all rows, taken to spread alike (one-way analysis of variance), df = Σ(n − 1); with groups = [a, b] it
+    is Student's two-sample t test. df = 0 (one seed everywhere) gives a NaN interval and p; no residual spread at all
+    an interval of width zero, p = 0 for a difference and 1 for none. An empty a or b is a ValueError.
     """
     a, b = as_vector(a, "a"), as_vector(b, "b")
     rows = [np.asarray(row, dtype=np.float64) for row in groups if len(row) > 0]
@@ -112,11 +109,10 @@ def paired_bootstrap(
 ) -> Interval:
     """Percentile interval of `statistic` under resampling of the test images with replacement.
 
-    statistic(weights) gets the integer multiplicity of each image, shape (n_images,), summing to n_images. To compare
-    two models, let it return the difference of their metrics under the same weights: that is the pairing. `strata`
-    (n_images,) names each image's stratum, for example its defect type; the number of images of each then stays fixed.
-    `mean` of the result is the statistic on the real set (all weights 1). Repeats in which the statistic is NaN (a
-    class was not drawn) are left out; if all are, low and high are NaN.
+    statistic(weights) gets the integer multiplicity of each image, shape (n_images,), summing to n_images; that of two
+    models is the difference of their metrics under the same weights, hence paired. The number of images of each of
+    `strata` (n_images,), such as defect types, stays fixed. `mean` of the result is the statistic on the real set.
+    Repeats in which the statistic is NaN (a class was not drawn) are left out; if all are, low and high are NaN.
     """
     if n_images < 1 or repeats < 1:
         raise ValueError(f"a bootstrap needs images and repeats, got n_images={n_images}, repeats={repeats}")
@@ -166,9 +162,8 @@ def judge_gain(interval: Interval | Difference, printed: float, adjusted_p: floa
     | contains 0        | undecided   | no gain seen     | (cannot be)           |
     | below 0           | (cannot be) | opposite         | (cannot be)           |
 
-    An end that touches 0 or g counts as containing it. `adjusted_p` is the p value after `holm`: above 0.05 the
-    interval is widened to reach 0, so a difference that does not survive the correction is not called a gain (nor
-    opposite). A printed gain ≤ 0 is a ValueError: swap the two rows.
+    An end that touches 0 or g counts as containing it. Where `adjusted_p`, the p value after `holm`, is above 0.05, the
+    interval is widened to reach 0. A printed gain ≤ 0 is a ValueError: swap the two rows.
     """
     if not printed > 0:
         raise ValueError(f"a printed gain must be positive, got {printed}: swap the rows or use judge_level")

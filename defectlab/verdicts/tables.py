@@ -346,9 +346,7 @@ def styled(frame: pd.DataFrame) -> Any:
     name = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]  # the style's own, and the same in every run
     style = frame.style.set_table_styles(look).set_uuid(name)
     columns = [c for c in frame.columns if "synthetic" in (c if isinstance(c, tuple) else (c,))]
-    lines = [
-        label for label in frame.index if str(label).endswith(": synthetic")
-    ]  # of tables with data sets as columns
+    lines = [label for label in frame.index if str(label).endswith(": synthetic")]  # where data sets are columns
     for grey in ([columns] if columns else []) + ([pd.IndexSlice[lines, :]] if lines else []):
         style = style.set_properties(subset=grey, **{"color": "#999"})
     return style.hide(axis="index") if isinstance(frame.index, pd.RangeIndex) else style
