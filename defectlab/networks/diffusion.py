@@ -46,7 +46,7 @@ class DiffusionSettings:
     dataset: str = "neu_det"
     size: int = 64  # px per side; D3N section IV-A
     channels: tuple[int, int, int] = (128, 256, 512)  # per level, finest first; ours: D3N has 512 channels to compress
-    layers: int = 2  # residual blocks per level on the way down, one more on the way up; ours: Ho et al. appendix B
+    layers: int = 2  # residual blocks per level of the encoder, one more in the decoder; ours: Ho et al. appendix B
     attention: tuple[bool, bool, bool] = (False, False, True)  # per level; ours: at 16x16 alone, Ho et al. appendix B
     steps: int = 1000  # D3N section IV-A
     learning_rate: float = 5e-6  # D3N section IV-A: Adam, a cosine from 5e-6 ...
@@ -71,12 +71,8 @@ def noise_schedule(steps: int) -> Tensor:
 
 
 def q_sample(clean: Tensor, timesteps: Tensor, noise: Tensor, alpha_hat: Tensor) -> Tensor:
-    """Images with the noise of their timesteps, Ho et al. eq. 4.
-
-    Args:
-        clean: (B, C, H, W), -1 to 1. timesteps: (B,) int64, from 0. noise: (B, C, H, W), standard normal.
-        alpha_hat: of `noise_schedule`, on the device of the others.
-    """
+    """Images with the noise of their timesteps, Ho et al. eq. 4: clean (B, C, H, W) in -1..1, timesteps (B,) int64 from
+    0, noise (B, C, H, W) standard normal, alpha_hat of `noise_schedule` on the same device."""
     left = rearrange(alpha_hat[timesteps], "b -> b 1 1 1")
     return left.sqrt().to(clean.dtype) * clean + (1 - left).sqrt().to(clean.dtype) * noise
 
@@ -115,7 +111,7 @@ def build_unet(settings: DiffusionSettings, colours: int) -> UNet2DModel:
         layers_per_block=settings.layers,
         down_block_types=tuple(f"{block}DownBlock2D" for block in blocks),
         up_block_types=tuple(f"{block}UpBlock2D" for block in reversed(blocks)),
-        add_attention=settings.attention[-1],  # between the way down and the way up, at the coarsest level
+        add_attention=settings.attention[-1],  # between encoder and decoder, at the coarsest level
         attention_head_dim=None,  # one head, as Ho et al.
         norm_num_groups=math.gcd(32, *(c // 4 for c in settings.channels)),  # of 4 channels or more
         num_train_timesteps=settings.steps,
@@ -143,14 +139,13 @@ def sample_ddim(
 ) -> Tensor:
     """Images from noise by DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma 0), uint8 (count, C, S, S).
 
-    The noise to start from is drawn on the CPU from the seed; the network computes in the caller's autocast.
+    The first noise is drawn on the CPU from the seed. The caller's autocast sets the precision.
     """
     from diffusers import DDIMScheduler
 
     config = unet.config
-    scheduler = DDIMScheduler(
-        config.num_train_timesteps, FIRST_BETA, LAST_BETA, "linear", timestep_spacing="trailing"
-    )  # trailing: it starts at the last timestep, as training ends there
+    spacing = "trailing"  # it starts at the last timestep
+    scheduler = DDIMScheduler(config.num_train_timesteps, FIRST_BETA, LAST_BETA, "linear", timestep_spacing=spacing)
     scheduler.set_timesteps(inference_steps)
     shape = (count, config.in_channels, config.sample_size, config.sample_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -185,12 +180,9 @@ def decoder_features(
     Each timestep has one noise map, drawn from `noise_seed` and the same for every image, so that an image's features
     depend on the image alone. The caller's autocast sets the precision.
 
-    Args:
-        combine: of the timesteps' maps, "mean" (K = the level's channels) or "concat" (K = channels x timesteps).
-        alpha_hat: of `noise_schedule`, on the images' device; None: computed here.
-
-    Raises:
-        ValueError: another `combine`, a timestep that the model does not have, images of another size.
+    combine: of the timesteps' maps, "mean" (K = the level's channels) or "concat" (K = channels x timesteps).
+    alpha_hat: of `noise_schedule`, on the images' device; None: computed here. ValueError for another `combine`, a
+    timestep that the model does not have, images of another size.
     """
     steps = unet.config.num_train_timesteps
     check_size(images, unet.config.sample_size)

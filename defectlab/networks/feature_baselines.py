@@ -5,7 +5,7 @@
 - PaDiM: Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and Localization", ICPR
   2020 workshops, arXiv 2011.08785. A Gaussian per position, over random channels; the Mahalanobis distance.
 - SPADE: Cohen and Hoshen, "Sub-Image Anomaly Detection with Deep Pyramid Correspondences", arXiv 2005.02357 (2020). The
-  nearest good images; each pixel's distance to the nearest pixel in them, wherever it lies.
+  nearest good images; each pixel's distance to the nearest pixel in them, at any position.
 
 Section and equation numbers are those of the method's own paper.
 """
@@ -73,7 +73,7 @@ def greedy_coreset(patches: Tensor, keep: int, seed: int) -> Tensor:
 
 
 def nearest_distances(queries: Tensor, bank: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
-    """(N, C), (M, C) -> distance to the nearest remembered patch (N,) and its index (N,)."""
+    """(N, C), (M, C) -> distance to the nearest patch of the bank (N,) and its index (N,)."""
     squares = bank.square().sum(1)
     values, indices = [], []
     for part in queries.split(chunk):
@@ -85,7 +85,7 @@ def nearest_distances(queries: Tensor, bank: Tensor, chunk: int = 4096) -> tuple
 
 
 def reweighted_score(patches: Tensor, distances: Tensor, indices: Tensor, bank: Tensor, neighbours: int = 9) -> Tensor:
-    """Equations 6-7: the largest patch distance, lower where its nearest memory lies in a dense part of the bank.
+    """Equations 6-7: the largest patch distance, lower where its nearest patch of the bank is in a dense part.
 
     patches (P, C), distances and indices (P,) of one image -> scalar.
     """

@@ -1,8 +1,7 @@
-"""The frozen teacher: an ImageNet ResNet, of which layers 1 to 3 are kept.
+"""The frozen teacher of reverse distillation (Deng and Li, CVPR 2022, section 3.1): an ImageNet ResNet's layers 1 to 3.
 
-Reverse distillation (Deng and Li, CVPR 2022, section 3.1) and everything built on it compares a student with the
-features of these three layers: at stride 4, 8 and 16, with (64, 128, 256) channels for ResNet-18 and
-(256, 512, 1024) for ResNet-50 and WideResNet-50-2.
+Their strides are 4, 8 and 16, their channels (64, 128, 256) for ResNet-18 and (256, 512, 1024) for ResNet-50 and
+WideResNet-50-2.
 """
 
 import hashlib
@@ -71,10 +70,8 @@ def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
 
     Weights come from `<name>.safetensors` or `<name>_<anything>.safetensors` in DEFECTLAB_WEIGHTS, the first by name
     (torchvision's keys, at least the stem and layers 1-3), else from torchvision's own cache. Nothing is downloaded.
-    Only `<name>_random`, for smoke runs, has random weights; they are seeded.
-
-    Raises:
-        WeightsError: unknown name, weights not there, or keys that do not fit.
+    Only `<name>_random`, for smoke runs, has random weights; they are seeded. WeightsError for an unknown name, weights
+    that are not there, or keys that do not fit.
     """
     architecture = base_name(name)
     if name.endswith("_random"):

@@ -189,7 +189,7 @@ def per_pixel_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
 def whole_map_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
     """The loss of the authors' code: each map is flattened to one vector per image before the cosine.
 
-    Not the paper's formula: strong positions weigh more here, weak ones hardly at all.
+    Not the paper's formula: positions with large features weigh more here.
     """
     flat = ([at_least_float32(f).flatten(1) for f in pair] for pair in zip(teacher, student, strict=True))
     return sum((1 - functional.cosine_similarity(t, s, dim=1)).mean() for t, s in flat)
@@ -255,14 +255,11 @@ def to_maps(settings: RD4ADSettings, teacher: list[Tensor], student: list[Tensor
 class AnomalyMapper(nn.Module):
     """Images -> anomaly maps, by a frozen teacher and a network that reconstructs its features; in eval mode.
 
-    `network` has fresh weights.
+    `network` has fresh weights. WeightsError where the teacher's are missing.
 
     Args:
         build: (settings, the teacher's channels, its bottleneck) -> network.
         to_maps: (settings, teacher features, the network's output for them) -> maps (B, 256, 256), not smoothed.
-
-    Raises:
-        WeightsError: the teacher's weights are missing.
     """
 
     def __init__(self, settings: Any, build: Callable[..., nn.Module], to_maps: Callable[..., Tensor]):

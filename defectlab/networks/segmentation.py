@@ -39,7 +39,7 @@ class SegmentationSettings:
     target: str = "nut"  # paper section 4.1 says so, its numbers fit "defect": both are run
     split: str = "paper"  # paper section 4.1: 268, 33, 34 images; "good": the good training images alone
     network: str = "unet"  # one of `COMPARATORS`
-    encoder: str = "resnet18"  # ours: the weights at hand; paper section 3.1.1: ResNet-50
+    encoder: str = "resnet18"  # ours: the available weights; paper section 3.1.1: ResNet-50
     size: int = 256  # paper Table 1, "for illustration"
     epochs: int = 400  # paper section 4.1
     batch: int = 8  # paper section 4.1
@@ -58,14 +58,11 @@ def load_encoder(name: str, output_stride: int = 32) -> ResNetEncoder:
     image itself, then strides 2, 4, 8, 16, 32 (or less).
 
     Layer 4 starts at random, also where the weights file holds it. The pretrained norms are frozen (`freeze_norms`),
-    those of layer 4 are ordinary ones.
+    those of layer 4 are ordinary ones. ValueError for an unknown encoder or output stride; errors of `load_teacher`.
 
     Args:
         name: "resnet18", "resnet50", or "<name>_random" (no weights, for smoke runs).
         output_stride: of the last map: 32, or 16 or 8 by dilation in place of the last one or two strides.
-
-    Raises:
-        ValueError: an unknown encoder or output stride. WeightsError: weights that are missing or do not fit.
     """
     from segmentation_models_pytorch.encoders import get_encoder
 

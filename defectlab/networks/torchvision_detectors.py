@@ -63,7 +63,7 @@ class TorchvisionSettings:
 
 
 def build_torchvision(settings: TorchvisionSettings, classes: int) -> nn.Module:
-    """A fresh detector of `classes` defect types, its class 0 being the background; nothing in it resizes an image.
+    """A fresh detector of `classes` defect types, its class 0 being the background; it resizes no image.
 
     All layers are trained, from random weights, and batch norms are ordinary ones. ValueError for an unknown
     architecture, or a size too small for SSD.

@@ -2,7 +2,7 @@
 
 Tang, Zhang, Liu, "A novel dual-student reverse knowledge distillation method for magnetic tile defect detection",
 Scientific Reports 15, 27117 (2025), doi 10.1038/s41598-025-12339-2. Only the abstract and the caption of figure 1 could
-be read: no formula, no setting and no number of the paper is known here. What they fix, in the order of this file:
+be read: no formula, no setting and no number of the paper is known here. They name, in the order of this file:
 
 - a *struct student* that "dynamically fuses and compresses multi-scale features" of one frozen teacher;
 - a *detail student* that "applies wavelet transform to decompose high-level features into low-frequency and
@@ -37,7 +37,7 @@ from defectlab.precision import at_least_float32
 
 @dataclass(frozen=True)
 class Settings(RD4ADSettings):
-    """RD4AD's settings (teacher, size, epochs, optimiser) and what BSDRD adds. Sources as comments."""
+    """RD4AD's settings and what BSDRD adds."""
 
     model: ClassVar[str] = "bsdrd"
     version: ClassVar[int] = 1
@@ -128,18 +128,16 @@ class Wavelet(nn.Module):
         filters = self.filters.to(bands.dtype).repeat(channels, 1, 1, 1)
         flat = rearrange(bands, "b k c h w -> b (c k) h w")
         x = functional.conv_transpose2d(flat, filters, stride=2, groups=channels)
-        for axis in (-1, -2) if b else ():  # what lies beyond a border belongs to the opposite one
-            size = x.shape[axis] - 2 * b
-            left, middle, right = x.split([b, size, b], dim=axis)
-            middle = middle.clone()
-            middle.narrow(axis, size - b, b).add_(left)
-            middle.narrow(axis, 0, b).add_(right)
-            x = middle
+        for axis in (-1, -2) if b else ():  # periodic: what is beyond a border is added at the opposite one
+            left, x, right = x.split([b, x.shape[axis] - 2 * b, b], dim=axis)
+            x = x.clone()
+            x.narrow(axis, -b, b).add_(left)
+            x.narrow(axis, 0, b).add_(right)
         return x
 
 
 def squeeze(channels: int, width: int) -> nn.Sequential:
-    """The bottleneck that a band has to pass: `channels` to `width` and back, over a 3x3 neighbourhood."""
+    """The bottleneck of a band: from `channels` to `width` and back, over a 3x3 neighbourhood."""
     narrow, mix = stage(channels, width, "same", 1, 0), stage(width, width, "same", 1, 0)
     return nn.Sequential(*narrow, *mix, nn.Conv2d(width, channels, 1))
 
@@ -188,9 +186,8 @@ class TwoStudents(nn.Module):
 
     def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: Settings):
         super().__init__()
-        self.students = nn.ModuleDict(
-            {name: STUDENTS[name](channels, bottleneck, settings) for name in settings.students}
-        )
+        students = {name: STUDENTS[name](channels, bottleneck, settings) for name in settings.students}
+        self.students = nn.ModuleDict(students)
 
     def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
         """The teacher's three maps -> for each student their reconstructions."""
@@ -237,8 +234,7 @@ class MDGFLoss(nn.Module):
     def __init__(self, students: int, settings: Settings):
         super().__init__()
         self.kind, self.barrier = settings.gate, settings.gate_barrier
-        learned = settings.gate == "learned"
-        self.logits = nn.Parameter(torch.zeros(students, 3, len(DIMENSIONS)), requires_grad=learned)
+        self.logits = nn.Parameter(torch.zeros(students, 3, len(DIMENSIONS)), requires_grad=self.kind == "learned")
 
     def forward(self, teacher: list[Tensor], students: list[list[Tensor]]) -> dict[str, Tensor]:
         """-> "loss", then the mean discrepancy along each dimension: scalars."""
@@ -258,10 +254,9 @@ def to_maps(settings: Settings, teacher: list[Tensor], students: list[list[Tenso
     `settings.fusion` (ours; the choice is made on dev): "sum" or "max" over the students of their summed maps;
     "product": the geometric mean over the students at each scale, high only where both fail.
     """
-    scales = [
-        torch.stack([upsample(per_position_discrepancy(t, maps[i])) for maps in students])
-        for i, t in enumerate(teacher)
-    ]  # three times (students, B, 256, 256)
+    pairs = [[(t, maps[i]) for maps in students] for i, t in enumerate(teacher)]
+    # three times (students, B, 256, 256)
+    scales = [torch.stack([upsample(per_position_discrepancy(t, s)) for t, s in scale]) for scale in pairs]
     if settings.fusion == "sum":
         return sum(scales).sum(0)
     if settings.fusion == "max":

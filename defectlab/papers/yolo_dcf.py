@@ -2,8 +2,7 @@
 
 Xing, Yang, "YOLO-DCF: dual distillation and context-aware fusion for defect detection", Scientific Reports 16, 15897
 (2026), doi 10.1038/s41598-026-46602-x. Only a plain-language summary could be read: no formula, no setting and no
-number of the paper is known here. What it fixes, of "a popular real-time detector family" and in the order of this
-file:
+number of the paper is known here. It names, for "a popular real-time detector family", in the order of this file:
 
 - a *context-guided fusion module* that "first looks along horizontal and vertical directions" and "then blends fine
   local details with this wider view";
@@ -193,7 +192,7 @@ def block_relation_loss(student: Tensor, teacher: Tensor, grid: int = 8) -> Tens
 
 def channel_emphasis(features: Tensor, temperature: float) -> Tensor:
     """(B, C, H, W) -> log of a distribution over the channels (B, C): mean absolute activation, standardised within
-    the image (so that the temperature means the same in every network), softmax at `temperature`."""
+    the image (so that all networks have one scale of temperature), softmax at `temperature`."""
     activation = features.abs().mean((2, 3))
     centred = activation - activation.mean(1, keepdim=True)
     return functional.log_softmax(centred / (activation.std(1, keepdim=True) + 1e-6) / temperature, 1)
@@ -212,10 +211,8 @@ class DualDistillation(nn.Module):
     def __init__(self, student_widths: list[int], teacher_widths: list[int], settings: Settings):
         super().__init__()
         self.settings = settings
-        self.adapters = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(s, t, 1, bias=False), norm(t))
-            for s, t in zip(student_widths, teacher_widths, strict=True)
-        )
+        pairs = zip(student_widths, teacher_widths, strict=True)
+        self.adapters = nn.ModuleList(nn.Sequential(nn.Conv2d(s, t, 1, bias=False), norm(t)) for s, t in pairs)
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> dict[str, Tensor]:
         """Neck maps of both -> the scalars whose weight is not zero, weighted: "relation", "channel"."""

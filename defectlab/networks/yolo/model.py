@@ -149,15 +149,13 @@ class AnchorBasedHead(nn.Module):
 class Detector(nn.Module):
     """Images (B, 3, S, S) in 0..1, S divisible by 32 -> raw maps at strides 8, 16, 32 (see the two heads).
 
+    ValueError for an unknown family or scale, or an image whose sides are not divisible by 32.
+
     Args:
-        family: "v8" (anchor-free) or "v5" (anchor-based).
-        scale: one of `SCALES[family]`.
+        family: "v8" (anchor-free) or "v5" (anchor-based); `scale`: one of `SCALES[family]`.
         fuse: (channels, channels) -> module of two maps, with as many channels as both together.
         bottleneck: (channels, shortcut, kernels, expansion) -> residual block of as many channels.
         anchors: v5 only, (3, 3, 2): level, anchor, (width, height) in pixels of the input; None: those of COCO.
-
-    Raises:
-        ValueError: unknown family or scale, or an image whose sides are not divisible by 32.
     """
 
     strides = STRIDES

@@ -50,7 +50,7 @@ class DistillationSettings(RD4ADSettings):
     version: ClassVar[int] = 1
 
     dataset: str = "mvtec_ad/metal_nut"
-    teacher: str = "resnet18"  # ours: the weights at hand; section 4.2: wide_resnet50_2, Table 8 has resnet18, too
+    teacher: str = "resnet18"  # ours: the available weights; section 4.2: wide_resnet50_2, Table 8 has resnet18, too
     size: int = 224  # ours: section 3.2.1 has 14 x 14 tokens; at 256 px they are pooled
     epochs: int = 200  # ours: the paper is silent
     batch: int = 8  # section 4.1 has 8 for segmentation; ours here, chosen on dev
@@ -129,7 +129,7 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 
 
 class HeterogeneousStudent(nn.Module):
-    """ "Custom multi-level residual network" (section 3.2), of which nothing more is said.
+    """ "Custom multi-level residual network" (section 3.2); the paper describes it no further.
 
     Ours, unlike any of the teachers: one pre-activation block per level, bilinear upsampling between the levels, at
     most 256 channels wide, and a linear 1x1 convolution to the teacher's channels at each level.

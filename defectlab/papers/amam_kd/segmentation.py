@@ -7,7 +7,7 @@ Guo, Lv, Machines 13(8), 712 (2025), doi 10.3390/machines13080712: Table 1, Figu
 - The text (dilation, output stride 16) and Table 1 (strides 2, 4, 8, 16 with 64, 128, 256, 512 channels) describe two
   encoders. Both are here: `layout`. Table 1 is a ResNet-18 or 34 without stem max-pool; no ResNet-50 has its channels.
 - The formula of AMAM multiplies F_in and the sigmoid map as matrices; here element by element, as a gate does. The
-  text speaks of self-attention instead: `attention="self"`.
+  text names self-attention instead: `attention="self"`.
 - Where the text is silent (widths of AMAM's paths, order of a depthwise separable convolution, where skips join, the
   convolutions of a decoder layer), the choice is marked "ours".
 """
@@ -136,7 +136,7 @@ SKIPS = ("none", "plain", "all_gates", "gates")
 class DecoderLayer(nn.Module):
     """Doubles the resolution, "Upsampling + Convolution" in Table 1: a 3x3 convolution, bilinear upsampling, another.
 
-    Ours: the skip of the input's resolution is concatenated, so that each of the four layers has one (Table 5's "skip
+    Ours: the skip is concatenated at the input's resolution, so that each of the four layers has one (Table 5: "skip
     connections to the four convolutional layers in the decoder").
     """
 

@@ -53,8 +53,8 @@ class NoiseFilter(nn.Module):
 
 
 def wrapped(x: Tensor, border: int) -> Tensor:
-    """(..., H, W) continued periodically by `border` on all sides, the period of a spectrum. In FFT order the first row
-    lies beside the last, so no `fftshift` is needed; maps may be smaller than the border (P5 of a small image)."""
+    """(..., H, W) continued periodically by `border` on all sides, as a spectrum is; no `fftshift` is needed. Maps may
+    be smaller than the border (P5 of a small image)."""
     rows, columns = (torch.arange(-border, side + border, device=x.device) % side for side in x.shape[-2:])
     return x[..., rows[:, None], columns]
 
@@ -244,13 +244,8 @@ class LevelFusion(nn.Module):
     The projection is a 1x1 convolution with a batch norm: without it, the unknown scale of the features would dominate
     the plain sum of Table II.
 
-    Args:
-        fuse: "dynamic", or Table II's "concat", "sum", "weighted_sum".
-        noise_filter: whether Y is filtered.
-        switches: of `DynamicCrossFusion`; the others ignore them.
-
-    Raises:
-        ValueError: an unknown fusion, or what `MultiHeadAttention` refuses.
+    fuse: "dynamic", or Table II's "concat", "sum", "weighted_sum". switches: of `DynamicCrossFusion`; the others ignore
+    them. ValueError for an unknown fusion, and for what `MultiHeadAttention` refuses.
     """
 
     def __init__(

@@ -205,7 +205,7 @@ class Compressor(nn.Module):
         return [level.encode(x) for level, x in zip(self.levels, maps, strict=True)]
 
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
-        """The way back: per level (B, C_k, H_k, W_k) float32, differences from the mean map in the features' units."""
+        """Per level (B, C_k, H_k, W_k) float32, differences from the mean map in the features' units."""
         return [level.decode(z) for level, z in zip(self.levels, latents, strict=True)]
 
 
@@ -223,6 +223,6 @@ def build_compressor(settings: CompressionSettings, shapes: Sequence[Shape]) -> 
         return Compressor(Level(None, shape) for shape in shapes)
     channels = [shape[0] for shape in shapes]
     if settings.ratio < 1 or any(width % settings.ratio for width in channels):
-        raise ValueError(f"ratio {settings.ratio} does not divide the channels {list(channels)}: use one that does")
+        raise ValueError(f"ratio {settings.ratio} does not divide the channels {channels}: use one that does")
     codec = ResVAE if settings.method == "resvae" else PCALevel
     return Compressor(Level(codec(shape[0], shape[0] // settings.ratio), shape) for shape in shapes)
