@@ -112,16 +112,11 @@ def per_place(raw: Sequence[Tensor], count: int) -> Tensor:
 class PowerTransfer(nn.Module):
     """Equation 6: the student's whole loss, its own plus `weight` (lambda) times the parts against the teacher.
 
-    These take the gains of the detector's own terms. At weight 0 the loss is exactly the detector's own. `reading`:
-    `distance`, `temperature` and `box` of `object_scaled_terms`.
+    These take the gains of the detector's own terms. At weight 0 the loss is exactly the detector's own. The default
+    weight is ours: the paper states none. `reading`: `distance`, `temperature` and `box` of `object_scaled_terms`.
     """
 
-    def __init__(
-        self,
-        detector_loss: AnchorBasedLoss,
-        weight: float = 1.0,  # ours: the paper names lambda and no value
-        **reading: Any,
-    ):
+    def __init__(self, detector_loss: AnchorBasedLoss, weight: float = 1.0, **reading: Any):
         super().__init__()
         self.detector_loss, self.weight, self.reading = detector_loss, weight, reading
 
