@@ -55,10 +55,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Sorted and indented. ValueError for NaN or infinity, which JSON does not know."""
-    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-    write_atomically(path, lambda aside: aside.write_text(text + "\n"))
+    write_text(path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:

@@ -210,7 +210,7 @@ def curves(records: Rows) -> pd.DataFrame:
 
 
 def training_curves(records: Rows, scalars: Sequence[str] = (), columns: int = 3, first_is_one: bool = False) -> Figure:
-    """Scalars of the loss by epoch, a panel a scalar, a line a seed, a colour a row.
+    """Scalars of the loss by epoch: one panel per scalar, one line per seed, one colour per row.
 
     scalars: by default all of the loss, and mAP50 of dev where it was probed. first_is_one: each line is divided by its
     first value, since losses of different definition have different heights.

@@ -29,7 +29,7 @@ def one_of_each(data: AnomalyData) -> list[int]:
 
 
 def score_histograms(records: Rows) -> Figure:
-    """Scores of normal and defective test images, a panel a row, its first seed; dashed: the threshold from dev."""
+    """Scores of normal and defective test images, one panel per row (first seed); dashed: the threshold from dev."""
     shown = {name: found[0] for name, found in records.items() if found}
     if not shown:
         return nothing_yet()

@@ -28,7 +28,7 @@ from defectlab.networks.yolo.model import Detector
 from defectlab.precision import full_float32
 from defectlab.runs import Record
 
-# A colour a class; Paul Tol's "bright", which colour-blind readers can tell apart. White is for the ground truth.
+# One colour per class; Paul Tol's "bright", which colour-blind readers can tell apart. White is for the ground truth.
 CLASS_COLOURS = ("#66ccee", "#ee6677", "#ccbb44", "#228833", "#4477aa", "#aa3377", "#ee8866", "#bbbbbb")
 DARK = ("#228833", "#4477aa", "#aa3377")  # under white letters
 AP_NAMES = {"map50": "AP at IoU 0.5", "map50_95": "AP at IoU 0.5:0.95", "map33": "AP at IoU 0.33"}
@@ -161,8 +161,8 @@ def draw_boxes(
 
 
 def precision_recall_curves(records: Rows, iou: float = 0.5) -> Figure:
-    """Precision against recall on the test images, a panel a class, a line a row (its first seed), its AP in the
-    legend."""
+    """Precision against recall on the test images: one panel per class, one line per row (its first seed) with its
+    AP in the legend."""
     shown = {name: found[0] for name, found in records.items() if found}
     if not shown:
         return nothing_yet()
@@ -198,8 +198,8 @@ def confusion(record: Record | None, threshold: float | None = None) -> Figure:
 
 
 def per_class_bars(records: Rows, metric: str = "map50") -> Figure:
-    """AP of each class ("map50", "map50_95" or "map33"), a bar a row: its mean over seeds, with a line from the lowest
-    seed to the highest."""
+    """AP of each class ("map50", "map50_95" or "map33"), one bar per row: its mean over seeds, with a line from the
+    lowest seed to the highest."""
     if metric not in AP_NAMES:
         raise ValueError(f"no average precision is called {metric!r}: use {', '.join(AP_NAMES)}")
     table = frame(records)
@@ -207,7 +207,7 @@ def per_class_bars(records: Rows, metric: str = "map50") -> Figure:
     if table.empty:
         return nothing_yet()
     found = table.groupby(["type", "row"], sort=False)["value"].agg(["mean", "min", "max"]).unstack(sort=False)
-    means = found["mean"]  # a line a class, a column a row
+    means = found["mean"]  # one line per class, one column per row
     spread = np.stack([(means - found["min"]).T, (found["max"] - means).T], 1)  # (rows, 2, classes)
     figure, axis = plt.subplots(figsize=(max(4.5, 1.45 * len(means)), 2.8))
     means.plot.bar(ax=axis, yerr=spread, rot=0, width=0.8, alpha=0.75, legend=False)

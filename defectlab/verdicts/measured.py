@@ -69,7 +69,6 @@ class Cost(NamedTuple):
 
     unit: str
     digits: int  # after the point
-    higher_is_better: bool = False
     timed: bool = False  # then it holds for its device and its run alone
 
 
@@ -78,15 +77,14 @@ COSTS = {
     "gflops": Cost("GFLOPs", 1),
     "size_mb": Cost("MB", 1),
     "latency_ms": Cost("ms", 2, timed=True),
-    "fps": Cost("1/s", 0, higher_is_better=True, timed=True),
-    "images_per_second_32": Cost("images/s", 0, higher_is_better=True, timed=True),
+    "fps": Cost("1/s", 0, timed=True),
+    "images_per_second_32": Cost("images/s", 0, timed=True),
 }
 BOOTSTRAP_REPEATS = 300
 DETECTION = (*detection.METRIC_IOUS, *detection.MASK_IOUS)
 ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
 ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
 BOOTSTRAPPED = (*ANOMALY, *DETECTION, *ROBUSTNESS, *segmentation.METRICS)  # a record's arrays give these again
-LOWER_IS_BETTER = ("mae", "mae_nonempty", "crop_share", "noise_error", "unexplained")  # costs say so themselves
 UNITS = {"kl": "nats", "compression_ratio": "ratio"}  # of the metrics that are not in per cent
 BEYOND_100 = ("kept_blur", "kept_noise", "noise_error", "unexplained")  # per cent of what can be exceeded
 

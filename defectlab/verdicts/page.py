@@ -2,6 +2,7 @@
 
 import json
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import jinja2
 import pandas as pd
 
 from defectlab import runs
-from defectlab.files import project_root, write_atomically
+from defectlab.files import project_root, write_text
 from defectlab.provenance import provenance, where
 from defectlab.studies import STUDIES, study
 from defectlab.verdicts import tables
@@ -44,10 +45,6 @@ class IncompletePage(ValueError):
         self.path = path
 
 
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)
-
-
 # --- The page --------------------------------------------------------------------------------------------------------
 
 
@@ -61,40 +58,31 @@ def write_html(executed: Path) -> None:
         return
     plain = "{% extends 'index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}"  # only widgets need it
     body, _ = HTMLExporter(template_name="lab", raw_template=plain, embed_images=True).from_filename(str(executed))
-    _write(target, body)
+    write_text(target, body)
 
 
 def write_page(profile: str, results: list[NotebookStatus] | None = None) -> Path:
-    """Write `runs/<profile>/index.html`, self-contained, and return its path.
-
-    Args:
-        results: the notebooks of this call; those that earlier calls left in `runs/<profile>/notebooks` are added.
-
-    Raises:
-        IncompletePage: after writing, where a table could not be built (the page shows why in its place).
-    """
+    """Write `runs/<profile>/index.html`, self-contained, and return its path. `results`: the notebooks of this call;
+    those that earlier calls left in `runs/<profile>/notebooks` are added. IncompletePage, after writing, where a table
+    could not be built: the page shows why in its place."""
     path = runs.runs_dir(profile) / "index.html"
     folder = path.parent / "notebooks"
     outcomes = sorted({o.name: o for o in [*outcomes_on_disk(folder), *(results or [])]}.values())
     pages = [f"{o.name}.error.html" if o.status == "failed" else f"{o.name}.html" for o in outcomes]
     studies = [(study(name).title, _tables(name, profile)) for name in STUDIES]
     template = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
-    text = (
-        jinja2.Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            profile=profile,
-            sentence=PROFILE_SENTENCES[profile],
-            where=where(),
-            origin=provenance("cpu"),
-            note=NOTE,
-            notebooks=[(o, page if (folder / page).exists() else "") for o, page in zip(outcomes, pages, strict=True)],
-            hours=sum(o.seconds for o in outcomes) / 3600,
-            failed=[o.name for o in outcomes if o.status == "failed"],
-            studies=studies,
-        )
+    text = jinja2.Template(template, autoescape=True).render(
+        profile=profile,
+        sentence=PROFILE_SENTENCES[profile],
+        where=where(),
+        origin=provenance("cpu"),
+        note=NOTE,
+        notebooks=[(o, page if (folder / page).exists() else "") for o, page in zip(outcomes, pages, strict=True)],
+        hours=sum(o.seconds for o in outcomes) / 3600,
+        failed=[o.name for o in outcomes if o.status == "failed"],
+        studies=studies,
     )
-    _write(path, text + "\n")
+    write_text(path, text + "\n")
     problems = [f"{title}, {caption}: {why}" for title, built in studies for caption, _, why in built if why]
     if problems:
         raise IncompletePage(path, problems)
@@ -122,13 +110,10 @@ def _tables(name: str, profile: str) -> list[tuple[str, str, str]]:
     def results(table: str, metrics: tuple[str, ...]) -> pd.DataFrame:
         return tables.results_table(name, table, profile, list(metrics), store())
 
-    builders = {
-        (caption if index == 0 else f"{caption}: more metrics", f"{name}_{table}_{index}"): partial(
-            results, table, group
-        )
-        for table, caption in of.tables.items()
-        for index, group in enumerate(of.metrics)
-    }
+    builders = {}  # (caption, identifier) -> table
+    for (table, caption), (index, group) in product(of.tables.items(), enumerate(of.metrics)):
+        title = f"{caption}: more metrics" if index else caption
+        builders[title, f"{name}_{table}_{index}"] = partial(results, table, group)
     builders["Claims", f"{name}_claims"] = lambda: tables.claims_table(name, profile, store())
     found = []
     for (caption, identifier), build in builders.items():
@@ -208,6 +193,6 @@ def update_generated() -> list[Path]:
     changed = []
     for path, text in generated().items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            _write(path, text)
+            write_text(path, text)
             changed.append(path)
     return changed
