@@ -33,7 +33,7 @@ from defectlab.training.detection import fresh, predict, run_detector
 CHUNK = 64  # images that are read and held at once
 LISTED = 0.01  # lowest score in predictions.json
 SETTINGS = {"detector": DetectorSettings, "yolo_dcf": yolo_dcf.Settings}
-BUILD = {"detector": build_detector, "yolo_dcf": yolo_dcf.build}
+BUILD = {"detector": build_detector, "yolo_dcf": yolo_dcf.build}  # by the model of the settings
 CLASS_NAMES = {  # of the models in runs/
     **dict.fromkeys(("neu_det", "neu_det_index", "synthetic_steel"), NEU_CLASSES),
     **dict.fromkeys(("deep_pcb", "synthetic_board"), DEEP_PCB_CLASSES),
@@ -73,10 +73,9 @@ def train(options: argparse.Namespace) -> int:
         raise ValueError(f"--size must be a multiple of 32, got {options.size}")
     if options.batch < 2:
         raise ValueError(f"--batch must be at least 2, got {options.batch}")
-    if options.scale not in SCALES[options.family]:
-        raise ValueError(
-            f"--scale of {options.family} must be one of {', '.join(SCALES[options.family])}: {options.scale}"
-        )
+    scales = SCALES[options.family]
+    if options.scale not in scales:
+        raise ValueError(f"--scale of {options.family} must be one of {', '.join(scales)}: {options.scale}")
     device, out = pick_device(options.device), options.out or Path("detections")
     data = load_folder(options.data.resolve(), options.format, options.size, device)  # a name, for "." too
     print(data.report)
