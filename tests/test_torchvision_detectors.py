@@ -41,7 +41,7 @@ def small_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speed is not measured: ten forward passes of 32 images take longer than all else."""
-    monkeypatch.setattr(costs, "inference_seconds", lambda model, images, *options: 0.01 * len(images))
+    monkeypatch.setattr(costs, "inference_seconds", lambda model, images, *options, **more: 0.01 * len(images))
 
 
 def test_targets_by_hand() -> None:

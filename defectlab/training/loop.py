@@ -19,7 +19,7 @@ from defectlab.runs import Context, NonFiniteLoss, OutOfTime, first_line
 
 @dataclass
 class Trained:
-    """curve: mean of each named scalar of the loss, one value per epoch; seconds of training in all sittings."""
+    """curve: mean of each named scalar of the loss, one value per epoch; seconds of training in all calls."""
 
     curve: dict[str, list[float]]
     seconds: float
