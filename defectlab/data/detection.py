@@ -83,40 +83,59 @@ class DetectionData:
 # ---------------------------------------------------------------------------------------------------------------- sets
 
 
+def _steel_list(plan: Plan, strata: Mapping[str, str]) -> list[str]:
+    return [f"IMAGES/{line}" for line in read_list(NEU_TEST_LIST)]
+
+
+def _above_240(plan: Plan, strata: Mapping[str, str]) -> list[str]:
+    return [path for path in strata if number_of(path) > 240]
+
+
+def _last_fifth(plan: Plan, strata: Mapping[str, str]) -> list[str]:
+    return last_fifth(strata)
+
+
+def _board_lists(plan: Plan, strata: Mapping[str, str]) -> list[str]:
+    """DeepPCB's own: a line of its lists says `group/board/NUMBER.jpg ...`, the file is NUMBER_test.jpg."""
+    test, training = (
+        ["PCBData/" + line.split()[0].removesuffix(".jpg") + "_test.jpg" for line in read_list(plan.folder / name)]
+        for name in ("PCBData/test.txt", "PCBData/trainval.txt")
+    )
+    if odd := sorted({*test, *training} ^ strata.keys()):
+        raise DataError(f"{plan.folder} and its lists differ in {odd[0]}: delete {plan.folder}, then {plan.remedy}")
+    return test
+
+
 @dataclass(frozen=True)
 class _Set:
-    """A named set and how it lies in its folder; `strata` matches its images, group 1 is the stratum."""
+    """A named set: how it lies in its folder, and which images are for testing."""
 
     folder: str  # below the data root
     label: str  # as printed in tables
     class_names: tuple[str, ...]
-    strata: str
+    strata: str  # matches its images; group 1 is the stratum
     read: Callable[[Path, Sequence[str]], Annotations]
+    test: Callable[[Plan, Mapping[str, str]], list[str]]  # (plan, image -> stratum) -> images
     grey: bool = False  # read colour as grey
 
 
-def _steel(folder: str, label: str) -> _Set:
-    return _Set(folder, label, NEU_CLASSES, r"IMAGES/(.+)_\d+\.jpg", read_voc)
+def _steel(folder: str, label: str, test: Callable) -> _Set:
+    return _Set(folder, label, NEU_CLASSES, r"IMAGES/(.+)_\d+\.jpg", read_voc, test)
 
 
 def _board(folder: str, label: str) -> _Set:
     """Grey, because one inspected image of DeepPCB (44000020, in the test list) has its boxes painted in colour."""
     strata = r"PCBData/(group\d+)/\d+/\d+_test\.jpg"
-    return _Set(folder, label, DEEP_PCB_CLASSES, strata, read_deep_pcb, grey=True)
+    return _Set(folder, label, DEEP_PCB_CLASSES, strata, read_deep_pcb, _board_lists, grey=True)
 
 
 _SETS = {
-    "neu_det": _steel("neu_det", "NEU-DET"),
-    "neu_det_index": _steel("neu_det", "NEU-DET, index split"),
+    "neu_det": _steel("neu_det", "NEU-DET", _steel_list),
+    "neu_det_index": _steel("neu_det", "NEU-DET, index split", _above_240),
     "deep_pcb": _board("deep_pcb", "DeepPCB"),
-    "synthetic_steel": _steel("synthetic_steel", SYNTHETIC["synthetic_steel"].label),
+    "synthetic_steel": _steel("synthetic_steel", SYNTHETIC["synthetic_steel"].label, _last_fifth),
     "synthetic_board": _board("synthetic_board", SYNTHETIC["synthetic_board"].label),
 }
-
-
-def _board_list(path: Path) -> list[str]:
-    """Images of a list of DeepPCB: its lines say `group/board/NUMBER.jpg ...`, the files are NUMBER_test.jpg."""
-    return ["PCBData/" + line.split()[0].removesuffix(".jpg") + "_test.jpg" for line in read_list(path)]
 
 
 def draw_test(strata: Mapping[str, str], content: Mapping[str, str]) -> list[str]:
@@ -132,16 +151,7 @@ def _plan(dataset: str, root: Path | None) -> Plan:
     files = plan.manifest.files
     matches = {path: re.fullmatch(chosen.strata, path) for path in files}
     strata = {path: match[1] for path, match in matches.items() if match}
-    if dataset == "neu_det":
-        test = [f"IMAGES/{line}" for line in read_list(NEU_TEST_LIST)]
-    elif dataset == "neu_det_index":
-        test = [path for path in strata if number_of(path) > 240]
-    elif dataset == "synthetic_steel":
-        test = last_fifth(strata)
-    else:
-        test, training = (_board_list(plan.folder / "PCBData" / name) for name in ("test.txt", "trainval.txt"))
-        if odd := sorted({*test, *training} ^ strata.keys()):
-            raise DataError(f"{plan.folder} and its lists differ in {odd[0]}: delete {plan.folder}, then {plan.remedy}")
+    test = chosen.test(plan, strata)
     if unknown := sorted(set(test) - strata.keys()):
         raise DataError(
             f"the test list of {dataset} names {unknown[0]}, which {plan.folder} does not hold: {plan.remedy}"
