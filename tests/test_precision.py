@@ -1,6 +1,5 @@
 """Number formats: bf16 where the device has units for it, float32 that is float32, nothing else switched."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +11,10 @@ from defectlab.precision import at_least_float32, autocast, check_uint8, float32
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("has_units", [True, False])
-def test_a_gpu_without_bf16_units_computes_in_fp32(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
-    """What is emulated counts as not there."""
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units or including_emulation)
-    assert precision_of(SimpleNamespace(precision="bf16"), "cuda") == ("bf16" if has_units else "fp32")
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((8, 6), "bf16"), ((7, 5), "fp32")])
+def test_a_gpu_without_bf16_units_computes_in_fp32(monkeypatch, capability: tuple[int, int], precision: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert precision_of(SimpleNamespace(precision="bf16"), "cuda") == precision
     assert precision_of(SimpleNamespace(precision="fp32"), "cuda") == "fp32"
 
 
