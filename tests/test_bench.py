@@ -32,7 +32,7 @@ def test_the_table(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
             assert training == []
         else:
             precision, speed, share = training
-            assert precision in ("fp32", "bf16") and float(speed) > 0 and 0 < float(share) <= 100
+            assert precision in ("fp32", "bf16") and float(speed) > 0 and 0 <= float(share) <= 100
     assert note == "inference in fp32; memory: peak of the process so far"
 
 
