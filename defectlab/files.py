@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,16 @@ def weights_dir() -> Path | None:
     """Where weights lie that cannot be downloaded: DEFECTLAB_WEIGHTS, else None."""
     chosen = os.environ.get("DEFECTLAB_WEIGHTS")
     return Path(chosen).expanduser() if chosen else None
+
+
+def writable(folder: Path, remedy: str) -> None:
+    """Make `folder` and try it, before any work: DataError, ending in the remedy, where no file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error.strerror or error}): {remedy}") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
