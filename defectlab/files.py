@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, a quota
 
 
 class DataError(RuntimeError):
@@ -43,7 +48,7 @@ def weights_dir() -> Path | None:
 
 
 def writable(folder: Path, remedy: str) -> None:
-    """Make `folder` and try it, before any work: DataError, ending in the remedy, where no file can be written there."""
+    """Make `folder` and try it, before any work: DataError, ending in the remedy, where it takes no file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -52,18 +57,46 @@ def writable(folder: Path, remedy: str) -> None:
         raise DataError(f"{folder} cannot be written ({error.strerror or error}): {remedy}") from error
 
 
+def disk_full(error: BaseException) -> bool:
+    """Whether it says that a disk or a quota is full."""
+    return getattr(error, "errno", None) in FULL
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(aside)` into a file beside `path`, then rename: what stands under `path` is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """`write(aside)` into a file beside `path`, then `rename`: what stands under `path` is always whole.
+
+    OSError names the file and the remedy, and keeps the errno of what went wrong.
+    """
     aside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        rename(aside, path)
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of the former
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(told[1]) if told else getattr(error, "errno", None)
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"could not write {path} ({reason}): free some disk space") from error
+        remedy = "free some disk space" if code in FULL else f"make {path.parent} a folder that can be written"
+        failed = OSError(f"could not write {path} ({reason}): {remedy}")
+        failed.errno = code
+        raise failed from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone, or nothing can be written there
+            aside.unlink()
+
+
+def rename(aside: Path, path: Path) -> None:
+    """`aside` becomes `path`, and what it holds is on the disk before its name: a power loss leaves it whole, or not
+    there."""
+    with aside.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    with contextlib.suppress(OSError):  # Windows opens no folder, some network drives sync none
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,6 +24,7 @@ import papermill
 from filelock import FileLock, Timeout
 
 from defectlab import runs
+from defectlab.files import rename
 from defectlab.provenance import pick_device
 from defectlab.verdicts import page
 from defectlab.verdicts.page import NotebookStatus
@@ -83,7 +84,10 @@ def prepare(source: Path, folder: Path, parameters: dict[str, Any], content: str
         raise ValueError(f"{source} has the parameters {listed}: its tagged cell must have {', '.join(PARAMETERS)}")
     made_from = hashlib.sha256(json.dumps([cells, parameters, content], sort_keys=True).encode()).hexdigest()
     output = folder / source.name
-    made = json.loads(output.read_text(encoding="utf-8"))["metadata"].get("defectlab", {}) if output.exists() else {}
+    try:
+        made = json.loads(output.read_text(encoding="utf-8"))["metadata"].get("defectlab", {})
+    except (FileNotFoundError, ValueError, LookupError):  # none, or one that a power loss cut
+        made = {}
     again = made.get("cut_short") or source.name.startswith("00_")  # which shows the machine as it is now
     finished = made.get("made_from") == made_from and not again
     return Notebook(source, output, parameters, made_from, made.get("seconds"), finished)
@@ -126,7 +130,7 @@ def execute(notebook: Notebook, deadline: float) -> NotebookStatus:
     except Exception as failure:  # a kernel that died, a full disk
         error = f"{type(failure).__name__}: {failure}"
     if running.exists():
-        running.replace(notebook.beside(".error.ipynb" if error else ".ipynb"))
+        rename(running, notebook.beside(".error.ipynb" if error else ".ipynb"))
     for suffix in (".ipynb", ".html") if error else (".error.ipynb", ".error.html"):
         notebook.beside(suffix).unlink(missing_ok=True)  # of an earlier source: no longer true
     return NotebookStatus(notebook.name, status, time.monotonic() - started, error.split("\n")[0])
@@ -143,7 +147,11 @@ def run_all(notebooks: list[Notebook], minutes: float | None, jobs: int) -> list
 
     def work() -> None:
         for notebook in waiting:  # shared by the threads: each takes the next
-            ended.put(execute(notebook, deadline))
+            try:
+                outcome = execute(notebook, deadline)
+            except OSError as failure:  # of what it leaves: a full disk
+                outcome = NotebookStatus(notebook.name, "failed", 0.0, str(failure))
+            ended.put(outcome)
 
     for _ in range(jobs):
         threading.Thread(target=work, daemon=True).start()  # a daemon: nobody waits for it after Ctrl-C

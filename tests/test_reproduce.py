@@ -179,6 +179,28 @@ def test_an_output_counts_only_for_the_same_source_parameters_and_package(toys, 
     assert not plan(source, kept).finished
     finished(source, kept, cut_short=True)
     assert not plan(source, kept).finished
+    finished(source, kept).write_text('{"cells"')  # cut by a power loss
+    assert not plan(source, kept).finished
+
+
+def test_a_notebook_that_cannot_be_kept_is_named_and_the_others_run(toys, kept, capsys, monkeypatch):
+    for name in ("03_a", "20_b"):
+        write_notebook(toys, name, "1")
+
+    def full(aside: Path, path: Path) -> None:
+        if "03_a" in path.name:
+            raise OSError("No space left on device")
+        aside.replace(path)
+
+    def executed(source: Path, target: Path, parameters: dict, **options):
+        target.write_bytes(source.read_bytes())
+        return nbformat.read(source, as_version=4)
+
+    monkeypatch.setattr(reproduce, "rename", full)
+    monkeypatch.setattr(reproduce.papermill, "execute_notebook", executed)
+    assert call() == 1
+    out = capsys.readouterr().out
+    assert "03_a  FAILED (No space left on device)" in out and "20_b  done" in out
 
 
 def test_the_content_hash_sees_records_and_printed_numbers(root):
