@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import stat
@@ -86,9 +87,11 @@ def test_other_archive_same_fingerprint(tmp_path: Path) -> None:
     second = store.fetch(DATASET, tmp_path / "2", make_zip(tmp_path / "2.zip", extra, top="repository.-cc4eb530/"))
     names = [tarfile.TarInfo(f"./deep/er/{name}") for name in FILES]
     third = store.fetch(DATASET, tmp_path / "3", make_tar(tmp_path / "3.tar.xz", names, list(FILES.values())))
-    assert first.files == second.files == third.files
-    assert first.fingerprint == second.fingerprint == third.fingerprint
-    changed = store.fetch(DATASET, tmp_path / "4", make_zip(tmp_path / "4.zip", {**FILES, "a/1.txt": b"eno"}))
+    windows = {name.replace("/", "\\"): content for name, content in FILES.items()}  # as old packers write it
+    fourth = store.fetch(DATASET, tmp_path / "4", make_zip(tmp_path / "4.zip", windows, top="东北\\deep\\"))
+    assert first.files == second.files == third.files == fourth.files
+    assert first.fingerprint == second.fingerprint == third.fingerprint == fourth.fingerprint
+    changed = store.fetch(DATASET, tmp_path / "5", make_zip(tmp_path / "5.zip", {**FILES, "a/1.txt": b"eno"}))
     assert changed.fingerprint != first.fingerprint
 
 
@@ -132,20 +135,21 @@ def test_download_tries_mirrors_in_order(tmp_path: Path, monkeypatch: pytest.Mon
         if "down" in url:
             raise ConnectionError("no route")
         target = Path(path) / fname
-        target.write_bytes(b"an error page" if "wrong" in url else archive.read_bytes())
+        pages = {"https://wrong.org": b"an error page", "https://login.org": b"<html>please log in</html>"}
+        target.write_bytes(pages.get(url) or archive.read_bytes())
         return str(target)
 
     monkeypatch.setattr(store.pooch, "retrieve", retrieve)
-    urls = ["https://down.org", "https://wrong.org", "https://good.org"]
-    dataset = replace(DATASET, sources=tuple(Source(url, sha256) for url in urls))
+    urls = ["https://down.org", "https://wrong.org", "https://login.org", "https://good.org"]
+    dataset = replace(DATASET, sources=tuple(Source(url, None if "login" in url else sha256) for url in urls))
     manifest = store.fetch(dataset, tmp_path / "data")
-    assert asked == urls and manifest.source == urls[2] and manifest.archive_sha256 == sha256
+    assert asked == urls and manifest.source == urls[3] and manifest.archive_sha256 == sha256
     assert not list((tmp_path / "data").rglob("archive"))  # the download is not kept
 
     with pytest.raises(DataError) as error:
-        store.fetch(replace(dataset, sources=dataset.sources[:2]), tmp_path / "other")
+        store.fetch(replace(dataset, sources=dataset.sources[:3]), tmp_path / "other")
     wrong = hashlib.sha256(b"an error page").hexdigest()
-    for part in ("down.org: ConnectionError", "wrong.org", wrong, sha256, "python data_scripts/toy.py --archive FILE"):
+    for part in ("down.org: ConnectionError", "wrong.org", wrong, sha256, "is a web page", "toy.py --archive FILE"):
         assert part in str(error.value)
     assert nothing_left(tmp_path / "other")
 
@@ -192,9 +196,13 @@ def cut(path: Path, keep: float, flip: int | None = None) -> Path:
     return path
 
 
-def text(path: Path, content: str) -> Path:
-    path.write_text(content)
+def raw(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
     return path
+
+
+def not_utf8(path: Path) -> Path:
+    return raw(path, path.read_bytes().replace("\u00e9".encode(), b"\xb6\xab"))
 
 
 OUTSIDE = ["/etc/a/1.txt", "../a/1.txt", "top/../../a/1.txt", "..\\a\\1.txt", "C:\\a\\1.txt"]
@@ -218,8 +226,37 @@ REFUSED = [
     (lambda f: cut(make_zip(f / "x", {"a/1.txt": NOISE}), 0.5), r"x is damaged.*fetch it again"),
     (lambda f: cut(make_zip(f / "x", {"a/1.txt": NOISE}), 1, flip=60), r"x is damaged.*fetch it again"),
     (lambda f: cut(make_tar(f / "x", TWO[:1], [NOISE]), 0.5), r"x is damaged.*fetch it again"),
-    (lambda f: text(f / "x", "<html>not found</html>"), r"x is damaged.*fetch it again"),
+    (lambda f: raw(f / "x", zip_of(f, "a/1.txt").read_bytes()[10:]), r"x is damaged.*fetch it again"),
+    (lambda f: raw(f / "x", b"no archive"), r"x is damaged, or neither .*fetch it again, or unpack it and pack"),
+    *(
+        (lambda f, s=s: raw(f / "x.zip", s + bytes(80)), rf"x\.zip is {message}")
+        for s, message in (
+            (b"Rar!\x1a\x07\x01\x00", "a rar archive: unpack it and pack the folder as zip"),
+            (b"Rar!\x1a\x07\x00", "a rar archive: unpack"),
+            (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it and pack the folder as zip"),
+            (b"PK\x07\x08PK\x03\x04", "a part of a split zip: with all parts, unpack"),
+            (b"\xef\xbb\xbf\r\n<!DOCTYPE html>", "a web page: fetch the archive in a browser.*login"),
+        )
+    ),
+    (lambda f: cut(zip_of(f, "a/1.txt"), 1, flip=-18), r"bad\.zip is a part of a split zip"),  # its last part
+    (lambda f: cut(zip_of(f, "a/1.txt"), 1, flip=-67), r"bad\.zip asks for a password: unpack it and pack"),
+    (lambda f: cut(zip_of(f, "a/1.txt"), 1, flip=-65), r"bad\.zip .*method is not supported.*or unpack it"),
+    (lambda f: raw(f / "x.zip", b""), r"x\.zip is empty: fetch it again"),
+    (lambda f: make_zip(f / "x.zip", {}), r"x\.zip holds no file of this data set: check"),
+    (lambda f: make_tar(f / "x.tar", [], []), r"x\.tar holds no file of this data set: check"),
+    (lambda f: make_zip(f / "x.zip", {"toy.tar.xz": b""}), r"x\.zip holds no file .*: unpack 'top/toy\.tar\.xz' in it"),
+    (lambda f: f, "is a folder: pack it as zip, and give the path"),
     (lambda f: make_zip(f / "x.zip", {"x/a/1.txt": b"1", "y/a/1.txt": b"2"}), r"x\.zip holds two files for a/1\.txt"),
+    (lambda f: make_zip(f / "x.zip", {"a/x.txt": b"1", "a\\X.txt": b"2"}), r"x\.zip holds two files for a/X\.txt"),
+    *(
+        (
+            lambda f, n=n: make_tar(f / "x.tar", [tarfile.TarInfo(n)], [b"x"]),
+            r"x\.tar holds the name 'a/.* too long or not A",
+        )
+        for n in (f"a/{'x' * 300}.txt", "a/\udcb6\udcab.txt", "a/\u00e9.txt", "a/e\u0301.txt")  # gb2312, NFC, NFD
+    ),
+    (lambda f: zip_of(f, "a/\u00e9.txt"), r"bad\.zip holds the name 'a/.* too long or not ASCII"),
+    (lambda f: not_utf8(zip_of(f, "a/\u00e9.txt")), r"bad\.zip is damaged, or .*'utf-8' codec.*or unpack it"),
     (lambda f: make_zip(f / "other.zip", {"c/1.txt": b"1"}), "holds no file of this data set"),
     (lambda f: f / "none.zip", r"none\.zip is not a file"),
 ]
@@ -281,6 +318,24 @@ def test_disk_fills_up_while_unpacking(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(DataError, match=r"the disk of .* is full; nothing was kept: free some space"):
         store.fetch(DATASET, tmp_path / "data", make_zip(tmp_path / "toy.zip", FILES))
     assert written and nothing_left(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "code", "message"),
+    [
+        (store.tempfile, "mkdtemp", errno.EROFS, "could not be filled .*Read-only.*: check that it is writable"),
+        (store, "FileLock", errno.EACCES, "could not be filled .*Permission denied.*: check that it is writable"),
+        (Path, "write_text", errno.ENOSPC, "the disk of .* is full; nothing was kept: free some space"),
+    ],
+)
+def test_folder_that_takes_nothing(tmp_path: Path, monkeypatch, place, name: str, code: int, message: str) -> None:
+    def refuse(*_, **__) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(place, name, refuse)
+    with pytest.raises(DataError, match=rf"^.*{message}, or choose another folder with --data-dir"):
+        store.fetch(DATASET, tmp_path / "data", make_zip(tmp_path / "toy.zip", FILES))
+    assert nothing_left(tmp_path / "data")
 
 
 def test_data_dir_that_is_a_file(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ one rename when it is complete. Readers call `quick_check` at every load; `verif
 from __future__ import annotations
 
 import argparse
-import errno
 import gzip
 import hashlib
 import json
@@ -29,12 +28,20 @@ from pathlib import Path, PureWindowsPath
 import pooch
 from filelock import FileLock
 
-from defectlab.files import DataError, data_dir, write_json
+from defectlab.files import DataError, data_dir, disk_full, write_json
 
 MANIFEST = "manifest.json"
 _SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}  # file managers leave these behind
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-_DAMAGED = (zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, RuntimeError)
+_NOT_READ = (zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError)
+_NOT_READ += (NotImplementedError, UnicodeError)  # a compression that Python lacks, names in another code
+_PACK_ANEW = "unpack it and pack the folder as zip"
+_OTHER_KINDS = {  # what people have instead of a zip or a tar, by its first bytes (a split zip: or its last)
+    rb"\ARar!\x1a\x07": f"is a rar archive: {_PACK_ANEW}",
+    rb"\A7z\xbc\xaf\x27\x1c": f"is a 7z archive: {_PACK_ANEW}",
+    rb"\APK\x07\x08|PK\x05\x06(?!\0\0|\xff\xff)": f"is a part of a split zip: with all parts, {_PACK_ANEW}",
+    rb"\A(?:\xef\xbb\xbf)?\s*<": "is a web page: fetch the archive in a browser, its address may ask for a login",
+    rb"\A\Z": "is empty: fetch it again",
+}
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ def create_folder(
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if disk_full(error):
             message = f"the disk of {folder} is full; nothing was kept: free some space"
         else:
             message = f"{folder} could not be filled ({error}): check that it is writable"
@@ -208,25 +215,40 @@ def _require_space(folder: Path, size: int) -> None:
         )
 
 
+def _check_kind(archive: Path) -> None:
+    """DataError for what people have instead of a zip or a tar."""
+    with archive.open("rb") as file:
+        ends = file.read(512)
+        file.seek(max(0, archive.stat().st_size - 2**16))
+        ends += file.read()
+    for pattern, message in _OTHER_KINDS.items():
+        if re.search(pattern, ends):
+            raise DataError(f"{archive} {message}")
+
+
 def unpack(archive: Path, folder: Path, members: str, limit: int = 2 * 2**30) -> None:
     """Unpack the files of a zip or tar (also .gz, .bz2, .xz) whose names match `members` into `folder`.
 
-    `members`: see `DataSet`. `limit`: the most bytes written. DataError: a damaged archive, any member that is a link
-    or device or would lie outside the folder, two members for one path, too many bytes, no match, too little free
-    space. What was written until then stays: call it inside `create_folder`.
+    `members`: see `DataSet`; a backslash counts as "/". `limit`: the most bytes written. DataError: an archive of
+    another kind or damaged, any member that is a link or device or would lie outside the folder, two members for one
+    path, too many bytes, no match, too little free space. What was written stays: call it inside `create_folder`.
     """
-    wanted, total = re.compile(members), 0
+    wanted, total, taken, inner = re.compile(members), 0, set(), ""
+    _check_kind(archive)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         is_zip = zipfile.is_zipfile(archive)
         if not is_zip and not tarfile.is_tarfile(archive):
-            raise DataError(f"{archive} is damaged, or neither a zip nor a tar archive: fetch it again")
+            raise DataError(f"{archive} is damaged, or neither a zip nor a tar: fetch it again, or {_PACK_ANEW}")
         with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
             for member in opened.infolist() if is_zip else opened:  # a tar in one pass: 5 GB are slow to read twice
                 if is_zip:
-                    name, size, is_folder = member.filename, member.file_size, member.is_dir()
-                    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the writer was not a Unix
-                    is_plain = kind in (0, stat.S_IFREG, stat.S_IFDIR)
+                    name, size, is_folder = member.filename, member.file_size, member.filename.endswith("/")
+                    is_plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)  # 0: no Unix
+                    if member.header_offset < 0:
+                        raise zipfile.BadZipFile("its beginning is missing")
+                    if member.flag_bits & 1:
+                        raise DataError(f"{archive} asks for a password: {_PACK_ANEW}")
                 else:
                     name, size, is_folder = member.name, member.size, member.isdir()
                     is_plain = is_folder or member.isreg()
@@ -235,26 +257,30 @@ def unpack(archive: Path, folder: Path, members: str, limit: int = 2 * 2**30) ->
                     raise DataError(f"{archive} holds {name!r}, which lies outside its folder: do not use it")
                 if not is_plain:
                     raise DataError(f"{archive} holds {name!r}, a link or a device: do not use it")
-                match = wanted.fullmatch(name)
+                match = wanted.fullmatch(name.replace("\\", "/"))
                 if match is None or is_folder:
+                    inner = name if name.lower().endswith((".zip", ".rar", ".7z", ".tar", ".gz", ".xz")) else inner
                     continue
+                path = match["path"]
+                if re.fullmatch("[ -~]{1,200}", path) is None:  # what every file system takes, and keeps as it is
+                    raise DataError(f"{archive} holds the name {path[:50]!r}, too long or not ASCII: is it this set?")
                 total += size
                 if total > limit:
                     raise DataError(f"{archive} unpacks to more than {limit} bytes: it is not this set, fetch it again")
                 _require_space(folder, size)
-                if (folder / match["path"]).exists():
-                    raise DataError(f"{archive} holds two files for {match['path']}: fetch it again")
+                if path.lower() in taken:
+                    raise DataError(f"{archive} holds two files for {path} (case does not count): keep one")
+                taken.add(path.lower())
                 if is_zip:
-                    member.filename = match["path"]
+                    member.filename = path
                     opened.extract(member, folder)  # at most the declared size is read, and its checksum compared
                 else:
-                    opened.extract(member.replace(name=match["path"], deep=False), folder, filter="data")
-    except DataError:
-        raise
-    except _DAMAGED as error:
-        raise DataError(f"{archive} is damaged ({error}): fetch it again") from error
-    if total == 0:
-        raise DataError(f"{archive} holds no file of this data set: check that it is the right archive")
+                    opened.extract(member.replace(name=path, deep=False), folder, filter="data")
+    except _NOT_READ as error:
+        raise DataError(f"{archive} is damaged, or not read here ({error}): fetch it again, or {_PACK_ANEW}") from error
+    if not taken:
+        remedy = f"unpack {inner!r} in it, and give that" if inner else "check that it is the right archive"
+        raise DataError(f"{archive} holds no file of this data set: {remedy}")
 
 
 # ---------------------------------------------------------------------------------------- fetch, command line
@@ -278,9 +304,10 @@ def _download(dataset: DataSet, folder: Path) -> tuple[Path, str, str]:
             _require_space(folder, source.size)
             downloader = pooch.HTTPDownloader(timeout=60)
             path = Path(pooch.retrieve(source.url, None, fname="archive", path=folder, downloader=downloader))
+            _check_kind(path)
             return path, _check_archive_hash(dataset, path, [source.sha256] if source.sha256 else []), source.url
         except (OSError, ValueError, DataError) as error:
-            if getattr(error, "errno", None) in _DISK_FULL:
+            if disk_full(error):
                 raise
             failures.append(f"{source.url}: {type(error).__name__}, {error}")
             (folder / "archive").unlink(missing_ok=True)
@@ -303,7 +330,8 @@ def fetch(dataset: DataSet, root: Path, archive: Path | None = None) -> Manifest
         _check_fingerprint(dataset, manifest, target)
         return manifest
     if archive is not None and not archive.is_file():
-        raise DataError(f"{archive} is not a file: give the path of the archive of {dataset.name} ({dataset.page})")
+        fault = "is a folder: pack it as zip, and" if archive.is_dir() else "is not a file:"
+        raise DataError(f"{archive} {fault} give the path of the archive of {dataset.name} ({dataset.page})")
 
     def fill(folder: Path) -> Manifest:
         if archive is None:
@@ -326,7 +354,7 @@ def argument_parser(description: str | None, archive: bool = True) -> argparse.A
     """The options that every data script has; a script that only draws has no `archive`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if archive:
-        parser.add_argument("--archive", type=Path, metavar="FILE", help="a local copy: nothing is downloaded")
+        parser.add_argument("--archive", type=Path, metavar="FILE", help="a local zip or tar: nothing is downloaded")
     parser.add_argument("--verify", action="store_true", help="read every file of the set again and compare its sha256")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="instead of DEFECTLAB_DATA, or ./data")
     return parser
