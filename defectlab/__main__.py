@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from defectlab import batch, runs
@@ -109,24 +110,24 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def chosen(options: argparse.Namespace) -> list[Task]:
-    """The tasks that --rows and --seeds or --tasks name. ValueError where there are none."""
+def chosen(options: argparse.Namespace, log: Callable[[str], None] | None = None) -> list[Task]:
+    """The tasks that --rows and --seeds or --tasks name. ValueError where there are none. `log`: see `batch.tasks`."""
     if getattr(options, "tasks", None):
         pairs = [pair.partition(":")[::2] for pair in options.tasks]
         if not all(seed.isdigit() for _, seed in pairs):
             raise ValueError(f"--tasks takes ROW:SEED,ROW:SEED,..., got {','.join(options.tasks)}")
         wanted = [(row, int(seed)) for row, seed in pairs]
         rows, numbered = (list(dict.fromkeys(values)) for values in zip(*wanted, strict=True))
-        listed = {(t.name, t.seed): t for t in tasks(options.study, options.profile, rows, numbered)}
+        listed = {(t.name, t.seed): t for t in tasks(options.study, options.profile, rows, numbered, log)}
         return [listed[pair] for pair in wanted]
-    listed = tasks(options.study, options.profile, options.rows, options.seeds)
+    listed = tasks(options.study, options.profile, options.rows, options.seeds, log)
     if unplanned := batch.unplanned(options.rows, listed):
         raise ValueError(f"{', '.join(unplanned)}: {batch.unplanned_note(options.profile)}")
     return listed
 
 
 def run(options: argparse.Namespace) -> int:
-    listed, device = chosen(options), pick_device(options.device)
+    listed, device = chosen(options, print), pick_device(options.device)
     if options.jobs > 1:
         return batch.run_parallel(options.study, listed, options.profile, device, options.minutes, options.jobs)
     batch.run_tasks(options.study, listed, options.profile, device, options.minutes)

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from defectlab import runs
-from defectlab.files import locked
+from defectlab.files import Busy, disk_full, locked
 from defectlab.provenance import JOBS, peak_memory_mb, pick_device, provenance, reset_peak_memory
 from defectlab.runs import Context, OutOfTime, Record, first_line
 from defectlab.studies import Row, Study, study
@@ -54,7 +54,7 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
     def load(other: Any) -> Any:
         return of.row_with(other, profile).load(other, context.device)
 
-    with locked(folder / "locks" / key, context.log):
+    with locked(folder / "locks" / key, context.log, context.wait):
         if path.exists():
             return runs.read_record(path)
         reset_peak_memory(context.device)
@@ -104,14 +104,21 @@ class Task:
     here: bool
 
 
-def tasks(name: str, profile: str, rows: list[str] | None = None, seeds: list[int] | None = None) -> list[Task]:
+def tasks(
+    name: str,
+    profile: str,
+    rows: list[str] | None = None,
+    seeds: list[int] | None = None,
+    log: Callable[[str], None] | None = None,
+) -> list[Task]:
     """Rows x seeds in the order in which to run them: the first seed of every row, then the second, and so on, so
     that a batch that is cut short has touched the headline rows first. `seeds` None: as the study plans them.
-    Its optional rows (further data sets and weights) that cannot be run here are listed only where named."""
+    Its optional rows (further data sets and weights) that cannot be run here are listed only where named.
+    ValueError for a record that cannot be read; with `log` it is named there, and the tasks are listed without it."""
     if seeds is not None and (len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0):
         raise ValueError(f"seeds must be different and not negative, got {seeds}")
     chosen = study(name).pick(profile, rows)
-    recorded, here = runs.read_records(runs.recorded_dir()), runs.read_records(runs.runs_dir(profile))
+    recorded, here = (runs.read_records(folder, log) for folder in (runs.recorded_dir(), runs.runs_dir(profile)))
     listed = []
     for position, (row_name, row) in enumerate(chosen.items()):
         identity = runs.row_identity(row.settings, profile)
@@ -131,30 +138,41 @@ def run_tasks(
 ) -> list[Record]:
     """Run what `runs/<profile>/` lacks, one after the other; stops cleanly when the minutes are used up.
 
-    -> the finished records of the list, those from earlier calls included. A row that fails, for whatever reason, does
-    not keep the others from running: RowsFailed names all of them at the end.
+    -> the finished records of the list, those from earlier calls included. A row that another process computes comes
+    last. A row that fails, for whatever reason, does not keep the others from running: RowsFailed names all of them at
+    the end. Only a full disk stops all (the error has the errno of it).
     """
     started = time.monotonic()
     deadline = None if minutes is None else started + 60 * minutes
     context = Context(device=device, deadline=deadline, log=log)
     finished, failed = [], []
-    for number, task in enumerate(listed, 1):
+    left, busy = list(enumerate(listed, 1)), 0  # busy: how many in a row other processes were at
+    while left:
         if context.out_of_time():
-            left = len(listed) - number + 1
-            log(f"{minutes:g} minutes are used up: {left} of {len(listed)} left; run again to go on")
+            log(f"{minutes:g} minutes are used up: {len(left)} of {len(listed)} left; run again to go on")
             break
+        number, task = left.pop(0)
         log(f"[{number}/{len(listed)}] {name} {task.name} seed {task.seed} ({profile}, {device})")
         try:
-            record = run_row(study(name), task.row, task.seed, profile, context)
+            record = run_row(study(name), task.row, task.seed, profile, replace(context, wait=busy >= len(left)))
+        except Busy as other:
+            log(f"  {other}")
+            left.append((number, task))
+            busy += 1
+            continue
         except OutOfTime as stop:
             log(f"  {stop}")
             break
         except Exception as error:
-            failed.append(f"{task.name} seed {task.seed}: {first_line(error)}")
-            log(f"  failed ({type(error).__name__}): {first_line(error)}")
-            continue
-        finished.append(record)
-        log(f"  {headline(record, name)}  ({record.seconds:.0f} s; {time.monotonic() - started:.0f} s so far)")
+            if disk_full(error):  # for the other rows, too
+                raise
+            kind = type(error).__name__
+            failed.append(f"{task.name} seed {task.seed} ({kind}): {first_line(error)}")
+            log(f"  failed ({kind}): {first_line(error)}")
+        else:
+            finished.append(record)
+            log(f"  {headline(record, name)}  ({record.seconds:.0f} s; {time.monotonic() - started:.0f} s so far)")
+        busy = 0
     if failed:
         raise RowsFailed("; ".join(failed))
     return finished
@@ -181,7 +199,7 @@ def run_rows(
     minutes: float | None = None,
 ) -> list[Record]:
     """What a notebook's training cell calls: `tasks` and `run_tasks` in one."""
-    return run_tasks(name, tasks(name, profile, rows, seeds), profile, pick_device(device), minutes)
+    return run_tasks(name, tasks(name, profile, rows, seeds, print), profile, pick_device(device), minutes)
 
 
 def run_parallel(name: str, listed: list[Task], profile: str, device: str, minutes: float | None, jobs: int) -> int:

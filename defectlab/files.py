@@ -30,6 +30,10 @@ class WeightsError(RuntimeError):
     """Pretrained weights are missing or do not fit; the message names the file and where to put it."""
 
 
+class Busy(RuntimeError):
+    """Another process is at it; the message says at what."""
+
+
 def project_root() -> Path:
     """The repository, from wherever it is called; the current folder where the package is installed without it."""
     repository = Path(__file__).resolve().parents[1]
@@ -57,9 +61,9 @@ def writable(folder: Path, remedy: str) -> None:
         raise DataError(f"{folder} cannot be written ({error.strerror or error}): {remedy}") from error
 
 
-def disk_full(error: BaseException) -> bool:
-    """Whether it says that a disk or a quota is full."""
-    return getattr(error, "errno", None) in FULL
+def disk_full(error: BaseException | None) -> bool:
+    """Whether it says that a disk or a quota is full, or what it was raised from does."""
+    return error is not None and (getattr(error, "errno", None) in FULL or disk_full(error.__cause__))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -123,14 +127,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, log: Callable[[str], None] = print) -> Iterator[None]:
-    """One process at a time, the others say that they wait; the lock goes with the process, however it ends."""
+def locked(path: Path, log: Callable[[str], None] = print, wait: bool = True) -> Iterator[None]:
+    """One process at a time, the others say that they wait, or raise Busy where `wait` is False; the lock goes with the
+    process, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log(f"  waits for another process that is at {path.parent.name}/{path.name}")
+        other = f"another process that is at {path.parent.name}/{path.name}"
+        if not wait:
+            raise Busy(f"left for later, to {other}") from None
+        log(f"  waits for {other}")
         lock.acquire()
     try:
         yield

@@ -47,6 +47,7 @@ class Context:
     require: (settings, seed) -> record of another row of the study at the same profile, run first if it has not been
         run here: a teacher, or the network that a row looks at. `batch.run_row` gives it, and `load`.
     load: settings of another row -> its data.
+    wait: for a row that another process computes; False: `files.Busy`.
     """
 
     device: str = "cpu"
@@ -56,6 +57,7 @@ class Context:
     require: Callable[[Any, int], "Record"] | None = None
     load: Callable[[Any], Any] | None = None
     every_seconds: float = 60.0  # between two checkpoints
+    wait: bool = True
 
     def out_of_time(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
@@ -175,8 +177,18 @@ def read_record(path: Path) -> Record:
         raise ValueError(f"{path} is not a readable record ({error}); delete it and run again") from error
 
 
-def read_records(folder: Path) -> list[Record]:
-    return [read_record(path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
+def read_records(folder: Path, log: Callable[[str], None] | None = None) -> list[Record]:
+    """The records of a folder, none where it is not there. One that cannot be read is a ValueError; with `log` it is
+    named there and left out."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found.append(read_record(path))
+        except ValueError as error:
+            if log is None:
+                raise
+            log(f"left out: {error}")
+    return found
 
 
 def find(records: list[Record], settings: Any, profile: str) -> list[Record]:

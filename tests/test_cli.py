@@ -2,69 +2,19 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
+from toy_study import FakeStudy, call, raising
 
-from defectlab import batch, provenance, runs
-from defectlab.__main__ import main
+from defectlab import batch, runs
 from defectlab.files import DataError
-from defectlab.runs import Context, NonFiniteLoss, OutOfTime, Result
-from defectlab.studies import Row, study
-from defectlab.training.loop import resume
-
-REAL = study("bsdrd")
-
-
-class FakeStudy:
-    """BSDRD without data and without training: `computed` has (row, seed) of every run, in order."""
-
-    def __init__(self) -> None:
-        self.computed: list[tuple[str, int]] = []
-        self.run = lambda settings, seed, data, context: fake_result(seed)  # what tests put another in place of
-        self.prints = lambda settings: {"data": "d", "weights": "w"}
-        self.rows = {p: {name: self.row(name, row) for name, row in rows.items()} for p, rows in REAL.rows.items()}
-        self.study = dataclasses.replace(REAL, rows=self.rows)
-
-    def row(self, name: str, row: Row) -> Row:
-        def run(settings, seed: int, data, context: Context) -> Result:
-            result = self.run(settings, seed, data, context)
-            self.computed.append((name, seed))
-            return result
-
-        load = lambda settings, device: SimpleNamespace(label="pretended tiles")  # noqa: E731
-        return dataclasses.replace(row, run=run, load=load, fingerprints=lambda settings: self.prints(settings))
-
-
-def fake_result(seed: int) -> Result:
-    metrics = {"image_auroc": 90.0 + seed, "pixel_auroc": 80.0, "aupro": 70.0}
-    return Result(metrics, {}, {}, {"loss": [1.0]}, {"scores": np.zeros(3)}, {}, {}, "fp32")
+from defectlab.runs import Context, OutOfTime, Result
 
 
 @pytest.fixture
 def fake(root: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStudy:
-    fake = FakeStudy()
-    monkeypatch.setattr(batch, "study", lambda name: fake.study if name == "bsdrd" else study(name))
-    return fake
-
-
-def raising(error: BaseException, bad: int) -> Callable[..., Result]:
-    """A run that fails at seed `bad` alone."""
-
-    def run(settings, seed: int, data, context: Context) -> Result:
-        if seed == bad:
-            raise error
-        return fake_result(seed)
-
-    return run
-
-
-def call(line: str) -> int:
-    return main(line.split())
+    return FakeStudy(monkeypatch)
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
@@ -169,45 +119,10 @@ def test_corrupt_record_is_an_error_and_no_traceback(fake: FakeStudy, capsys: py
     assert call("run bsdrd --rows rd4ad --seeds 0 --device cpu") == 0
     (path,) = runs.runs_dir("quick").glob("*.json")
     path.write_text("{")
-    for line in ("run bsdrd", "status", "record"):
+    for line in ("status", "record"):
         capsys.readouterr()
         assert call(line) == 1
         assert f"error: {path} is not a readable record" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        NonFiniteLoss("the loss is not finite: epoch 2, batch 3 of 4"),
-        torch.OutOfMemoryError("CUDA out of memory.\nAnd pages of advice"),
-        ValueError("predicted boxes or scores are not finite"),
-        IndexError(),
-    ],
-)
-def test_a_row_that_fails_is_an_error_and_the_others_run(fake: FakeStudy, capsys, error: Exception) -> None:
-    fake.run = raising(error, 1)
-    assert call("run bsdrd --rows rd4ad --seeds 0,1,2 --device cpu") == 1
-    assert [seed for _, seed in fake.computed] == [0, 2]
-    assert sorted(record.seed for record in runs.read_records(runs.runs_dir("quick"))) == [0, 2]
-    said = capsys.readouterr()
-    reason = (str(error) or "IndexError").splitlines()[0]
-    assert said.err == f"error: rd4ad seed 1: {reason}\n"
-    assert f"  failed ({type(error).__name__}): {reason}\n" in said.out
-
-
-def test_a_stale_checkpoint_does_not_stop_the_batch(fake: FakeStudy, capsys: pytest.CaptureFixture[str]) -> None:
-    def trains(settings, seed: int, data, context: Context) -> Result:
-        if seed == 0:
-            context.checkpoint.parent.mkdir(parents=True)
-            context.checkpoint.write_bytes(b"of another version")
-        weights = torch.nn.Linear(2, 2)
-        resume(context, weights, torch.optim.SGD(weights.parameters()), 3)
-        return fake_result(seed)
-
-    fake.run = trains
-    assert call("run bsdrd --rows rd4ad --seeds 0,1 --device cpu") == 1
-    assert fake.computed == [("rd4ad", 1)]
-    assert re.search(r"error: rd4ad seed 0: .*does not continue this training .*: delete it", capsys.readouterr().err)
 
 
 def test_interrupted_by_the_user(fake: FakeStudy, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,44 +178,6 @@ def test_a_row_that_runs_out_of_time_stops_the_batch_cleanly(fake: FakeStudy, ca
     shown = capsys.readouterr().out
     assert "after epoch 1 of 10; run again" in shown and "[2/" not in shown
     assert runs.read_records(runs.runs_dir("quick")) == []
-
-
-@pytest.fixture
-def children(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Processes that end at once: `given(option)` of each, `shared`: what each was told of how many run at once."""
-    commands, shared, codes = [], [], [0, 0, 0]
-
-    def start(command: list[str], env: dict[str, str]) -> SimpleNamespace:
-        commands.append(command)
-        shared.append(env[provenance.JOBS])
-        return SimpleNamespace(wait=lambda: codes.pop(0))
-
-    monkeypatch.setattr(batch.subprocess, "Popen", start)
-    given = lambda option: [command[command.index(option) + 1] for command in commands]  # noqa: E731
-    return SimpleNamespace(given=given, shared=shared, codes=codes)
-
-
-def test_jobs_share_the_tasks(fake: FakeStudy, children: SimpleNamespace) -> None:
-    assert call("run bsdrd --rows rd4ad,bsdrd --seeds 0,1 --device cpu --jobs 3 --minutes 7") == 0
-    given = children.given("--tasks")
-    assert sorted(",".join(given).split(",")) == ["bsdrd:0", "bsdrd:1", "rd4ad:0", "rd4ad:1"]
-    assert len(given) == 3
-    assert set(children.given("--minutes")) == {"7.0"} and set(children.given("--device")) == {"cpu"}
-
-
-def test_what_is_only_timed_runs_afterwards_and_alone(children: SimpleNamespace) -> None:
-    assert call("run d3n --rows cost_v5n,cost_v5s,v8n,v8s --seeds 0 --jobs 2 --minutes 7 --device cpu") == 0
-    assert children.given("--tasks") == ["v8n:0", "v8s:0", "cost_v5n:0,cost_v5s:0"]
-    assert children.shared == ["2", "2", "1"]
-    minutes = [float(text) for text in children.given("--minutes")]
-    assert minutes[:2] == [7, 7] and 6.5 < minutes[2] < 7
-
-
-@pytest.mark.parametrize("code", [1, 2, -9])
-def test_a_job_that_failed_or_was_killed_is_no_success(fake: FakeStudy, children: SimpleNamespace, code: int) -> None:
-    children.codes[:] = [0, code]
-    assert call("run bsdrd --jobs 2 --minutes 0 --device cpu") != 0
-    assert children.given("--minutes") == ["0.0", "0.0"]  # no time is a budget, too
 
 
 @pytest.mark.parametrize(

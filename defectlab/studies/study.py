@@ -32,10 +32,11 @@ class Row:
     optional: bool = False
 
     def fingerprints_here(self) -> dict[str, str] | None:
-        """What the row would be computed from on this machine; None where data or weights are not there."""
+        """What the row would be computed from on this machine; None where data or weights are not there, or cannot
+        be read."""
         try:
             return self.fingerprints(self.settings)
-        except (DataError, WeightsError):
+        except (DataError, WeightsError, OSError):
             return None
 
 
