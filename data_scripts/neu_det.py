@@ -4,7 +4,8 @@
     python data_scripts/neu_det.py --verify         check every file
 
 No public address of the archive is known for certain, so nothing is downloaded: get NEU-DET.zip from the authors' page.
-Its folders IMAGES and ANNOTATIONS may lie below any other folder.
+Its folders IMAGES and ANNOTATIONS may lie below any other folder, and may be divided further, as the copy on Kaggle has
+them (train/images/<class>, train/annotations, validation/...): the files decide, not where they lie.
 
 What is pinned: the fingerprint of the 1,800 images and 1,800 xml files, computed from the archive whose sha256 is in
 `archive_sha256`. The files are kept as published, with their own defects: 3 of the 4,189 boxes stand twice, 174 xml
@@ -41,7 +42,10 @@ DATASET = fetch.DataSet(
     name="NEU-DET",
     folder="neu_det",
     command="python data_scripts/neu_det.py",
-    members=rf"(?:.*/)?(?P<path>IMAGES/{FILE}\.jpg|ANNOTATIONS/{FILE}\.xml)",
+    members=(
+        rf"(?:.*/)?(?:(?i:(?:jpeg)?images)/(?:[^/]+/)?(?P<IMAGES>{FILE}\.jpg)"
+        rf"|(?i:annotations)/(?:[^/]+/)?(?P<ANNOTATIONS>{FILE}\.xml))"
+    ),
     sources=(),
     page="http://faculty.neu.edu.cn/songkechen/zh_CN/zdylm/263270/list/",
     licence="none stated; offered for research, the authors ask to be cited",

@@ -1,6 +1,7 @@
 """The real tiles, nuts, steel and boards, unpacked by the project's own scripts (see the fixture `real_set`)."""
 
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,22 @@ def test_verify(name: str, real_set, script, capsys: pytest.CaptureFixture[str])
     assert script(name).main(["--verify", "--data-dir", str(real_set(name))]) == 0
     out = capsys.readouterr().out
     assert "every file verified" in out and (name != "magnetic_tile" or "2688 files" in out)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_another_layout_of_the_same_files(changed: bool, real_set, script, tmp_path: Path, capsys) -> None:
+    """Folders and backslashes as in copies of NEU-DET: what they hold decides."""
+    with zipfile.ZipFile(tmp_path / "copy.zip", "w") as archive:
+        for path in sorted((real_set("neu_det") / "neu_det").glob("*/*")):
+            kind, _, number = path.stem.rpartition("_")
+            folder = f"images/{kind}" if path.suffix == ".jpg" else "annotations"
+            part = "train" if int(number) <= 240 else "validation"
+            content = path.read_bytes() + b" " * (changed and path.name == "crazing_1.xml")
+            archive.writestr(f"NEU-DET/{part}/{folder}/{path.name}".replace("/", "\\"), content)
+    arguments = ["--archive", str(tmp_path / "copy.zip"), "--data-dir", str(tmp_path / "data")]
+    assert script("neu_det").main(arguments) == changed
+    captured = capsys.readouterr()
+    assert "does not hold NEU-DET as published" in captured.err if changed else "3600 files" in captured.out
 
 
 # ---------------------------------------------------------------------------------------------------- tiles and nuts

@@ -95,6 +95,47 @@ def test_other_archive_same_fingerprint(tmp_path: Path) -> None:
     assert changed.fingerprint != first.fingerprint
 
 
+LAYOUTS = [  # script, member as copies of the set have it, the path in the set; None: left out
+    ("neu_det", "NEU-DET/IMAGES/crazing_1.jpg", "IMAGES/crazing_1.jpg"),
+    ("neu_det", "NEU-DET/train/images/rolled-in_scale/rolled-in_scale_1.jpg", "IMAGES/rolled-in_scale_1.jpg"),
+    ("neu_det", "NEU-DET/validation/annotations/crazing_240.xml", "ANNOTATIONS/crazing_240.xml"),
+    ("neu_det", "IMAGES/patches/patches_1.jpg", "IMAGES/patches_1.jpg"),
+    ("neu_det", "NEU-DET/annotations/test/patches_1.xml", "ANNOTATIONS/patches_1.xml"),
+    ("neu_det", "NEU-DET/JPEGImages/crazing_1.jpg", "IMAGES/crazing_1.jpg"),
+    ("neu_det", "NEU-DET\\Annotations\\crazing_1.xml", "ANNOTATIONS/crazing_1.xml"),
+    ("neu_det", "__MACOSX/NEU-DET/IMAGES/._crazing_1.jpg", None),
+    ("neu_seg", "NEU_Seg-main/NEU_Seg-main/images/test/000001.jpg", "images/test/000001.jpg"),
+    ("neu_seg", "__MACOSX/NEU-Seg/images/test/._000001.jpg", None),
+    (
+        "deep_pcb",
+        "DeepPCB-master/PCBData/group00041/00041_not/00041000.txt",
+        "PCBData/group00041/00041_not/00041000.txt",
+    ),
+    ("deep_pcb", "PCBData/PCBData/test.txt", "PCBData/test.txt"),
+    ("deep_pcb", "__MACOSX/PCBData/._test.txt", None),
+    ("magnetic_tile", "Magnetic-Tile-Defect/MT_Fray/Imgs/exp1.png", "MT_Fray/Imgs/exp1.png"),
+    ("magnetic_tile", "__MACOSX/MT_Fray/Imgs/._exp1.png", None),
+    ("mvtec_ad", "metal_nut/train/good/000.png", "train/good/000.png"),
+    ("mvtec_ad", "mvtec_anomaly_detection/metal_nut/license.txt", "license.txt"),
+    ("mvtec_ad", "__MACOSX/metal_nut/train/good/._000.png", None),
+    ("mvtec_ad", "screw/train/good/000.png", None),
+]
+
+
+@pytest.mark.parametrize("name", sorted({name for name, *_ in LAYOUTS}))
+def test_layouts_that_circulate(tmp_path: Path, script, name: str) -> None:
+    module = script(name)
+    dataset = module.DATASET if hasattr(module, "DATASET") else module.dataset("metal_nut")
+    for number, (member, path) in enumerate(layout[1:] for layout in LAYOUTS if layout[0] == name):
+        archive, folder = make_zip(tmp_path / f"{number}.zip", {member: b"x"}, top=""), tmp_path / str(number)
+        if path:
+            store.unpack(archive, folder, dataset.members)
+            assert [found for found in folder.rglob("*") if found.is_file()] == [folder / path]
+        else:
+            with pytest.raises(DataError, match="holds no file of this data set"):
+                store.unpack(archive, folder, dataset.members)
+
+
 def test_present_set_is_kept_and_archive_replaces_it(tmp_path: Path, fetched: Path) -> None:
     root = tmp_path / "data"
     assert store.fetch(DATASET, root).files.keys() == FILES.keys()  # no address: it would fail to download

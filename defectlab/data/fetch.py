@@ -58,8 +58,9 @@ class DataSet:
     """What a data script knows about its set.
 
     `members` is a regular expression over the full member names of an archive, whatever its top-level folders; its
-    group `path` is where a matching member goes below `folder`. Others are left out. `check` gets the unpacked folder,
-    raises DataError if it is not this set, and returns a note for the manifest (such as "reduced", or "").
+    group `path` is where a matching member goes below `folder`; any other named group goes into the subfolder of that
+    name. Others are left out. `check` gets the unpacked folder, raises DataError if it is not this set, and returns a
+    note for the manifest (such as "reduced", or "").
     """
 
     name: str  # as printed
@@ -261,7 +262,8 @@ def unpack(archive: Path, folder: Path, members: str, limit: int = 2 * 2**30) ->
                 if match is None or is_folder:
                     inner = name if name.lower().endswith((".zip", ".rar", ".7z", ".tar", ".gz", ".xz")) else inner
                     continue
-                path = match["path"]
+                group, path = match.lastgroup, match[match.lastgroup]
+                path = path if group == "path" else f"{group}/{path}"
                 if re.fullmatch("[ -~]{1,200}", path) is None:  # what every file system takes, and keeps as it is
                     raise DataError(f"{archive} holds the name {path[:50]!r}, too long or not ASCII: is it this set?")
                 total += size
