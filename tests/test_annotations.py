@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defectlab.data.annotations import Annotations, read_coco, read_deep_pcb, read_voc, read_yolo
+from defectlab.data.annotations import DUPLICATES, Annotations, read_deep_pcb, read_voc, read_yolo
+from defectlab.data.coco import read_coco
 from defectlab.data.images import decode
 from defectlab.files import DataError
 
@@ -94,7 +95,7 @@ def read(kind: str, folder: Path) -> Annotations:
 @pytest.mark.parametrize("kind", ["voc", "yolo", "coco"])
 def test_three_formats_one_form(kind: str, tmp_path: Path) -> None:
     found = read(kind, tmp_path)
-    assert found.class_names == NAMES and found.duplicates == 1
+    assert found.class_names == NAMES and found.notes[DUPLICATES] == 1
     assert [image.path.stem for image in found.images] == ["none", "one", "two"]
     none, one, two = found.images
     assert none.boxes.shape == (0, 4) and none.labels.shape == (0,)
@@ -102,12 +103,12 @@ def test_three_formats_one_form(kind: str, tmp_path: Path) -> None:
     assert one.boxes.dtype == np.float32 and one.labels.dtype == np.int64
     np.testing.assert_allclose(one.boxes, [[4, 2, 20, 10]], rtol=1e-6)
     np.testing.assert_allclose(two.boxes, [[0, 0, 40, 20], [8, 4, 12, 8]], rtol=1e-6)
-    assert one.labels.tolist() == [1] and two.labels.tolist() == [0, 0] and two.duplicates == 1
+    assert one.labels.tolist() == [1] and two.labels.tolist() == [0, 0] and two.notes[DUPLICATES] == 1
 
 
 def test_same_box_of_two_classes_is_no_duplicate(tmp_path: Path) -> None:
     found = read_voc(write_voc(tmp_path, {"a": [("dent", (1, 1, 5, 5)), ("scratch", (1, 1, 5, 5))]}))
-    assert found.duplicates == 0 and found.images[0].labels.tolist() == [0, 1]
+    assert found.notes[DUPLICATES] == 0 and found.images[0].labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,8 @@ def test_voc_pairs_by_folder_where_names_repeat(tmp_path: Path) -> None:
         ("2 0.5 0.5 0.1 0.1", r"one\.txt, line 1 has class 2, there are 2 names"),
         ("-1 0.5 0.5 0.1 0.1", "class -1"),
         ("0 0.5 0.5 0.1", r"one\.txt, line 1 is not `class x y width height`"),
-        ("0 0.5 0.5 0.1 0.1 0.9", "is not `class"),
+        ("0 0.5 0.5 0.1 0.1 0.9 0.9 0.9", "is not `class"),
+        ("0.5 0.5 0.5 0.1 0.1", "is not `class"),
         ("dent 0.5 0.5 0.1 0.1", "is not `class"),
         ("0 20 10 4 4", "lies outside"),
         ("0 0.5 0.5 0 0.1", "has no area"),
@@ -235,8 +237,8 @@ def changed(part: str, **values) -> dict:
         ({"images": []}, "is no COCO json"),
         (changed("annotations", category_id=99), "category that is not listed"),
         (changed("annotations", image_id=99), "image or category that is not listed"),
-        (changed("annotations", iscrowd=1), "iscrowd"),
-        (changed("annotations", bbox=[1, 2, 3]), "is no COCO json"),
+        (changed("annotations", bbox=[1, 2, 3]), r"annotations\[0\]: `bbox` is \[1, 2, 3\], not 4 numbers"),
+        (changed("annotations", bbox=None), r"annotations\[0\] has no `bbox`"),
         (changed("annotations", bbox=[1, 2, 3, 0]), "has no area"),
         (changed("annotations", bbox=[39, 2, 3, 4]), "lies outside"),
         (changed("images", file_name="gone.png"), r"gone\.png is missing"),

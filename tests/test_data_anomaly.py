@@ -9,7 +9,7 @@ from PIL import Image
 
 from defectlab.data import anomaly
 from defectlab.data import fetch as store
-from defectlab.data.anomaly import load_anomaly, load_folder
+from defectlab.data.anomaly import load_anomaly
 from defectlab.data.images import resize_mask
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.files import DataError
@@ -192,16 +192,6 @@ def test_script_of_the_synthetic_sets(tmp_path: Path, script, capsys: pytest.Cap
     assert listed.stat().st_mtime_ns == stamp  # not drawn again
 
 
-def test_load_folder(tmp_path: Path) -> None:
-    for index, name in enumerate(("b.jpg", "a.PNG", "c.bmp", "d.tif")):
-        save(tmp_path / name, image(index, 40, 24, colour=index % 2 == 0))
-    (tmp_path / "notes.txt").write_text("not an image")
-    images, names = load_folder(tmp_path, SIZE)
-    assert names == ("a.PNG", "b.jpg", "c.bmp", "d.tif")
-    assert images.shape == (4, 3, SIZE, SIZE) and images.dtype == torch.uint8
-    assert (images[0, 0] == images[0, 1]).all() and (images[1, 0] != images[1, 1]).any()
-
-
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -246,14 +236,6 @@ def test_set_without_defects(bottles: Path) -> None:
     manifest(bottles)
     with pytest.raises(DataError, match="has no training or no anomalous test images"):
         load_anomaly("mvtec_ad/bottle", SIZE, root=bottles.parents[1])
-
-
-def test_folder_empty_or_with_a_broken_image(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no jpg, png, bmp or tif image"):
-        load_folder(tmp_path, SIZE)
-    (tmp_path / "x.jpg").write_text("no image")
-    with pytest.raises(DataError, match=r"x\.jpg cannot be decoded .*: replace or remove it"):
-        load_folder(tmp_path, SIZE)
 
 
 def test_published_list() -> None:

@@ -208,7 +208,7 @@ def test_steel_layout_holds_the_drawing_and_its_boxes(synthetic):
     read = read_voc(folder, STEEL_KINDS)
     stems = {f"{kind}_{number}" for kind in STEEL_KINDS for number in range(1, 21)}
     assert {image.path for image in read.images} == {folder / "IMAGES" / f"{stem}.jpg" for stem in stems}
-    assert read.duplicates == 0 and len(list(folder.glob("ANNOTATIONS/*.xml"))) == 120
+    assert not read.notes.total() and len(list(folder.glob("ANNOTATIONS/*.xml"))) == 120
     foreign = 0
     for found in read.images:
         kind, _, number = found.path.stem.rpartition("_")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from defectlab.data.images import IMAGE_SUFFIXES, check_size, decode, in_threads, resize_mask, to_square
+from defectlab.data.images import IMAGE_SUFFIXES, check_size, decode, find_images, in_threads, resize_mask, to_square
 from defectlab.data.splits import PARTS, Plan, content_id, identity, locate, shuffled
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.data.synthetic.pasted import KINDS, add_defect
@@ -232,34 +232,21 @@ def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -
 # ---------------------------------------------------------------------------------------------------------- own images
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """The images directly in `folder`, by name."""
-    return sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
 def from_good_folder(folder: Path, size: int, device="cpu") -> AnomalyData:
-    """A reader's own good images as a set: nine tenths to train on, the rest as dev with pasted defects.
+    """A reader's own good images, anywhere below `folder`, as a set: nine tenths to train on, the rest as dev with
+    pasted defects.
 
     The test split is the dev split: there is nothing else to test on. Needs 20 images; DataError otherwise.
     """
     folder = Path(folder)
-    paths = _images_in(folder)
+    paths = find_images(folder)
     if len(paths) < 20:
         raise DataError(f"{folder} holds {len(paths)} images: training needs at least 20 good ones")
-    parts = hold_out([Sample(path.name) for path in paths], TILE_TYPES)
+    parts = hold_out([Sample(path.relative_to(folder).as_posix()) for path in paths], TILE_TYPES)
     plan = Plan(folder, f"images of {folder.name}", "replace this image", None, type_names=("good", *TILE_TYPES))
     train, dev = (_read_split(samples, plan, size, device) for samples in parts)
-    content = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-    return AnomalyData(folder.name, plan.label, plan.type_names, train, dev, dev, _identity(content, parts))
-
-
-def load_folder(folder: Path, size: int, device="cpu") -> tuple[Tensor, tuple[str, ...]]:
-    """A reader's own images: ((N, 3, size, size) uint8, file names), resized as the sets are, sorted by name.
-
-    Reads jpg, png, bmp and tif directly in `folder`; DataError if there is none or one cannot be decoded.
-    """
-    paths = _images_in(Path(folder))
-    if not paths:
-        raise DataError(f"{folder} holds no jpg, png, bmp or tif image: give the folder that holds them")
-    images = in_threads(lambda path: to_square(decode(path, "replace or remove it"), size), paths)
-    return torch.from_numpy(np.stack(images)).to(device), tuple(path.name for path in paths)
+    content = hashlib.sha256()
+    for path in paths:
+        content.update(path.read_bytes())
+    fingerprint = _identity(content.hexdigest(), parts)
+    return AnomalyData(folder.resolve().name, plan.label, plan.type_names, train, dev, dev, fingerprint)

@@ -7,7 +7,7 @@ images. Images that are byte for byte the same stand on one side.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defectlab.data.annotations import AnnotatedImage, Annotations, read_deep_pcb, read_voc
+from defectlab.data.annotations import DUPLICATES, AnnotatedImage, Annotations, read_deep_pcb, read_voc
 from defectlab.data.images import check_size, decode, in_threads, letterbox
 from defectlab.data.splits import (
     PARTS,
@@ -253,5 +253,10 @@ def _describe(annotations: Annotations, groups: Sequence[Sequence[AnnotatedImage
     for index, name in enumerate(annotations.class_names):
         lines.append(f"{name}: {' / '.join(str(count[index]) for count in counts)} boxes")
     empty = sum(not len(image.labels) for group in groups for image in group)
-    lines += [f"images without an object: {empty}", f"duplicate boxes dropped: {annotations.duplicates}"]
+    notes = {note: count for note, count in annotations.notes.items() if count or note == DUPLICATES}
+    lines += [f"images without an object: {empty}", *(f"{note}: {count}" for note, count in notes.items())]
+    by_lower = defaultdict(list)
+    for name in annotations.class_names:
+        by_lower[name.casefold()].append(name)
+    lines += [f"classes that differ only in case, one?: {', '.join(n)}" for n in by_lower.values() if len(n) > 1]
     return "\n".join(lines)

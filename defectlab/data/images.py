@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,46 +12,121 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from defectlab.files import DataError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+    *(".pbm", ".pgm", ".ppm", ".pnm"),
+}
+MARKER = ".defectlab"  # lies in each folder that `score` and `detect` wrote: nothing in it is input
 MASK_SIZE = 256  # anomaly maps are compared with the masks at this size, whatever the images' size
-GROUND = 114  # of 255: the grey outside any image, as in the letterbox
+GROUND = 114  # of 255: the grey outside any image, as in the letterbox, and behind what is transparent
+STRIP = 256  # rows that `letterbox` widens at once
+# Pillow's own reader of uncompressed TIFF decodes those of orientation 5 to 8 to wrong pixels; libtiff does not.
+TiffImagePlugin.READ_LIBTIFF = True
+
+
+# ----------------------------------------------------------------------------------------------------------- searching
+
+
+def find_files(folder: Path, suffixes: set[str] | None = None) -> list[Path]:
+    """Files below `folder` with one of the suffixes (lower case; None: any), sorted.
+
+    Links to folders are followed. Hidden files and folders, and what `score` and `detect` wrote, are left out.
+    DataError: no such folder, one that this program wrote, a name that is not UTF-8.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give the one that holds the images and their boxes")
+    if (folder / MARKER).exists():
+        raise DataError(f"{folder} holds results of this program: give the folder of your own images")
+    found, entered = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in entered:  # a link back
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = [f for f in folders if not f.startswith(".") and not Path(parent, f, MARKER).exists()]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    found = sorted(path for path in found if suffixes is None or path.suffix.lower() in suffixes)
+    for path in found:
+        if (shown := os.fsencode(path).decode("utf-8", "backslashreplace")) != str(path):
+            raise DataError(f"the name of {shown} is not UTF-8: rename the file")
+    return found
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files below `folder`, as `find_files`; DataError where there is none."""
+    images = find_files(folder, IMAGE_SUFFIXES)
+    if not images:
+        raise DataError(f"{folder} holds no jpg, png, bmp or tif image: give the folder that holds them")
+    return images
+
+
+def others(folder: Path, known: set[str] = IMAGE_SUFFIXES) -> str:
+    """One sentence on the files below `folder` that are left out because of their extension; "" if none is."""
+    count = Counter(path.suffix.lower() or "no extension" for path in find_files(folder))
+    left_out = {suffix: n for suffix, n in sorted(count.items()) if suffix not in known}
+    kinds = ", ".join(f"{suffix} {n}" for suffix, n in left_out.items())
+    return f"{sum(left_out.values())} files of other kinds left out: {kinds}" if left_out else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def find_files(folder: Path, suffixes: set[str]) -> list[Path]:
-    """Files below `folder` with one of the suffixes (lower case), sorted; hidden ones are left out."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give the one that holds the images and their boxes")
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
-
-
 @contextmanager
 def opened(path: Path, remedy: str) -> Iterator[Image.Image]:
-    """The image file, not yet decoded; DataError ending in `remedy` if it is missing or damaged."""
+    """The image file, not yet decoded; DataError ending in `remedy` if it is missing, damaged or too large."""
     try:
         with Image.open(path) as image:
             yield image
+    except (DataError, MemoryError):
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: {remedy}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # PIL raises all four
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} is too large ({error}): cut it into parts") from error
+    except Exception as error:  # Pillow raises more than a dozen kinds
         raise DataError(f"{path} cannot be decoded ({error}): {remedy}") from error
 
 
-def decode(path: Path, remedy: str = "replace or remove this image") -> Image.Image:
-    """The image as mode "L" if it is stored so, else "RGB"; DataError if it is missing, damaged or above 8 bits."""
+def read_header(path: Path, remedy: str) -> tuple[int, int, int]:
+    """(width, height, orientation tag) of an image, decoding nothing; the size is that of what `decode` gives.
+
+    The tag is 1 for an image stored upright, 5 to 8 where the stored width and height are exchanged.
+    """
     with opened(path, remedy) as image:
-        if image.mode.startswith(("I", "F")):
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+        exchange = turned in (5, 6, 7, 8) and image.format != "TIFF"  # for these Pillow has done it
+        width, height = image.size[::-1] if exchange else image.size
+    return width, height, turned
+
+
+def decode(path: Path, remedy: str = "replace or remove this image") -> Image.Image:
+    """The image as every viewer shows it: upright by its orientation tag, in mode "L" if it is stored so, else "RGB".
+
+    What is transparent lies on grey 114. A ppm's samples are scaled by the maximum that it states. DataError: a file
+    that is missing, damaged, has more than 8 bits a sample, or several pages.
+    """
+    with opened(path, remedy) as image:
+        if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):  # 16 bits of colour come as "RGB"
             raise DataError(f"{path} has more than 8 bits a pixel: save it with 8 bits")
-        return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1 and image.format != "MPO":  # a telephone's JPEG, with a second image of the same scene
+            raise DataError(f"{path} holds {pages} pages: save each as a file of its own")
+        grey = image.mode in ("1", "L", "LA")
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            upright = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, (GROUND, GROUND, GROUND, 255)), upright)
+        return (
+            upright.convert("RGB").convert("L")
+            if grey and upright.mode == "RGBA"
+            else upright.convert("L" if grey else "RGB")
+        )
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
@@ -97,10 +173,15 @@ def letterbox(image: Image.Image, size: int) -> tuple[np.ndarray, float, tuple[f
             image = red
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
-    if image.width != image.height:
-        square = Image.new(image.mode, (side, side), (GROUND,) * len(image.getbands()))
-        square.paste(image, (left, top))
-        image = square
+    if image.width != image.height:  # the square of a long strip would take gigabytes: it is never made as a whole
+        ground = (GROUND,) * len(image.getbands())
+        narrow = Image.new(image.mode, (size, side), ground)
+        for y in range(0, image.height, STRIP):
+            rows = image.crop((0, y, image.width, min(y + STRIP, image.height)))
+            wide = Image.new(image.mode, (side, rows.height), ground)
+            wide.paste(rows, (left, 0))
+            narrow.paste(wide.resize((size, rows.height), Image.Resampling.BILINEAR), (0, top + y))
+        image = narrow
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # (C, size, size)
     scale = size / side

@@ -1,38 +1,129 @@
-"""A reader's own images with boxes (VOC, YOLO or COCO) as a detection set."""
+"""A reader's own folder: images with boxes (VOC, YOLO or COCO) as a detection set, or images alone."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pooch
+from PIL import Image
 
-from defectlab.data.annotations import Annotations, read_coco, read_voc, read_yolo
+from defectlab.data.annotations import Annotations, read_text, read_voc, read_yolo, same, yolo_yamls
+from defectlab.data.coco import read_coco
 from defectlab.data.detection import DetectionData, to_data
-from defectlab.data.images import IMAGE_SUFFIXES, find_files
+from defectlab.data.images import IMAGE_SUFFIXES, decode, find_files, find_images, in_threads, others
 from defectlab.data.splits import PARTS, Plan, detection_identity, draw_split, with_dev
 from defectlab.files import DataError
 
 _ROLES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_ROLES |= {"testing": "test"}
+_KNOWN = IMAGE_SUFFIXES | {".xml", ".txt", ".json", ".yaml", ".yml"}
+
+
+# ---------------------------------------------------------------------------------------------------- whose test split
 
 
 def _role(path: Path, folder: Path) -> str | None:
-    """train, val or test, where a folder in the path (for a json, also a word of its name) says so."""
-    words = [part.lower() for part in path.relative_to(folder).parent.parts]
-    if path.suffix == ".json":
-        words += re.split(r"[^a-z]+", path.stem.lower())
-    return next((_ROLES[word] for word in words if word in _ROLES), None)
+    """train, val or test, where a word of a folder in the path (for a json, also of its name) says so: `train2017`,
+    `valid`, `images_test`."""
+    parts = path.relative_to(folder)
+    text = str(parts if path.suffix == ".json" else parts.parent).lower()
+    return next((_ROLES[word] for word in re.split(r"[^a-z]+", text) if word in _ROLES), None)
 
 
-def _read_own(folder: Path, format: str) -> tuple[Annotations, dict[str, str | None]]:
-    """The annotations of a folder, and the role of each image by its path in the folder."""
-    if format in ("voc", "yolo"):
-        annotations = (read_voc if format == "voc" else read_yolo)(folder)
-        return annotations, {p.path.relative_to(folder).as_posix(): _role(p.path, folder) for p in annotations.images}
-    if format != "coco":
-        raise ValueError(f"format must be 'voc', 'yolo' or 'coco', got {format!r}")
+def _by_folders(names: Iterable[str], folder: Path) -> dict[str, str | None]:
+    return {name: _role(folder / name, folder) for name in names}
+
+
+def _voc_lists(folder: Path) -> dict[str, tuple[Path, set[str]]]:
+    """Role -> (list, stems), from ImageSets/Main; trainval only where train is missing."""
+    found = {}
+    for path in find_files(folder, {".txt"}):
+        role = "train" if path.stem == "trainval" else _ROLES.get(path.stem)
+        if path.parts[-3:-1] == ("ImageSets", "Main") and role and (path.stem != "trainval" or role not in found):
+            found[role] = path, {same(line.split()[0]) for line in read_text(path).splitlines() if line.strip()}
+    return found
+
+
+def _yaml_part(yaml: Path, entry: str, base: Path, names: Iterable[str]) -> set[str] | None:
+    """The images, by name, that an entry of a data.yaml means: a folder or a list; None where it is not there."""
+    folder, inside = yaml.parent, re.sub(r"^(\.{1,2}/)+", "", entry.replace("\\", "/"))
+    places = [base / entry, folder / entry, folder / inside]
+    place = next((place.resolve() for place in places if place.exists()), None)
+    if place is None:
+        return None
+    by_place = {(folder / name).resolve(): name for name in names}
+    if place.is_dir():
+        return {name for path, name in by_place.items() if path.is_relative_to(place)}
+    lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]
+    found = {}
+    for line in lines:
+        plain = re.sub(r"^(\.{1,2}/)+", "", line.replace("\\", "/"))
+        paths = [place.parent / line, base / line, folder / plain]
+        found[line] = next((by_place[p.resolve()] for p in paths if p.resolve() in by_place), None)
+        if found[line] is None:
+            raise DataError(f"{place} lists {line}, which is no image of {folder}: correct or remove it")
+    return set(found.values())
+
+
+def _by_yaml(folder: Path, names: Iterable[str]) -> tuple[dict[str, set[str]], str]:
+    """Role -> images by name, from the data.yaml of a set in the layout of YOLO; and what to say of it."""
+    found, why = {}, ""
+    for path, content in yolo_yamls(folder).items():
+        entries = {role: content[role] for role in ("train", "val", "test") if content.get(role)}
+        if "train" not in entries or len(entries) < 2:
+            continue
+        if found:
+            raise DataError(f"{folder} has two yaml files that split it, {why} and {path.name}: keep one")
+        why = path.name
+        base = folder / str(content.get("path") or "")
+        for role, listed in entries.items():
+            parts = [_yaml_part(path, str(e), base, names) for e in (listed if isinstance(listed, list) else [listed])]
+            if all(part for part in parts):
+                found[role] = set().union(*parts)
+            elif role == "train":
+                raise DataError(f"{path} names {listed} for train, where there is no image: correct it")
+            else:
+                why += f" (of which {role}: {listed} is not there)"
+    return found, why
+
+
+def _listed_split(folder: Path, format: str, names: Iterable[str]) -> tuple[dict[str, str | None], str] | None:
+    """Name -> role, and the lists that say so, where the folder has some; None where it has none."""
+    if format == "voc":
+        lists = _voc_lists(folder)
+        by_stem = {name: same(Path(name).stem) for name in names}
+        for path, stems in lists.values():
+            if missing := sorted(stems - set(by_stem.values())):
+                raise DataError(f"{path} lists {missing[0]}, of which there is no image: correct or remove it")
+        chosen = {role: {name for name in names if by_stem[name] in stems} for role, (_, stems) in lists.items()}
+        why = ", ".join(str(path.relative_to(folder)) for path, _ in lists.values())
+    elif format == "yolo":
+        chosen, why = _by_yaml(folder, names)
+    else:
+        return None
+    if "train" not in chosen or len(chosen) < 2:
+        return None
+    roles: dict[str, str | None] = {}
+    for role, members in chosen.items():
+        for name in members:
+            if name in roles:
+                raise DataError(f"{folder / name} is in {roles[name]} and in {role} of {why}: leave it in one")
+            roles[name] = role
+    return roles, why
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def _read_coco_jsons(folder: Path) -> tuple[Annotations, dict[str, str | None]]:
+    """The annotations of all json files, and the role of each image by its path in the folder."""
     jsons = find_files(folder, {".json"})
     if not jsons:
         raise DataError(f"{folder} holds no json: give the folder that holds the COCO json and its images")
@@ -44,7 +135,8 @@ def _read_own(folder: Path, format: str) -> tuple[Annotations, dict[str, str | N
     class_names, images, roles = None, [], {}
     for path in jsons:
         role = _role(path, folder)
-        places = [path.parent, folder / "images" / str(role), folder / str(role)]
+        called = [*re.findall(r"[a-z]+[0-9]+", path.stem.lower()), str(role)]  # train2017, train
+        places = [path.parent, *(place / word for word in called for place in (folder / "images", folder))]
         own = (p for p in places if p.is_dir() and any(f.suffix.lower() in IMAGE_SUFFIXES for f in p.iterdir()))
         annotations = read_coco(path, next(own, folder), class_names)
         class_names = annotations.class_names
@@ -57,14 +149,70 @@ def _read_own(folder: Path, format: str) -> tuple[Annotations, dict[str, str | N
     return Annotations(class_names, tuple(images)), roles
 
 
+def _read_own(folder: Path, format: str) -> tuple[Annotations, dict[str, str | None], str]:
+    """The annotations of a folder, the role of each image by its path in the folder, and what says so."""
+    if format not in ("voc", "yolo", "coco"):
+        raise ValueError(f"format must be 'voc', 'yolo' or 'coco', got {format!r}")
+    if format == "coco":
+        return *_read_coco_jsons(folder), "names of the json files"
+    annotations = (read_voc if format == "voc" else read_yolo)(folder)
+    names = [image.path.relative_to(folder).as_posix() for image in annotations.images]
+    listed = _listed_split(folder, format, names)
+    if listed is None:
+        return annotations, _by_folders(names, folder), "names of the folders"
+    roles, why = listed
+    kept = tuple(i for i, name in zip(annotations.images, names, strict=True) if name in roles)
+    left_out = Counter({f"images that {why} does not list, left out": len(names) - len(kept)})
+    notes = annotations.of_the_set + left_out
+    return replace(annotations, images=kept, of_the_set=notes), roles, why
+
+
+def _split(
+    folder: Path,
+    roles: Mapping[str, str | None],
+    why: str,
+    strata: Mapping[str, str],
+    content: Mapping[str, str],
+    test_share: float,
+) -> tuple[tuple[list[str], ...], str]:
+    """(train, dev, test), and one sentence on where they come from. `why`: what gave the roles."""
+    found = set(roles.values())
+    if not ("train" in found and found & {"val", "test"}):
+        drawn = draw_split(strata, test_share, "folder test", content)
+        reason = "no folder or list names train and test"
+        return with_dev(strata, drawn, content), f"drawn, {test_share:.0%} for testing: {reason}"
+    if None in found:
+        name = next(name for name, role in roles.items() if role is None)
+        raise DataError(f"{folder / name} lies in none of the folders train, val and test: move it into one")
+    named = {role: sorted(name for name in roles if roles[name] == role) for role in found}
+    if len(named) == 3:
+        return (named["train"], named["val"], named["test"]), f"train, val (dev) and test by {why}"
+    test = "test" if "test" in named else "val"
+    return with_dev(strata, named[test], content), f"train and test ({test}) by {why}; dev is a tenth of train"
+
+
+def _leaks(lists: Iterable[Iterable[str]], content: Mapping[str, str]) -> list[str]:
+    """A line where images of dev or test are byte for byte images of another part."""
+    by_content = defaultdict(list)
+    for part, names in zip(PARTS, lists, strict=True):
+        for name in names:
+            by_content[content[name]].append((part, name))
+    shared = [where for where in by_content.values() if len({part for part, _ in where}) > 1]
+    if not shared:
+        return []
+    (_, first), (_, second), *_ = shared[0]
+    return [f"leak: {len(shared)} images stand in two parts, such as {first} and {second}: test numbers flatter"]
+
+
 def load_folder(path: Path, format: str, size: int, device="cpu", test_share: float = 0.2) -> DetectionData:
     """A reader's own images and boxes as a set; `report` of the result says what was found.
 
     `format` "voc", "yolo" or "coco": see `read_voc`, `read_yolo`, `read_coco`. For COCO a json, or one for each of
     train, val and test; the images beside their json, in images/train or train, or else anywhere below `path`.
 
-    Folders named train, val (or valid) and test split the set, for COCO such a word in the json's name or folder. With
-    train and one other, that other is the test split; with all three, val is dev. Without such names `test_share`
+    What the folder itself says of train, val and test splits the set: `train`, `val` and `test` of data.yaml (folders
+    or lists), ImageSets/Main of VOC, else words of folder names (train2017, valid), for COCO of the json's name. With
+    train and one other, that other is the test split; with all three, val is dev. Where nothing says so, `test_share`
     (0 to 1) of the images is drawn for testing, stratified by the class that most boxes of an image have. Where no
     dev is given, it is a tenth of the training images. `size`: side of the square images in pixels. Raises
     DataError naming the file and the remedy, also where there are fewer than 10 images, or no box to train or to
@@ -73,7 +221,7 @@ def load_folder(path: Path, format: str, size: int, device="cpu", test_share: fl
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must lie between 0 and 1, got {test_share}")
     folder = Path(path)
-    annotations, roles = _read_own(folder, format)
+    annotations, roles, why = _read_own(folder, format)
     if len(roles) < 10:
         raise DataError(f"{folder} gives {len(roles)} images: three splits need at least 10")
     by_name = {image.path.relative_to(folder).as_posix(): image for image in annotations.images}
@@ -82,16 +230,7 @@ def load_folder(path: Path, format: str, size: int, device="cpu", test_share: fl
         name: str(np.bincount(image.labels).argmax()) if len(image.labels) else "none"
         for name, image in by_name.items()
     }
-    found = set(roles.values())
-    if "train" in found and found & {"val", "test"}:
-        if None in found:
-            name = next(name for name, role in roles.items() if role is None)
-            raise DataError(f"{folder / name} lies in none of the folders train, val and test: move it into one")
-        named = {role: sorted(name for name in roles if roles[name] == role) for role in found}
-        lists = (named["train"], named["val"], named["test"]) if len(named) == 3 else None
-        lists = lists or with_dev(strata, named.get("test") or named["val"], content)
-    else:
-        lists = with_dev(strata, draw_split(strata, test_share, "folder test", content), content)
+    lists, origin = _split(folder, roles, why, strata, content, test_share)
     for part, names in zip(PARTS, lists, strict=True):
         if not names or (part != "dev" and not any(len(by_name[name].labels) for name in names)):
             raise DataError(f"{folder}: the {len(names)} {part} images have no box: annotate or add some")
@@ -101,4 +240,40 @@ def load_folder(path: Path, format: str, size: int, device="cpu", test_share: fl
     fingerprint = detection_identity(identity.hexdigest(), lists)
     parts = dict(zip(PARTS, lists, strict=True))
     plan = Plan(folder, f"images of {folder.name}", "replace or remove this image", None, parts, fingerprint)
-    return to_data(folder.name, plan, annotations, size, device)
+    data = to_data(folder.name, plan, annotations, size, device)
+    more = [f"split: {origin}", *_leaks(lists, content), *filter(None, [others(folder, _KNOWN)])]
+    return replace(data, report="\n".join([data.report, *more]))
+
+
+# -------------------------------------------------------------------------------------------------------- images alone
+
+
+class Images:
+    """The images of a reader's folder. `broken`: a sentence on each that could not be read, which stops no other."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.paths, self.broken = folder, find_images(folder), []
+
+    def chunks(self, count: int, use: Callable[[Image.Image], Any]) -> Iterator[tuple[list[str], list[Any]]]:
+        """(paths in the folder, what `use` makes of the images), at most `count` at a time."""
+
+        def read(path: Path) -> tuple[str, Any, str]:
+            try:
+                return path.relative_to(self.folder).as_posix(), use(decode(path)), ""
+            except DataError as error:
+                return "", None, str(error)
+
+        for start in range(0, len(self.paths), count):
+            found = in_threads(read, self.paths[start : start + count])
+            self.broken += [why for _, _, why in found if why]
+            if good := [(name, value) for name, value, why in found if not why]:
+                names, values = zip(*good, strict=True)
+                yield list(names), list(values)
+
+    def close(self) -> int:
+        """Say what was left out; -> the exit code, 1 where images could not be read."""
+        if left_out := others(self.folder):
+            print(left_out)
+        for why in self.broken:
+            print(f"left out: {why}")
+        return int(bool(self.broken))

@@ -3,27 +3,24 @@
 import argparse
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from PIL import Image
-from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
 
-from defectlab import runs
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionData, DetectionSplit
-from defectlab.data.images import IMAGE_SUFFIXES, decode, find_files, letterbox
-from defectlab.data.own_folder import load_folder
-from defectlab.figures.detection import as_seen, boxed, class_colour
+from defectlab.data.images import decode, letterbox
+from defectlab.data.own_folder import Images, load_folder
+from defectlab.figures.own import cases, draw, font_for, legend
 from defectlab.files import DataError, write_atomically, write_json
-from defectlab.metrics.detection import Boxes, examples
+from defectlab.metrics.detection import Boxes
 from defectlab.networks.yolo.model import SCALES, Detector, build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.own import saved
 from defectlab.own.export import check_installed, to_onnx
+from defectlab.own.folders import check_same, key_and_checkpoint, prepare
 from defectlab.papers import yolo_dcf
 from defectlab.provenance import pick_device, provenance
 from defectlab.runs import Context, OutOfTime, Result
@@ -63,8 +60,8 @@ def read_detector(path: Path, device: str) -> tuple[Detector, tuple[str, ...], s
 def train(options: argparse.Namespace) -> int:
     """Train on a folder, evaluate on its test part, and write into --out:
 
-    detector.safetensors (weights; settings, class names and the threshold from dev in its header), metrics.json,
-    predictions.json (see `listed`) and cases.png (examples of the test images). An interrupted training leaves a
+    metrics.json, predictions.json (see `listed`), detector.safetensors (weights; settings, class names and the
+    threshold from dev in its header) and cases.png (examples of the test images). An interrupted training leaves a
     checkpoint there and is continued by the same command.
     """
     if not options.format:
@@ -86,16 +83,13 @@ def train(options: argparse.Namespace) -> int:
         )
     chosen = {name: getattr(options, name) for name in ("size", "epochs", "family", "scale", "batch")}
     settings = DetectorSettings(dataset=data.name, **(baselines.QUICK | chosen))
-    identity = runs.row_identity(settings, "own")
-    key = runs.make_key(settings.model, data.name, "own", options.seed, identity, {"data": data.fingerprint})
     path = out / "detector.safetensors"
+    key, checkpoint = key_and_checkpoint(path, settings, options.seed, data)
+    prepare(out, options.data)
     if path.exists():
         detector, _, model = read_detector(path, device)
-        if model.header.get("key") != key:
-            raise DataError(f"{path} was trained with other images or settings: give another --out, or delete it")
-        print(f"already trained: {path}")
+        check_same(model, key)
     else:
-        checkpoint = out / f"checkpoint-{key.rsplit('-', 1)[-1]}.safetensors"
         deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
         try:
             result = run_detector(settings, options.seed, data, Context(device, checkpoint, deadline))
@@ -105,38 +99,30 @@ def train(options: argparse.Namespace) -> int:
         detector = fresh(build_detector, settings, data)
         detector.load_state_dict(result.model)
         detector.to(device, memory_format=torch.channels_last).eval()
-        write_findings(out, detector, data, result, settings, options.seed)
-    if options.onnx:
-        to_onnx(detector, out / "detector.onnx", settings.size)
-    if not path.exists():  # last: its presence means finished
-        saved.write(path, settings, result.dev, result.model, key=key, class_names=data.class_names)
+        predictions = predict(detector, data.test)
+        write_json(out / "metrics.json", described(data, result, settings, options.seed))
+        write_json(out / "predictions.json", listed(predictions, data.test, data.class_names))
+        saved.write(path, settings, result.dev, result.model, key=key, class_names=data.class_names)  # now finished
         checkpoint.unlink(missing_ok=True)
         metrics = ", ".join(f"{k} {result.metrics[k]:.1f}" for k in ("map50", "map50_95") if k in result.metrics)
         print(f"{len(data.test)} test images: {metrics} %; threshold {result.dev['threshold']:.3f}; saved {path}")
+        try:
+            figure, numbers = cases(data, predictions, result.dev["threshold"])
+            write_atomically(out / "cases.png", partial(figure.savefig, format="png", dpi=100, bbox_inches="tight"))
+            print(numbers, end="\n" if numbers else "")
+        except Exception as error:  # whatever it is: nothing else hangs on this figure
+            print(f"warning: {out / 'cases.png'} could not be drawn ({type(error).__name__}: {error})")
+    if options.onnx:
+        to_onnx(detector, out / "detector.onnx", settings.size)
     return 0
 
 
-def write_findings(
-    out: Path, detector: Detector, data: DetectionData, result: Result, settings: DetectorSettings, seed: int
-) -> None:
-    """metrics.json, predictions.json and cases.png of the test images."""
+def described(data: DetectionData, result: Result, settings: DetectorSettings, seed: int) -> dict[str, Any]:
+    """The content of metrics.json."""
     content = {name: getattr(result, name) for name in ("metrics", "per_class", "dev", "costs", "curve", "precision")}
-    content |= {"settings": asdict(settings), "seed": seed, "fingerprint": data.fingerprint}
+    content |= {"settings": asdict(settings), "seed": seed, "fingerprint": data.fingerprint, "data": data.report}
     content["images"] = {part: len(getattr(data, part)) for part in ("train", "dev", "test")}
-    write_json(out / "metrics.json", content | provenance(data.test.images.device))
-    test, threshold = data.test, result.dev["threshold"]
-    predictions = predict(detector, test)
-    write_json(out / "predictions.json", listed(predictions, test, data.class_names))
-    shown = examples(predictions, test.ground_truth(), threshold=threshold)
-    titles = [f"{test.names[i].rsplit('/', 1)[-1]}\n{why}" for i, why in shown]
-    places = [(predictions[i], float(test.scale[i]), test.offset[i].repeat(2)) for i, _ in shown]
-    found = [one | {"boxes": one["boxes"] * scale + offset} for one, scale, offset in places]
-    with plt.rc_context({"figure.constrained_layout.use": True}):
-        figure = boxed(
-            *as_seen(test, [i for i, _ in shown]), found, titles, data.class_names, width=13, threshold=threshold
-        )
-        write_atomically(out / "cases.png", lambda aside: figure.savefig(aside, dpi=100, bbox_inches="tight"))
-        plt.close(figure)
+    return content | provenance(data.test.images.device)
 
 
 def listed(predictions: Boxes, split: DetectionSplit, class_names: tuple[str, ...]) -> dict[str, Any]:
@@ -160,67 +146,53 @@ def find(options: argparse.Namespace) -> int:
     """Look for defects in every image below a folder and write into --out:
 
     predictions.csv, one line per box: file, x1, y1, x2, y2 (pixels of the image), score (0..1), class; with --draw, the
-    images with their boxes below `drawn`.
+    images with their boxes below `drawn`. -> exit code, 1 where some images could not be read.
     """
     if not options.images:
         raise ValueError("--model needs --images: the folder of images to look at")
     if options.confidence is not None and not 0 <= options.confidence <= 1:
         raise ValueError(f"--confidence must lie between 0 and 1, got {options.confidence:g}")
-    device, out, folder = pick_device(options.device), options.out or Path("found"), options.images
+    device, out = pick_device(options.device), options.out or Path("found")
     detector, class_names, model = read_detector(options.model, device)
     confidence = model.threshold if options.confidence is None else options.confidence
-    drawn_before = (out / "drawn").resolve()  # --out may lie in the folder
-    paths = [path for path in find_files(folder, IMAGE_SUFFIXES) if not path.resolve().is_relative_to(drawn_before)]
-    if not paths:
-        raise DataError(f"{folder} holds no jpg, png, bmp or tif image: give the folder that holds them")
-    lines = []
-    for start in range(0, len(paths), CHUNK):
-        split, images = read_images(paths[start : start + CHUNK], folder, model.settings.size, device)
-        predictions = predict(detector, split, confidence=min(confidence, 0.001))
-        for name, image, found in zip(split.names, images, predictions, strict=True):
+    images, lines = Images(options.images), []
+    prepare(out, options.images)
+    font, drawn = font_for(class_names)
+    for names, squares in images.chunks(CHUNK, lambda image: (*letterbox(image, model.settings.size), image.size)):
+        predictions = predict(detector, as_split(names, squares, device), confidence=min(confidence, 0.001))
+        for name, found in zip(names, predictions, strict=True):
             kept = found["scores"] >= confidence
             boxes, scores, labels = (found[key][kept] for key in ("boxes", "scores", "labels"))
-            names = [class_names[label] for label in labels.tolist()]
-            for box, score, kind in zip(boxes.tolist(), scores.tolist(), names, strict=True):
+            called = [class_names[label] for label in labels.tolist()]
+            for box, score, kind in zip(boxes.tolist(), scores.tolist(), called, strict=True):
                 lines.append([name, *(f"{value:.2f}" for value in box), f"{score:.6f}", kind])
             if options.draw:
-                drawn = draw(image, boxes, scores, labels, class_names)
-                write_atomically(out / "drawn" / f"{name}.png", drawn.save)
+                tags = [f"{drawn[kind]} {score:.2f}" for kind, score in zip(called, scores.tolist(), strict=True)]
+                shown = draw(decode(images.folder / name), boxes, labels, tags, font)
+                write_atomically(out / "drawn" / f"{name}.png", partial(shown.save, format="PNG"))
     table = pd.DataFrame(lines, columns=["file", "x1", "y1", "x2", "y2", "score", "class"])
     write_atomically(out / "predictions.csv", lambda aside: table.to_csv(aside, index=False))
     if options.onnx:
         to_onnx(detector, out / "detector.onnx", model.settings.size)
-    print(f"{len(paths)} images, {len(lines)} boxes with score >= {confidence:.4f}: {out}")
+    read = len(images.paths) - len(images.broken)
+    print(f"{read} images, {len(lines)} boxes with score >= {confidence:.4f}: {out}")
     if options.confidence is None and confidence >= 1:
         print("no detection on dev was right, so its threshold is 1: give --confidence, or train for longer")
-    return 0
+    if options.draw and (numbers := legend(drawn)):
+        print(numbers)
+    return images.close()
 
 
-def read_images(paths: list[Path], folder: Path, size: int, device: str) -> tuple[DetectionSplit, list[Image.Image]]:
-    """Images without boxes as the network takes them, and as they are. DataError names one that cannot be read."""
-    images, count = [decode(path) for path in paths], len(paths)
-    pixels, scales, offsets = zip(*(letterbox(image, size) for image in images), strict=True)
-    split = DetectionSplit(
+def as_split(names: list[str], squares: list[tuple], device: str) -> DetectionSplit:
+    """Letterboxed images (pixels, scale, offset, size (width, height)) without boxes, as the network takes them."""
+    pixels, scales, offsets, sizes = zip(*squares, strict=True)
+    count = len(names)
+    return DetectionSplit(
         torch.stack([torch.from_numpy(one.copy()).expand(3, -1, -1) for one in pixels]).to(device),
         torch.zeros(count, 1, 4, device=device),
         torch.full((count, 1), -1, device=device),
-        [path.relative_to(folder).as_posix() for path in paths],
-        torch.tensor([(image.height, image.width) for image in images]),
+        names,
+        torch.tensor([(height, width) for width, height in sizes]),
         torch.tensor(scales),
         torch.tensor(offsets),
     )
-    return split, images
-
-
-def draw(
-    image: Image.Image, boxes: Tensor, scores: Tensor, labels: Tensor, class_names: tuple[str, ...]
-) -> Image.Image:
-    """The image with its boxes in the colours of their classes, each with name and score."""
-    if not len(boxes):
-        return image
-    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(image.height, image.width, 3).movedim(-1, 0)  # (3, H, W)
-    tags = [f"{class_names[label]} {score:.2f}" for label, score in zip(labels.tolist(), scores.tolist(), strict=True)]
-    colours = [class_colour(label) for label in labels.tolist()]
-    drawn = draw_bounding_boxes(pixels, boxes, tags, colours, width=2)
-    return Image.fromarray(drawn.movedim(0, -1).numpy())
