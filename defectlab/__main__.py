@@ -127,6 +127,7 @@ def chosen(options: argparse.Namespace, log: Callable[[str], None] | None = None
 
 
 def run(options: argparse.Namespace) -> int:
+    batch.end_with_parent()
     listed, device = chosen(options, print), pick_device(options.device)
     if options.jobs > 1:
         return batch.run_parallel(options.study, listed, options.profile, device, options.minutes, options.jobs)

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from defectlab import runs
 from defectlab.files import Busy, disk_full, locked
-from defectlab.provenance import JOBS, peak_memory_mb, pick_device, provenance, reset_peak_memory
+from defectlab.provenance import CHILD, JOBS, peak_memory_mb, pick_device, provenance, reset_peak_memory
 from defectlab.runs import Context, OutOfTime, Record, first_line
 from defectlab.studies import Row, Study, study
 from defectlab.verdicts.measured import COSTS, value_of, written
@@ -212,31 +213,46 @@ def run_parallel(name: str, listed: list[Task], profile: str, device: str, minut
     alone = [task for task in listed if getattr(task.row.settings, "alone", False)]
     shared = [task for task in listed if task not in alone]
     jobs = min(jobs, len(shared))
-    children = []
+    reading, writing = os.pipe()  # closed with this process, however it ends: see `end_with_parent`
 
-    def start(mine: list[Task], beside: int, minutes: float | None) -> None:
+    def start(mine: list[Task], beside: int, minutes: float | None) -> subprocess.Popen:
         threads = str(max(1, (os.cpu_count() or 1) // beside))
         pairs = ",".join(f"{t.name}:{t.seed}" for t in mine)
         command = [sys.executable, "-m", "defectlab", "run", name, "--tasks", pairs]
         command += ["--profile", profile, "--device", device]
         if minutes is not None:
             command += ["--minutes", str(minutes)]
-        environment = {"OMP_NUM_THREADS": threads} | os.environ | {JOBS: str(beside)}
-        children.append(subprocess.Popen(command, env=environment))
+        environment = {"OMP_NUM_THREADS": threads} | os.environ | {JOBS: str(beside), CHILD: "1"}
+        return subprocess.Popen(command, env=environment, stdin=reading)
 
     try:
-        for job in range(jobs):
-            start(shared[job::jobs], jobs, minutes)
-        codes = [child.wait() for child in children]  # negative: killed by a signal
+        children = [start(shared[job::jobs], jobs, minutes) for job in range(jobs)]
+        codes = [child.wait() for child in children]
         if alone:
             left = None if minutes is None else max(0.0, minutes - (time.monotonic() - began) / 60)
-            start(alone, 1, left)
-            codes.append(children[-1].wait())
-        return max(map(abs, codes), default=0)
-    except KeyboardInterrupt:
-        for child in children:
-            child.terminate()
-        raise
+            codes.append(start(alone, 1, left).wait())
+    finally:
+        os.close(reading)
+        os.close(writing)
+    lowest = min(codes, default=0)
+    if lowest < 0:
+        raise RowsFailed(f"a process was ended by signal {-lowest} (out of memory?): the same command goes on")
+    return max(codes, default=0)
+
+
+def end_with_parent() -> None:
+    """A process of `run_parallel` ends with the one that started it, however that ends: then its stdin does, too."""
+    if not os.environ.pop(CHILD, None):
+        return
+    pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # no process that this one starts waits for the pipe
+    os.close(nothing)
+
+    def watch() -> None:
+        os.read(pipe, 1)  # nobody writes: it returns at the end
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def unplanned(rows: list[str] | None, listed: list[Task]) -> list[str]:

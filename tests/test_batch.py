@@ -1,12 +1,19 @@
 """Batches of rows: what fails, what another process computes, and processes side by side."""
 
 import errno
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -176,7 +183,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Processes that end at once: `given(option)` of each, `shared`: what each was told of how many run at once."""
     commands, shared, codes = [], [], [0, 0, 0]
 
-    def start(command: list[str], env: dict[str, str]) -> SimpleNamespace:
+    def start(command: list[str], env: dict[str, str], stdin: int) -> SimpleNamespace:
         commands.append(command)
         shared.append(env[provenance.JOBS])
         return SimpleNamespace(wait=lambda: codes.pop(0))
@@ -203,7 +210,49 @@ def test_what_is_only_timed_runs_afterwards_and_alone(children: SimpleNamespace)
 
 
 @pytest.mark.parametrize("code", [1, 2, -9])
-def test_a_job_that_failed_or_was_killed_is_no_success(fake: FakeStudy, children: SimpleNamespace, code: int) -> None:
+def test_a_job_that_failed_or_was_killed_is_no_success(fake: FakeStudy, children, capsys, code: int) -> None:
     children.codes[:] = [0, code]
     assert call("run bsdrd --jobs 2 --minutes 0 --device cpu") != 0
+    assert ("a process was ended by signal 9 (out of memory?)" in capsys.readouterr().err) == (code == -9)
     assert children.given("--minutes") == ["0.0", "0.0"]  # no time is a budget, too
+
+
+ENDLESS = """
+import os, time
+from pathlib import Path
+from types import SimpleNamespace
+from defectlab.runs import PROFILES
+from defectlab.studies import Row, Study
+from toy_rows import Fake
+
+def run(settings, seed, data, context):
+    Path(f"computing-{seed}").touch()
+    time.sleep(600)
+
+row = Row(Fake(), run, lambda *_: SimpleNamespace(label="toy"), lambda _: {}, seeds=2)
+STUDY = Study("Endless", {profile: {"row": row} for profile in PROFILES}, {}, ())
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_the_command(tmp_path: Path, sign: signal.Signals) -> None:
+    """In a copy of the package with a study that never ends."""
+    package = Path(batch.__file__).parent
+    shutil.copytree(package, tmp_path / "defectlab", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "defectlab" / "studies" / "bsdrd.py").write_text(ENDLESS)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
+    options = ["run", "bsdrd", "--profile", "smoke", "--device", "cpu", "--jobs", "2"]
+    command, environment = [sys.executable, "-m", "defectlab", *options], os.environ | {"PYTHONPATH": path}
+    with (tmp_path / "log").open("w") as log:
+        parent = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("computing-*"))) < 2:
+            assert time.monotonic() < deadline and parent.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        children = psutil.Process(parent.pid).children()
+    finally:
+        parent.send_signal(sign)
+        parent.wait(60)
+    assert len(children) == 2
+    assert psutil.wait_procs(children, timeout=20)[1] == []
