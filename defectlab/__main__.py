@@ -155,6 +155,7 @@ def record(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     from defectlab.verdicts.page import update_generated, write_page
 
+    runs.read_records(runs.runs_dir(options.profile))  # one that cannot be read is one error, not one of each table
     update_generated()
     print(f"wrote {write_page(options.profile)}")
     return 0

@@ -57,7 +57,9 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
 
     with locked(folder / "locks" / key, context.log, context.wait):
         if path.exists():
-            return runs.read_record(path)
+            record = runs.read_record(path)
+            runs.check_settings(record, settings)
+            return record
         reset_peak_memory(context.device)
         earlier, started = seconds_before(checkpoint), time.monotonic()
         data = row.load(settings, context.device)

@@ -140,6 +140,19 @@ def _digest(content: Any) -> str:
 
 # --- Records ---------------------------------------------------------------------------------------------------------
 
+NUMBER = int | float
+FIELDS = (  # what a record holds at least; {str: X}: a dict of X, [X]: a list
+    (str, "key model profile dataset data_label precision device commit date"),
+    (int, "version seed threads"),
+    (NUMBER, "seconds peak_memory_mb"),
+    (dict, "settings changed"),
+    ({str: str}, "fingerprints versions"),
+    ({str: NUMBER}, "metrics dev costs"),
+    ({str: {str: NUMBER}}, "per_class"),
+    ({str: [NUMBER | None]}, "curve"),  # null: the value was not finite
+)
+REMEDY = "restore it, or move it away and run that row again"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -158,8 +171,16 @@ class Record:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        with np.load(self.path.with_suffix(".npz"), allow_pickle=False) as file:
-            return dict(file)
+        """ValueError where they are missing, damaged or those of another record."""
+        path = self.path.with_suffix(".npz")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = dict(file)
+            if (key := str(found.pop("key", "no record"))) != self.path.stem:
+                raise ValueError(f"the arrays are those of {key}")
+        except Exception as error:  # numpy and zipfile raise many kinds
+            raise ValueError(f"{path} cannot be read ({first_line(error)}): {REMEDY}, its .json, too") from error
+        return found
 
     @property
     def row(self) -> str:
@@ -167,21 +188,69 @@ class Record:
 
 
 def read_record(path: Path) -> Record:
-    """ValueError where it cannot be read."""
+    """ValueError where it cannot be read, is no record, or not that of its key."""
     try:
-        content = json.loads(path.read_text())
-        curve = content.get("curve", {})  # null: the value was not finite
-        content["curve"] = {name: [math.nan if v is None else v for v in values] for name, values in curve.items()}
-        return Record(content, path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable record ({error}); delete it and run again") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _check(content, path.stem)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a readable record ({error}): {REMEDY}") from error
+    curve = content["curve"]
+    content["curve"] = {name: [math.nan if v is None else v for v in values] for name, values in curve.items()}
+    return Record(content, path)
+
+
+def _check(content: Any, stem: str) -> None:
+    """ValueError that says what is wrong with the content of `<stem>.json`."""
+    if not isinstance(content, dict):
+        raise ValueError("it holds no fields")
+    for kind, names in FIELDS:
+        for name in names.split():
+            if name not in content:
+                raise ValueError(f"it lacks {name!r}")
+            if not _typed(content[name], kind):
+                raise ValueError(f"its {name!r} is of another type")
+    settings, different = content["settings"], content["changed"]
+    if name := min(different.keys() - settings.keys(), default="") or _differs(different, settings):
+        raise ValueError(f"its 'changed' and its 'settings' disagree on {name!r}")
+    row = identity(content["model"], content["version"], different, content["profile"])
+    told = (content[name] for name in ("model", "dataset", "profile", "seed"))
+    key = make_key(*told, row, content["fingerprints"])
+    if not stem == content["key"] == key:
+        raise ValueError(f"it was edited or renamed: the key of what it holds is {key}")
+
+
+def _typed(value: Any, kind: Any) -> bool:
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(_typed(one, kind[str]) for one in value.values())
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_typed(one, kind[0]) for one in value)
+    return isinstance(value, kind)
+
+
+def _differs(settings: dict[str, Any], others: dict[str, Any]) -> str:
+    """The first field in which two settings, as JSON has them, differ; "" where all that both have are equal."""
+    for name in sorted(settings.keys() & others.keys()):
+        one, other = settings[name], others[name]
+        if isinstance(one, dict) and isinstance(other, dict):
+            if inner := _differs(one, other):
+                return f"{name}.{inner}"
+        elif one != other:
+            return name
+    return ""
+
+
+def check_settings(record: Record, settings: Any) -> None:
+    """ValueError where the record of a row says other settings than the row has. A field that one of them lacks was
+    added or removed since."""
+    if name := _differs(record.settings, json.loads(json.dumps(dataclasses.asdict(settings)))):
+        raise ValueError(f"{record.path} was edited (it says another {name!r} than its row has): {REMEDY}")
 
 
 def read_records(folder: Path, log: Callable[[str], None] | None = None) -> list[Record]:
     """The records of a folder, none where it is not there. One that cannot be read is a ValueError; with `log` it is
     named there and left out."""
     found = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("[!.]*.json")):  # a hidden one is what a killed process was writing
         try:
             found.append(read_record(path))
         except ValueError as error:
@@ -201,6 +270,7 @@ def find(records: list[Record], settings: Any, profile: str) -> list[Record]:
     groups: dict[str, list[Record]] = {}
     for record in records:
         if record.row == row:
+            check_settings(record, settings)
             groups.setdefault(_digest(record.fingerprints), []).append(record)
     ordered = sorted(groups.values(), key=lambda group: (len(group), max(r.date for r in group)))
     if len(ordered) > 1:
@@ -230,7 +300,8 @@ def write_run(path: Path, identity: dict[str, Any], result: Result) -> Record:
         header = {"key": content["key"], "settings": json.dumps(content["settings"]), "model": content["model"]}
         write_tensors(weights, result.model, header | {"dev": json.dumps(content["dev"])})
         content["model_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    write_atomically(path.with_suffix(".npz"), lambda aside: np.savez_compressed(aside, **result.predictions))
+    arrays = {"key": np.array(content["key"])} | result.predictions
+    write_atomically(path.with_suffix(".npz"), lambda aside: np.savez_compressed(aside, **arrays))
     write_json(path, content)
     return read_record(path)
 
@@ -260,6 +331,7 @@ def promote(records: list[Record]) -> list[str]:
         if (recorded_dir() / record.path.name).exists():
             lines.append(f"already recorded: {record.key}")
             continue
+        record.arrays  # noqa: B018 - an error here, rather than in what is recorded
         arrays = record.path.with_suffix(".npz")
         if (size := arrays.stat().st_size) > NPZ_LIMIT:
             raise ValueError(f"{arrays} has {size} bytes, more than the {NPZ_LIMIT} a record may have")

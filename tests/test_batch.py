@@ -110,12 +110,13 @@ def test_an_unreadable_record_fails_its_own_row_alone(fake: FakeStudy, capsys: p
     assert call("run bsdrd --rows rd4ad --seeds 0 --device cpu") == 0
     (path,) = runs.runs_dir("quick").glob("*.json")
     path.write_text("{")
+    (path.parent / "foreign.json").write_text("[]")
     capsys.readouterr()
     assert call("run bsdrd --rows rd4ad --seeds 1,0,2 --device cpu") == 1
     assert fake.computed[1:] == [("rd4ad", 1), ("rd4ad", 2)]
     said = capsys.readouterr()
     assert said.err.startswith(f"error: rd4ad seed 0 (ValueError): {path} is not a readable record")
-    assert f"left out: {path} is not" in said.out
+    assert all(f"left out: {one} is not" in said.out for one in (path, path.parent / "foreign.json"))
 
 
 @pytest.mark.parametrize(

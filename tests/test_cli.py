@@ -115,14 +115,15 @@ def test_optional_rows_are_left_out_where_their_data_lack(fake: FakeStudy) -> No
     assert [t.name for t in batch.tasks("bsdrd", "quick", ["struct_only"])] == ["struct_only"]  # named: listed
 
 
-def test_corrupt_record_is_an_error_and_no_traceback(fake: FakeStudy, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("run bsdrd --rows rd4ad --seeds 0 --device cpu") == 0
-    (path,) = runs.runs_dir("quick").glob("*.json")
-    path.write_text("{")
-    for line in ("status", "record"):
-        capsys.readouterr()
-        assert call(line) == 1
-        assert f"error: {path} is not a readable record" in capsys.readouterr().err
+@pytest.mark.parametrize("line", ["status", "record", "report"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"key": 1}'])
+def test_corrupt_record_is_one_error_and_no_traceback(root: Path, capsys, line: str, content: str) -> None:
+    path = runs.runs_dir("quick") / "notes.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert call(line) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {path} is not a readable record") and len(said.splitlines()) == 1
 
 
 def test_interrupted_by_the_user(fake: FakeStudy, capsys: pytest.CaptureFixture[str]) -> None:

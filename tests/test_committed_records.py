@@ -10,7 +10,7 @@ from defectlab import runs
 from defectlab.runs import Record
 from defectlab.studies import STUDIES, study
 
-RECORDS = {record.path.stem: record for record in runs.read_records(runs.recorded_dir())}
+RECORDS = {record.key: record for record in runs.read_records(runs.recorded_dir())}  # each under its key, else an error
 ROWS = {
     runs.row_identity(row.settings, profile): row.settings
     for name in STUDIES
@@ -22,10 +22,8 @@ WITHOUT_ROW: dict[str, str] = {}  # key -> why it is kept although no study has 
 
 
 @pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
-def test_a_record_stands_under_the_key_of_its_content_and_is_that_of_a_row(record: Record) -> None:
-    row = runs.identity(record.model, record.version, record.changed, record.profile)
-    key = runs.make_key(record.model, record.dataset, record.profile, record.seed, row, record.fingerprints)
-    assert record.key == key == record.path.stem
+def test_a_record_is_that_of_a_row(record: Record) -> None:
+    row = record.row
     if record.key in WITHOUT_ROW:
         assert row not in ROWS
         return
@@ -33,6 +31,7 @@ def test_a_record_stands_under_the_key_of_its_content_and_is_that_of_a_row(recor
     assert row in ROWS, "no study has this row: run it again, or say in WITHOUT_ROW why it is kept"
     settings = json.loads(json.dumps(runs.changed(ROWS[row])))
     assert set(record.settings) - GONE <= {field.name for field in dataclasses.fields(ROWS[row])}
+    runs.check_settings(record, ROWS[row])
     assert (settings, ROWS[row].version, ROWS[row].dataset) == (record.changed, record.version, record.dataset)
 
 

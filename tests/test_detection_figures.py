@@ -50,7 +50,7 @@ def record(folder, seed=0, lift=0.0):
         "case_offset": np.array([[0.0, 0.0], [7.0, 3.0]], dtype=np.float32),
     }
     path = folder / f"run{seed}.npz"
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, key=path.stem, **arrays)
     per_class = {"crazing": {"map50": 40.0 + lift, "map50_95": 20.0}, "patches": {"map50": 90.0 + lift}}
     content = {"seed": seed, "metrics": {}, "per_class": per_class, "dev": {"threshold": 0.5}}
     return Record(content, path.with_suffix(".json"))

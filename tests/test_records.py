@@ -5,25 +5,112 @@ import dataclasses
 import json
 import math
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from toy_rows import Fake, Fakes, FakeWithAnotherField, fake_result, key, no_space
 
 from defectlab import runs
+from defectlab.files import write_json
 from defectlab.runs import Context, Result
 
 # --- Reading, finding, promoting -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", [b"", b'{"key": "fake"', b"\xff\xfe\x00"])
-def test_a_corrupt_record_is_named(root: Path, broken: bytes) -> None:
+@pytest.mark.parametrize(
+    "broken",
+    [b"", b'{"key": "fake"', b"\xff\xfe\x00", b"{}", b"[]", b"null", b'"text"', b'{"a": 1}', b"[" * 100_000],
+    ids=lambda content: content[:14],
+)
+def test_a_corrupt_or_foreign_record_is_named(root: Path, broken: bytes) -> None:
     path = Fakes().run().path
     path.write_bytes(broken)
-    with pytest.raises(ValueError, match=r"is not a readable record .*; delete it and run again") as caught:
+    with pytest.raises(ValueError, match=r"is not a readable record .*: restore it, or move it away and") as caught:
         runs.read_records(path.parent)
     assert str(path) in str(caught.value)
+
+
+def edited(root: Path, **fields: Any) -> Path:
+    """The record of a run, some of its fields replaced; None: taken away."""
+    path = Fakes().run(settings=Fake(width=4)).path
+    content = json.loads(path.read_text()) | fields
+    write_json(path, {name: value for name, value in content.items() if value is not None})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        *(({name: None}, f"it lacks '{name}'") for name in ("metrics", "settings", "seed", "date", "curve")),
+        *(({name: []}, f"its '{name}' is of another type") for name in ("metrics", "changed", "seed", "device")),
+        ({"metrics": {"image_auroc": "90"}}, "its 'metrics' is of another type"),
+        ({"per_class": {"crack": 80.0}}, "its 'per_class' is of another type"),
+        ({"curve": {"loss": [1.0, "x"]}}, "its 'curve' is of another type"),
+        ({"seed": 5}, "the key of what it holds is fake-tiles-quick-s5-"),
+        ({"version": 2}, "the key of what it holds is"),
+        ({"dataset": "others/tiles2"}, "the key of what it holds is"),
+        ({"fingerprints": {"data": "d2", "weights": "w1"}}, "the key of what it holds is"),
+        ({"changed": {}}, "the key of what it holds is"),
+        ({"key": "fake-tiles-quick-s0-000000000000"}, "the key of what it holds is"),
+        ({"settings": {"dataset": "sets/tiles", "width": 5}}, "its 'changed' and its 'settings' disagree on 'width'"),
+        ({"settings": {"dataset": "sets/tiles"}}, "its 'changed' and its 'settings' disagree on 'width'"),
+    ],
+)
+def test_an_edited_record_is_named_with_the_reason(root: Path, fields: dict[str, Any], why: str) -> None:
+    path = edited(root, **fields)
+    with pytest.raises(ValueError, match=re.escape(why)) as caught:
+        runs.read_record(path)
+    assert str(path) in str(caught.value) and "move it away" in str(caught.value)
+
+
+def test_a_record_under_another_name_and_what_a_killed_process_was_writing(root: Path) -> None:
+    path = Fakes().run().path
+    path.with_name(f".123-{path.name}").write_text("{")
+    assert len(runs.read_records(path.parent)) == 1
+    path.rename(path.with_name("copy.json"))
+    with pytest.raises(ValueError, match=r"copy\.json is not a readable record \(it was edited or renamed"):
+        runs.read_records(path.parent)
+
+
+def test_settings_that_are_not_the_rows_are_an_error(root: Path) -> None:
+    """Those that no key hangs on, too. Fields that were added or removed since do not count."""
+    settings = {"dataset": "sets/tiles", "width": 4, "layers": [1, 2], "mixup": 0.1}
+    path = edited(root, settings=settings)
+    fakes, row = Fakes(), FakeWithAnotherField(width=4)
+    assert len(runs.find(runs.read_records(path.parent), row, "quick")) == 1
+    assert fakes.run(settings=row).path == path
+    path = edited(root, settings=settings | {"layers": [1, 3]})
+    for look in (lambda: runs.find(runs.read_records(path.parent), row, "quick"), lambda: fakes.run(settings=row)):
+        with pytest.raises(
+            ValueError, match=r"\.json was edited \(it says another 'layers' than its row has\): restore"
+        ):
+            look()
+    assert fakes.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.write_bytes(b""), "No data left"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "File is not a zip file|pickle"),
+        (lambda path: np.savez(path, scores=np.zeros(1)), "the arrays are those of no record"),
+        (lambda path: np.savez(path, key="fake-tiles-quick-s1"), "the arrays are those of fake-tiles-quick-s1"),
+    ],
+    ids=["missing", "empty", "cut", "foreign", "another's"],
+)
+def test_arrays_that_are_not_the_records_are_named(root: Path, damage: Callable[[Path], object], why: str) -> None:
+    record = Fakes().run()
+    path = record.path.with_suffix(".npz")
+    damage(path)
+    for look in (lambda: record.arrays, lambda: runs.promote([record])):
+        with pytest.raises(ValueError, match=rf"\.npz cannot be read \(.*({why}).*\): restore it, or move it away"):
+            look()
+    assert not runs.recorded_dir().exists()
 
 
 def test_a_record_can_be_copied_and_pickled(root: Path) -> None:

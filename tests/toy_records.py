@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,11 +80,13 @@ class Project:
         settings = self.study.rows[profile][name].settings
         key = runs.make_key("toy", settings.dataset, profile, seed, runs.row_identity(settings, profile), prints)
         known = {"key": key, "model": "toy", "version": 1, "profile": profile, "seed": seed, "date": "2026-11-21"}
-        known |= {"changed": runs.changed(settings), "fingerprints": prints, "device": "one GPU", "seconds": 3600.0}
-        known |= {"costs": {}, "curve": {"loss": [1.0, 0.5]}, "per_class": {}}
+        known |= {"dataset": settings.dataset, "settings": asdict(settings), "changed": runs.changed(settings)}
+        known |= {"fingerprints": prints, "device": "one GPU", "seconds": 3600.0, "peak_memory_mb": 1.0, "threads": 1}
+        known |= dict.fromkeys(("data_label", "precision", "commit"), "")
+        known |= {"costs": {}, "curve": {"loss": [1.0, 0.5]}, "per_class": {}, "metrics": {}, "dev": {}, "versions": {}}
         path = (runs.runs_dir(profile) if here else runs.recorded_dir()) / f"{key}.json"
         write_json(path, known | content)
-        np.savez_compressed(path.with_suffix(".npz"), **arrays)
+        np.savez_compressed(path.with_suffix(".npz"), key=key, **arrays)
         return path
 
     def judged(self, profile: str = "paper") -> list[claims.Judged]:
