@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from defectlab.data.annotations import DUPLICATES, Annotations, read_deep_pcb, read_voc, read_yolo
 from defectlab.data.coco import read_coco
@@ -290,3 +290,153 @@ def test_decode(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:1500])
     with pytest.raises(DataError, match=r"cut\.jpg cannot be decoded .* replace it"):
         decode(tmp_path / "cut.jpg", "replace it")
+
+
+# --- As people have them ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("kind", ["voc", "coco"])
+def test_boxes_of_the_stored_pixels_are_turned_with_the_image(tmp_path: Path, kind: str, orientation: int) -> None:
+    """Where the stated size is that of the stored pixels, so are the boxes: they lie on the defect either way."""
+    stored = np.zeros((20, 40, 3), np.uint8)
+    stored[3:8, 10:31] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    if kind == "voc":
+        (tmp_path / "a.xml").write_text(xml([("dent", (10, 3, 31, 8))]))
+        (image,) = read_voc(tmp_path).images
+    else:
+        content = coco({"a": [("dent", (10, 3, 31, 8))]})
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        (image,) = read_coco(tmp_path / "a.json", tmp_path).images
+    assert (image.width, image.height) == (20, 40)
+    x1, y1, x2, y2 = image.boxes[0].astype(int)
+    upright = np.asarray(decode(tmp_path / "a.png").convert("L"))
+    assert upright[y1:y2, x1:x2].min() == 255 and (upright == 255).sum() == (x2 - x1) * (y2 - y1)
+
+
+@pytest.mark.parametrize("kind", ["voc", "yolo", "coco"])
+def test_boxes_that_are_all_under_a_pixel_are_refused_and_single_ones_counted(tmp_path: Path, kind: str) -> None:
+    boxes = [("dent", (0.1, 0.1, 0.4, 0.6)), ("dent", (0.3, 0.2, 0.9, 0.8))]
+    write = {"voc": write_voc, "yolo": write_yolo, "coco": lambda folder, truth: write_coco(folder, coco(truth))}[kind]
+    find = {"voc": read_voc, "yolo": read_yolo, "coco": lambda folder: read_coco(folder / "boxes.json", folder)}[kind]
+    write(tmp_path, {"one": boxes})
+    with pytest.raises(DataError, match="all 2 boxes are smaller than one pixel, they look like parts of the width"):
+        find(tmp_path)
+    write(tmp_path, {"one": [*boxes, ("dent", (2, 2, 9, 9))]})
+    assert find(tmp_path).notes["boxes smaller than one pixel, kept"] == 2
+
+
+def test_marked_objects_are_kept_or_left_out_and_counted(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    path = tmp_path / "boxes" / "one.xml"
+    path.write_text(path.read_text().replace("<bndbox>", "<difficult>1</difficult><truncated>1</truncated><bndbox>"))
+    found = read_voc(tmp_path)
+    assert found.notes["boxes marked difficult, kept"] == found.notes["boxes marked truncated, kept"] == 1
+    assert found.notes["boxes marked occluded, kept"] == 0 and len(found.images[1].boxes) == 1
+    found = read_coco(write_coco(tmp_path, changed("annotations", iscrowd=1)), tmp_path / "images")
+    assert found.notes["regions marked iscrowd, left out"] == 1 and len(found.images[1].boxes) == 0
+
+
+def test_polygons_and_confidences_in_yolo_lines(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    path = tmp_path / "labels" / "one.txt"
+    path.write_text("1.0 0.1 0.2 0.5 0.1 0.3 0.6\n0 0.5 0.5 0.5 0.5 0.87\n")
+    found = read_yolo(tmp_path)
+    one = found.images[1]
+    np.testing.assert_allclose(one.boxes, [[4, 2, 20, 12], [10, 5, 30, 15]], rtol=1e-6)
+    assert one.labels.tolist() == [1, 0]
+    assert found.notes["polygons, their boxes taken"] == 1
+    assert found.notes["confidences (a sixth column: predictions of a model?), ignored"] == 1
+    assert found.notes["images without a txt, taken as free of defects"] == 1  # "none"
+    save(tmp_path / "extra" / "x.png")
+    assert read_yolo(tmp_path).notes["images outside of a folder `images`, left out"] == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"images/one.bmp": None}, r"labels/one\.txt has two images, .*one\.bmp and .*one\.png: keep one"),
+        ({"data.yaml": "names: [scratch, dent]"}, r"classes\.txt names the classes .*data\.yaml \('scratch', 'dent'\)"),
+        ({"data.yaml": "names: [dent, scratch]\nnc: 3"}, r"data\.yaml says nc: 3 and names 2 classes"),
+        ({"data.yaml": "names: [no, yes]"}, r"data\.yaml has a class that yaml reads as true or false"),
+        ({"data.yaml": "names: [dent"}, r"data\.yaml is no yaml"),
+        ({"classes.txt": "dent\n dent \n"}, r"classes\.txt gives the class name 'dent' twice"),
+    ],
+)
+def test_what_stands_twice_or_contradicts_is_named(tmp_path: Path, files: dict, message: str) -> None:
+    write_yolo(tmp_path)
+    for name, text in files.items():
+        save(tmp_path / name) if text is None else (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_yolo(tmp_path)
+
+
+def double(part: str, **values) -> dict:
+    content = coco()
+    content[part].append(content[part][0] | values)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (double("images", file_name="new.png"), r"images\[3\]: the id 7 stands twice, for .*one\.png.* and .*new\.png"),
+        (double("images", id="7"), "the id 7 stands twice"),
+        (double("categories", name="spot"), "categories.*the id 12 stands twice, for .*scratch.* and .*spot"),
+        (double("categories", id=5), "gives the class name 'scratch' twice"),
+        (changed("categories", name=" "), "has a class with an empty name: name it"),
+        (double("images", id=99), r"lists .*one\.png twice, as id 7 and 99: remove one"),
+    ],
+)
+def test_ids_and_names_of_coco_stand_once(tmp_path: Path, content: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_coco(write_coco(tmp_path, content), tmp_path / "images")
+
+
+def test_coco_of_other_writers(tmp_path: Path) -> None:
+    """Ids as text, Windows paths, no sizes, a byte order mark."""
+    content = coco()
+    for image, path in zip(content["images"], ("one.png", r".\images\two.png", r"C:\my\none.png"), strict=True):
+        image |= {"file_name": path, "id": str(image["id"])}
+        del image["width"], image["height"]
+    content["categories"][0]["name"] = " scratch "
+    path = write_coco(tmp_path)
+    path.write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+    found = read_coco(path, tmp_path)
+    assert found.class_names == NAMES and [len(image.boxes) for image in found.images] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("encoding", ["gb2312", "utf-16", "utf-8-sig", "latin-1"])
+def test_voc_in_the_encoding_that_it_declares(tmp_path: Path, encoding: str) -> None:
+    name = "Kratzer über" if encoding == "latin-1" else "划痕"
+    write_voc(tmp_path, {"a": []})
+    declared = encoding.removesuffix("-sig")
+    text = f'<?xml version="1.0" encoding="{declared}"?>\n' + xml([(name, (1, 1, 9, 9))])
+    (tmp_path / "boxes" / "a.xml").write_bytes(text.encode(encoding))
+    assert read_voc(tmp_path).class_names == (name,)
+    (tmp_path / "boxes" / "a.xml").write_text(xml([("", (1, 1, 9, 9))]))
+    with pytest.raises(DataError, match=r"a\.xml has a class with an empty name"):
+        read_voc(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["voc", "yolo", "coco"])
+def test_names_in_two_unicode_forms_are_one(tmp_path: Path, kind: str) -> None:
+    """A Mac writes the letter and its dots apart."""
+    apart, one = "Pru\u0308fling", "Pr\u00fcfling"
+    content = coco({one: TRUTH["one"]})
+    if kind == "voc":
+        write_voc(tmp_path, {one: TRUTH["one"]})
+    elif kind == "yolo":
+        write_yolo(tmp_path, {one: TRUTH["one"]})
+    save(tmp_path / "images" / "x.png").rename(tmp_path / "images" / f"{apart}.png")
+    (tmp_path / "images" / f"{one}.png").unlink(missing_ok=True)
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    found = {
+        "voc": read_voc,
+        "yolo": read_yolo,
+        "coco": lambda folder: read_coco(folder / "boxes.json", folder / "images"),
+    }[kind](tmp_path)
+    assert [len(image.boxes) for image in found.images] == [1]

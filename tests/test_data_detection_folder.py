@@ -118,3 +118,94 @@ def test_own_folder_refusals(tmp_path: Path) -> None:
     shutil.rmtree(bare / "labels" / "test")
     with pytest.raises(DataError, match="the 4 test images have no box"):
         load_folder(bare, "yolo", SIZE)
+
+
+# --- The reader's own split ------------------------------------------------------------------------------------------
+
+
+def moved(folder: Path, parts: dict[str, int], layout: str) -> Path:
+    """`own_yolo` with its parts as folders `images/<part>` ("ours") or `<part>/images` ("theirs")."""
+    own_yolo(folder, parts)
+    if layout == "theirs":
+        for part in parts:
+            for kind in ("images", "labels"):
+                (folder / part).mkdir(exist_ok=True)
+                (folder / kind / part).rename(folder / part / kind)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("layout", "yaml", "expected"),
+    [
+        ("ours", "path: .\ntrain: images/a\nval: images/b\ntest: images/c", [20, 5, 6]),
+        ("ours", "train: images/a\nval: images/b", [18, 2, 5]),  # c is in neither
+        ("ours", "path: /somebody/else\ntrain: [images/a, images/b]\ntest: images/c", [23, 2, 6]),
+        ("theirs", "train: ../a/images\nval: ../b/images\ntest: ../c/images", [20, 5, 6]),
+        ("ours", "train: images/a\nval: images/c\ntest: images/none", [18, 2, 6]),  # test is not there
+    ],
+)
+def test_data_yaml_says_what_is_tested(tmp_path: Path, layout: str, yaml: str, expected: list[int]) -> None:
+    folder = moved(tmp_path, {"a": 20, "b": 5, "c": 6}, layout)
+    (folder / "data.yaml").write_text(f"{yaml}\nnames: [dent, scratch]")
+    data = load_folder(folder, "yolo", SIZE)
+    assert lengths(data) == expected
+    assert "by data.yaml" in data.report
+    if sum(expected) < 31:
+        assert f"images that data.yaml{' (of which test' if 'none' in yaml else ''}" in data.report
+        assert "left out: " in data.report
+
+
+def test_lists_of_images(tmp_path: Path) -> None:
+    folder = own_yolo(tmp_path, {"": 30})
+    (folder / "data.yaml").write_text("train: train.txt\nval: val.txt\nnames: [dent, scratch]")
+    (folder / "train.txt").write_text("".join(f"./images/{i}.png\n" for i in range(20)))
+    (folder / "val.txt").write_text("".join(f"images/{i}.png\n" for i in range(20, 30)))
+    data = load_folder(folder, "yolo", SIZE)
+    assert lengths(data) == [18, 2, 10] and data.test.names == [f"images/{i}.png" for i in range(20, 30)]
+    (folder / "val.txt").write_text("images/19.png\nimages/20.png\n")
+    with pytest.raises(DataError, match=r"19\.png is in train and in val of data\.yaml: leave it in one"):
+        load_folder(folder, "yolo", SIZE)
+    (folder / "val.txt").write_text("images/99.png\n")
+    with pytest.raises(DataError, match=r"val\.txt lists images/99\.png, which is no image of"):
+        load_folder(folder, "yolo", SIZE)
+    (folder / "data.yaml").write_text("train: gone\nval: val.txt\nnames: [dent, scratch]")
+    with pytest.raises(DataError, match=r"data\.yaml names gone for train, where there is no image: correct it"):
+        load_folder(folder, "yolo", SIZE)
+
+
+def test_image_sets_of_voc(tmp_path: Path) -> None:
+    write_steel(tmp_path / "steel", count=10, size=100)
+    stems = sorted(path.stem for path in (tmp_path / "steel").rglob("*.jpg"))
+    lists = tmp_path / "steel" / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "trainval.txt").write_text("\n".join(stems[::2]))
+    (lists / "test.txt").write_text("\n".join(f"{stem}  1" for stem in stems[1::2]))
+    (lists / "patches_train.txt").write_text("not of the kind")
+    data = load_folder(tmp_path / "steel", "voc", SIZE)
+    assert sorted(Path(name).stem for name in data.test.names) == stems[1::2]
+    assert "train and test (test) by ImageSets/Main/test.txt, ImageSets/Main/trainval.txt" in data.report
+    (lists / "test.txt").write_text("nothing_1")
+    with pytest.raises(DataError, match=r"test\.txt lists nothing_1, of which there is no image"):
+        load_folder(tmp_path / "steel", "voc", SIZE)
+
+
+@pytest.mark.parametrize(
+    "words", [("train2017", "val2017"), ("Training", "Validation"), ("images_train", "images-test")]
+)
+def test_words_of_folders_and_what_the_report_says(tmp_path: Path, words: tuple[str, str]) -> None:
+    data = load_folder(own_yolo(tmp_path / "mine", {words[0]: 20, words[1]: 6}), "yolo", SIZE)
+    assert lengths(data) == [18, 2, 6] and "by names of the folders; dev is a tenth of train" in data.report
+    drawn = load_folder(own_yolo(tmp_path / "plain", {"": 20}), "yolo", SIZE)
+    assert "split: drawn, 20% for testing: no folder or list names train and test" in drawn.report
+
+
+def test_the_report_names_leaks_and_classes_that_look_alike(tmp_path: Path) -> None:
+    folder = own_yolo(tmp_path, {"train": 20, "test": 6})
+    assert "leak" not in load_folder(folder, "yolo", SIZE).report
+    shutil.copy(folder / "images" / "train" / "3.png", folder / "images" / "test" / "0.png")
+    (folder / "classes.txt").write_text("dent\nDent")
+    (folder / "images" / "notes.doc").write_text("x")
+    report = load_folder(folder, "yolo", SIZE).report
+    assert "leak: 1 images stand in two parts, such as images/train/3.png and images/test/0.png" in report
+    assert "warning: dent, Dent differ in case only, is it one class?" in report
+    assert "1 files of other kinds left out: .doc 1" in report

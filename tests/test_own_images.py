@@ -5,9 +5,12 @@ import csv
 import io
 import json
 import shutil
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
+from functools import partialmethod
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,11 +25,12 @@ from defectlab.data.detection import NEU_CLASSES
 from defectlab.data.own_folder import load_folder
 from defectlab.data.synthetic import tiles
 from defectlab.data.synthetic.pasted import add_defect
-from defectlab.figures.own import DEJAVU, draw
+from defectlab.figures.own import DEJAVU, cases, draw
 from defectlab.own import detect as detect_command
 from defectlab.own import saved, score
 from defectlab.own.detect import listed, read_detector
 from defectlab.papers import yolo_dcf
+from defectlab.runs import Context
 from defectlab.training.detection import predict
 
 SIZE, WIDTH, HEIGHT = 64, 80, 50
@@ -275,6 +279,41 @@ def test_detector_of_runs(own: Own, tmp_path: Path) -> None:
     assert lines and {line["class"] for line in lines} <= set(NEU_CLASSES)
 
 
+def test_a_broken_image_stops_no_other(own: Own, sure: Path, tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "found"
+    shutil.copytree(own.images / "images", images)
+    (images / "00 broken.png").write_bytes((images / "00.png").read_bytes()[:200])
+    code, shown = call("--model", sure, "--images", images, "--out", out)
+    assert code == 1 and "16 images, " in shown and f"left out: {images / '00 broken.png'} cannot be decoded" in shown
+    assert len({line["file"] for line in read_csv(out / "predictions.csv")}) > 10
+
+
+def test_a_model_is_kept_whatever_becomes_of_its_figure(
+    own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detect_command, "cases", Mock(side_effect=RuntimeError("no figure")))
+    shown = works(*own.command[:-1], tmp_path / "out", "--epochs", 1)
+    path = tmp_path / "out" / "cases.png"
+    assert f"warning: {path} could not be drawn (RuntimeError: no figure)" in shown and not path.exists()
+    assert read_detector(tmp_path / "out" / "detector.safetensors", "cpu")[1] == NAMES
+
+
+@pytest.mark.parametrize("names", [("$a$ dent", "_spot"), ("царапина", "ρωγμή"), ("\U000f1234 dent", "spot")])
+def test_names_in_any_script_are_drawn(own: Own, tmp_path: Path, names: tuple[str, str]) -> None:
+    """As they are, or as numbers where no font has their letters (a private one, here); formulas are not typeset."""
+    data = load_folder(own.images, "yolo", SIZE)
+    data = replace(data, class_names=names, test=replace(data.test, names=["$x^.png", *data.test.names[1:]]))
+    found = [t | {"scores": torch.ones(len(t["labels"]))} for t in data.test.ground_truth()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure, numbers = cases(data, found, 0.5)
+        figure.savefig(tmp_path / "cases.png")
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    drawn = {names[0]: "#1"} if ord(names[0][0]) > 0xFFFF else {}
+    assert legend == ["ground truth", *(f" {drawn.get(name, name)}" for name in names)]
+    assert numbers == (f"in the figures: #1 = {names[0]} (no installed font has these letters)" if drawn else "")
+
+
 # --- Errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +421,61 @@ def test_train_on_good_images_then_score_with_the_model(method: str, parts: Path
             assert float(one.max()) == pytest.approx(float(line["score"]), abs=1e-5)
         with Image.open(second / f"{line['image']}_map.png") as overlay:
             assert (overlay.size, overlay.mode) == ((256, 256), "RGB")
+
+
+def test_score_searches_as_detect_does_and_goes_on_over_broken_images(parts: Path, tmp_path: Path) -> None:
+    """Subfolders count; hidden files, other kinds and earlier results do not; a broken image is named, exit code 1."""
+    images = tmp_path / "images"
+    shutil.copytree(parts / "new", images / "line 2")
+    shutil.copy(images / "line 2" / "tile00.png", images / "tile00.png")
+    shutil.copy(images / "line 2" / "tile00.png", images / "._tile00.png")
+    (images / "tile99.jpg").write_bytes(b"no image")
+    (images / "notes.docx").write_text("x")
+    command = ("--train-good", parts / "good", "--images", images, "--method", "patchcore", *SMALL)
+    for out in (images / "first", images / "second", images / "second"):
+        code, shown = call(*command, "--out", out, command="score")
+        assert code == 1 and "5 images scored" in shown and "1 files of other kinds left out: .docx 1" in shown
+        assert f"left out: {images / 'tile99.jpg'} cannot be decoded" in shown
+        names = [line["image"] for line in read_csv(out / "scores.csv")]
+        assert names == [*(f"line 2/tile{i:02d}.png" for i in range(4)), "tile00.png"]
+        assert (out / "line 2" / "tile03.png_map.png").exists()
+    assert f"already trained: {out / 'patchcore.safetensors'}" in shown
+    for out in (images, tmp_path, parts / "good"):
+        shown = fails(*command, "--out", out, command="score")
+        assert f"--out {out} must be a folder of its own: it holds the images of" in shown
+
+
+def test_training_on_good_images_goes_on_and_does_not_overwrite(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (
+        "--images",
+        parts / "new",
+        "--train-good",
+        parts / "good",
+        "--method",
+        "rd4ad",
+        "--out",
+        tmp_path,
+        *SMALL,
+    )
+    first, seconds = [], Context.every_seconds
+    monkeypatch.setattr(Context, "__init__", partialmethod(Context.__init__, every_seconds=0.0, log=first.append))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("defectlab.training.loop.extend", Mock(side_effect=[None, None, KeyboardInterrupt]))
+        code, _ = call(*command, "--epochs", 3, command="score")
+    assert code == 130 and len(list(tmp_path.glob("checkpoint-*.safetensors"))) == 1 and seconds == 60
+    works(*command, "--epochs", 3, command="score")
+    assert "  continues after epoch 2 of 3" in first and not list(tmp_path.glob("checkpoint-*"))
+    assert "was trained with other images or settings" in fails(*command, "--epochs", 4, command="score")
+
+
+@pytest.mark.parametrize("size", [100, 32, 48])
+def test_sizes_that_score_cannot_use(parts: Path, tmp_path: Path, size: int) -> None:
+    options = ("--images", tmp_path / "none", "--train-good", parts / "good", "--out", tmp_path / "out")
+    shown = fails(*options, "--size", size, command="score")
+    assert f"--size must be a multiple of 32 and at least 64, got {size}" in shown
 
 
 def test_images_that_cannot_be_scored(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

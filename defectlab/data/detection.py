@@ -258,5 +258,6 @@ def _describe(annotations: Annotations, groups: Sequence[Sequence[AnnotatedImage
     by_lower = defaultdict(list)
     for name in annotations.class_names:
         by_lower[name.casefold()].append(name)
-    lines += [f"classes that differ only in case, one?: {', '.join(n)}" for n in by_lower.values() if len(n) > 1]
+    alike = [", ".join(names) for names in by_lower.values() if len(names) > 1]
+    lines += [f"warning: {names} differ in case only, is it one class?" for names in alike]
     return "\n".join(lines)

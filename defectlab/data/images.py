@@ -53,9 +53,16 @@ def find_files(folder: Path, suffixes: set[str] | None = None) -> list[Path]:
         found += [Path(parent, name) for name in names if not name.startswith(".")]
     found = sorted(path for path in found if suffixes is None or path.suffix.lower() in suffixes)
     for path in found:
-        if (shown := os.fsencode(path).decode("utf-8", "backslashreplace")) != str(path):
-            raise DataError(f"the name of {shown} is not UTF-8: rename the file")
+        try:
+            plain(path)
+        except UnicodeDecodeError as error:
+            raise DataError(f"the name of {str(path)!a} is not UTF-8: rename the file") from error
     return found
+
+
+def plain(name: str | Path) -> str:
+    """A file's name as text: under an old locale Python itself holds its letters as escaped bytes."""
+    return os.fsencode(name).decode("utf-8")
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from PIL import Image
 from defectlab.data.annotations import Annotations, read_text, read_voc, read_yolo, same, yolo_yamls
 from defectlab.data.coco import read_coco
 from defectlab.data.detection import DetectionData, to_data
-from defectlab.data.images import IMAGE_SUFFIXES, decode, find_files, find_images, in_threads, others
+from defectlab.data.images import IMAGE_SUFFIXES, decode, find_files, find_images, in_threads, others, plain
 from defectlab.data.splits import PARTS, Plan, detection_identity, draw_split, with_dev
 from defectlab.files import DataError
 
@@ -236,7 +236,7 @@ def load_folder(path: Path, format: str, size: int, device="cpu", test_share: fl
             raise DataError(f"{folder}: the {len(names)} {part} images have no box: annotate or add some")
     identity = hashlib.sha256(" ".join(annotations.class_names).encode())
     for name, image in sorted(by_name.items()):
-        identity.update(f"{name} {content[name]}".encode() + image.boxes.tobytes() + image.labels.tobytes())
+        identity.update(f"{plain(name)} {content[name]}".encode() + image.boxes.tobytes() + image.labels.tobytes())
     fingerprint = detection_identity(identity.hexdigest(), lists)
     parts = dict(zip(PARTS, lists, strict=True))
     plan = Plan(folder, f"images of {folder.name}", "replace or remove this image", None, parts, fingerprint)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
 from defectlab.data.detection import DetectionData
+from defectlab.data.images import plain
 from defectlab.figures.detection import as_seen, boxed, class_colour
 from defectlab.metrics.detection import Boxes, examples
 from defectlab.networks.reverse_distillation import MAP_SIZE
@@ -63,7 +64,7 @@ def cases(data: DetectionData, predictions: Boxes, threshold: float) -> tuple[Fi
     shown = examples(predictions, test.ground_truth(), threshold=threshold)
     places = [(predictions[i], float(test.scale[i]), test.offset[i].repeat(2)) for i, _ in shown]
     found = [one | {"boxes": one["boxes"] * scale + offset} for one, scale, offset in places]
-    files = [test.names[i].rsplit("/", 1)[-1] for i, _ in shown]
+    files = [plain(test.names[i]).rsplit("/", 1)[-1] for i, _ in shown]
     font, drawn = font_for([*data.class_names, *files])
     font_manager.fontManager.addfont(font)
     family = font_manager.FontProperties(fname=font).get_name()

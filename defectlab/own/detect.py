@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionData, DetectionSplit
-from defectlab.data.images import decode, letterbox
+from defectlab.data.images import decode, letterbox, plain
 from defectlab.data.own_folder import Images, load_folder
 from defectlab.figures.own import cases, draw, font_for, legend
 from defectlab.files import DataError, write_atomically, write_json
@@ -131,7 +131,7 @@ def listed(predictions: Boxes, split: DetectionSplit, class_names: tuple[str, ..
     images = []
     for name, (height, width), found in zip(split.names, split.sizes.tolist(), predictions, strict=True):
         kept = found["scores"] >= LISTED
-        entry = {"file": name, "width": width, "height": height}
+        entry = {"file": plain(name), "width": width, "height": height}
         entry["boxes"] = [[round(value, 2) for value in box] for box in found["boxes"][kept].tolist()]
         entry["scores"] = [round(score, 6) for score in found["scores"][kept].tolist()]
         entry["classes"] = [class_names[label] for label in found["labels"][kept].tolist()]
@@ -165,7 +165,7 @@ def find(options: argparse.Namespace) -> int:
             boxes, scores, labels = (found[key][kept] for key in ("boxes", "scores", "labels"))
             called = [class_names[label] for label in labels.tolist()]
             for box, score, kind in zip(boxes.tolist(), scores.tolist(), called, strict=True):
-                lines.append([name, *(f"{value:.2f}" for value in box), f"{score:.6f}", kind])
+                lines.append([plain(name), *(f"{value:.2f}" for value in box), f"{score:.6f}", kind])
             if options.draw:
                 tags = [f"{drawn[kind]} {score:.2f}" for kind, score in zip(called, scores.tolist(), strict=True)]
                 shown = draw(decode(images.folder / name), boxes, labels, tags, font)

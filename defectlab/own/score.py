@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from defectlab.data.anomaly import from_good_folder
-from defectlab.data.images import to_square
+from defectlab.data.images import plain, to_square
 from defectlab.data.own_folder import Images
 from defectlab.figures.own import overlay
 from defectlab.files import write_atomically
@@ -97,7 +97,7 @@ def score(options: argparse.Namespace) -> int:
     for names, squares in images.chunks(CHUNK, partial(to_square, size=model.settings.size)):
         pixels = torch.from_numpy(np.stack(squares))
         maps, scores = maps_and_scores(pixels.to(device))
-        rows += zip(names, scores.tolist(), strict=True)
+        rows += zip(map(plain, names), scores.tolist(), strict=True)
         for name, image, one in zip(names, pixels[:, 0].numpy(), maps.cpu().numpy(), strict=True):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             np.save(out / f"{name}_map.npy", one)
