@@ -36,7 +36,8 @@ def font_for(texts: Sequence[str]) -> tuple[Path, dict[str, str]]:
     """A font file, and what to draw with it for each text: the text itself, or `#1`, `#2`, ... where no installed font
     has all characters. Line breaks count for nothing."""
     needed = {ord(letter) for text in texts for letter in text if not letter.isspace()}
-    fonts = (DEJAVU, *(Path(entry.fname) for entry in font_manager.fontManager.ttflist))
+    installed = (entry.fname for entry in font_manager.fontManager.ttflist if not entry.name.startswith("Last Resort"))
+    fonts = (DEJAVU, *map(Path, installed))  # "Last Resort" has a box for every letter
     font = next((font for font in fonts if needed <= _characters(font)), DEJAVU)
     there, drawn = _characters(font), {}
     for text in dict.fromkeys(texts):

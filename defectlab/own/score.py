@@ -5,19 +5,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from defectlab.data.anomaly import from_good_folder
 from defectlab.data.images import plain, to_square
 from defectlab.data.own_folder import Images
 from defectlab.figures.own import overlay
 from defectlab.files import write_atomically
+from defectlab.networks import reverse_distillation
 from defectlab.networks.feature_baselines import PatchCoreSettings
-from defectlab.networks.reverse_distillation import RD4AD, RD4ADSettings, image_scores
+from defectlab.networks.resnet import Teacher
+from defectlab.networks.reverse_distillation import RD4ADSettings, image_scores
 from defectlab.own import saved
 from defectlab.own.folders import check_same, key_and_checkpoint, prepare
 from defectlab.papers import bsdrd
@@ -28,10 +31,13 @@ from defectlab.training.anomaly import compute_features, run_rd4ad, score_featur
 from defectlab.training.bsdrd import run_bsdrd
 from defectlab.training.feature_baselines import run_patchcore, score_patches
 
-CHUNK = 256  # images whose features are held at once: about 0.9 MB each at 256 px with a ResNet-18
+CHUNK = 64  # images whose features and maps are held at once: about 1.3 MB each at 256 px with a ResNet-18
 SETTINGS = {"rd4ad": RD4ADSettings, "bsdrd": bsdrd.Settings, "patchcore": PatchCoreSettings}
 RUNS = {"rd4ad": run_rd4ad, "bsdrd": run_bsdrd, "patchcore": run_patchcore}
-METHODS = {"rd4ad": RD4AD, "bsdrd": bsdrd.BSDRD}  # images to maps
+METHODS = {  # how each network is built, and what makes maps of its output
+    "rd4ad": (reverse_distillation.build, reverse_distillation.to_maps),
+    "bsdrd": (bsdrd.build, bsdrd.to_maps),
+}
 REMEDY = "give a .safetensors of an anomaly method from runs/, or train one with --train-good"
 
 
@@ -39,23 +45,28 @@ def scorer(model: saved.Saved, device: str) -> Callable[[Tensor], tuple[Tensor, 
     """A model as a function, in the precision of the study's own rows: uint8 images (N, 3, size, size) on the device ->
     (maps (N, 256, 256), scores (N,)). DataError where its tensors do not fit."""
     settings = model.settings
+    network = model.build(lambda: fresh(settings, model.tensors)).eval()
+    network.to(device, memory_format=torch.channels_last)
     if settings.model == "patchcore":
-        bank = torch.nn.Module()
-        bank.register_buffer("bank", model.tensors.get("bank"))
-        model.load_into(bank)
-        bank.to(device)
-        return torch.inference_mode()(lambda images: score_patches(compute_features(settings, images), bank.bank))
-    method = METHODS[settings.model](settings)
-    model.load_into(method.network)
-    method.network.to(device, memory_format=torch.channels_last)
-    precision = precision_of(settings, device)
+        return torch.inference_mode()(lambda images: score_patches(compute_features(settings, images), network.bank))
+    to_maps, precision = partial(METHODS[settings.model][1], settings), precision_of(settings, device)
 
     @torch.inference_mode()
     def maps_and_scores(images: Tensor) -> tuple[Tensor, Tensor]:
-        maps = score_features(method.network, compute_features(settings, images), method.to_maps, precision)
+        maps = score_features(network, compute_features(settings, images), to_maps, precision)
         return maps, image_scores(maps)
 
     return maps_and_scores
+
+
+def fresh(settings: Any, tensors: dict[str, Tensor]) -> nn.Module:
+    """What a model of these settings was trained into: a network, or a memory bank of as many patches as the file's."""
+    teacher = Teacher(settings.teacher)  # for its widths alone
+    if settings.model != "patchcore":
+        return METHODS[settings.model][0](settings, teacher.channels, teacher.bottleneck)
+    bank = nn.Module()
+    bank.register_buffer("bank", torch.zeros(len(tensors["bank"]), sum(teacher.channels[1:])))
+    return bank
 
 
 def train_good(options: argparse.Namespace, device: str) -> Path:
