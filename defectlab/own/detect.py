@@ -49,8 +49,7 @@ def read_detector(path: Path, device: str) -> tuple[Detector, tuple[str, ...], s
     """-> (detector for inference, not yet fused; names of its classes; what the file says). DataError as `saved`'s."""
     model = saved.read(path, SETTINGS, REMEDY)
     names = model.header.get("class_names") or CLASS_NAMES.get(model.settings.dataset, ())
-    detector = BUILD[model.settings.model](model.settings, len(names))  # the anchors of v5 are among the tensors
-    model.load_into(detector)
+    detector = model.build(lambda: BUILD[model.settings.model](model.settings, len(names)))  # with the anchors of v5
     return detector.to(device, memory_format=torch.channels_last).eval(), tuple(names), model
 
 

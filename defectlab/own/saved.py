@@ -1,16 +1,20 @@
 """Trained models as files: tensors, and in the header what they are, as a run writes them."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from defectlab.files import DataError, read_tensors, write_tensors
+from defectlab.files import DataError, WeightsError, read_tensors, write_tensors
 from defectlab.runs import first_line
+
+SIZES = 32, 4096  # the least and the most px per side
 
 
 class Saved(NamedTuple):
@@ -22,12 +26,21 @@ class Saved(NamedTuple):
     header: dict[str, Any]  # all of it
     tensors: dict[str, Tensor]
 
-    def load_into(self, network: nn.Module) -> None:
+    def build(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """The network that `make()` builds from the settings, with the file's tensors. DataError where the settings
+        call for others: seen on the meta device, before memory is asked for."""
         try:
+            with torch.device("meta"):
+                wanted = {name: value.shape for name, value in make().state_dict().items()}
+            found = {name: value.shape for name, value in self.tensors.items()}
+            if wrong := sorted(name for name in wanted.keys() | found if wanted.get(name) != found.get(name)):
+                raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more")
+            network = make()
             network.load_state_dict(self.tensors)
-        except RuntimeError as error:
+        except (WeightsError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             reason = f"does not hold the tensors that its settings call for ({first_line(error)})"
             raise DataError(f"{self.path} {reason}: train it again") from error
+        return network
 
 
 def write(path: Path, settings: Any, dev: dict[str, float], tensors: Mapping[str, Tensor], **header: Any) -> None:
@@ -44,8 +57,35 @@ def read(path: Path, kinds: Mapping[str, Callable[..., Any]], remedy: str) -> Sa
         tensors, texts = read_tensors(path)
         kind = kinds[texts["model"]]
         header = {name: json.loads(text) if text[:1] in "[{" else text for name, text in texts.items()}
-        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in header["settings"].items()}
-        fields.pop("mixup", None)  # mixup: a setting of older model files, ignored
-        return Saved(path, kind(**fields), float(header["dev"]["threshold"]), header, tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        told = {name: tuple(v) if isinstance(v, list) else v for name, v in header["settings"].items()}
+        told.pop("mixup", None)  # mixup: a setting of older model files, ignored
+        settings, threshold = kind(**told), header["dev"]["threshold"]
+        _check(settings, threshold, header.get("class_names", []))
+        for name, value in tensors.items():
+            if not value.numel() or not value.isfinite().all():
+                raise ValueError(f"its tensor {name} is empty or not finite")
+        return Saved(path, settings, float(threshold), header, tensors)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DataError(f"{path} is no model that this program saved ({first_line(error)}): {remedy}") from error
+
+
+def _check(settings: Any, threshold: Any, class_names: Any) -> None:
+    """ValueError for a value that this program does not write."""
+    for one in fields(settings):
+        if not _like(getattr(settings, one.name), one.default):
+            raise ValueError(f"its setting {one.name} is {getattr(settings, one.name)!r}")
+    if not SIZES[0] <= settings.size <= SIZES[1]:
+        raise ValueError(f"its setting size is {settings.size}")
+    if not _like(threshold, 0.0):
+        raise ValueError(f"its threshold is {threshold!r}")
+    if not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
+        raise ValueError("its class_names are no list of texts")
+
+
+def _like(value: Any, default: Any) -> bool:
+    """Whether a setting is what its default is: a number, a text, a tuple of such."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(_like(one, default[0]) for one in value)
+    if isinstance(default, float):
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is type(default)

@@ -1,0 +1,112 @@
+"""Model files that are not what this program writes: one error that names the file, before memory is asked for."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from defectlab.files import DataError
+from defectlab.networks.feature_baselines import PatchCoreSettings
+from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.own import detect, saved, score
+from defectlab.papers import bsdrd, yolo_dcf
+
+SETTINGS = {
+    "bsdrd": bsdrd.Settings(teacher="resnet18_random", size=64, low_channels=8, high_channels=8),
+    "patchcore": PatchCoreSettings(teacher="resnet18_random", size=64),
+    "detector": DetectorSettings(dataset="parts", scale="t", size=64, family="v5"),
+    "yolo_dcf": yolo_dcf.Settings(dataset="synthetic_steel", scale="t", size=64),
+}
+
+
+def load(path: Path) -> Any:
+    """As the two commands do."""
+    if path.stem in score.SETTINGS:
+        return score.scorer(saved.read(path, score.SETTINGS, score.REMEDY), "cpu")
+    return detect.read_detector(path, "cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound file of each kind."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, settings in SETTINGS.items():
+        bank = {"bank": torch.zeros(7, 384)}
+        made = detect.BUILD[name](settings, 6) if name in detect.BUILD else score.fresh(settings, bank)
+        names = {"class_names": list("abcdef")} if name == "detector" else {}
+        saved.write(folder / f"{name}.safetensors", settings, {"threshold": 0.5}, made.state_dict(), **names)
+        load(folder / f"{name}.safetensors")
+    return folder
+
+
+def edited(models: Path, folder: Path, name: str, edit: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> Path:
+    """A copy of a model file after `edit(header, tensors)`."""
+    tensors, header = load_file(models / f"{name}.safetensors"), {"model": name, "dev": {"threshold": 0.5}}
+    header["settings"] = asdict(SETTINGS[name])
+    edit(header, tensors)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
+    save_file(tensors, folder / f"{name}.safetensors", texts)
+    return folder / f"{name}.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        *(("bsdrd", "size", value) for value in (7, 128.5, None, 1_000_000, "64", True)),
+        ("detector", "size", -64),
+        ("bsdrd", "teacher", "resnet99"),
+        ("bsdrd", "teacher", 18),
+        ("bsdrd", "students", ["struct", "tutor"]),
+        ("bsdrd", "students", "struct"),
+        ("bsdrd", "low_channels", 10**7),
+        ("bsdrd", "low_channels", -1),
+        ("bsdrd", "wavelet", "nonsense"),
+        ("patchcore", "teacher", "wide_resnet50_2"),
+        ("detector", "scale", "s"),
+        ("detector", "scale", "huge"),
+        ("detector", "family", ["v5"]),
+        ("yolo_dcf", "fusion", "nonsense"),
+        ("yolo_dcf", "teacher_seed", {}),
+    ],
+)
+def test_a_setting_that_no_model_has(models: Path, tmp_path: Path, name: str, setting: str, value: Any) -> None:
+    path = edited(models, tmp_path, name, lambda header, tensors: header["settings"].update({setting: value}))
+    with pytest.raises(DataError) as caught:
+        load(path)
+    said = str(caught.value)
+    assert said.startswith(str(path)) and len(said.splitlines()) == 1 and "train" in said.rsplit(":", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("bsdrd", lambda header, tensors: header.update(settings=[])),
+        ("bsdrd", lambda header, tensors: header.update(settings="[" * 100_000)),
+        ("bsdrd", lambda header, tensors: header.update(dev=[0.5])),
+        ("bsdrd", lambda header, tensors: header.update(dev={"threshold": "0.5"})),
+        ("bsdrd", lambda header, tensors: header.update(dev={"threshold": math.nan})),
+        ("bsdrd", lambda header, tensors: header.update(dev={"threshold": None})),
+        ("bsdrd", lambda header, tensors: tensors.popitem()),
+        ("bsdrd", lambda header, tensors: [v.fill_(math.nan) for v in tensors.values() if v.is_floating_point()]),
+        ("patchcore", lambda header, tensors: tensors.clear()),
+        ("patchcore", lambda header, tensors: tensors.update(bank=torch.zeros(0, 384))),
+        ("patchcore", lambda header, tensors: tensors.update(bank=torch.zeros(7, 300))),
+        ("patchcore", lambda header, tensors: tensors.update(bank=torch.zeros(()))),
+        ("detector", lambda header, tensors: header.update(class_names=[1, 2])),
+        ("detector", lambda header, tensors: header.update(class_names="abcdef")),
+        ("detector", lambda header, tensors: header.update(class_names=["a"] * 1_000_000)),
+        ("detector", lambda header, tensors: None),  # a set whose classes nobody knows
+    ],
+)
+def test_a_header_or_tensors_that_no_model_has(models: Path, tmp_path: Path, name: str, edit: Callable) -> None:
+    path = edited(models, tmp_path, name, edit)
+    with pytest.raises(DataError) as caught:
+        load(path)
+    assert str(caught.value).startswith(str(path)) and len(str(caught.value).splitlines()) == 1
