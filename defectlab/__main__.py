@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,11 @@ MODULES = {  # of the commands that have one, imported when it is asked for
 
 
 def names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """ValueError, of which argparse makes a sentence, for none."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise ValueError
+    return found
 
 
 def numbers(text: str) -> list[int]:
@@ -30,7 +35,7 @@ def numbers(text: str) -> list[int]:
 
 
 def seeds(text: str) -> list[int]:
-    """ValueError, of which argparse makes a sentence, for none, a negative one, the same twice."""
+    """ValueError for none, a negative one, the same twice."""
     found = numbers(text)
     if min(found) < 0 or len(set(found)) < len(found):
         raise ValueError
@@ -41,6 +46,13 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
+
+
+def minutes(text: str) -> float:
+    """ValueError for no time, less than none, time without end, and what is no number."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     run = add("run", "run rows and seeds that this machine has not run yet")
-    run.add_argument("--minutes", type=float, help="stop cleanly after so many; the same command goes on")
+    run.add_argument("--minutes", type=minutes, help="stop cleanly after so many; the same command goes on")
     run.add_argument("--jobs", type=positive, default=1, help="processes side by side")
     run.add_argument("--tasks", type=names, metavar="ROW:SEED,...", help="exactly these, instead of --rows and --seeds")
 
@@ -70,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 
     reproduce = add("reproduce", "run the numbered notebooks, then write their HTML and the page", "smoke")
     reproduce.add_argument("--notebooks", type=names, metavar="03,20", help="numbers or beginnings of names")
-    reproduce.add_argument("--minutes", type=float, help="budget of the whole call; the same command goes on")
+    reproduce.add_argument("--minutes", type=minutes, help="budget of the whole call; the same command goes on")
     reproduce.add_argument("--seeds", type=seeds, metavar="0,1", help="default: as each notebook says")
     reproduce.add_argument("--jobs", type=positive, default=1, help="notebooks side by side")
 
@@ -96,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     detect.add_argument("--scale", default="n", help="with --data: t, n, s, m, l or (v8) x")
     detect.add_argument("--batch", type=int, default=16, help="with --data: images per step")
     detect.add_argument("--seed", type=int, default=0, help="with --data")
-    detect.add_argument("--minutes", type=float, help="with --data: stop cleanly after so many, to go on later")
+    detect.add_argument("--minutes", type=minutes, help="with --data: stop cleanly after so many, to go on later")
     detect.add_argument("--images", type=Path, help="with --model: folder of images to look at")
     detect.add_argument("--confidence", type=float, help="with --model: lowest score; default: the threshold from dev")
     detect.add_argument("--draw", action="store_true", help="with --model: the images with their boxes, too")

@@ -230,8 +230,10 @@ def run_parallel(name: str, listed: list[Task], profile: str, device: str, minut
     try:
         children = [start(shared[job::jobs], jobs, minutes) for job in range(jobs)]
         codes = [child.wait() for child in children]
-        if alone:
-            left = None if minutes is None else max(0.0, minutes - (time.monotonic() - began) / 60)
+        left = None if minutes is None else minutes - (time.monotonic() - began) / 60
+        if alone and left is not None and left <= 0:
+            print(f"{minutes:g} minutes are used up: {len(alone)} of {len(listed)} left; run again to go on")
+        elif alone:
             codes.append(start(alone, 1, left).wait())
     finally:
         os.close(reading)

@@ -182,7 +182,7 @@ def test_a_row_that_another_process_computes_comes_last(fake: FakeStudy, asked_b
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Processes that end at once: `given(option)` of each, `shared`: what each was told of how many run at once."""
-    commands, shared, codes = [], [], [0, 0, 0]
+    commands, shared, codes = [], [], [0] * 5
 
     def start(command: list[str], env: dict[str, str], stdin: int) -> SimpleNamespace:
         commands.append(command)
@@ -202,20 +202,22 @@ def test_jobs_share_the_tasks(fake: FakeStudy, children: SimpleNamespace) -> Non
     assert set(children.given("--minutes")) == {"7.0"} and set(children.given("--device")) == {"cpu"}
 
 
-def test_what_is_only_timed_runs_afterwards_and_alone(children: SimpleNamespace) -> None:
+def test_what_is_only_timed_runs_afterwards_and_alone(children: SimpleNamespace, capsys) -> None:
     assert call("run d3n --rows cost_v5n,cost_v5s,v8n,v8s --seeds 0 --jobs 2 --minutes 7 --device cpu") == 0
     assert children.given("--tasks") == ["v8n:0", "v8s:0", "cost_v5n:0,cost_v5s:0"]
     assert children.shared == ["2", "2", "1"]
     minutes = [float(text) for text in children.given("--minutes")]
     assert minutes[:2] == [7, 7] and 6.5 < minutes[2] < 7
+    assert call("run d3n --rows cost_v5n,v8n,v8s --seeds 0 --jobs 2 --minutes 1e-9 --device cpu") == 0
+    assert len(children.shared) == 3 + 2  # no time is left for it
+    assert capsys.readouterr().out == "1e-09 minutes are used up: 1 of 3 left; run again to go on\n"
 
 
 @pytest.mark.parametrize("code", [1, 2, -9])
 def test_a_job_that_failed_or_was_killed_is_no_success(fake: FakeStudy, children, capsys, code: int) -> None:
     children.codes[:] = [0, code]
-    assert call("run bsdrd --jobs 2 --minutes 0 --device cpu") != 0
+    assert call("run bsdrd --jobs 2 --device cpu") != 0
     assert ("a process was ended by signal 9 (out of memory?)" in capsys.readouterr().err) == (code == -9)
-    assert children.given("--minutes") == ["0.0", "0.0"]  # no time is a budget, too
 
 
 ENDLESS = """

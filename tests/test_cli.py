@@ -29,6 +29,13 @@ def fake(root: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStudy:
         ("run bsdrd --seeds 1,1", "argument --seeds: invalid"),
         ("run bsdrd --seeds=-1", "argument --seeds: invalid"),
         ("run bsdrd --minutes soon", "argument --minutes: invalid"),
+        *((f"run bsdrd --minutes {text}", "argument --minutes: invalid") for text in ("-5", "0", "nan", "inf")),
+        *((f"{command} --minutes 0", "argument --minutes: invalid") for command in ("reproduce", "detect --data x")),
+        *((f"{command} bsdrd --rows ,", "argument --rows: invalid") for command in ("run", "status", "record")),
+        *((f"run bsdrd --{option}=", f"argument --{option}: invalid") for option in ("rows", "seeds", "tasks")),
+        ("reproduce --notebooks=", "argument --notebooks: invalid"),
+        ("reproduce --notebooks ,", "argument --notebooks: invalid"),
+        ("bench --sizes ,", "argument --sizes: invalid"),
         ("run bsdrd --jobs 0", "argument --jobs: invalid"),
         ("run", "the following arguments are required: study"),
         ("nonsense", "invalid choice: 'nonsense'"),
@@ -164,9 +171,9 @@ def test_run_computes_what_is_missing_headline_rows_first(fake: FakeStudy, capsy
 
 
 def test_no_minutes_stop_cleanly(fake: FakeStudy, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("run bsdrd --minutes 0 --device cpu") == 0
+    assert call("run bsdrd --minutes 1e-9 --device cpu") == 0
     assert fake.computed == []
-    assert re.search(r"0 minutes are used up: (\d+) of \1 left; run again to go on", capsys.readouterr().out)
+    assert re.search(r"1e-09 minutes are used up: (\d+) of \1 left; run again to go on", capsys.readouterr().out)
 
 
 def test_a_row_that_runs_out_of_time_stops_the_batch_cleanly(fake: FakeStudy, capsys) -> None:
