@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import math
 import sys
 from collections.abc import Callable
@@ -173,7 +174,15 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def goes_on(options: argparse.Namespace) -> bool:
+    """Whether the same command continues what was interrupted: by finished runs and checkpoints."""
+    return options.command in ("run", "reproduce") or any(getattr(options, o, None) for o in ("data", "train_good"))
+
+
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file that lacks a letter shows its number
+            stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(argv)
     try:
         action = {"run": run, "status": status, "record": record, "report": report}.get(options.command)
@@ -183,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command continues with what is missing", file=sys.stderr)
+        how = "; the same command goes on from what is finished and from the last checkpoint (one a minute)"
+        print(f"stopped{how if goes_on(options) else ''}", file=sys.stderr)
         return 130
 
 

@@ -1,11 +1,14 @@
 """The command line, called in this process: its errors, its order, its time budget."""
 
 import dataclasses
+import io
 import re
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from toy_study import FakeStudy, call, raising
+from toy_study import FakeStudy, call
 
 from defectlab import batch, runs
 from defectlab.files import DataError
@@ -133,10 +136,34 @@ def test_corrupt_record_is_one_error_and_no_traceback(root: Path, capsys, line: 
     assert said.startswith(f"error: {path} is not a readable record") and len(said.splitlines()) == 1
 
 
-def test_interrupted_by_the_user(fake: FakeStudy, capsys: pytest.CaptureFixture[str]) -> None:
-    fake.run = raising(KeyboardInterrupt(), 0)
-    assert call("run bsdrd --device cpu") == 130
-    assert "the same command continues" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("line", "module", "goes_on"),
+    [
+        ("run bsdrd --device cpu", "defectlab.__main__.chosen", True),
+        ("reproduce", "defectlab.reproduce.reproduce", True),
+        ("score --images x --train-good y", "defectlab.own.score.score", True),
+        ("score --images x --model y", "defectlab.own.score.score", False),
+        ("detect --data x", "defectlab.own.detect.detect", True),
+        ("detect --model x --images y", "defectlab.own.detect.detect", False),
+        ("status", "defectlab.batch.status_lines", False),
+        ("bench", "defectlab.bench.bench", False),
+    ],
+)
+def test_interrupted_by_the_user(monkeypatch, capsys, line: str, module: str, goes_on: bool) -> None:
+    """It says that the same command goes on where it does."""
+    monkeypatch.setattr(module, Mock(side_effect=KeyboardInterrupt))
+    assert call(line) == 130
+    how = "; the same command goes on from what is finished and from the last checkpoint (one a minute)"
+    assert capsys.readouterr().err == f"stopped{how if goes_on else ''}\n"
+
+
+def test_what_a_terminal_cannot_print_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(batch, "status_lines", lambda *_: ["fußplatte"])
+    assert call("status bsdrd") == 0
+    shown.flush()
+    assert shown.buffer.getvalue().split() == [b"fu\\xdfplatte"]
 
 
 # --- Running and recording -------------------------------------------------------------------------------------------
