@@ -10,7 +10,7 @@ from pathlib import Path
 
 from defectlab import batch, runs
 from defectlab.batch import RowsFailed, Task, tasks
-from defectlab.files import DataError, WeightsError
+from defectlab.files import DataError, WeightsError, writable
 from defectlab.provenance import pick_device
 from defectlab.runs import PROFILES, NonFiniteLoss
 from defectlab.studies import STUDIES
@@ -168,6 +168,7 @@ def record(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     from defectlab.verdicts.page import update_generated, write_page
 
+    writable(runs.runs_dir(options.profile))
     runs.read_records(runs.runs_dir(options.profile))  # one that cannot be read is one error, not one of each table
     update_generated()
     print(f"wrote {write_page(options.profile)}")

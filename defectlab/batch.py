@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from defectlab import runs
-from defectlab.files import Busy, disk_full, locked
+from defectlab.files import Busy, disk_full, locked, writable
 from defectlab.provenance import CHILD, JOBS, peak_memory_mb, pick_device, provenance, reset_peak_memory
 from defectlab.runs import Context, OutOfTime, Record, first_line
 from defectlab.studies import Row, Study, study
@@ -145,6 +145,7 @@ def run_tasks(
     last. A row that fails, for whatever reason, does not keep the others from running: RowsFailed names all of them at
     the end. Only a full disk stops all (the error has the errno of it).
     """
+    writable(runs.runs_dir(profile))
     started = time.monotonic()
     deadline = None if minutes is None else started + 60 * minutes
     context = Context(device=device, deadline=deadline, log=log)
@@ -211,6 +212,7 @@ def run_parallel(name: str, listed: list[Task], profile: str, device: str, minut
     Rows that only time a network (`alone` in their settings) run afterwards, one by one. The other records say how many
     runs shared the device: what was timed then is no speed of the network's own.
     """
+    writable(runs.runs_dir(profile))
     began = time.monotonic()
     alone = [task for task in listed if getattr(task.row.settings, "alone", False)]
     shared = [task for task in listed if task not in alone]

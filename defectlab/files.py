@@ -51,7 +51,7 @@ def weights_dir() -> Path | None:
     return Path(chosen).expanduser() if chosen else None
 
 
-def writable(folder: Path, remedy: str) -> None:
+def writable(folder: Path, remedy: str = "make it writable, or work in a copy of the checkout that is") -> None:
     """Make `folder` and try it, before any work: DataError, ending in the remedy, where it takes no file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import papermill
 from filelock import FileLock, Timeout
 
 from defectlab import runs
-from defectlab.files import rename
+from defectlab.files import rename, writable
 from defectlab.provenance import pick_device
 from defectlab.verdicts import page
 from defectlab.verdicts.page import NotebookStatus
@@ -183,7 +183,7 @@ def reproduce(options: argparse.Namespace) -> int:
         parameters["seeds"] = options.seeds
     content = content_hash()
     planned = [prepare(path, results, parameters, content) for path in chosen]
-    results.mkdir(parents=True, exist_ok=True)
+    writable(results)
     prepare_environment(options.jobs)
     try:
         with FileLock(results / ".lock", blocking=False):

@@ -1,16 +1,18 @@
 """The command line, called in this process: its errors, its order, its time budget."""
 
 import dataclasses
+import errno
 import io
 import re
 import sys
+import tempfile
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from toy_study import FakeStudy, call
 
-from defectlab import batch, runs
+from defectlab import batch, reproduce, runs
 from defectlab.files import DataError
 from defectlab.runs import Context, OutOfTime, Result
 
@@ -164,6 +166,21 @@ def test_what_a_terminal_cannot_print_is_no_error(monkeypatch: pytest.MonkeyPatc
     assert call("status bsdrd") == 0
     shown.flush()
     assert shown.buffer.getvalue().split() == [b"fu\\xdfplatte"]
+
+
+@pytest.mark.parametrize("line", ["run bsdrd", "run bsdrd --jobs 2", "report", "reproduce --profile quick"])
+def test_a_read_only_checkout_is_one_error(fake: FakeStudy, root: Path, monkeypatch, capsys, line: str) -> None:
+    """Before any work, with the folder and the remedy."""
+
+    def refuse(*_, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(root))
+
+    for module, name in ((Path, "mkdir"), (tempfile, "TemporaryFile"), (reproduce.papermill, "execute_notebook")):
+        monkeypatch.setattr(module, name, refuse)
+    assert call(line) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"error: {root}/runs/quick\S* cannot be written \(Read-only file system\): make it writable", said)
+    assert fake.computed == []
 
 
 # --- Running and recording -------------------------------------------------------------------------------------------
