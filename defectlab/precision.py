@@ -15,8 +15,13 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def precision_of(settings: Any, device: str | torch.device) -> str:
-    """The precision a run really uses: bf16 where settings ask for it and the device is fast at it, else fp32."""
-    return "bf16" if settings.precision == "bf16" and fast_bf16(torch.device(device)) else "fp32"
+    """The precision a run really uses: "bf16" where settings ask for it and the device is fast at it, else "fp32", or
+    "tf32" where the device rounds what float32 convolutions multiply to that (outside `full_float32`)."""
+    device = torch.device(device)
+    if settings.precision == "bf16" and fast_bf16(device):
+        return "bf16"
+    rounds = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return "tf32" if rounds and torch.backends.cudnn.allow_tf32 else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

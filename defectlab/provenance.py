@@ -5,8 +5,10 @@ import datetime
 import functools
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,19 @@ CHILD = "DEFECTLAB_CHILD"  # environment: set where another run started this one
 
 
 def pick_device(name: str) -> str:
-    """'auto' -> 'cuda' where there is one, else 'cpu'. ValueError for a device that is not there."""
+    """'auto' -> 'cuda' where there is one, else 'cpu', with a warning where torch cannot use an NVIDIA GPU that is
+    there. ValueError for a device that is not there."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            return "cuda"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
+        if shutil.which("nvidia-smi") and not hidden:  # it comes with the driver
+            try:
+                torch.cuda.init()
+            except (AssertionError, RuntimeError) as error:  # torch without CUDA; a driver that is too old, no GPU
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"computing on the CPU, since torch cannot use the GPU: {reason}", stacklevel=2)
+        return "cpu"
     kind, _, index = name.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
     if (index and not index.isdigit()) or int(index or 0) >= there:

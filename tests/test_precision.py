@@ -11,11 +11,16 @@ from defectlab.precision import at_least_float32, autocast, check_uint8, float32
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((8, 6), "bf16"), ((7, 5), "fp32")])
-def test_a_gpu_without_bf16_units_computes_in_fp32(monkeypatch, capability: tuple[int, int], precision: str) -> None:
+@pytest.mark.parametrize(
+    ("capability", "low", "full"), [((9, 0), "bf16", "tf32"), ((8, 6), "bf16", "tf32"), ((7, 5), "fp32", "fp32")]
+)
+def test_a_gpu_says_what_it_computes_in(monkeypatch, capability: tuple[int, int], low: str, full: str) -> None:
+    """One without bf16 units computes in fp32; one that has them rounds fp32 convolutions, unless told not to."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert precision_of(SimpleNamespace(precision="bf16"), "cuda") == precision
-    assert precision_of(SimpleNamespace(precision="fp32"), "cuda") == "fp32"
+    assert precision_of(SimpleNamespace(precision="bf16"), "cuda") == low
+    assert precision_of(SimpleNamespace(precision="fp32"), "cuda") == full
+    with full_float32():
+        assert precision_of(SimpleNamespace(precision="fp32"), "cuda") == "fp32"
 
 
 @pytest.mark.parametrize(("avx", "amx"), [(False, False), (True, False), (False, True)])

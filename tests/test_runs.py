@@ -7,8 +7,10 @@ import queue
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -207,3 +209,27 @@ def test_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = provenance.provenance("cpu")
     assert (found["commit"], found["dirty"]) == ("unknown", None)
     assert provenance.peak_memory_mb("cpu") > 50
+
+
+@pytest.mark.parametrize(
+    ("driver", "visible", "reason"),
+    [
+        ("nvidia-smi", None, RuntimeError("The NVIDIA driver on your system is too old.\nUpdate it")),
+        ("nvidia-smi", None, AssertionError("Torch not compiled with CUDA enabled")),
+        (None, None, None),
+        ("nvidia-smi", "", None),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, driver, visible, reason: Exception | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", Mock(side_effect=reason or pytest.fail))
+    monkeypatch.setattr(provenance.shutil, "which", lambda name: driver if name == "nvidia-smi" else None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert provenance.pick_device("auto") == "cpu"
+    start = "computing on the CPU, since torch cannot use the GPU: "
+    expected = [start + str(reason).splitlines()[0]] if reason else []
+    assert [str(one.message) for one in said] == expected
