@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from defectlab.files import data_dir, project_root
@@ -101,6 +100,8 @@ def peak_memory_mb(device: str | torch.device) -> float:
     if torch.device(device).type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     if sys.platform == "win32":
+        import psutil
+
         return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
     import resource  # not on Windows
 

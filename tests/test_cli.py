@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -181,6 +182,24 @@ def test_a_read_only_checkout_is_one_error(fake: FakeStudy, root: Path, monkeypa
     (said,) = capsys.readouterr().err.splitlines()
     assert re.match(rf"error: {root}/runs/quick\S* cannot be written \(Read-only file system\): make it writable", said)
     assert fake.computed == []
+
+
+WINDOWS = """
+import importlib, pkgutil, sys
+sys.modules["fcntl"] = sys.modules["resource"] = None
+import defectlab
+from defectlab.__main__ import main
+for module in pkgutil.walk_packages(defectlab.__path__, "defectlab."):
+    importlib.import_module(module.name)
+assert main(["status", "bsdrd", "--rows", "rd4ad"]) == 0
+main(["score", "--help"])
+"""
+
+
+def test_all_of_the_package_goes_without_what_windows_lacks() -> None:
+    done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("bsdrd (quick): row") and "--train-good" in done.stdout
 
 
 # --- Running and recording -------------------------------------------------------------------------------------------
