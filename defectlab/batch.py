@@ -160,7 +160,7 @@ def run_tasks(
         try:
             record = run_row(study(name), task.row, task.seed, profile, replace(context, wait=busy >= len(left)))
         except Busy as other:
-            log(f"  {other}")
+            log(f"  {other}: left for later")
             left.append((number, task))
             busy += 1
             continue

@@ -135,10 +135,10 @@ def locked(path: Path, log: Callable[[str], None] = print, wait: bool = True) ->
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        other = f"another process that is at {path.parent.name}/{path.name}"
+        place = f"{path.parent.name}/{path.name}"
         if not wait:
-            raise Busy(f"left for later, to {other}") from None
-        log(f"  waits for {other}")
+            raise Busy(f"another process is at {place}") from None
+        log(f"  waits for another process that is at {place}")
         lock.acquire()
     try:
         yield

@@ -172,7 +172,7 @@ def test_a_row_that_another_process_computes_comes_last(fake: FakeStudy, asked_b
     lock.acquire()
     batch.run_tasks("bsdrd", batch.tasks("bsdrd", "quick", [asked_by], [0, 1, 2]), "quick", "cpu", None, log)
     assert fake.computed[2:] == [("rd4ad", 0), ("bsdrd", 0)][: 1 + (asked_by == "bsdrd")]
-    assert lines[1] == f"  left for later, to another process that is at locks/{key}"
+    assert lines[1] == f"  another process is at locks/{key}: left for later"
     assert sum(key in line for line in lines) == 2
 
 
