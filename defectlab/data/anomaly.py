@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from defectlab.data.images import IMAGE_SUFFIXES, check_size, decode, find_images, in_threads, resize_mask, to_square
-from defectlab.data.splits import PARTS, Plan, content_id, identity, locate, shuffled
+from defectlab.data.splits import PARTS, Plan, content_id, identity, locate, set_and_root, shuffled
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.data.synthetic.pasted import KINDS, add_defect
 from defectlab.files import DataError
@@ -91,15 +91,18 @@ class Sample:
 # ---------------------------------------------------------------------------------------------------------------- sets
 
 
-def _tile_samples(files: list[str], folder: Path, train_list: Path | None) -> tuple[list[Sample], list[Sample]]:
+def _tile_samples(files: list[str], plan: Plan, train_list: Path | None) -> tuple[list[Sample], list[Sample]]:
     """Train and test samples of the tile layout, MT_<Type>/Imgs/<name>.jpg with a mask <name>.png beside it."""
     normal = [path for path in files if path.startswith("MT_Free/") and path.endswith(".jpg")]
     if train_list is None:
         train = set(shuffled(normal, "train")[: round(0.8 * len(normal))])
     else:
-        train = {f"MT_Free/Imgs/{name}" for name in train_list.read_text(encoding="utf-8").split()}
+        listed = [f"MT_Free/Imgs/{name}" for name in train_list.read_text(encoding="utf-8").split()]
+        train = set(plan.held(listed, normal))
         if unknown := sorted(train - set(normal)):
-            raise DataError(f"{train_list.name} lists {unknown[0]}, which {folder} does not hold: fetch the set again")
+            raise DataError(
+                f"{train_list.name} lists {unknown[0]}, which {plan.folder} does not hold: fetch the set again"
+            )
     test = [Sample(path) for path in normal if path not in train]
     for kind in TILE_TYPES:
         images = [path for path in files if path.startswith(f"MT_{kind.capitalize()}/") and path.endswith(".jpg")]
@@ -121,7 +124,7 @@ def _mvtec_samples(files: list[str]) -> tuple[list[Sample], list[Sample]]:
 
 def hold_out(train: list[Sample], pasted_types: tuple[str, ...]) -> tuple[list[Sample], list[Sample]]:
     """(train without them, dev): a tenth of the normal images, then a copy of each with a defect, types in turn."""
-    chosen = set(shuffled([sample.path for sample in train], "dev")[: round(len(train) / 10)])
+    chosen = set(shuffled([sample.path for sample in train], "dev")[: max(1, round(len(train) / 10))])
     normal = [sample for sample in train if sample.path in chosen]
     pasted = [Sample(s.path, pasted_types[i % len(pasted_types)], pasted=i) for i, s in enumerate(normal)]
     return [sample for sample in train if sample.path not in chosen], normal + pasted
@@ -129,6 +132,7 @@ def hold_out(train: list[Sample], pasted_types: tuple[str, ...]) -> tuple[list[S
 
 def plan_of(name: str, root: Path | None) -> Plan:
     """The samples of a set by part, and its fingerprint: no image is read. Errors as `load_anomaly`."""
+    name, root = set_and_root(name, root)
     category = name.removeprefix("mvtec_ad/")
     if name in (SYNTHETIC_TILE, SYNTHETIC_NUT):
         plan = locate(name, SYNTHETIC[name].label, "", root)
@@ -143,7 +147,7 @@ def plan_of(name: str, root: Path | None) -> Plan:
         )
     files = sorted(plan.manifest.files)
     if name in (MAGNETIC_TILE, SYNTHETIC_TILE):
-        train, test = _tile_samples(files, plan.folder, TILE_TRAIN_LIST if name == MAGNETIC_TILE else None)
+        train, test = _tile_samples(files, plan, TILE_TRAIN_LIST if name == MAGNETIC_TILE else None)
         type_names, pasted_types = ("good", *TILE_TYPES), TILE_TYPES
     else:
         train, test = _mvtec_samples(files)
@@ -218,10 +222,10 @@ def _read_split(samples: list[Sample], plan: Plan, size: int, device) -> Anomaly
 def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -> AnomalyData:
     """Read a set, whole, as tensors on `device`.
 
-    `name`: "magnetic_tile", "mvtec_ad/<category>", "synthetic_tile" or "synthetic_nut". `size`: side of the images in
-    pixels. `root`: where data sets lie, by default `data_dir()`. Magnetic tiles train on the 761 images of DifferNet
-    (WACV 2021), the synthetic ones on 80 % of the normal ones, MVTec AD as published. Raises DataError naming the file
-    and the remedy; ValueError for a size below 1.
+    `name`: "magnetic_tile", "mvtec_ad/<category>", "synthetic_tile" or "synthetic_nut"; "sample/" before the name of a
+    real one: its committed sample. `size`: side of the images in pixels. `root`: where data sets lie, by default
+    `data_dir()`. Magnetic tiles train on the 761 images of DifferNet (WACV 2021), the synthetic ones on 80 % of the
+    normal ones, MVTec AD as published. Raises DataError naming the file and the remedy; ValueError for a size below 1.
     """
     check_size(size)
     plan = plan_of(name, root)

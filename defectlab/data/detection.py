@@ -21,6 +21,7 @@ from defectlab.data.annotations import DUPLICATES, AnnotatedImage, Annotations, 
 from defectlab.data.images import check_size, decode, in_threads, letterbox
 from defectlab.data.splits import (
     PARTS,
+    SAMPLE,
     Plan,
     detection_identity,
     draw_split,
@@ -28,6 +29,7 @@ from defectlab.data.splits import (
     locate,
     number_of,
     read_list,
+    set_and_root,
     with_dev,
 )
 from defectlab.data.synthetic import SYNTHETIC
@@ -84,7 +86,7 @@ class DetectionData:
 
 
 def _steel_list(plan: Plan, strata: Mapping[str, str]) -> list[str]:
-    return [f"IMAGES/{line}" for line in read_list(NEU_TEST_LIST)]
+    return plan.held([f"IMAGES/{line}" for line in read_list(NEU_TEST_LIST)], strata)
 
 
 def _above_240(plan: Plan, strata: Mapping[str, str]) -> list[str]:
@@ -144,6 +146,7 @@ def draw_test(strata: Mapping[str, str], content: Mapping[str, str]) -> list[str
 
 
 def _plan(dataset: str, root: Path | None) -> Plan:
+    dataset, root = set_and_root(dataset, root)
     if dataset not in _SETS:
         raise DataError(f"there is no detection set {dataset!r}: choose one of {', '.join(_SETS)}")
     chosen = _SETS[dataset]
@@ -173,11 +176,11 @@ def load_detection(dataset: str, size: int, device="cpu", root: Path | None = No
     """Read a set, whole, as tensors on `device`.
 
     `dataset`: "neu_det" (our test split, a fifth: splits/neu_det_test.txt), "neu_det_index" (test = numbers 241-300
-    of each class), "deep_pcb" (the official lists), "synthetic_steel" or "synthetic_board".
-    `size`: side of the square images in pixels. `root`: where data sets lie, by default `data_dir()`. Raises DataError
-    naming the file and the remedy; ValueError for a size below 1.
+    of each class), "deep_pcb" (the official lists), "synthetic_steel" or "synthetic_board"; "sample/" before the
+    name of a real one: its committed sample. `size`: side of the square images in pixels. `root`: where data sets lie,
+    by default `data_dir()`. Raises DataError naming the file and the remedy; ValueError for a size below 1.
     """
-    plan, chosen = _plan(dataset, root), _SETS[dataset]
+    plan, chosen = _plan(dataset, root), _SETS[dataset.removeprefix(SAMPLE)]
     annotations = chosen.read(plan.folder, chosen.class_names)
     return to_data(dataset, plan, annotations, size, device, chosen.grey)
 
@@ -185,7 +188,7 @@ def load_detection(dataset: str, size: int, device="cpu", root: Path | None = No
 def load_images(dataset: str, part: str, size: int, device="cpu", root: Path | None = None) -> Tensor:
     """The images of one part alone: as `load_detection`'s, in its order, without boxes."""
     check_size(size)
-    plan, grey = _plan(dataset, root), _SETS[dataset].grey
+    plan, grey = _plan(dataset, root), _SETS[dataset.removeprefix(SAMPLE)].grey
     read = in_threads(partial(_read_image, size=size, remedy=plan.remedy, grey=grey), _paths(plan, part))
     return _stacked([pixels for pixels, _, _ in read], device)
 

@@ -14,7 +14,7 @@ joined from two others with a blended seam, and 15 of them repeat a fifth or mor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from defectlab.data.annotations import AnnotatedImage, Annotations
 from defectlab.data.augment import Batch
 from defectlab.data.detection import DetectionData, DetectionSplit, to_data
 from defectlab.data.images import decode, in_threads, letterbox_maps
-from defectlab.data.splits import PARTS, Plan, content_id, identity, locate, read_list, with_dev
+from defectlab.data.splits import PARTS, Plan, content_id, identity, locate, read_list, set_and_root, with_dev
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.data.synthetic.steel import MASKED_KINDS
 from defectlab.files import DataError
@@ -107,12 +107,13 @@ def instances(mask: np.ndarray, classes: int = len(CLASSES)) -> tuple[np.ndarray
 # ------------------------------------------------------------------------------------------------------------- splits
 
 
-def _neu_seg_splits(dataset: str) -> tuple[list[str], list[str], list[str]]:
+def _neu_seg_splits(dataset: str, held: Callable[[list[str]], list[str]] = list) -> tuple[list[str], ...]:
+    """train, dev, test by the committed list; `held`: which of the names in a line are there."""
     strata, content, shown = {}, {}, set()
     for classes, *members in map(str.split, read_list(TURNS_LIST)):
-        names = [f"images/{member}.jpg" for member in members]
+        names = held([f"images/{member}.jpg" for member in members])
         strata |= dict.fromkeys(names, classes)
-        content |= dict.fromkeys(names, names[0])
+        content |= dict.fromkeys(names, members[0])
         if any(name.startswith("images/test/") for name in names):
             shown |= set(names)
     test = sorted(name for name in strata if name.startswith("images/test/"))
@@ -121,13 +122,14 @@ def _neu_seg_splits(dataset: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def _plan(dataset: str, root: Path | None) -> Plan:
+    dataset, root = set_and_root(dataset, root)
     if dataset not in LABELS:
         raise DataError(f"there is no set with masks called {dataset!r}: choose one of {', '.join(LABELS)}")
     folder = NEU_SEG if dataset.startswith(NEU_SEG) else dataset
     plan = locate(folder, LABELS[dataset], f"{folder}.py", root)
     files, content = plan.manifest.files, plan.manifest.fingerprint
     if folder == NEU_SEG:
-        parts = _neu_seg_splits(dataset)
+        parts = _neu_seg_splits(dataset, partial(plan.held, present=files))
         content = f"{sorted(NEU_SEG_PIXELS.items())} {content if plan.manifest.note else ''}"  # another copy's bytes
     else:
         names = [path for path in files if path.startswith("images/")]
@@ -161,8 +163,9 @@ def load_instances(dataset: str, size: int, device="cpu", root: Path | None = No
     """Read a set, whole, as tensors on `device`.
 
     `dataset`: "neu_seg" (the official test part; ours: its images taken out of the training part, see above),
-    "neu_seg_published" (both parts as published) or "synthetic_steel_masks". `dev` is a tenth of the training images,
-    all turns of an image on one side. `size`, `root` and errors as `detection.load_detection`.
+    "neu_seg_published" (both parts as published), "sample/" and one of these (the committed sample), or
+    "synthetic_steel_masks". `dev` is a tenth of the training images, all turns of an image on one side. `size`, `root`
+    and errors as `detection.load_detection`.
     """
     plan = _plan(dataset, root)
     names = [name for part in plan.parts.values() for name in part]
@@ -172,8 +175,7 @@ def load_instances(dataset: str, size: int, device="cpu", root: Path | None = No
         raise DataError(f"{plan.folder} holds masks of different sizes {sorted(shapes)}: {plan.remedy}")
     height, width = shapes.pop()
     images = tuple(
-        AnnotatedImage(plan.folder / name, width, height, boxes, labels, duplicates=0)
-        for name, (boxes, labels, _, _) in read.items()
+        AnnotatedImage(plan.folder / name, width, height, boxes, labels) for name, (boxes, labels, _, _) in read.items()
     )
     data = to_data(dataset, plan, Annotations(CLASSES, images), size, device, grey=True)
     report = f"{data.report}\nspecks left out (under {SPECK} px): {sum(specks for *_, specks in read.values())}"

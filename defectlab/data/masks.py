@@ -20,7 +20,7 @@ from torch import Tensor
 
 from defectlab.data.anomaly import SYNTHETIC_NUT, Sample, plan_of, read_mask
 from defectlab.data.images import check_size, decode, in_threads, resize_mask, to_square
-from defectlab.data.splits import PARTS, Plan, content_id, draw_split, identity, read_list
+from defectlab.data.splits import PARTS, Plan, content_id, draw_split, identity, read_list, set_and_root
 from defectlab.files import DataError
 
 METAL_NUT = "mvtec_ad/metal_nut"
@@ -128,6 +128,7 @@ def _name(sample: Sample) -> str:
 
 def _plan(dataset: str, target: str, split: str, root: Path | None) -> Plan:
     """The set, its samples by part, and the fingerprint; no image is read."""
+    dataset, root = set_and_root(dataset, root)
     if dataset not in (METAL_NUT, SYNTHETIC_NUT):
         raise DataError(f"there is no segmentation set {dataset!r}: choose {METAL_NUT} or {SYNTHETIC_NUT}")
     for name, value, choices in (("target", target, TARGETS), ("split", split, SPLITS)):
@@ -143,6 +144,7 @@ def _plan(dataset: str, target: str, split: str, root: Path | None) -> Plan:
         samples = {_name(sample): sample for sample in sorted([s for part in parts.values() for s in part], key=_name)}
         if dataset == METAL_NUT:
             listed = dict(map(str.split, read_list(PAPER_LIST)))
+            listed = {name: listed[name] for name in plan.held(listed, samples)}
         else:
             listed = draw_parts(*_types_and_content(plan, samples))
         if odd := sorted(listed.keys() ^ samples.keys()):
@@ -192,7 +194,7 @@ def load_segmentation(
 ) -> SegmentationData:
     """Read a set, whole, as tensors on `device`.
 
-    `dataset`: "mvtec_ad/metal_nut" or "synthetic_nut". `target`: "nut", by `nut_mask`,
+    `dataset`: "mvtec_ad/metal_nut", "sample/mvtec_ad/metal_nut" or "synthetic_nut". `target`: "nut", by `nut_mask`,
     or "defect", MVTec's masks, empty for good images. `split`: "paper", all images as 80/10/10 per cent (for
     metal_nut 268/33/34 as in section 4.1, by a list of ours), or "good", trained on the good training images less
     the tenth that is the normal half of `load_anomaly`'s dev, which is dev here, and tested on the whole test folder.

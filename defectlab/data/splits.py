@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from defectlab.data.fetch import Manifest, quick_check
+from defectlab.data.fetch import MANIFEST, Manifest, quick_check
 from defectlab.data.synthetic import SYNTHETIC, ensure_synthetic
-from defectlab.files import DataError, data_dir
+from defectlab.files import DataError, data_dir, project_root
 
 PARTS = ("train", "dev", "test")
+SAMPLE = "sample/"  # before the name of a real set: its committed sample
 # What enters a fingerprint besides files and names (pasted defects, recipes, rules of a split) is known by a digest of
 # what it gives, which tests/test_data_fingerprints.py holds. Records older than the digests know these by a number.
 _RECORDED = dict.fromkeys(("2f5ebef63256b8b1", "0a45cca9e4abcf4a", "82d8c3912da43740", "379610ebd6a97d37"), "1")
@@ -40,6 +41,27 @@ class Plan:
     fingerprint: str = ""
     type_names: tuple[str, ...] = ()  # anomaly sets: "good" first
 
+    def held(self, listed: Iterable[str], present: Container[str]) -> list[str]:
+        """What a published list means here: all its names, but of a sample those that are present."""
+        whole = not self.manifest.note.startswith("sample")
+        return [name for name in listed if whole or name in present]
+
+
+def samples_dir() -> Path:
+    """Where the committed samples lie: a few images of each real set, in its layout (see SOURCES.md there)."""
+    return project_root() / "results" / "samples"
+
+
+def set_and_root(name: str, root: Path | None) -> tuple[str, Path | None]:
+    """A set as its readers know it, and where it lies: `sample/NAME` is the committed sample of NAME."""
+    return (name.removeprefix(SAMPLE), samples_dir()) if name.startswith(SAMPLE) else (name, root)
+
+
+def here_or_sample(name: str) -> str:
+    """The name of a real set where it lies in `data_dir()`, else of its sample; a synthetic set is always there."""
+    folder = name.removesuffix("_index").removesuffix("_published")
+    return name if folder in SYNTHETIC or (data_dir() / folder / MANIFEST).is_file() else SAMPLE + name
+
 
 def locate(folder: str, label: str, command: str, root: Path | None) -> Plan:
     """The set in `folder` below the data root, checked as by `quick_check`; a synthetic one is written on first use.
@@ -51,8 +73,11 @@ def locate(folder: str, label: str, command: str, root: Path | None) -> Plan:
         manifest, remedy = ensure_synthetic(root, folder), f"delete {root / folder} and load it again"
     else:
         remedy = f"run `python data_scripts/{command}`"
+        if root == samples_dir():
+            remedy = "restore it from the repository"
         manifest = quick_check(root / folder, remedy)
-    return Plan(root / folder, label + (f" ({manifest.note} copy)" if manifest.note else ""), remedy, manifest)
+    note = manifest.note and f" ({manifest.note}{'' if manifest.note.startswith('sample') else ' copy'})"
+    return Plan(root / folder, label + note, remedy, manifest)
 
 
 def identity(content: str, parts: Iterable[Iterable[str]]) -> str:
