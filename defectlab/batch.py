@@ -21,6 +21,7 @@ from defectlab.provenance import CHILD, JOBS, peak_memory_mb, pick_device, prove
 from defectlab.runs import Context, OutOfTime, Record, first_line
 from defectlab.studies import Row, Study, study
 from defectlab.verdicts.measured import COSTS, value_of, written
+from defectlab.verdicts.tables import record_store
 
 
 class RowsFailed(RuntimeError):
@@ -204,6 +205,33 @@ def run_rows(
 ) -> list[Record]:
     """What a notebook's training cell calls: `tasks` and `run_tasks` in one."""
     return run_tasks(name, tasks(name, profile, rows, seeds, print), profile, pick_device(device), minutes)
+
+
+def trained(
+    name: str,
+    profile: str,
+    rows: list[str] | None = None,
+    seeds: list[int] | None = None,
+    device: str = "auto",
+    minutes: float | None = None,
+) -> dict[str, list[Record]]:
+    """What a notebook's training cell calls: row -> records. `rows` None: all.
+
+    In the profile `recorded` nothing is trained: the committed records, of each row the best profile that it has. Else
+    what is missing on this machine is run first, by `tasks` and `run_tasks`.
+    """
+    of = study(name)
+    chosen = of.pick(profile, rows)
+    if profile == runs.RECORDED:
+        store = record_store(profile)
+        found = {row: store.recorded_of(of, row) for row in chosen}
+        for row, (records, at) in found.items():
+            seeds_of = ", ".join(str(record.seed) for record in records)
+            print(f"{row}: " + (f"recorded in {at}, seed {seeds_of}" if records else "not recorded yet"))
+        return {row: records for row, (records, _) in found.items()}
+    finished = run_tasks(name, tasks(name, profile, rows, seeds, print), profile, pick_device(device), minutes)
+    print(f"trained here ({profile}): {len({record.key for record in finished})} runs, all finished")
+    return {row: runs.find(finished, one.settings, profile) for row, one in chosen.items()}
 
 
 def run_parallel(name: str, listed: list[Task], profile: str, device: str, minutes: float | None, jobs: int) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from defectlab.files import project_root, read_tensors, write_atomically, write_json, write_tensors
 
 PROFILES = ("smoke", "quick", "paper")
+RECORDED = "recorded"  # of notebooks: the committed records are read, nothing is trained
 NPZ_LIMIT = 300_000  # bytes: what a committed record may weigh
 
 
@@ -98,8 +99,8 @@ def recorded_dir() -> Path:
 
 
 def check_profile(profile: str) -> str:
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}: use one of {', '.join(PROFILES)}")
+    if profile not in (*PROFILES, RECORDED):
+        raise ValueError(f"unknown profile {profile!r}: use one of {', '.join((*PROFILES, RECORDED))}")
     return profile
 
 

@@ -109,7 +109,7 @@ def records_of(profile: str, **rows: tuple[int, int]) -> SimpleNamespace:
 
     return SimpleNamespace(
         profile=profile,
-        here_name=RecordStore(profile, [], []).here_name,
+        shows_here=RecordStore(profile, [], []).shows_here,
         recorded_of=lambda study, name: (some(rows[name][0], "quick"), "quick"),
         here_of=lambda study, name: some(rows[name][1], profile),
     )
@@ -119,7 +119,8 @@ def records_of(profile: str, **rows: tuple[int, int]) -> SimpleNamespace:
     ("store", "shown", "said"),
     [
         (records_of("smoke", a=(2, 1), b=(0, 1)), {"a": 2}, "shown: a: recorded (quick), NEU-DET"),
-        (records_of("smoke", a=(0, 1), b=(0, 1)), {"a": 1, "b": 1}, "shown: a, b: synthetic, NEU-DET"),
+        (records_of("recorded", a=(3, 1), b=(1, 0)), {"a": 3, "b": 1}, "shown: a, b: recorded (quick), NEU-DET"),
+        (records_of("smoke", a=(0, 1), b=(0, 1)), {}, "shown: not run yet"),
         (records_of("quick", a=(2, 1), b=(2, 0)), {"a": 1}, "shown: a: this run, NEU-DET"),
         (records_of("quick", a=(2, 0), b=(2, 0)), {}, "shown: not run yet"),
     ],
@@ -132,5 +133,5 @@ def test_figures_show_one_source_and_say_which(capsys, store, shown, said):
 
 def test_both_sides_are_named():
     sides = figures.both_sides(records_of("smoke", a=(2, 1)), None, "a")
-    assert {side: len(records) for side, records in sides.items()} == {"recorded (quick)": 2, "synthetic": 1}
+    assert {side: len(records) for side, records in sides.items()} == {"recorded (quick)": 2}
     assert list(figures.both_sides(records_of("paper", a=(1, 1)), None, "a")) == ["recorded (quick)", "this run"]

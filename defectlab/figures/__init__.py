@@ -160,25 +160,24 @@ def thumbnails(images: Tensor, side: int = 128) -> np.ndarray:
 
 
 def both_sides(store: Any, study: Any, name: str) -> dict[str, list[Record]]:
-    """The records of a row by what a table calls them: the committed ones, then this machine's. `store`: a
-    `RecordStore`."""
+    """The records of a row by what a table calls them: the committed ones, in quick and paper also this machine's.
+    `store`: a `RecordStore`."""
     recorded, profile = store.recorded_of(study, name)
-    return {f"recorded ({profile})": recorded, store.here_name: store.here_of(study, name)}
+    here = {"this run": store.here_of(study, name)} if store.shows_here else {}
+    return {f"recorded ({profile})": recorded} | here
 
 
 def records_to_show(store: Any, study: Any, *names: str) -> dict[str, list[Record]]:
-    """The records of some rows for one figure: this machine's; in smoke the committed ones, if any row has some.
+    """The records of some rows for one figure: in quick and paper this machine's, else the committed ones.
 
     A line is printed that says which they are. Rows without a record are left out.
     """
-    recorded = {name: store.recorded_of(study, name)[0] for name in names}
-    committed = store.profile == "smoke" and any(recorded.values())
-    found = recorded if committed else {name: store.here_of(study, name) for name in names}
-    found = {name: records for name, records in found.items() if records}
+    of = store.here_of if store.shows_here else lambda study, name: store.recorded_of(study, name)[0]
+    found = {name: records for name in names if (records := of(study, name))}
     sources: dict[str, list[str]] = {}
     for name, records in found.items():
         profiles = " and ".join(sorted({record.profile for record in records}))
-        side = f"recorded ({profiles})" if committed else store.here_name
+        side = "this run" if store.shows_here else f"recorded ({profiles})"
         sources.setdefault(f"{side}, {records[0].data_label}", []).append(name)
     print("shown:", "; ".join(f"{', '.join(rows)}: {side}" for side, rows in sources.items()) or "not run yet")
     return found

@@ -1,11 +1,12 @@
 """What a study is: its rows as data, the tables that show them, and the metrics that the tables have."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+from defectlab.data.splits import here_or_sample
 from defectlab.files import DataError, WeightsError
-from defectlab.runs import Context, Result, check_profile
+from defectlab.runs import RECORDED, Context, Result, check_profile
 
 MORE = {"smoke": 1, "quick": 3, "paper": 5}  # seeds, of the rows that most claims rest on
 FEW = {"smoke": 1, "quick": 1, "paper": 3}  # of the others
@@ -54,15 +55,41 @@ def rows_by_kind(
     }
 
 
+def untrained(settings: Any) -> Any:
+    """The settings with random weights in place of those that a machine may lack, at every depth."""
+    changes = {}
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        if is_dataclass(value):
+            changes[one.name] = untrained(value)
+        elif one.name in ("teacher", "encoder") and value.startswith(("resnet", "wide_resnet")):
+            changes[one.name] = "resnet18_random"
+    return replace(settings, **changes)
+
+
+def to_look_at(row: Row) -> Row:
+    """A row of quick for the profile `recorded`, in which nothing is trained: real images, of the whole set or, where
+    that is not on this machine, of its sample; a network's own weights are random."""
+
+    def load(settings: Any, device: str) -> Any:
+        return row.load(replace(settings, dataset=here_or_sample(settings.dataset)), device)
+
+    return replace(row, settings=untrained(row.settings), load=load, seeds=0)
+
+
 @dataclass(frozen=True)
 class Study:
-    """rows: profile -> name -> row. tables: name of a printed table -> its caption. metrics: the groups of metrics that
-    tables of the study show, the headline first."""
+    """rows: profile -> name -> row; `recorded` is added (see `to_look_at`). tables: name of a printed table -> its
+    caption. metrics: the groups of metrics that tables of the study show, the headline first."""
 
     title: str
     rows: Mapping[str, Mapping[str, Row]]
     tables: Mapping[str, str]
     metrics: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        shown = {name: to_look_at(row) for name, row in self.rows.get("quick", {}).items()}
+        object.__setattr__(self, "rows", {**self.rows, RECORDED: shown})
 
     def pick(self, profile: str, wanted: list[str] | None = None) -> dict[str, Row]:
         """Name -> row, in the study's order; every row where `wanted` is None. ValueError for an unknown name."""

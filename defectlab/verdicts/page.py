@@ -12,6 +12,7 @@ import pandas as pd
 from defectlab import runs
 from defectlab.files import project_root, write_text
 from defectlab.provenance import provenance, where
+from defectlab.runs import RECORDED
 from defectlab.studies import STUDIES, study
 from defectlab.verdicts import tables
 
@@ -141,7 +142,7 @@ def _markdown(frame: pd.DataFrame) -> str:
 
 def _recorded() -> tables.RecordStore:
     """The committed records alone: the same on every machine."""
-    return tables.RecordStore("smoke", runs.read_records(runs.recorded_dir()), [])
+    return tables.RecordStore(RECORDED, runs.read_records(runs.recorded_dir()), [])
 
 
 def tables_markdown(name: str) -> str:
@@ -149,10 +150,9 @@ def tables_markdown(name: str) -> str:
     of, store = study(name), _recorded()
     parts = [GENERATED, f"# {of.title}"]
     for table, caption in of.tables.items():
-        frame = tables.results_table(name, table, "smoke", store=store)
-        frame = frame[[column for column in frame.columns if "synthetic" not in column]]
+        frame = tables.results_table(name, table, RECORDED, store=store)
         parts += [f"## {caption}", _markdown(frame)]
-    claims = tables.claims_table(name, "smoke", store)
+    claims = tables.claims_table(name, RECORDED, store)
     if len(claims):
         parts += ["## Claims", _markdown(claims)]
     return "\n\n".join(parts) + "\n"
@@ -162,7 +162,7 @@ def verdicts_markdown() -> str:
     """What the committed records say about the claims of all studies; those without a record are counted."""
     parts, store = [], _recorded()
     for name in STUDIES:
-        frame = tables.claims_table(name, "smoke", store)
+        frame = tables.claims_table(name, RECORDED, store)
         if not len(frame):
             continue
         judged = frame[frame["n"] != "–"]

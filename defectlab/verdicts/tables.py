@@ -21,6 +21,7 @@ from defectlab.verdicts import claims, stats
 from defectlab.verdicts.measured import BOOTSTRAPPED, COSTS, METRIC_NAMES, bootstrap_level, value_of, within, written
 
 BEST_FIRST = ("paper", "quick")  # the profiles of committed records
+THIS_RUN = "this run"  # how tables call this machine's
 NEAR_100 = 98.0  # per cent: from here on the interval is that over images, narrower and below 100
 
 
@@ -44,17 +45,18 @@ class RecordStore:
 
     @property
     def shown_profile(self) -> str:
-        """The profile named for a row without a record: this machine's own, in smoke quick."""
-        return "quick" if self.profile == "smoke" else self.profile
+        """The profile named for a row without a record: this machine's own, in smoke and recorded quick."""
+        return self.profile if self.shows_here else "quick"
 
     @property
-    def here_name(self) -> str:
-        return "synthetic" if self.profile == "smoke" else "this run"
+    def shows_here(self) -> bool:
+        """Whether this machine's runs are results: on synthetic data they are none."""
+        return self.profile in BEST_FIRST
 
     def here_of(self, study: Study, name: str) -> list[Record]:
         """This machine's runs of a row, made from the data and weights that lie here now."""
         row = study.rows[self.profile].get(name)
-        if row is None or not self.here:
+        if row is None or not self.here or not self.shows_here:
             return []
         if row.settings not in self._prints:
             self._prints[row.settings] = row.fingerprints_here()
@@ -63,7 +65,7 @@ class RecordStore:
 
 
 def record_store(profile: str) -> RecordStore:
-    here = runs.read_records(runs.runs_dir(profile))
+    here = runs.read_records(runs.runs_dir(profile)) if profile in BEST_FIRST else []
     return RecordStore(profile, runs.read_records(runs.recorded_dir()), here)
 
 
@@ -136,12 +138,13 @@ def judge_printed(line: dict[str, str], records: list[Record], profile: str) -> 
 def results_table(
     study_name: str, table: str, profile: str, metrics: list[str] | None = None, store: RecordStore | None = None
 ) -> pd.DataFrame:
-    """One row for each row of the paper's table; for each metric the columns paper | recorded | this run | verdict.
+    """One row for each row of the paper's table; for each metric the columns paper | recorded | verdict, in quick and
+    paper with this run's before the verdict.
 
     "recorded" shows the best profile that a row has, which the column "profile" names. The verdict column is there for
     metrics of which a number was printed for a row that is run here. The last column says why a row has no number, on
-    what its speed was measured, and which network is recorded where it is not the printed one. In smoke this machine's
-    column is headed "synthetic". Where the table has none of `metrics` (default: all of its own), the frame is empty.
+    what its speed was measured, and which network is recorded where it is not the printed one. Where the table has
+    none of `metrics` (default: all of its own), the frame is empty.
     A printed table with columns of its own (data sets) keeps them, and has these four as lines: see `_by_column`.
     """
     lines = printed_table(study_name, table)
@@ -162,7 +165,8 @@ def results_table(
         recorded, at = store.recorded_of(of, line["key"])
         cells[title, "paper"] = line["value"] or "–"
         cells[title, "recorded"] = show_records(recorded, metric)
-        cells[title, store.here_name] = show_records(store.here_of(of, line["key"]), metric)
+        if store.shows_here:
+            cells[title, THIS_RUN] = show_records(store.here_of(of, line["key"]), metric)
         if metric in judged:
             cells[title, "verdict"] = judge_printed(line, recorded, at)
         cells["", "profile"] = at if recorded else cells.get(("", "profile"), "–")
@@ -216,7 +220,7 @@ def _by_column(lines: list[dict[str, str]], of: Study, store: RecordStore) -> pd
             profiles = ", ".join(sorted({at for _, at in found.values()}))
             content[f"{method}: recorded ({profiles})"] = {c: show_records(r, metric) for c, (r, _) in found.items()}
         if any(here.values()):
-            content[f"{method}: {store.here_name}"] = {c: show_records(r, metric) for c, r in here.items()}
+            content[f"{method}: {THIS_RUN}"] = {c: show_records(r, metric) for c, r in here.items()}
         content[next(reversed(content))]["verdict"] = _column_verdict(of_method, found)
     frame = pd.DataFrame.from_dict(content, orient="index")
     frame = frame.reindex(columns=[*columns, "verdict"]).fillna("–")
@@ -338,15 +342,11 @@ def agreement(study_name: str, key: str, metric: str, profile: str) -> str:
 
 
 def styled(frame: pd.DataFrame) -> Any:
-    """A table for notebooks and pages: left-aligned text, the synthetic column or lines grey."""
+    """A table for notebooks and pages: left-aligned text."""
     look = [
         {"selector": "th, td", "props": "text-align: left; vertical-align: top; padding: 2px 10px; font-size: 13px"},
         {"selector": "thead th", "props": "border-bottom: 1px solid #888"},
     ]
     name = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]  # the style's own, and the same in every run
     style = frame.style.set_table_styles(look).set_uuid(name)
-    columns = [c for c in frame.columns if "synthetic" in (c if isinstance(c, tuple) else (c,))]
-    lines = [label for label in frame.index if str(label).endswith(": synthetic")]  # where data sets are columns
-    for grey in ([columns] if columns else []) + ([pd.IndexSlice[lines, :]] if lines else []):
-        style = style.set_properties(subset=grey, **{"color": "#999"})
     return style.hide(axis="index") if isinstance(frame.index, pd.RangeIndex) else style

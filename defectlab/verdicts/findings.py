@@ -1,0 +1,131 @@
+"""What was found, in sentences: templates in `results/papers/<study>/findings.toml`, filled in from committed records.
+
+A finding is a table `[[finding]]`:
+
+- text: a sentence with the rows of the study as fields: `{rd4ad.image_auroc:.1f}` is a mean over seeds, and
+  `{v8n[scratches].map50:.1f}` that of one defect type; `{cards[neu_seg][leaks]}` is an entry of a data card.
+- when: the condition under which it may be said, an expression of the same names: `patchcore.aupro > rd4ad.aupro`.
+- notebooks: numbers of the notebooks that begin with it, such as ["20"]. readme: true for those that README shows.
+
+A sentence ends with the profile and the number of seeds of the rows that it names. One whose condition does not hold is
+not said; a test fails on it, so that somebody looks.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from defectlab.files import project_root
+from defectlab.runs import RECORDED, Record
+from defectlab.studies import study
+from defectlab.verdicts.measured import value_of
+from defectlab.verdicts.tables import RecordStore, record_store
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence of a study, and whether its condition holds."""
+
+    study: str
+    text: str
+    holds: bool
+    notebooks: tuple[str, ...]
+    readme: bool
+
+
+class RowValues:
+    """A row's metrics as attributes, means over its seeds; by index those of one defect type."""
+
+    def __init__(self, name: str, records: list[Record]):
+        self.name, self.records = name, records
+
+    def __getattr__(self, metric: str) -> float:
+        return self._mean(metric, [value_of(record, metric) for record in self._there()])
+
+    def __getitem__(self, kind: str) -> Any:
+        per_class = [record.per_class.get(kind, {}) for record in self._there()]
+        names = set.intersection(*map(set, per_class))
+        return type("OfOneType", (), {name: self._mean(name, [values[name] for values in per_class]) for name in names})
+
+    def _there(self) -> list[Record]:
+        if not self.records:
+            raise ValueError(f"row {self.name} has no record")
+        return self.records
+
+    def _mean(self, metric: str, values: list[float]) -> float:
+        if not np.isfinite(values).all():
+            raise ValueError(f"the records of row {self.name} have no metric {metric!r}")
+        return float(np.mean(values))
+
+
+class Cards(dict):
+    """Data cards by the name of the set, read when they are asked for."""
+
+    def __missing__(self, name: str) -> Mapping[str, Any]:
+        from defectlab.data.cards import card
+
+        return card(name)
+
+
+def all_below(one: RowValues, other: RowValues, metric: str) -> bool:
+    """Whether one row is below the other in every defect type."""
+    kinds = other.records[0].per_class
+    return all(getattr(one[kind], metric) < getattr(other[kind], metric) for kind in kinds)
+
+
+def spread(row: RowValues, kind: str, metric: str) -> float:
+    """Largest minus smallest value over the seeds of a row, of one defect type."""
+    values = [record.per_class[kind][metric] for record in row.records]
+    return max(values) - min(values)
+
+
+FUNCTIONS = {one.__name__: one for one in (abs, min, max, all_below, spread)}  # what a condition may use
+
+
+def findings(name: str, store: RecordStore | None = None) -> list[Finding]:
+    """All findings of a study, in the file's order. ValueError names the file where one names what is not there."""
+    path = project_root() / "results" / "papers" / name / "findings.toml"
+    listed = tomllib.loads(path.read_text(encoding="utf-8"))["finding"]
+    of, store = study(name), store or record_store(RECORDED)
+    rows = {row: RowValues(row, store.recorded_of(of, row)[0]) for row in of.rows[RECORDED]}
+    names = {**rows, "cards": Cards()}
+    found = []
+    for number, one in enumerate(listed, 1):
+        try:
+            holds = bool(eval(one["when"], {"__builtins__": FUNCTIONS}, names))
+            text = " ".join(one["text"].format(**names).split())
+        except Exception as error:
+            raise ValueError(f"{path}, finding {number}: {type(error).__name__}: {error}") from error
+        used = [rows[row] for row in dict.fromkeys(re.findall(r"{(\w+)[.\[]", one["text"])) if row in rows]
+        found.append(Finding(name, text + _scale(used), holds, tuple(one["notebooks"]), one.get("readme", False)))
+    return found
+
+
+def _scale(rows: list[RowValues]) -> str:
+    """' [quick, 1 to 3 seeds]': at what scale, and on how many seeds, the rows of a sentence were run."""
+    if not rows:
+        return ""
+    profiles = " and ".join(sorted({record.profile for row in rows for record in row.records}))
+    counts = sorted({len(row.records) for row in rows})
+    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seed{'s' * (counts[0] > 1)}"
+    return f" [{profiles}, {seeds}]"
+
+
+def said(name: str, notebook: str) -> str:
+    """The head of a notebook: what was found, a line each, and what all recorded rows of the study cost."""
+    store = record_store(RECORDED)
+    lines = [f"- {one.text}" for one in findings(name, store) if one.holds and notebook in one.notebooks]
+    return "\n".join([*lines, "", cost(name, store)])
+
+
+def cost(name: str, store: RecordStore) -> str:
+    of = study(name)
+    used = {r.key: r for row in of.rows[RECORDED] for r in store.recorded_of(of, row)[0]}.values()
+    hours = sum(record.seconds for record in used) / 3600
+    devices = "; ".join(sorted({record.device for record in used})) or "none"
+    profiles = " and ".join(sorted({record.profile for record in used})) or "no"
+    return f"Cost: {len(used)} recorded {profiles} runs, {hours:.1f} hours on {devices}."
