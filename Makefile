@@ -6,14 +6,19 @@ PY := .venv/bin/python
 INSTALLED := .venv/.installed
 COMMA := ,
 
+# the notebooks without the cells of one tag, outputs cleared, into runs/
+WITHOUT = $(PY) -m nbconvert --to notebook --log-level WARN --output-dir runs/$(2) --ClearOutputPreprocessor.enabled=True \
+  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=$(1) notebooks/*.ipynb
+
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce notebooks test data bench report clean
+.PHONY: help setup reproduce notebooks students test data bench report clean
 
 help:
 	@echo "make setup       install everything into .venv (once; again when pyproject.toml or constraints.txt change)"
 	@echo "make reproduce   run the notebooks, write runs/PROFILE/index.html; an interrupted call is continued by the same"
 	@echo "                   PROFILE=smoke|quick|paper (smoke)  NOTEBOOKS=03,20  MINUTES=30  DEVICE=cpu|cuda  SEEDS=0,1  JOBS=2"
 	@echo "make notebooks   run the stored notebooks in place, as they stand, where records or code changed: NOTEBOOKS=03,20"
+	@echo "make students    the notebooks with blanks in place of solutions (runs/students), and with them (runs/solutions)"
 	@echo "make test        style, tests, and the notebooks once more with nbval"
 	@echo "make data        fetch the data sets, or unpack them: ARCHIVES=folder with magnetic-tile.zip, mvtec_metal_nut_512.zip,"
 	@echo "                   DeepPCB.tar.xz, NEU-DET.zip, NEU-Seg.zip (the last two cannot be downloaded by a script)"
@@ -40,6 +45,10 @@ notebooks: $(INSTALLED)
 	JUPYTER_PATH=.venv/share/jupyter $(PY) -m nbconvert --execute --inplace --coalesce-streams \
 	  --ExecutePreprocessor.record_timing=False \
 	  $(foreach number,$(or $(subst $(COMMA), ,$(NOTEBOOKS)),*),notebooks/$(number)*.ipynb)
+
+students: $(INSTALLED)
+	$(call WITHOUT,solution,students)
+	$(call WITHOUT,exercise,solutions)
 
 test: $(INSTALLED)
 	$(PY) -m ruff check .

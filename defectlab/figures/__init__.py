@@ -13,6 +13,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython.display import Image as DisplayedImage
+from IPython.display import Markdown, display
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -36,7 +38,20 @@ def small_figures(quality: int = 85) -> None:
     """Figure settings of the notebooks: small files (JPEG: noisy images are large as PNG), quiet axes."""
     set_matplotlib_formats("jpeg", pil_kwargs={"quality": quality})
     quiet = {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
-    plt.rcParams.update({"figure.dpi": 84, "font.size": 9} | quiet)
+    plt.rcParams.update({"figure.dpi": 110, "font.size": 9} | quiet)
+
+
+def show(figure: Figure | Image.Image, caption: str, quality: int = 88, dpi: int = 110) -> None:
+    """Display a figure of photographs, as JPEG, with its caption below, which is its alternative text, too. What `graph`
+    made is shown as it is."""
+    file, drawn = io.BytesIO(), isinstance(figure, Figure)
+    if drawn:
+        figure.savefig(file, format="jpeg", dpi=dpi, pil_kwargs={"quality": quality})
+        plt.close(figure)
+    else:
+        figure.save(file, "PNG")
+    kind = "jpeg" if drawn else "png"
+    display(DisplayedImage(file.getvalue(), format=kind, alt=" ".join(caption.split())), Markdown(f"*{caption}*"))
 
 
 def graph(figure: Figure, colours: int = 64, dpi: int | None = None) -> Image.Image:
