@@ -58,7 +58,7 @@ def test_everything_needed_is_pinned():
 
 # --- What the package imports ----------------------------------------------------------------------------------------
 
-TOOLS = {"jupyterlab", "ipykernel", "faster-coco-eval", "onnx"}  # a reader's, and what torchmetrics and torch import
+TOOLS = {"jupyterlab", "ipykernel", "ipywidgets", "faster-coco-eval", "onnx"}  # a reader's, and what torchmetrics and torch import
 
 
 def imported(nodes: Iterator[ast.AST]) -> set[str]:

@@ -42,8 +42,10 @@ def small_figures(quality: int = 85) -> None:
 
 
 def show(figure: Figure | Image.Image, caption: str, quality: int = 88, dpi: int = 110) -> None:
-    """Display a figure of photographs, as JPEG, with its caption below, which is its alternative text, too. What `graph`
-    made is shown as it is."""
+    """Display a figure of photographs, as JPEG, with its caption below, which is its alternative text, too.
+
+    What `graph` made is shown as it is, as PNG.
+    """
     file, drawn = io.BytesIO(), isinstance(figure, Figure)
     if drawn:
         figure.savefig(file, format="jpeg", dpi=dpi, pil_kwargs={"quality": quality})
