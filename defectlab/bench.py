@@ -108,8 +108,8 @@ def show_anomaly(name: str, settings: Any, context: Context) -> None:
 def bench(options: argparse.Namespace) -> int:
     """The command `bench`: what `--part` names. ValueError for sizes that no detector takes."""
     device = pick_device(options.device)
-    if not options.sizes or any(size < 32 or size % 32 for size in options.sizes):
-        raise ValueError(f"image sizes must be multiples of 32, got {','.join(map(str, options.sizes)) or 'none'}")
+    if any(size < 32 or size % 32 for size in options.sizes):
+        raise ValueError(f"image sizes must be multiples of 32, got {','.join(map(str, options.sizes))}")
     print(device_name(device))
     print(TABLE.format("", "", "weights", "trained", "training", "batches", "1 image", f"batch {BATCH}", "memory"))
     print(TABLE.format("network", "px", "M", "in", "images/s", "% time", "ms", "images/s", "MB"))

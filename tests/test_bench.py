@@ -62,7 +62,6 @@ def test_what_is_timed(quick: None, monkeypatch: pytest.MonkeyPatch, capsys) -> 
     assert seen[:4] == [(form, (count, 3, 64, 64), "fp32") for form in (False, True) for count in (1, 2)]
 
 
-@pytest.mark.parametrize(("sizes", "message"), [("100", "multiples of 32, got 100"), ("", "multiples of 32, got none")])
-def test_sizes_that_no_detector_takes(sizes: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--part", "detector", "--sizes", sizes, "--device", "cpu"]) == 1
-    assert message in capsys.readouterr().err
+def test_sizes_that_no_detector_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--part", "detector", "--sizes", "64,100", "--device", "cpu"]) == 1
+    assert "multiples of 32, got 64,100" in capsys.readouterr().err
