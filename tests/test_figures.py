@@ -120,7 +120,7 @@ def test_gallery_has_a_place_for_each_image_and_outlines_masks() -> None:
     assert not empty.axison and not empty.images
 
 
-@pytest.mark.parametrize(("colour", "shape"), [(RED, (128, 128, 3)), (GREY, (128, 128))])
+@pytest.mark.parametrize(("colour", "shape"), [(RED, (256, 256, 3)), (GREY, (256, 256))])
 def test_samples_show_images_as_the_network_sees_them(colour, shape) -> None:
     images, types = coloured(colour, 3, 32), torch.arange(3, dtype=torch.uint8)
     masks, labels = torch.zeros(3, 256, 256, dtype=torch.uint8), types.clamp(max=1)
@@ -155,10 +155,10 @@ def record_with(images: np.ndarray) -> SimpleNamespace:
 def test_examples_show_the_colour_of_coloured_sets() -> None:
     images = np.broadcast_to(np.array(RED, np.uint8), (3, 72, 72, 3))
     axes = drawn(anomaly.examples(record_with(images)))
-    above, below = axes[:3], axes[3:]
+    above, below = axes[:3], axes[4:7]  # four places in a line
     assert all(shown(axis).shape == (72, 72, 3) and tuple(shown(axis)[0, 0]) == RED for axis in above)
     assert all(shown(axis).shape == (72, 72) for axis in below)
-    assert above[0].get_title() == "scratch\n1.00", "titles follow case_index"
+    assert above[0].get_title() == "scratch, score 1.00", "titles follow case_index"
     assert [len(axis.collections) for axis in above] == [0, 0, 1], "the outline of the mask"
 
 
@@ -168,6 +168,18 @@ def test_examples_of_grey_sets_stay_grey() -> None:
     assert np.array_equal(shown(first), images[0])
     assert first.images[0].get_cmap().name == "gray"
     assert first.images[0].get_clim() == (0, 255), "not stretched from image to image"
+
+
+@pytest.mark.parametrize(("names", "side"), [("ab", 256), ("ax", 96)])
+def test_examples_are_shown_from_the_set_where_it_is_the_records(names, side) -> None:
+    record = record_with(np.zeros((2, 96, 96), np.uint8))
+    record.arrays["names"] = np.array(["a", "b"])
+    types = torch.arange(2, dtype=torch.uint8)
+    masks = torch.zeros(2, 256, 256, dtype=torch.uint8)
+    split = AnomalySplit(coloured(GREY, 2, 64), masks, types, types, types == 0, tuple(names), ((64, 64),) * 2)
+    data = AnomalyData("toy", "toy", ("good", "scratch"), split, split, split, "")
+    assert shown(anomaly.examples(record, data).axes[0]).shape == (side, side)
+    assert "no finished run" in anomaly.examples(None, data).texts[0].get_text()
 
 
 def test_histograms_count_every_test_image_and_mark_the_threshold() -> None:

@@ -9,17 +9,21 @@ from matplotlib.figure import Figure
 from torch.nn.functional import interpolate
 
 from defectlab.data.anomaly import AnomalyData
-from defectlab.figures import BAD, GOOD, INK, Rows, gallery, nothing_yet, thumbnails
+from defectlab.figures import BAD, GOOD, INK, Rows, gallery, image_axes, nothing_yet, thumbnails
 from defectlab.runs import Record
 
+SIDE = 256  # pixels of an image that is shown
+EACH = 4  # how many examples of a kind a record keeps
+CASES = ("defects with the lowest scores", "good parts with the highest", "defects with the highest")
 
-def samples(data: AnomalyData, part: str, indices: Sequence[int], columns: int = 6, width: float = 9.0) -> Figure:
+
+def samples(data: AnomalyData, part: str, indices: Sequence[int], columns: int = 3, width: float = 9.0) -> Figure:
     """Images of a split as the network sees them, named by type of defect, with the outlines of their masks."""
     split = getattr(data, part)
     chosen = torch.as_tensor(list(indices), dtype=torch.long)
-    masks = interpolate(split.masks[chosen, None].cpu(), (128, 128), mode="nearest-exact")[:, 0]
+    masks = interpolate(split.masks[chosen, None].cpu(), (SIDE, SIDE), mode="nearest-exact")[:, 0]
     titles = [data.type_names[t] for t in split.types[chosen].tolist()]
-    return gallery(list(thumbnails(split.images[chosen])), titles, columns, list(masks.numpy()), width)
+    return gallery(list(thumbnails(split.images[chosen], SIDE)), titles, columns, list(masks.numpy()), width)
 
 
 def one_of_each(data: AnomalyData) -> list[int]:
@@ -45,26 +49,34 @@ def score_histograms(records: Rows) -> Figure:
     return figure
 
 
-def examples(record: Record | None, width: float = 9.0) -> Figure:
-    """The images that a record keeps, with the outline of the mask; below each its anomaly map (one scale for all).
+def examples(
+    record: Record | None, data: AnomalyData | None = None, kinds: Sequence[int] = (0, 1, 2), width: float = 9.0
+) -> Figure:
+    """The images that a record keeps, four in a line, with the outline of the mask; below each its anomaly map (one
+    scale for all).
 
-    Four defects that scored lowest, four good parts that scored highest, four defects that scored highest.
+    data: where it has the record's test images, they are shown instead, at its resolution, with the masks of its own.
+    kinds: of `CASES`, four examples each, in this order.
     """
     if record is None:
         return nothing_yet()
     arrays = record.arrays
-    indices = arrays["case_index"]
-    count = len(indices)
-    figure, axes = plt.subplots(2, count, figsize=(width, width / count * 2.5), squeeze=False)
-    kept = (arrays[f"case_{name}"] for name in ("images", "masks", "maps"))
-    for (above, below), index, image, mask, anomaly_map in zip(axes.T, indices, *kept, strict=True):
-        above.imshow(image, cmap="gray", vmin=0, vmax=255)
-        if mask.any():
-            above.contour(mask, [0.5], colors=BAD, linewidths=0.8)
-        below.imshow(anomaly_map, cmap="inferno", vmin=0, vmax=255)
-        above.set_title(f"{arrays['type_names'][arrays['types'][index]]}\n{arrays['scores'][index]:.2f}", fontsize=7)
-    for axis in axes.flat:
-        axis.axis("off")
-    shown = ("defects with the lowest scores", "good parts with the highest", "defects with the highest")
-    figure.suptitle("  ·  ".join(shown), size=9)
+    cases, masks, maps = (arrays[f"case_{name}"] for name in ("images", "masks", "maps"))
+    indices = torch.from_numpy(np.array(arrays["case_index"]))
+    if data is not None and list(data.test.names) == list(arrays["names"]):
+        cases, masks = thumbnails(data.test.images[indices], SIDE), data.test.masks[indices].cpu().numpy()
+    lines = [range(EACH * kind, min(EACH * (kind + 1), len(indices))) for kind in kinds]
+    lines = [line for line in lines if len(line)]
+    figure, axes = image_axes(2 * len(lines), EACH, width / EACH, 0.2 * len(lines))
+    for kind, line, above, below in zip(kinds, lines, axes[::2], axes[1::2], strict=False):
+        above[0].set_ylabel(CASES[kind], fontsize=9)
+        below[0].set_ylabel("anomaly map", fontsize=9)
+        for image, heat, case in zip(above, below, line, strict=False):
+            image.imshow(cases[case], "gray", vmin=0, vmax=255, interpolation="bilinear")
+            if masks[case].any():
+                image.contour(masks[case], [0.5], colors=BAD, linewidths=0.8)
+            heat.imshow(maps[case], "inferno", vmin=0, vmax=255, interpolation="bilinear")
+            index = indices[case]
+            name, score = arrays["type_names"][arrays["types"][index]], arrays["scores"][index]
+            image.set_title(f"{name}, score {score:.2f}", fontsize=8)
     return figure
