@@ -12,7 +12,7 @@ from defectlab import batch, runs
 from defectlab.batch import RowsFailed, Task, tasks
 from defectlab.files import DataError, WeightsError, writable
 from defectlab.provenance import pick_device
-from defectlab.runs import PROFILES, NonFiniteLoss
+from defectlab.runs import PROFILES, RECORDED, NonFiniteLoss
 from defectlab.studies import STUDIES
 
 MODULES = {  # of the commands that have one, imported when it is asked for
@@ -67,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--rows", type=names, metavar="A,B", help="rows of the study; default: all")
             command.add_argument("--seeds", type=seeds, metavar="0,1", help="default: as the study plans them")
         if profile:
-            command.add_argument("--profile", choices=PROFILES, default=profile, help=f"default: {profile}")
+            choices = (RECORDED, *PROFILES) if name in ("report", "reproduce") else PROFILES
+            command.add_argument("--profile", choices=choices, default=profile, help=f"default: {profile}")
         if name not in ("status", "record", "report"):
             command.add_argument("--device", default="auto", help="auto, cpu or cuda")
         return command
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
     add("status", "which rows and seeds are recorded, run here, missing, in the order in which to run them")
     add("record", "promote finished runs of this machine into results/runs")
-    add("report", "write the page of tables and verdicts, and the generated parts of README")
+    add("report", "write the page of findings, tables and verdicts, and what is generated of README", RECORDED)
 
     reproduce = add("reproduce", "run the numbered notebooks, then write their HTML and the page", "smoke")
     reproduce.add_argument("--notebooks", type=names, metavar="03,20", help="numbers or beginnings of names")
@@ -166,7 +167,8 @@ def record(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from defectlab.verdicts.page import update_generated, write_page
+    from defectlab.verdicts.generated import update_generated
+    from defectlab.verdicts.page import write_page
 
     writable(runs.runs_dir(options.profile))
     runs.read_records(runs.runs_dir(options.profile))  # one that cannot be read is one error, not one of each table

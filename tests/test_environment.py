@@ -58,7 +58,8 @@ def test_everything_needed_is_pinned():
 
 # --- What the package imports ----------------------------------------------------------------------------------------
 
-TOOLS = {"jupyterlab", "ipykernel", "ipywidgets", "faster-coco-eval", "onnx"}  # a reader's, and what torchmetrics and torch import
+# a reader's, and what torchmetrics and torch import
+TOOLS = {"jupyterlab", "ipykernel", "ipywidgets", "faster-coco-eval", "onnx"}
 
 
 def imported(nodes: Iterator[ast.AST]) -> set[str]:

@@ -11,8 +11,8 @@ FLOORS = (  # from the ground up: a room imports from lower floors only
     {"networks", "provenance"},
     {"papers", "data", "metrics", "runs"},
     {"training"},
-    {"studies"},
-    {"verdicts", "figures"},
+    {"studies", "figures"},
+    {"verdicts"},
     {"batch", "own", "bench", "reproduce"},
     {"__main__"},
 )

@@ -291,12 +291,20 @@ def toy_study(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def results_table(name: str, table: str, profile: str, metrics: list[str], store: object) -> pd.DataFrame:
         if table == "broken":
             raise RuntimeError("x.json is not a readable record")
-        return pd.DataFrame({("image AUROC", "paper"): ["97.7"]}, index=pd.Index(["row one"], name="row"))
+        columns = {
+            ("image AUROC", "paper"): ["97.7", "90.1"],
+            ("", "profile"): ["quick", "–"],
+            ("", "note"): ["", "time"],
+        }
+        return pd.DataFrame(columns, index=pd.Index(["row one", "row two"], name="row"))
 
     tables = {"main": "its table", "broken": "its other table"}
+    lines = [{"row": "row one", "column": "all", "metric": "image_auroc"}]
     monkeypatch.setattr(page, "STUDIES", ("toy",))
     monkeypatch.setattr(page, "study", lambda name: Study("A <study>", {"smoke": {}}, tables, (("image_auroc",),)))
     monkeypatch.setattr(page.tables, "results_table", results_table)
+    monkeypatch.setattr(page.tables, "printed_table", lambda name, table: lines)
+    monkeypatch.setattr(page.tables, "forest_lines", lambda name, store: [])
     monkeypatch.setattr(page.tables, "claims_table", lambda name, profile, store: pd.DataFrame())
 
 
@@ -309,42 +317,13 @@ def test_a_table_that_cannot_be_built_says_so_in_its_place(toy_study, toys, kept
         page.write_page("smoke", results)
     text = raised.value.path.read_text()
     assert text.index("its other table") < text.index("x.json is not a readable record")
-    assert "row one" in text and "97.7" in text
+    assert "row one" in text and "97.7" in text and "Not run: row two." in text and "90.1" not in text
     assert "A &lt;study&gt;" in text and "ValueError: a &lt; b" in text
     assert "1.00 hours in all" in text and "Failed: 20_b." in text
-    assert "<script" not in text and "http" not in text
+    plain = re.sub(r"<style>.*?</style>|<script.*?</script>", "", text, flags=re.DOTALL)
+    assert "http" not in plain and "src=" not in plain.replace('src="data:', "")  # nothing is fetched
 
     finished(write_notebook(toys, "03_a", "1"), kept)  # `reproduce` does not hide it
     assert call() == 1
     assert "not a readable record" in capsys.readouterr().out
     assert re.search(r"03_a.*done before.*2\.0", (runs.runs_dir("smoke") / "index.html").read_text(), re.S)
-
-
-def test_markdown_keeps_rows_and_drops_columns_without_values():
-    columns = pd.MultiIndex.from_tuples([("image AUROC", "paper"), ("image AUROC", "recorded (quick)"), ("", "note")])
-    frame = pd.DataFrame(
-        [["97.7", "–", "a|b"], ["–", "–", ""]], index=pd.Index(["x", "y"], name="row"), columns=columns
-    )
-    assert page._markdown(frame).splitlines() == [
-        "| row | image AUROC, paper | note |",
-        "| --- | --- | --- |",
-        "| x | 97.7 | a\\|b |",
-        "| y | – |  |",
-    ]
-
-
-def test_update_generated_replaces_only_what_is_between_the_marks(toys, root, monkeypatch):
-    monkeypatch.setattr(page, "project_root", lambda: root)
-    readme = root / "README.md"
-    readme.write_text("before\n")
-    with pytest.raises(ValueError, match="has no place for the verdicts"):
-        page.update_generated()
-    readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    assert page.update_generated() == [readme]
-    assert readme.read_text() == f"before\n{page.BEGIN}\n\n\n\n{page.END}\nafter\n"
-    assert page.update_generated() == []
-
-
-def test_readme_and_tables_are_up_to_date():
-    outdated = [path.name for path, text in page.generated().items() if not path.exists() or path.read_text() != text]
-    assert not outdated, f"run `python -m defectlab report` and commit {outdated}"

@@ -10,7 +10,7 @@ import pytest
 from toy_records import HEADER, PRINTS, Project, row, toy_study, with_row
 
 from defectlab import runs
-from defectlab.verdicts import page, tables
+from defectlab.verdicts import tables
 from defectlab.verdicts.measured import within
 from defectlab.verdicts.tables import agreement, claims_table, findings, per_class_table, results_table, show
 
@@ -295,7 +295,7 @@ def test_order_claims_say_that_they_are_differences_of_differences(toy: Project)
     line = claims_table("toy", "paper").iloc[0]
     assert (line["compared"], line["difference"]) == (compared, "+4.0")
     assert f"small: {compared}: +4.0 points" in findings("toy", "paper")
-    assert f"| {compared} | +4.0 |" in page.verdicts_markdown() and f"| {compared} |" in page.tables_markdown("toy")
+    assert tables.forest_lines("toy", tables.record_store("paper"))[0].label == f"small: {compared}"
 
 
 @pytest.mark.parametrize(
@@ -360,19 +360,3 @@ def test_agreement(toy: Project, recorded: tuple[float, ...], here: float, words
     assert agreement("toy", "rd4ad", "image_auroc", "paper") == ""  # nothing to compare
     write(toy, "rd4ad", {"image_auroc": (here,)}, here=True)
     assert words in agreement("toy", "rd4ad", "image_auroc", "paper")
-
-
-# --- Generated files -------------------------------------------------------------------------------------------------
-
-
-def test_what_is_written_into_the_readme_meanwhile_is_kept(toy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = toy.root / "README.md"
-    readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-
-    def verdicts() -> str:
-        readme.write_text(readme.read_text().replace("before", "edited"))
-        return "new"
-
-    monkeypatch.setattr(page, "verdicts_markdown", verdicts)
-    assert readme in page.update_generated()
-    assert readme.read_text() == f"edited\n{page.BEGIN}\n\nnew\n\n{page.END}\nafter\n"

@@ -12,7 +12,7 @@ import pytest
 from defectlab import runs
 from defectlab.files import write_json
 from defectlab.studies import Row, Study
-from defectlab.verdicts import claims, findings, measured, page, tables
+from defectlab.verdicts import claims, findings, generated, measured, page, tables
 
 PRINTS = {"data": "d", "weights": "w"}
 HEADER = "row,column,metric,unit,value,higher_is_better,status,key,not_comparable,source"
@@ -50,15 +50,16 @@ class Project:
         self.papers.mkdir(parents=True)
         (self.papers / "main.csv").write_text(f"{HEADER}\n{table}")
         self.set = monkeypatch.setattr
-        for module in (runs, tables, claims, findings, page):
+        for module in (runs, tables, claims, findings, generated, page):
             self.set(module, "project_root", lambda: root)
-        self.set(page, "STUDIES", ("toy",))
+        for module in (generated, page):
+            self.set(module, "STUDIES", ("toy",))
         self.set(measured, "BOOTSTRAP_REPEATS", 20)
         self.use(study)
 
     def use(self, study: Study) -> None:
         self.study = study
-        for module in (tables, findings, page):
+        for module in (tables, findings, generated, page):
             self.set(module, "study", lambda name: self.study)
 
     def write_claims(self, *ones: dict[str, Any]) -> None:

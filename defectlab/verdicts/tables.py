@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from defectlab import runs
+from defectlab.figures.forest import Line
 from defectlab.files import project_root
 from defectlab.runs import Record
 from defectlab.studies import Study, study
@@ -298,6 +299,21 @@ def claims_table(study_name: str, profile: str, store: RecordStore | None = None
             }
         )
     return pd.DataFrame(lines)
+
+
+def forest_lines(study_name: str, store: RecordStore) -> list[Line]:
+    """The differences of a study's claims for `forest`: over seeds where there are several, else over test images."""
+    lines = []
+    for judged in judge_claims(study_name, store):
+        found = judged.difference if judged.n > 1 else judged.images
+        if judged.difference is None or found is None:
+            continue
+        label = f"{judged.claim['id'].replace('_', ' ')}: {claims.compared(judged)}"
+        differences = 2 if judged.claim["kind"] == "order" else 1
+        low, high = within(judged.claim["metric"], found.low, found.high, differences)
+        printed = judged.claim.get("printed")
+        lines.append(Line(label, judged.difference.mean, low, high, judged.n > 1, printed))
+    return lines
 
 
 def findings(study_name: str, profile: str) -> str:

@@ -1,0 +1,52 @@
+"""A forest plot: differences with their intervals, one under the other, and the gains that a paper printed."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from defectlab.figures import BAD, GOOD, INK, nothing_yet
+
+
+class Line(NamedTuple):
+    """One comparison: a difference in points, its 95 % interval, what it is over, and the printed gain (None: none)."""
+
+    label: str
+    mean: float
+    low: float
+    high: float
+    over_seeds: bool  # else over test images: one seed
+    printed: float | None
+
+
+def forest(lines: Sequence[Line], width: float = 8.0) -> Figure:
+    """`lines` from top to bottom. Thick intervals are over seeds, thin ones over test images; a tick is a printed gain.
+
+    Blue: the interval lies above 0; red: below; grey: it holds 0.
+    """
+    if not lines:
+        return nothing_yet()
+    figure, axis = plt.subplots(figsize=(width, 0.9 + 0.3 * len(lines)), layout="constrained")
+    axis.axvline(0, color="#999999", linewidth=0.8)
+    for y, line in enumerate(reversed(lines)):
+        colour = GOOD if line.low > 0 else BAD if line.high < 0 else "#777777"
+        axis.plot(line.mean, y, "o", color=colour, markersize=5)
+        if not math.isnan(line.low):
+            axis.plot([line.low, line.high], [y, y], color=colour, linewidth=3 if line.over_seeds else 1.2)
+        if line.printed is not None:
+            axis.plot(line.printed, y, "|", color=INK, markersize=13, markeredgewidth=2)
+    axis.set_yticks(range(len(lines)), [line.label for line in reversed(lines)], fontsize=8)
+    axis.set(xlabel="difference in points", ylim=(-0.7, len(lines) - 0.3))
+    axis.tick_params(left=False)
+    axis.spines["left"].set_visible(False)
+    handles = [
+        Line2D([], [], color="#777777", linewidth=w, label=t) for w, t in ((3, "over seeds"), (1.2, "over images"))
+    ]
+    if any(line.printed is not None for line in lines):
+        look = {"color": INK, "marker": "|", "linestyle": "", "markersize": 12, "markeredgewidth": 2}
+        handles.append(Line2D([], [], label="gain that the paper printed", **look))
+    figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
+    return figure
