@@ -8,6 +8,7 @@ from toy_records import Project, toy_study
 from defectlab.studies import STUDIES
 from defectlab.verdicts import findings as module
 from defectlab.verdicts.findings import findings, said
+from defectlab.verdicts.generated import papers_of
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -21,8 +22,9 @@ def test_every_committed_finding_holds_and_is_told_somewhere(name: str) -> None:
     assert not missing and all(one.notebooks for one in found)
 
 
-def test_readme_shows_five_findings() -> None:
+def test_readme_shows_five_findings_and_four_papers() -> None:
     assert sum(one.readme for name in STUDIES for one in findings(name)) == 5
+    assert len([paper for name in STUDIES for paper in papers_of(name)]) == 4
 
 
 @pytest.fixture
