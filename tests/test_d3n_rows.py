@@ -14,6 +14,7 @@ from toy_runs import recorded, runs_of
 
 from defectlab import runs
 from defectlab.data.augment import Augmentation, augment
+from defectlab.data.instances import InstanceData
 from defectlab.files import DataError
 from defectlab.geometry import warp
 from defectlab.networks.diffusion import DiffusionSettings
@@ -104,6 +105,14 @@ class Seen(torch.nn.Module):
     def forward(self, maps: list[Tensor], features: list[Tensor]) -> list[Tensor]:
         self.features = features
         return list(maps)
+
+
+@pytest.mark.parametrize("name", ["student", "resvae", "multitask_student"])
+def test_a_row_shows_the_sample_where_the_set_is_not_here(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("DEFECTLAB_DATA", str(tmp_path))
+    row = d3n.STUDY.rows[runs.RECORDED][name]
+    data = row.load(row.settings, "cpu")
+    assert "sample of" in data.label and isinstance(data, InstanceData) == name.startswith("multitask")
 
 
 def test_features_follow_the_image() -> None:

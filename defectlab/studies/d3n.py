@@ -10,6 +10,7 @@ from typing import Any
 from defectlab.data.detection import DetectionData
 from defectlab.data.instances import LABELS as MASKED
 from defectlab.data.instances import InstanceData, instance_fingerprint, load_instances
+from defectlab.data.splits import SAMPLE
 from defectlab.networks.diffusion import DiffusionSettings
 from defectlab.networks.torchvision_detectors import TorchvisionSettings
 from defectlab.networks.yolo.settings import DetectorSettings
@@ -170,8 +171,8 @@ def cost_settings(profile: str) -> dict[str, CostSettings]:
 
 
 def load(settings: Any, device: str) -> DetectionData:
-    """A set at the size that the row sees."""
-    if settings.dataset in MASKED:
+    """A set, or its committed sample, at the size that the row sees."""
+    if settings.dataset.removeprefix(SAMPLE) in MASKED:
         return _load_instances(settings.dataset, settings.size, str(device))
     return baselines.load(settings, device)
 
@@ -183,7 +184,7 @@ def _load_instances(dataset: str, size: int, device: str) -> InstanceData:
 
 def load_for_compression(settings: CompressionSettings, device: str) -> DetectionData:
     """A compressor sees what its diffusion model saw."""
-    return load(settings.ddpm, device)
+    return load(replace(settings.ddpm, dataset=settings.dataset), device)
 
 
 def fingerprints(settings: Any) -> dict[str, str]:
