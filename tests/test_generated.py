@@ -1,9 +1,12 @@
 """What is generated from the committed records: README's findings, the tables in `results/tables`, typeset formulas."""
 
+import re
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
+from nbformat.v4 import new_markdown_cell, new_notebook
 from toy_records import Project, toy_study
 
 from defectlab.verdicts import generated, page
@@ -76,7 +79,11 @@ def test_readme_and_tables_are_up_to_date() -> None:
     assert not outdated, f"run `python -m defectlab report` and commit {outdated}"
 
 
-def test_formulas_are_typeset_and_code_is_not() -> None:
-    text = page.typeset("Let $x_{2i}$ be\n$$a = b$$\nas in `cost $5$` and\n```\n$y$\n```")
-    assert text.count("<math") == 2 and 'display="block"' in text and "<msub>" in text
-    assert "`cost $5$`" in text and "\n$y$\n" in text
+def test_formulas_are_typeset_and_code_is_not(tmp_path: Path) -> None:
+    text = "Let $x_{2i}$ be\n\n$$a = b$$\n\nas in `cost $5$` and\n```\n$y$\n```"
+    path = tmp_path / "one.ipynb"
+    path.write_text(nbformat.writes(new_notebook(cells=[new_markdown_cell(text)])))
+    page.write_html(path)
+    html = path.with_suffix(".html").read_text()
+    assert html.count("<math") == 2 and 'display="block"' in html and re.search(r"<msub>\s*<mi>x</mi>", html)
+    assert "cost $5$" in html and "$y$" in html and "formula0" not in html

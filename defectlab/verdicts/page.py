@@ -37,6 +37,7 @@ NOTE = (
     "Mean over seeds with its 95 % interval over seeds, cut at 0 and 100 %; ‡ near 100: over test images. "
     "Costs on which all seeds agree have no interval."
 )
+MARK = "formula{:05d}here"  # where MathML goes once Markdown is HTML: the converter would close its tags one by one
 FORMULA = re.compile(r"```.*?```|`[^`\n]*`|\$\$(.+?)\$\$|\$([^$\n]+(?:\n[^$\n]+)?)\$", re.DOTALL)
 
 
@@ -69,15 +70,17 @@ class Part(NamedTuple):
 # --- Notebooks -------------------------------------------------------------------------------------------------------
 
 
-def typeset(markdown: str) -> str:
-    """Markdown with its formulas ($...$, $$...$$) as MathML, which browsers show without a network; code is kept."""
+def typeset(markdown: str, formulas: list[str]) -> str:
+    """Markdown with a mark in place of each formula ($...$, $$...$$); its MathML, which browsers show offline, is
+    appended to `formulas`. Code is kept."""
     from latex2mathml.converter import convert
 
     def one(found: re.Match[str]) -> str:
         block, inline = found.groups()
         if block is None and inline is None:
             return found[0]
-        return convert(block or inline, display="block" if block else "inline")
+        formulas.append(convert(block or inline, display="block" if block else "inline"))
+        return MARK.format(len(formulas) - 1)
 
     return FORMULA.sub(one, markdown)
 
@@ -90,16 +93,18 @@ def write_html(executed: Path) -> None:
     target = executed.with_suffix(".html")
     if target.exists() and target.stat().st_mtime >= executed.stat().st_mtime:
         return
-    notebook = nbformat.read(executed, as_version=4)
+    notebook, formulas = nbformat.read(executed, as_version=4), []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = typeset(cell.source)
+            cell.source = typeset(cell.source, formulas)
     plain = (
         "{% extends 'index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}"  # only widgets need it
         "{% block html_head_js_mathjax %}{% endblock %}"
     )
     exporter = HTMLExporter(template_name="lab", raw_template=plain, embed_images=True, mathjax_url="")
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": executed.stem}})
+    for number, formula in enumerate(formulas):
+        body = body.replace(MARK.format(number), formula)
     write_text(target, body)
 
 
