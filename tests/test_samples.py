@@ -101,8 +101,13 @@ def test_cards_are_told_as_tables(name: str) -> None:
     table, card = cards.table(name), cards.card(name)
     assert table.columns.tolist() == ["part", "images", *card["classes"]]
     assert table["images"].tolist() == [card["parts"][part]["images"] for part in splits.PARTS]
-    assert card["licence"] in cards.credit(name) and card["citation"] in cards.credit(name)
+    assert card["licence"] in cards.credit(name) and card["name"] in cards.credit(name)
     assert card["label"] in cards.facts(name)["whole set"].tolist()
+
+
+def test_a_caption_names_the_authors_and_the_year() -> None:
+    expected = "Images: committed sample of NEU-DET (Song, Yan 2013; He, Song, Meng, Yan 2020); licence: none stated; "
+    assert cards.credit("sample/neu_det_index").startswith(expected)
 
 
 def test_a_set_without_a_card_is_said() -> None:

@@ -67,6 +67,8 @@ def counts(title: str, part: dict[str, Any], classes: list[str]) -> dict[str, An
 
 
 def credit(name: str) -> str:
-    """For a caption: who made the images, and what may be done with them."""
+    """For a caption: whose the images are, and what may be done with them."""
     found = card(name)
-    return f"{found['citation']}. Licence: {found['licence']}."
+    who = "; ".join(f"{paper.partition(':')[0]} {paper[-4:]}" for paper in found["citation"].split("; "))
+    sample = "committed sample of " if name.startswith(SAMPLE) else ""
+    return f"Images: {sample}{found['name']} ({who}); licence: {found['licence']}."
