@@ -259,7 +259,7 @@ def sides(entries: Iterable[AnnotatedImage], class_names: Sequence[str]) -> dict
 
 
 def card_of_steel(folder: str, root: Path) -> dict[str, Any]:
-    """Also boxes that stand twice, boxes of another class than the file's name, coordinates, the split by number."""
+    """Also boxes given twice, boxes of another class than the file's name, coordinates, the split by number."""
     data, by_number = (load_detection(name, 32, root=root) for name in ("neu_det", "neu_det_index"))
     found = common(folder, root, data)
     entries = {f"IMAGES/{entry.path.name}": entry for entry in read_voc(root / folder, NEU_CLASSES).images}
@@ -276,7 +276,7 @@ def card_of_steel(folder: str, root: Path) -> dict[str, Any]:
     overlap = box_iou(*(torch.from_numpy(entries[name].boxes) for name in (one, two))).amax(1).tolist()
     coordinates = np.concatenate([entry.boxes.ravel() for entry in entries.values()])
     return found | {
-        "boxes_that_stand_twice": [name for name, entry in entries.items() if entry.notes[DUPLICATES]],
+        "boxes_given_twice": [name for name, entry in entries.items() if entry.notes[DUPLICATES]],
         "iou_of_boxes_on_identical_images": [round(value, 2) for value in overlap],
         "boxes_of_another_class": {kind: dict(sorted(other.items())) for kind, other in by_kind.items()},
         "images_with_boxes_of_another_class": len(others),
