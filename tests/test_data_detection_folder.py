@@ -209,3 +209,16 @@ def test_the_report_names_leaks_and_classes_that_look_alike(tmp_path: Path) -> N
     assert "leak: 1 images stand in two parts, such as images/train/3.png and images/test/0.png" in report
     assert "warning: dent, Dent differ in case only, is it one class?" in report
     assert "1 files of other kinds left out: .doc 1" in report
+
+
+def test_the_report_names_test_images_that_look_like_training_images(tmp_path: Path) -> None:
+    """Byte for byte the same is a leak; turned, or stored anew, it may be one."""
+    folder = own_yolo(tmp_path, {"train": 20, "test": 6})
+    image = Image.open(folder / "images" / "train" / "3.png")
+    image.rotate(180).save(folder / "images" / "test" / "0.png")
+    image.save(folder / "images" / "test" / "1.png", compress_level=0)
+    shutil.copy(folder / "images" / "train" / "4.png", folder / "images" / "test" / "2.png")
+    report = load_folder(folder, "yolo", SIZE).report
+    assert "leak: 1 images stand in two parts" in report
+    assert "leak?: 2 test images look like a training image, such as images/test/" in report
+    assert report.count("images/train/3.png (similarity 1.00") == 1

@@ -16,8 +16,9 @@ from PIL import Image
 
 from defectlab.data.annotations import Annotations, read_text, read_voc, read_yolo, same, yolo_yamls
 from defectlab.data.coco import read_coco
-from defectlab.data.detection import DetectionData, to_data
+from defectlab.data.detection import DetectionData, DetectionSplit, to_data
 from defectlab.data.images import IMAGE_SUFFIXES, decode, find_files, find_images, in_threads, others, plain
+from defectlab.data.leaks import near_duplicates
 from defectlab.data.splits import PARTS, Plan, detection_identity, draw_split, with_dev
 from defectlab.files import DataError
 
@@ -204,6 +205,20 @@ def _leaks(lists: Iterable[Iterable[str]], content: Mapping[str, str]) -> list[s
     return [f"leak: {len(shared)} images stand in two parts, such as {first} and {second}: test numbers flatter"]
 
 
+def _look_alikes(train: DetectionSplit, test: DetectionSplit, content: Mapping[str, str]) -> list[str]:
+    """A line where test images are nearly training images; those that are so byte for byte are `_leaks`."""
+    named = [
+        (train.names[pair.first], test.names[pair.second], pair) for pair in near_duplicates(train.images, test.images)
+    ]
+    named = [(first, second, pair) for first, second, pair in named if content[first] != content[second]]
+    if not named:
+        return []
+    first, second, best = named[0]
+    how = f"similarity {best.similarity:.2f}" + f", {best.turn}" * (best.turn != "unturned")
+    count = len({second for _, second, _ in named})
+    return [f"leak?: {count} test images look like a training image, such as {second} and {first} ({how})"]
+
+
 def load_folder(path: Path, format: str, size: int, device="cpu", test_share: float = 0.2) -> DetectionData:
     """A reader's own images and boxes as a set; `report` of the result says what was found.
 
@@ -241,7 +256,8 @@ def load_folder(path: Path, format: str, size: int, device="cpu", test_share: fl
     parts = dict(zip(PARTS, lists, strict=True))
     plan = Plan(folder, f"images of {folder.name}", "replace or remove this image", None, parts, fingerprint)
     data = to_data(folder.name, plan, annotations, size, device)
-    more = [f"split: {origin}", *_leaks(lists, content), *filter(None, [others(folder, _KNOWN)])]
+    leaks = _leaks(lists, content) + _look_alikes(data.train, data.test, content)
+    more = [f"split: {origin}", *leaks, *filter(None, [others(folder, _KNOWN)])]
     return replace(data, report="\n".join([data.report, *more]))
 
 
