@@ -195,18 +195,6 @@ def headline(record: Record, name: str) -> str:
     return "done"
 
 
-def run_rows(
-    name: str,
-    profile: str,
-    rows: list[str] | None = None,
-    seeds: list[int] | None = None,
-    device: str = "auto",
-    minutes: float | None = None,
-) -> list[Record]:
-    """What a notebook's training cell calls: `tasks` and `run_tasks` in one."""
-    return run_tasks(name, tasks(name, profile, rows, seeds, print), profile, pick_device(device), minutes)
-
-
 def trained(
     name: str,
     profile: str,

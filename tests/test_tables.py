@@ -12,7 +12,7 @@ from toy_records import HEADER, PRINTS, Project, row, toy_study, with_row
 from defectlab import runs
 from defectlab.verdicts import tables
 from defectlab.verdicts.measured import within
-from defectlab.verdicts.tables import agreement, claims_table, findings, per_class_table, results_table, show
+from defectlab.verdicts.tables import agreement, claims_table, per_class_table, results_table, show
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 TYPES = ("crack", "fray", "break")
@@ -217,7 +217,6 @@ def test_a_claim_about_rows_that_the_profile_leaves_out(toy: Project) -> None:
     toy.use(with_row(STUDY, "paper", "rd4ad", replace(STUDY.rows["paper"]["rd4ad"], seeds=0)))
     said = "not run: time (rd4ad: not part of paper)"
     assert toy.verdicts() == {"sample_level": said}
-    assert findings("toy", "paper").splitlines()[0].endswith(said)
     assert results_table("toy", "main", "paper").loc["RD4AD", ("", "note")] == "not run: time (not part of paper)"
     write(toy, "rd4ad", all_metrics(80))  # it can be run all the same
     assert toy.verdicts() == {"sample_level": "not run yet: bsdrd"}
@@ -234,9 +233,8 @@ def test_reconstruction_verdicts_with_three_seeds(toy: Project) -> None:
     half = 2.776 * 0.5 * (2 / 3) ** 0.5  # t(0.975, 4), spread 0.5, two means of three
     interval = f"[{6 - half:+.1f}, {6 + half:+.1f}]"
     assert line["95 % over seeds"] == interval
-    said = findings("toy", "paper").splitlines()
-    assert said[0] == f"image auroc: bsdrd − rd4ad, image AUROC: +6.0 points, {interval} over 3 seeds: supports"
-    assert said[-1] == "cost: 6 recorded paper runs, 6.0 hours on one GPU"
+    (line,) = tables.forest_lines("toy", tables.record_store("paper"))[:1]
+    assert line.over_seeds and (round(line.low, 3), round(line.high, 3)) == (round(6 - half, 3), round(6 + half, 3))
 
 
 def test_printed_gain_gets_a_gains_verdict(toy: Project) -> None:
@@ -267,9 +265,7 @@ def test_one_seed_has_one_rule(toy: Project, profile: str, primary: bool) -> Non
     line = claims_table("toy", profile).iloc[0]
     assert (line["difference"], line["95 % over seeds"], line["n"]) == ("+6.0", "–", 1)
     assert line["95 % over images"].startswith("[") and line["outcome"] == "one seed: no verdict"
-    if primary:
-        said = f"gain: bsdrd − rd4ad, image AUROC: +6.0 points, {line['95 % over images']} over test images"
-        assert findings("toy", profile).splitlines()[0] == f"{said}: one seed: no verdict"
+    assert not tables.forest_lines("toy", tables.record_store(profile))[0].over_seeds
 
 
 def test_few_seeds_quick_and_synthetic_runs_get_no_verdict(toy: Project) -> None:
@@ -294,7 +290,6 @@ def test_order_claims_say_that_they_are_differences_of_differences(toy: Project)
     compared = "bsdrd − rd4ad, image AUROC: gain at crack minus mean gain"
     line = claims_table("toy", "paper").iloc[0]
     assert (line["compared"], line["difference"]) == (compared, "+4.0")
-    assert f"small: {compared}: +4.0 points" in findings("toy", "paper")
     assert tables.forest_lines("toy", tables.record_store("paper"))[0].label == f"small: {compared}"
 
 

@@ -316,29 +316,6 @@ def forest_lines(study_name: str, store: RecordStore) -> list[Line]:
     return lines
 
 
-def findings(study_name: str, profile: str) -> str:
-    """What was found and what it cost, in sentences, from the committed records: for the head of a notebook."""
-    of, store, lines = study(study_name), record_store(profile), []
-    for judged in judge_claims(study_name, store):
-        if not judged.claim["primary"]:
-            continue
-        said = [f"{judged.claim['id'].replace('_', ' ')}: {claims.compared(judged)}"]
-        if judged.difference:
-            over_seeds, over_images = _intervals(judged)
-            interval = f"{over_images} over test images" if judged.n == 1 else f"{over_seeds} over {judged.n} seeds"
-            said.append(f"{claims.measured_text(judged)} points, {interval}")
-        elif judged.value is not None:
-            said.append(claims.measured_text(judged))
-        lines.append(": ".join([*said, judged.verdict]))
-    recorded = [store.recorded_of(of, name) for name in of.rows[store.profile]]
-    used = {r.key: r for records, _ in recorded for r in records}
-    hours = sum(r.seconds for r in used.values()) / 3600
-    devices = "; ".join(sorted({r.device for r in used.values()})) or "none"
-    profiles = " and ".join(sorted({r.profile for r in used.values()})) or "no"
-    lines.append(f"cost: {len(used)} recorded {profiles} runs, {hours:.1f} hours on {devices}")
-    return "\n".join(lines)
-
-
 def agreement(study_name: str, key: str, metric: str, profile: str) -> str:
     """Whether this run agrees with the records of its profile: |difference| <= the larger of 2 seed spreads and 0.5
     points (a cost: 2 seed spreads alone). Empty where there is nothing to compare."""
