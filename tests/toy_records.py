@@ -50,7 +50,7 @@ class Project:
         self.papers.mkdir(parents=True)
         (self.papers / "main.csv").write_text(f"{HEADER}\n{table}")
         self.set = monkeypatch.setattr
-        for module in (runs, tables, claims, findings, generated, page):
+        for module in (runs, tables, claims, findings, generated):
             self.set(module, "project_root", lambda: root)
         for module in (generated, page):
             self.set(module, "STUDIES", ("toy",))

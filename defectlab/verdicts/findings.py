@@ -87,8 +87,11 @@ FUNCTIONS = {one.__name__: one for one in (abs, min, max, all_below, spread)}  #
 
 
 def findings(name: str, store: RecordStore | None = None) -> list[Finding]:
-    """All findings of a study, in the file's order. ValueError names the file where one names what is not there."""
+    """All findings of a study, in the file's order; none without a file. ValueError names the file where one names what
+    is not there."""
     path = project_root() / "results" / "papers" / name / "findings.toml"
+    if not path.is_file():
+        return []
     listed = tomllib.loads(path.read_text(encoding="utf-8"))["finding"]
     of, store = study(name), store or record_store(RECORDED)
     rows = {row: RowValues(row, store.recorded_of(of, row)[0]) for row in of.rows[RECORDED]}

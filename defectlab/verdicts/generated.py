@@ -113,7 +113,7 @@ def tables_markdown(name: str, store: tables.RecordStore) -> str:
 def papers_of(name: str) -> list[dict[str, Any]]:
     """The `[[paper]]` entries of a findings.toml: title, says, source, notebook, and the claim that is shown."""
     path = project_root() / "results" / "papers" / name / "findings.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8")).get("paper", [])
+    return tomllib.loads(path.read_text(encoding="utf-8")).get("paper", []) if path.is_file() else []
 
 
 def readme_markdown(store: tables.RecordStore) -> str:

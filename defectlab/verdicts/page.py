@@ -19,7 +19,7 @@ from defectlab import runs
 from defectlab.figures import anomaly as anomaly_figures
 from defectlab.figures import detection as detection_figures
 from defectlab.figures.forest import forest
-from defectlab.files import project_root, write_text
+from defectlab.files import write_text
 from defectlab.provenance import provenance, where
 from defectlab.studies import STUDIES, Study, study
 from defectlab.verdicts import tables
@@ -157,9 +157,11 @@ def write_page(profile: str, results: list[NotebookStatus] | None = None) -> Pat
 
 
 def said(name: str) -> list[str]:
-    """The findings of a study that hold; none where the study has no file of them."""
-    there = (project_root() / "results" / "papers" / name / "findings.toml").is_file()
-    return [one.text for one in findings(name) if one.holds] if there else []
+    """The findings of a study that hold, or why they cannot be said."""
+    try:
+        return [one.text for one in findings(name) if one.holds]
+    except ValueError as error:
+        return [f"The findings could not be built: {error}"]
 
 
 def parts_of(name: str, profile: str) -> list[Part]:
