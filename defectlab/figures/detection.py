@@ -166,7 +166,7 @@ def precision_recall_curves(records: Rows, iou: float = 0.5) -> Figure:
     shown = {name: found[0] for name, found in records.items() if found}
     if not shown:
         return nothing_yet()
-    class_names = list(next(iter(shown.values())).per_class)
+    class_names = metrics.unpack(next(iter(shown.values())).arrays)[3]  # in the order of the labels
     figure, axes = panels(len(class_names), min(3, len(class_names)), (3, 2.5), sharex=True, sharey=True)
     for name, record in shown.items():
         predictions, ground_truth, _, _ = metrics.unpack(record.arrays)

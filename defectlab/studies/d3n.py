@@ -184,7 +184,7 @@ def _load_instances(dataset: str, size: int, device: str) -> InstanceData:
 
 def load_for_compression(settings: CompressionSettings, device: str) -> DetectionData:
     """A compressor sees what its diffusion model saw."""
-    return load(replace(settings.ddpm, dataset=settings.dataset), device)
+    return load(settings.ddpm, device)
 
 
 def fingerprints(settings: Any) -> dict[str, str]:

@@ -55,16 +55,23 @@ def rows_by_kind(
     }
 
 
-def untrained(settings: Any) -> Any:
-    """The settings with random weights in place of those that a machine may lack, at every depth."""
+def changed_at_every_depth(settings: Any, change: Callable[[str, Any], Any]) -> Any:
+    """Settings in which each field, also of settings inside them, is what `change(name, value)` makes of it."""
     changes = {}
     for one in fields(settings):
         value = getattr(settings, one.name)
-        if is_dataclass(value):
-            changes[one.name] = untrained(value)
-        elif one.name in ("teacher", "encoder") and value.startswith(("resnet", "wide_resnet")):
-            changes[one.name] = "resnet18_random"
+        inner = is_dataclass(value)
+        changes[one.name] = changed_at_every_depth(value, change) if inner else change(one.name, value)
     return replace(settings, **changes)
+
+
+def _untrained(name: str, value: Any) -> Any:
+    lacking = name in ("teacher", "encoder") and value.startswith(("resnet", "wide_resnet"))
+    return "resnet18_random" if lacking else value
+
+
+def _real_images(name: str, value: Any) -> Any:
+    return here_or_sample(value) if name == "dataset" else value
 
 
 def to_look_at(row: Row) -> Row:
@@ -72,9 +79,9 @@ def to_look_at(row: Row) -> Row:
     that is not on this machine, of its sample; a network's own weights are random."""
 
     def load(settings: Any, device: str) -> Any:
-        return row.load(replace(settings, dataset=here_or_sample(settings.dataset)), device)
+        return row.load(changed_at_every_depth(settings, _real_images), device)
 
-    return replace(row, settings=untrained(row.settings), load=load, seeds=0)
+    return replace(row, settings=changed_at_every_depth(row.settings, _untrained), load=load, seeds=0)
 
 
 @dataclass(frozen=True)
