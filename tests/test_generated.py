@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from nbformat.v4 import new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from toy_records import Project, toy_study
 
 from defectlab.verdicts import generated, page
@@ -79,11 +79,15 @@ def test_readme_and_tables_are_up_to_date() -> None:
     assert not outdated, f"run `python -m defectlab report` and commit {outdated}"
 
 
-def test_formulas_are_typeset_and_code_is_not(tmp_path: Path) -> None:
+def test_html_has_typeset_formulas_code_as_it_is_and_texts_of_images(tmp_path: Path) -> None:
     text = "Let $x_{2i}$ be\n\n$$a = b$$\n\nas in `cost $5$` and\n```\n$y$\n```"
     path = tmp_path / "one.ipynb"
-    path.write_text(nbformat.writes(new_notebook(cells=[new_markdown_cell(text)])))
+    dot = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    shown = new_output("display_data", {"image/png": dot}, metadata={"image/png": {"alt": "a <dot>"}})
+    cells = [new_markdown_cell(text), new_code_cell("", outputs=[shown])]
+    path.write_text(nbformat.writes(new_notebook(cells=cells)))
     page.write_html(path)
     html = path.with_suffix(".html").read_text()
     assert html.count("<math") == 2 and 'display="block"' in html and re.search(r"<msub>\s*<mi>x</mi>", html)
+    assert 'alt="a &lt;dot&gt;"' in html and "No description" not in html
     assert "cost $5$" in html and "$y$" in html and "formula0" not in html

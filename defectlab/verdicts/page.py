@@ -1,6 +1,7 @@
 """The page of a profile, self-contained: findings, forest plots, recorded tables, the hardest images, the notebooks."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -37,6 +38,7 @@ NOTE = (
     "Mean over seeds with its 95 % interval over seeds, cut at 0 and 100 %; ‡ near 100: over test images. "
     "Costs on which all seeds agree have no interval."
 )
+NO_TEXT = 'alt="No description has been provided for this image"'
 MARK = "formula{:05d}here"  # where MathML goes once Markdown is HTML: the converter would close its tags one by one
 FORMULA = re.compile(r"```.*?```|`[^`\n]*`|\$\$(.+?)\$\$|\$([^$\n]+(?:\n[^$\n]+)?)\$", re.DOTALL)
 
@@ -105,6 +107,11 @@ def write_html(executed: Path) -> None:
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": executed.stem}})
     for number, formula in enumerate(formulas):
         body = body.replace(MARK.format(number), formula)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    texts = [m["alt"] for output in outputs for k, m in output.get("metadata", {}).items() if k.startswith("image/")]
+    if len(texts) == body.count(NO_TEXT):  # the exporter does not know that images may have one
+        for text in texts:
+            body = body.replace(NO_TEXT, f'alt="{html.escape(text)}"', 1)
     write_text(target, body)
 
 
@@ -177,12 +184,12 @@ def parts_of(name: str, profile: str) -> list[Part]:
     found = []
     for caption, build in builders.items():
         try:
-            html, notes = build()
+            shown, notes = build()
         except Exception as error:  # whatever it is: the page names it, the rest of the page stands
             found.append(Part(caption, "", [], str(error) or type(error).__name__))
         else:
-            if html or notes:
-                found.append(Part(caption, html, notes, ""))
+            if shown or notes:
+                found.append(Part(caption, shown, notes, ""))
     return found
 
 
@@ -197,13 +204,13 @@ def _forest(name: str, store: tables.RecordStore) -> tuple[str, list[str]]:
 
 def _tables(of: Study, name: str, table: str, profile: str, store: tables.RecordStore) -> tuple[str, list[str]]:
     """The parts of a printed table that have records, and one sentence each on the rest and on what differs."""
-    html, rest, notes = [], "", {}
+    built, rest, notes = [], "", {}
     for frame in shown_tables(of, name, table, profile, store):
         shown, rest, more = split(frame)
         notes |= dict.fromkeys(more)
         if len(shown):
-            html.append(_table(shown)[0])
-    return "".join(html), [*notes, *filter(None, [rest])]
+            built.append(_table(shown)[0])
+    return "".join(built), [*notes, *filter(None, [rest])]
 
 
 def _table(frame: pd.DataFrame) -> tuple[str, list[str]]:
