@@ -43,7 +43,7 @@ reproduce: $(INSTALLED)
 
 notebooks: $(INSTALLED)
 	JUPYTER_PATH=.venv/share/jupyter $(PY) -m nbconvert --execute --inplace --coalesce-streams \
-	  --ExecutePreprocessor.record_timing=False \
+	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
 	  $(foreach number,$(or $(subst $(COMMA), ,$(NOTEBOOKS)),*),notebooks/$(number)*.ipynb)
 
 students: $(INSTALLED)

@@ -53,13 +53,13 @@ def test_a_sentence_is_filled_in_and_says_its_scale(toy: Project, one_finding) -
     write(toy, "rd4ad", {"image_auroc": (77.0, 79.0), "aupro": (66.0, 68.0)}, "quick")
     found = one_finding("RD4AD reaches {rd4ad.image_auroc:.1f}\n here.")
     assert found.holds and found.text == "RD4AD reaches 78.0 here. [quick, 2 seeds]"
-    assert said("toy", "20").splitlines()[0] == f"- {found.text}" and "- " not in said("toy", "21")
-    assert "Cost: 2 recorded quick runs" in said("toy", "20")
+    assert said("toy", "20").data.splitlines()[0] == f"- {found.text}" and "- " not in said("toy", "21").data
+    assert "Cost: 2 recorded quick runs" in said("toy", "20").data
 
 
 def test_a_sentence_whose_condition_no_longer_holds_is_not_said(toy: Project, one_finding) -> None:
     write(toy, "rd4ad", {"image_auroc": (77.0,), "aupro": (50.0,)}, "quick")
-    assert not one_finding("RD4AD finds {rd4ad.aupro:.0f}.").holds and "finds" not in said("toy", "20")
+    assert not one_finding("RD4AD finds {rd4ad.aupro:.0f}.").holds and "finds" not in said("toy", "20").data
 
 
 @pytest.mark.parametrize("text", ["{other.aupro}", "{bsdrd.aupro}", "{rd4ad.map50}", "{rd4ad[crack].aupro}"])

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from IPython.display import Markdown
 
 from defectlab.files import project_root
 from defectlab.runs import RECORDED, Record
@@ -118,11 +119,11 @@ def _scale(rows: list[RowValues]) -> str:
     return f" [{profiles}, {seeds}]"
 
 
-def said(name: str, notebook: str) -> str:
+def said(name: str, notebook: str) -> Markdown:
     """The head of a notebook: what was found, a line each, and what all recorded rows of the study cost."""
     store = record_store(RECORDED)
     lines = [f"- {one.text}" for one in findings(name, store) if one.holds and notebook in one.notebooks]
-    return "\n".join([*lines, "", cost(name, store)])
+    return Markdown("\n".join([*lines, "", cost(name, store)]))
 
 
 def cost(name: str, store: RecordStore) -> str:
