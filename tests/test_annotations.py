@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from defectlab.data.annotations import DUPLICATES, Annotations, read_deep_pcb, read_voc, read_yolo
+from defectlab.data.annotations import DUPLICATES, Annotations, read_deep_pcb, read_voc
 from defectlab.data.coco import read_coco
 from defectlab.data.images import decode
+from defectlab.data.yolo import read_yolo
 from defectlab.files import DataError
 
 NAMES = ("dent", "scratch")
@@ -361,7 +362,12 @@ def test_polygons_and_confidences_in_yolo_lines(tmp_path: Path) -> None:
         ({"images/one.bmp": None}, r"labels/one\.txt has two images, .*one\.bmp and .*one\.png: keep one"),
         ({"data.yaml": "names: [scratch, dent]"}, r"classes\.txt names the classes .*data\.yaml \('scratch', 'dent'\)"),
         ({"data.yaml": "names: [dent, scratch]\nnc: 3"}, r"data\.yaml says nc: 3 and names 2 classes"),
-        ({"data.yaml": "names: [no, yes]"}, r"data\.yaml has a class that yaml reads as true or false"),
+        (
+            {"labels/anna/classes.txt": "scratch\ndent"},
+            r"classes\.txt names the classes .*anna/classes\.txt \('scratch'",
+        ),
+        ({"classes.txt": "dent\n\nscratch\n"}, r"classes\.txt, line 2 names no class, so all later names would move"),
+        ({"classes.txt": "# classes\ndent\nscratch\n"}, r"classes\.txt, line 1 names no class"),
         ({"data.yaml": "names: [dent"}, r"data\.yaml is no yaml"),
         ({"classes.txt": "dent\n dent \n"}, r"classes\.txt gives the class name 'dent' twice"),
     ],
@@ -369,6 +375,7 @@ def test_polygons_and_confidences_in_yolo_lines(tmp_path: Path) -> None:
 def test_what_stands_twice_or_contradicts_is_named(tmp_path: Path, files: dict, message: str) -> None:
     write_yolo(tmp_path)
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         save(tmp_path / name) if text is None else (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         read_yolo(tmp_path)
@@ -440,3 +447,53 @@ def test_names_in_two_unicode_forms_are_one(tmp_path: Path, kind: str) -> None:
         "coco": lambda folder: read_coco(folder / "boxes.json", folder / "images"),
     }[kind](tmp_path)
     assert [len(image.boxes) for image in found.images] == [1]
+
+
+@pytest.mark.parametrize("kind", ["voc", "coco"])
+def test_around_a_turned_box_the_upright_one_is_taken(tmp_path: Path, kind: str) -> None:
+    """As one annotation program writes it: the box before turning, and by how many degrees."""
+    if kind == "voc":
+        turn = "<attributes><attribute><name>rotation</name><value>90.0</value></attribute></attributes></object>"
+        write_voc(tmp_path, {"a": [("dent", (10, 8, 30, 12))]})
+        path = tmp_path / "boxes" / "a.xml"
+        path.write_text(path.read_text().replace("</object>", turn))
+        found = read_voc(tmp_path)
+    else:
+        content = coco({"one": [("dent", (10, 8, 30, 12))]})
+        content["annotations"][0]["attributes"] = {"rotation": 90.0}
+        found = read_coco(write_coco(tmp_path, content), tmp_path)
+    np.testing.assert_allclose(found.images[0].boxes, [[18, 0, 22, 20]], atol=1e-4)
+    assert found.notes["turned boxes, the upright box around each taken"] == 1
+
+
+def test_an_xml_that_names_another_image_of_the_set_is_refused(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    path = tmp_path / "boxes" / "one.xml"
+    path.write_text(path.read_text().replace("wrong", "C:\\photos\\two.png"))
+    with pytest.raises(DataError, match=r"one\.xml says that it is of .*two\.png, its name says .*one\.png"):
+        read_voc(tmp_path)
+    path.write_text("<a><object><name>dent</name><robndbox/></object></a>")
+    with pytest.raises(DataError, match=r"one\.xml .*object 1 has no bndbox: is it a polygon or a turned box"):
+        read_voc(tmp_path)
+
+
+def test_class_names_are_kept_as_written_and_compared_as_seen(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"a": [("O\u0308l", (1, 1, 9, 9)), ("\u00d6l\u200b", (1, 1, 5, 5))]})
+    assert read_voc(tmp_path).class_names == ("\u00d6l",)
+    write_yolo(tmp_path / "yolo")
+    (tmp_path / "yolo" / "classes.txt").unlink()
+    (tmp_path / "yolo" / "data.yaml").write_text("names: [no, 007]\nkpt_shape: [1, 2]")
+    assert read_yolo(tmp_path / "yolo").class_names == ("no", "007")
+    (tmp_path / "yolo" / "labels" / "one.txt").write_text("0 0.3 0.3 0.4 0.4 0.9 0.9")
+    found = read_yolo(tmp_path / "yolo")
+    np.testing.assert_allclose(found.images[1].boxes, [[4, 2, 20, 10]], rtol=1e-5)
+    assert found.notes["keypoints behind the boxes, ignored"] == 1
+
+
+def test_coco_with_ids_as_a_table_writes_them_and_names_as_a_browser_does(tmp_path: Path) -> None:
+    content = coco({"one": TRUTH["one"]})
+    content["images"][0]["file_name"] = "no%201.png"
+    content["annotations"][0]["image_id"] = 7.0
+    path = write_coco(tmp_path, content)
+    save(tmp_path / "images" / "no 1.png")
+    assert [len(image.boxes) for image in read_coco(path, tmp_path).images] == [1]

@@ -128,7 +128,7 @@ def test_optional_rows_are_left_out_where_their_data_lack(fake: FakeStudy) -> No
     assert [t.name for t in batch.tasks("bsdrd", "quick", ["struct_only"])] == ["struct_only"]  # named: listed
 
 
-@pytest.mark.parametrize("line", ["status", "record", "report"])
+@pytest.mark.parametrize("line", ["status", "record", "report --profile quick"])
 @pytest.mark.parametrize("content", ["{", "[]", '{"key": 1}'])
 def test_corrupt_record_is_one_error_and_no_traceback(root: Path, capsys, line: str, content: str) -> None:
     path = runs.runs_dir("quick") / "notes.json"
@@ -169,7 +169,7 @@ def test_what_a_terminal_cannot_print_is_no_error(monkeypatch: pytest.MonkeyPatc
     assert shown.buffer.getvalue().split() == [b"fu\\xdfplatte"]
 
 
-@pytest.mark.parametrize("line", ["run bsdrd", "run bsdrd --jobs 2", "report", "reproduce --profile quick"])
+@pytest.mark.parametrize("line", ["run bsdrd", "run bsdrd --jobs 2", "report --profile quick", "reproduce --profile quick"])
 def test_a_read_only_checkout_is_one_error(fake: FakeStudy, root: Path, monkeypatch, capsys, line: str) -> None:
     """Before any work, with the folder and the remedy."""
 

@@ -222,3 +222,24 @@ def test_the_report_names_test_images_that_look_like_training_images(tmp_path: P
     assert "leak: 1 images stand in two parts" in report
     assert "leak?: 2 test images look like a training image, such as images/test/" in report
     assert report.count("images/train/3.png (similarity 1.00") == 1
+
+
+def test_lists_at_the_root_and_folders_of_a_single_json_split_the_set(tmp_path: Path) -> None:
+    folder = own_yolo(tmp_path / "darknet", {"": 30})
+    (folder / "train.txt").write_text("".join(f"images/{i}.png\n" for i in range(20)))
+    (folder / "test.txt").write_text("".join(f"images/{i}.png\n" for i in range(20, 30)))
+    data = load_folder(folder, "yolo", SIZE)
+    assert lengths(data) == [18, 2, 10] and "by test.txt, train.txt" in data.report
+    names = [f"{part}/{i}.png" for part, count in (("train", 12), ("test", 5)) for i in range(count)]
+    own_coco(tmp_path / "one" / "images", tmp_path / "one" / "all.json", names, 0)
+    own_image(tmp_path / "one" / "images" / "spare.png", 99)
+    data = load_folder(tmp_path / "one", "coco", SIZE)
+    assert lengths(data) == [11, 1, 5] and all("/test/" in name for name in data.test.names)
+    assert "images that no json lists, left out: 1" in data.report
+
+
+def test_folders_named_after_what_is_shown_do_not_split_the_set(tmp_path: Path) -> None:
+    data = load_folder(own_yolo(tmp_path, {"train_wheels": 10, "bogie": 8, "test_bench": 4}), "yolo", SIZE)
+    assert "split: drawn" in data.report
+    (tmp_path / "classes.txt").write_text("dent\nd\u0435nt")  # a Cyrillic letter
+    assert "mixes letters of several scripts" in load_folder(tmp_path, "yolo", SIZE).report

@@ -58,8 +58,8 @@ def test_everything_needed_is_pinned():
 
 # --- What the package imports ----------------------------------------------------------------------------------------
 
-# a reader's, and what torchmetrics and torch import
-TOOLS = {"jupyterlab", "ipykernel", "ipywidgets", "faster-coco-eval", "onnx"}
+# a reader's, what torchmetrics and torch import, and the script of the page's tables
+TOOLS = {"jupyterlab", "ipykernel", "ipywidgets", "itables", "faster-coco-eval", "onnx"}
 
 
 def imported(nodes: Iterator[ast.AST]) -> set[str]:

@@ -126,6 +126,19 @@ def test_a_file_that_is_too_large_or_broken_in_an_odd_way_is_named(tmp_path: Pat
         decode(tmp_path / "large.png")
 
 
+def test_a_jpeg_whose_end_was_never_copied_is_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.jpg"
+    Image.fromarray(rng.integers(0, 255, (64, 64), dtype=np.uint8)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(64))  # zeros after the end harm nothing
+    decode(path)
+    path.write_bytes(whole[:1500] + bytes(len(whole) - 1500))
+    for read in (decode, lambda path: read_header(path, "")):
+        with pytest.raises(DataError, match=r"a\.jpg ends in the middle, the rest is zeros"):
+            read(path)
+
+
 def test_search_follows_links_once_and_leaves_out_hidden_files_and_results(tmp_path: Path) -> None:
     real, folder = tmp_path / "elsewhere", tmp_path / "mine"
     for path in (real / "a.jpg", folder / "b.PNG", folder / ".c.png", folder / "._b.png", folder / ".git" / "d.png"):

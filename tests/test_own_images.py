@@ -471,6 +471,15 @@ def test_training_on_good_images_goes_on_and_does_not_overwrite(
     assert "was trained with other images or settings" in fails(*command, "--epochs", 4, command="score")
 
 
+@pytest.mark.parametrize("name", ["test/dent/a.png", "ground_truth/a.png", "tile00_mask.png"])
+def test_masks_and_test_images_are_no_good_images(parts: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(parts / "good", tmp_path / "good")
+    (tmp_path / "good" / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(parts / "good" / "tile00.png", tmp_path / "good" / name)
+    options = ("--images", parts / "new", "--train-good", tmp_path / "good", "--out", tmp_path / "out", *SMALL)
+    assert f"{Path(name).name} looks like a test image or a mask" in fails(*options, command="score")
+
+
 @pytest.mark.parametrize("size", [100, 32, 48])
 def test_sizes_that_score_cannot_use(parts: Path, tmp_path: Path, size: int) -> None:
     options = ("--images", tmp_path / "none", "--train-good", parts / "good", "--out", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Readers of box annotations: VOC xml, YOLO txt and DeepPCB txt (COCO json: `coco`), all into one form.
+"""Readers of box annotations: VOC xml and DeepPCB txt (`yolo`, `coco`: the others), all into one form.
 
 A box is (x1, y1, x2, y2) in pixels of the upright image, as `images.decode` and every viewer show it, 0 to its width or
 height. Where a file states the size of the stored pixels instead, its boxes are turned with the image.
@@ -10,23 +10,25 @@ a case: in images of 200 pixels 1500 of its coordinates are 1 and 575 are 200.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-import yaml
 
 from defectlab.data.images import find_files, find_images, read_header
 from defectlab.files import DataError
 
 DUPLICATES = "duplicate boxes dropped"
 TINY = "boxes smaller than one pixel, kept"
+UPRIGHT = "images turned by their orientation tag, boxes taken as a viewer shows them"
+AROUND = "turned boxes, the upright box around each taken"
 TOLERANCE = 1.0  # pixels that a box may lie outside: files count from 0 or from 1, and round
 
 
@@ -66,6 +68,15 @@ class Annotations:
 def same(name: str) -> str:
     """A name of a file in the one Unicode form in which names are compared: a Mac writes accents as letters apart."""
     return unicodedata.normalize("NFC", name)
+
+
+def around(box: Sequence[float], degrees: float) -> list[float]:
+    """The upright box around a box (x1, y1, x2, y2) that is turned about its centre."""
+    x1, y1, x2, y2 = box
+    cos, sin = (abs(f(math.radians(degrees))) for f in (math.cos, math.sin))
+    width, height = (x2 - x1) * cos + (y2 - y1) * sin, (x2 - x1) * sin + (y2 - y1) * cos
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
 
 
 def _turned(box: np.ndarray, turned: int, width: int, height: int) -> np.ndarray:
@@ -113,7 +124,7 @@ def checked(
         kept[label, *box.tolist()] = None
     labels = np.array([key[0] for key in kept], np.int64)
     unique = np.array([key[1:] for key in kept], np.float32).reshape(-1, 4)
-    found = Counter({DUPLICATES: len(objects) - len(kept), TINY: int(_tiny(unique).sum())})
+    found = Counter({DUPLICATES: len(objects) - len(kept), TINY: int(_tiny(unique).sum()), UPRIGHT: int(turned > 1)})
     return AnnotatedImage(path, width, height, unique, labels, found + (notes or Counter()))
 
 
@@ -136,11 +147,11 @@ def collected(
 
 
 def clean_names(found: Iterable[Any], source: Path) -> list[str]:
-    """Class names as one sees them, without blanks around them; DataError for an empty one."""
-    found = list(found)
-    if any(isinstance(name, bool) for name in found):
-        raise DataError(f"{source} has a class that yaml reads as true or false, such as yes or no: put it in quotes")
-    names = [" ".join(str("" if name is None else name).split()) for name in found]
+    """Class names as seen: one Unicode form, no invisible letters, single blanks. DataError for an empty one."""
+    names = []
+    for name in found:
+        text = same("" if name is None else str(name))
+        names.append(" ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split()))
     if "" in names:
         raise DataError(f"{source} has a class with an empty name: name it")
     return names
@@ -180,15 +191,26 @@ def _xml(path: Path) -> ElementTree.Element:
     return ElementTree.fromstring(text[text.index("?>") + 2 :])
 
 
-def _parse_voc(path: Path) -> tuple[list[tuple[str, list[float]]], tuple[int, int] | None, Counter[str]]:
-    """The objects (class name, x1 y1 x2 y2) of an xml, the image's size, None where it states none (or 0), and how many
-    objects are marked."""
+class _Voc(NamedTuple):
+    """What an xml says."""
+
+    objects: list[tuple[str, list[float]]]  # class name, x1 y1 x2 y2
+    size: tuple[int, int] | None  # of the image; None where it states none (or 0)
+    notes: Counter[str]  # how many objects are marked or turned
+    file: str  # the name of the image, which is wrong in several public sets
+
+
+def _parse_voc(path: Path) -> _Voc:
     try:
         tree = _xml(path)
         width, height = (int(tree.findtext(f"size/{side}") or 0) for side in ("width", "height"))
         corners = ("xmin", "ymin", "xmax", "ymax")
         items = list(tree.iter("object"))
+        if odd := [number for number, item in enumerate(items, 1) if item.find("bndbox") is None]:
+            raise ValueError(f"object {odd[0]} has no bndbox: is it a polygon or a turned box?")
         boxes = [[float(item.findtext(f"bndbox/{corner}")) for corner in corners] for item in items]
+        turns = [_rotation(item) for item in items]
+        boxes = [around(box, turn) if turn else box for box, turn in zip(boxes, turns, strict=True)]
         marks = Counter(
             f"boxes marked {mark}, kept"
             for mark in ("difficult", "truncated", "occluded")
@@ -200,16 +222,26 @@ def _parse_voc(path: Path) -> tuple[list[tuple[str, list[float]]], tuple[int, in
             f"{path} is no VOC xml with a name and xmin, ymin, xmax, ymax for each object ({error}): restore it"
         ) from error
     names = clean_names((item.findtext("name") for item in items), path)
-    return list(zip(names, boxes, strict=True)), (width, height) if width and height else None, marks
+    marks[AROUND] += sum(map(bool, turns))
+    size = (width, height) if width and height else None
+    file = re.split(r"[/\\]", tree.findtext("filename") or "")[-1]
+    return _Voc(list(zip(names, boxes, strict=True)), size, marks, same(file.strip()))
+
+
+def _rotation(item: ElementTree.Element) -> float:
+    """Degrees by which an object's box is turned: the attribute `rotation` of some annotation software."""
+    found = (a.findtext("value") for a in item.iter("attribute") if a.findtext("name") == "rotation")
+    return float(next(found, None) or 0) % 360
 
 
 def read_voc(folder: Path, class_names: Sequence[str] | None = None) -> Annotations:
     """Images with one VOC xml each, anywhere below `folder`, matched by the file's stem.
 
-    The xml's own <filename> is not used: in several public sets it is wrong. Where two folders hold images of one
-    stem, the xml must lie beside its own. `class_names` None: those found, sorted. Raises DataError: an image without
-    xml or the reverse, an unreadable file, another image size than the xml states, a class that is not in
-    `class_names`, a box without area or more than 1 pixel outside its image (up to 1 pixel it is clipped).
+    The xml's own <filename> is wrong in several public sets: it counts only where it names another image of the set,
+    which is an error. Where two folders hold images of one stem, the xml must lie beside its own. `class_names` None:
+    those found, sorted. Raises DataError: an image without xml or the reverse, an unreadable file, another image size
+    than the xml states, a class that is not in `class_names`, a box without area or more than 1 pixel outside its image
+    (up to 1 pixel it is clipped).
     """
     folder = Path(folder)
     images, by_stem = find_images(folder), defaultdict(list)
@@ -225,132 +257,21 @@ def read_voc(folder: Path, class_names: Sequence[str] | None = None) -> Annotati
             )
         if beside[0] in parsed:
             raise DataError(f"{beside[0]} has two xml files, one is {xml}: keep one")
-        parsed[beside[0]] = xml, *_parse_voc(xml)
+        parsed[beside[0]] = xml, _parse_voc(xml)
+    by_name = {same(path.name): path for path in images}
+    for path, (xml, said) in parsed.items():
+        if said.file in by_name and said.file != same(path.name):
+            raise DataError(f"{xml} says that it is of {by_name[said.file]}, its name says {path}: correct one of both")
     if without := [path for path in images if path not in parsed]:
         raise DataError(f"{without[0]} has no xml: annotate it (an xml without objects says that it has none)")
-    names = tuple(class_names or sorted({name for _, objects, *_ in parsed.values() for name, _ in objects}))
+    names = tuple(class_names or sorted({name for _, said in parsed.values() for name, _ in said.objects}))
     found = (
-        checked(path, xml, [(index_of(name, names, xml), box) for name, box in objects], stated=size, notes=notes)
-        for path, (xml, objects, size, notes) in parsed.items()
+        checked(
+            path, xml, [(index_of(n, names, xml), box) for n, box in said.objects], stated=said.size, notes=said.notes
+        )
+        for path, (xml, said) in parsed.items()
     )
     return collected(names, found, folder)
-
-
-# --------------------------------------------------------------------------------------------------------------- YOLO
-
-
-def yolo_yamls(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The yaml files directly in `folder` that say something of the set: names or parts."""
-    found = {}
-    for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
-        try:
-            content = yaml.safe_load(read_text(path))
-        except yaml.YAMLError as error:
-            raise DataError(f"{path} is no yaml ({' '.join(str(error).split())}): correct it") from error
-        if isinstance(content, dict) and content.keys() & {"names", "nc", "train", "val", "test"}:
-            found[path] = content
-    return found
-
-
-def _yolo_names(folder: Path) -> tuple[str, ...]:
-    """Class names from classes.txt (one a line) or from `names` in data.yaml (a list, or index: name)."""
-    listed = {}
-    for path in (folder / "classes.txt", folder / "labels" / "classes.txt"):
-        if path.is_file():
-            listed[path] = [line for line in read_text(path).splitlines() if line.strip()]
-    for path, content in yolo_yamls(folder).items():
-        names = content.get("names")
-        if names is None and listed:
-            continue  # says only how the set is split
-        try:
-            listed[path] = [names[index] for index in range(len(names))]  # a list and a mapping alike
-        except (TypeError, KeyError) as error:
-            raise DataError(f"{path} gives no class names 0, 1, ... under `names` ({error!r}): add them") from error
-        if content.get("nc") not in (None, len(listed[path])):
-            raise DataError(f"{path} says nc: {content['nc']} and names {len(listed[path])} classes: correct it")
-    if not any(listed.values()):
-        raise DataError(f"{folder} holds neither classes.txt nor data.yaml: write the class names, one a line")
-    read = {path: unique(clean_names(names, path), path) for path, names in listed.items()}
-    (first, names), *rest = read.items()
-    for path, other in rest:
-        if other != names:
-            raise DataError(f"{first} names the classes {names}, {path} {other}: correct or remove one of them")
-    return names
-
-
-def _parse_yolo(path: Path, class_names: Sequence[str]) -> tuple[list[tuple[int, list[float]]], Counter[str]]:
-    """The objects of a txt, and how many lines are not the plain `class x y width height`."""
-    objects, notes = [], Counter()
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            index, *values = map(float, line.split())
-            if not index.is_integer() or (len(values) > 5 and len(values) % 2):
-                raise ValueError
-            if len(values) > 5:
-                x, y = values[::2], values[1::2]
-                box = [min(x), min(y), max(x), max(y)]
-                notes["polygons, their boxes taken"] += 1
-            else:
-                x, y, width, height = values[:4]
-                box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-                if len(values) == 5:
-                    notes["confidences (a sixth column: predictions of a model?), ignored"] += 1
-        except ValueError as error:
-            raise DataError(
-                f"{path}, line {number} is not `class x y width height` but {line.strip()[:60]!r}: correct or remove it"
-            ) from error
-        if not 0 <= index < len(class_names):
-            raise DataError(
-                f"{path}, line {number} has class {index:g}, there are {len(class_names)} names "
-                f"(0 {class_names[0]} to {len(class_names) - 1} {class_names[-1]}): correct it or add the name"
-            )
-        objects.append((int(index), box))
-    return objects, notes
-
-
-def read_yolo(folder: Path, class_names: Sequence[str] | None = None) -> Annotations:
-    """Images below a folder `images`, their txt under the same path below `labels`.
-
-    So `images/train/a.jpg` has `labels/train/a.txt`, and `train/images/a.jpg` has `train/labels/a.txt`. A line is
-    `class x y width height`, centre and size as parts of the image's; of a polygon `class x1 y1 x2 y2 x3 y3 ...` the
-    box is taken, a sixth column (confidence) is ignored. An image without txt has no object. `class_names` None: from
-    classes.txt (also in labels), or `names` of data.yaml, in `folder`. Raises DataError: no image or no txt at all, a
-    txt without image or with two, another line, a class index without a name, a box as in `read_voc`.
-    """
-    folder = Path(folder)
-    names = tuple(class_names or _yolo_names(folder))
-    texts = [path for path in find_files(folder, {".txt"}) if "labels" in path.relative_to(folder).parts[:-1]]
-    by_path = {same(str(path)): path for path in texts if path.name != "classes.txt"}
-    sources: dict[Path, Path | None] = {}
-    images = find_images(folder)
-    for path in images:
-        parts = list(path.relative_to(folder).parts)
-        if "images" in parts[:-1]:
-            parts[parts.index("images")] = "labels"
-            sources[path] = by_path.get(same(str(folder.joinpath(*parts).with_suffix(".txt"))))
-    if not by_path:
-        raise DataError(f"{folder} should hold images below `images` and txt files below `labels`: arrange them so")
-    owner: dict[Path, Path] = {}
-    for path, source in sources.items():
-        if source in owner:
-            raise DataError(
-                f"{source} has two images, {owner[source]} and {path}: keep one, or rename one with its txt"
-            )
-        if source is not None:
-            owner[source] = path
-    if alone := [path for path in by_path.values() if path not in owner]:
-        raise DataError(f"{alone[0]} has no image under the same path below `images`: restore it, or remove the txt")
-
-    def read(path: Path, source: Path | None) -> AnnotatedImage:
-        if source is None:
-            return checked(path, path, [], notes=Counter({"images without a txt, taken as free of defects": 1}))
-        objects, notes = _parse_yolo(source, names)
-        return checked(path, source, objects, normalised=True, notes=notes)
-
-    outside = Counter({"images outside of a folder `images`, left out": len(images) - len(sources)})
-    return collected(names, (read(*pair) for pair in sources.items()), folder, outside)
 
 
 # ------------------------------------------------------------------------------------------------------------ DeepPCB

@@ -7,6 +7,7 @@ held out as `dev`, where design choices are made, with a defect pasted on a copy
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +33,7 @@ MVTEC_CATEGORIES = (
     "pill", "screw", "tile", "toothbrush", "transistor", "wood", "zipper",
 )
 # fmt: on
+NOT_GOOD = {"test", "ground_truth", "mask", "masks", "label", "labels", "defect", "defects", "bad", "ng"}  # folders
 PASTED_DEFECTS = "2f5ebef63256b8b1"  # digest of what `paste_defect` and `hold_out` give; see `splits.content_id`
 
 
@@ -244,6 +246,10 @@ def from_good_folder(folder: Path, size: int, device="cpu") -> AnomalyData:
     """
     folder = Path(folder)
     paths = find_images(folder)
+    for path in paths:
+        words = {part.lower() for part in path.relative_to(folder).parts[:-1]}
+        if words & NOT_GOOD or re.search(r"[_-](mask|gt)$", path.stem.lower()):
+            raise DataError(f"{path} looks like a test image or a mask: give the folder of the good images alone")
     if len(paths) < 20:
         raise DataError(f"{folder} holds {len(paths)} images: training needs at least 20 good ones")
     parts = hold_out([Sample(path.relative_to(folder).as_posix()) for path in paths], TILE_TYPES)

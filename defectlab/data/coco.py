@@ -8,8 +8,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from defectlab.data.annotations import Annotations, checked, clean_names, collected, index_of, read_text, same, unique
+from defectlab.data.annotations import (
+    AROUND,
+    Annotations,
+    around,
+    checked,
+    clean_names,
+    collected,
+    index_of,
+    read_text,
+    same,
+    unique,
+)
 from defectlab.data.images import find_images
 from defectlab.files import DataError
 
@@ -42,11 +54,16 @@ class _Fields:
         return values if count else values[0]
 
 
+def _key(value: Any) -> str:
+    """An id as text: "1", 1 and 1.0 are the same."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def _by_id(items: Iterable[_Fields]) -> dict[str, _Fields]:
     """By `id`, in the order of the ids; "1" and 1 are the same. DataError for one that stands twice."""
     found: dict[str, _Fields] = {}
     for item in items:
-        if (key := str(item["id"])) in found:
+        if (key := _key(item["id"])) in found:
             both = f"{found[key].content} and {item.content}"
             raise DataError(f"{item.where}: the id {key} stands twice, for {both}: give each its own (exports merged?)")
         found[key] = item
@@ -84,7 +101,7 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
     listed = _by_id(fields.items("images"))
     objects, notes = {index: [] for index in listed}, defaultdict(Counter)
     for item in fields.items("annotations"):
-        image, category = str(item["image_id"]), str(item["category_id"])
+        image, category = _key(item["image_id"]), _key(item["category_id"])
         if image not in listed or category not in called:
             raise DataError(
                 f"{item.where} is of image {item['image_id']!r} and category {item['category_id']!r}, an image or "
@@ -94,7 +111,11 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
             notes[image]["regions marked iscrowd, left out"] += 1
             continue
         x, y, width, height = item.number("bbox", 4)
-        objects[image].append((index_of(called[category], names, annotation_file), [x, y, x + width, y + height]))
+        box, attributes = [x, y, x + width, y + height], item.content.get("attributes")
+        if turn := float((attributes if isinstance(attributes, dict) else {}).get("rotation") or 0) % 360:
+            box = around(box, turn)
+            notes[image][AROUND] += 1
+        objects[image].append((index_of(called[category], names, annotation_file), box))
 
     read, seen = [], {}
     for index, item in listed.items():
@@ -102,7 +123,12 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
         stated = None
         if item.content.get("width") or item.content.get("height"):
             stated = int(item.number("width")), int(item.number("height"))
+        if name not in by_path and not by_name[name.rsplit("/", 1)[-1]]:
+            name = unquote(name)  # "plate%20no%201.png", as a browser writes it
         found = [by_path[name]] if name in by_path else by_name[name.rsplit("/", 1)[-1]]
+        found = [
+            one for one in found if same(one.as_posix()).endswith(f"/{name}")
+        ] or found  # the whole of its path fits
         if len(found) > 1:
             raise DataError(f"{annotation_file}: {name} fits {found[0]} and {found[1]}: give its path in {images}")
         path = found[0] if found else images / name

@@ -7,6 +7,7 @@ images. Images that are byte for byte the same stand on one side.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -249,6 +250,11 @@ def _to_split(
     )
 
 
+def _script(letter: str) -> str:
+    """LATIN, CYRILLIC, CJK, ...: the first word of a letter's name."""
+    return unicodedata.name(letter, "?").split()[0]
+
+
 def _describe(annotations: Annotations, groups: Sequence[Sequence[AnnotatedImage]]) -> str:
     """Counts of what was found: images, boxes of each class in train / dev / test, dropped duplicates."""
     counts = [Counter(int(label) for image in group for label in image.labels) for group in groups]
@@ -263,4 +269,6 @@ def _describe(annotations: Annotations, groups: Sequence[Sequence[AnnotatedImage
         by_lower[name.casefold()].append(name)
     alike = [", ".join(names) for names in by_lower.values() if len(names) > 1]
     lines += [f"warning: {names} differ in case only, is it one class?" for names in alike]
+    mixed = [name for name in annotations.class_names if len({_script(c) for c in name if c.isalpha()}) > 1]
+    lines += [f"warning: the class {name} mixes letters of several scripts, which may look alike" for name in mixed]
     return "\n".join(lines)

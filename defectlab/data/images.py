@@ -40,7 +40,7 @@ def find_files(folder: Path, suffixes: set[str] | None = None) -> list[Path]:
     DataError: no such folder, one that this program wrote, a name that is not UTF-8.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: give the one that holds the images and their boxes")
+        raise DataError(f"{folder} is not a folder: give the folder that holds the images")
     if (folder / MARKER).exists():
         raise DataError(f"{folder} holds results of this program: give the folder of your own images")
     found, entered = [], set()
@@ -84,10 +84,25 @@ def others(folder: Path, known: set[str] = IMAGE_SUFFIXES) -> str:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
+def _check_whole(path: Path) -> None:
+    """DataError for a JPEG that ends in zeros without its end marker: decoders fill what is missing with grey."""
+    if path.suffix.lower() not in (".jpg", ".jpeg", ".jfif") or path.stat().st_size < 8:
+        return
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        if file.read() != bytes(8):
+            return
+        file.seek(0)
+        whole = file.read().rstrip(b"\0").endswith(b"\xff\xd9")
+    if not whole:
+        raise DataError(f"{path} ends in the middle, the rest is zeros (an interrupted copy?): copy it again")
+
+
 @contextmanager
 def opened(path: Path, remedy: str) -> Iterator[Image.Image]:
     """The image file, not yet decoded; DataError ending in `remedy` if it is missing, damaged or too large."""
     try:
+        _check_whole(path)
         with Image.open(path) as image:
             yield image
     except (DataError, MemoryError):

@@ -14,16 +14,31 @@ import numpy as np
 import pooch
 from PIL import Image
 
-from defectlab.data.annotations import Annotations, read_text, read_voc, read_yolo, same, yolo_yamls
+from defectlab.data.annotations import Annotations, read_text, read_voc, same
 from defectlab.data.coco import read_coco
 from defectlab.data.detection import DetectionData, DetectionSplit, to_data
 from defectlab.data.images import IMAGE_SUFFIXES, decode, find_files, find_images, in_threads, others, plain
 from defectlab.data.leaks import near_duplicates
 from defectlab.data.splits import PARTS, Plan, detection_identity, draw_split, with_dev
+from defectlab.data.yolo import read_yolo, yolo_yamls
 from defectlab.files import DataError
 
 _ROLES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _ROLES |= {"testing": "test"}
+_NEUTRAL = {
+    "",
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "jpegimages",
+    "label",
+    "labels",
+    "annotations",
+    "set",
+    "data",
+    "split",
+}
 _KNOWN = IMAGE_SUFFIXES | {".xml", ".txt", ".json", ".yaml", ".yml"}
 
 
@@ -31,11 +46,15 @@ _KNOWN = IMAGE_SUFFIXES | {".xml", ".txt", ".json", ".yaml", ".yml"}
 
 
 def _role(path: Path, folder: Path) -> str | None:
-    """train, val or test, where a word of a folder in the path (for a json, also of its name) says so: `train2017`,
-    `valid`, `images_test`."""
+    """train, val or test, where a folder in the path says so (`train2017`, `images_test`; not `test_bench`), for a json
+    also a word of its name."""
     parts = path.relative_to(folder)
-    text = str(parts if path.suffix == ".json" else parts.parent).lower()
-    return next((_ROLES[word] for word in re.split(r"[^a-z]+", text) if word in _ROLES), None)
+    for part in parts.parent.parts:
+        words = set(re.split(r"[^a-z]+", part.lower())) - _NEUTRAL
+        if len(words) == 1 and (role := _ROLES.get(*words)):
+            return role
+    words = re.split(r"[^a-z]+", parts.stem.lower()) if path.suffix == ".json" else []
+    return next((_ROLES[word] for word in words if word in _ROLES), None)
 
 
 def _by_folders(names: Iterable[str], folder: Path) -> dict[str, str | None]:
@@ -82,8 +101,8 @@ def _by_yaml(folder: Path, names: Iterable[str]) -> tuple[dict[str, set[str]], s
             continue
         if found:
             raise DataError(f"{folder} has two yaml files that split it, {why} and {path.name}: keep one")
-        why = path.name
-        base = folder / str(content.get("path") or "")
+        why = path.relative_to(folder).as_posix()
+        base = path.parent / str(content.get("path") or "")
         for role, listed in entries.items():
             parts = [_yaml_part(path, str(e), base, names) for e in (listed if isinstance(listed, list) else [listed])]
             if all(part for part in parts):
@@ -107,13 +126,17 @@ def _listed_split(folder: Path, format: str, names: Iterable[str]) -> tuple[dict
         why = ", ".join(str(path.relative_to(folder)) for path, _ in lists.values())
     elif format == "yolo":
         chosen, why = _by_yaml(folder, names)
+        lists = {_ROLES[path.stem]: path for path in folder.glob("*.txt") if path.stem in _ROLES}
+        if not chosen and "train" in lists and len(lists) > 1:  # as darknet has them
+            chosen = {role: _yaml_part(path, path.name, folder, names) or set() for role, path in lists.items()}
+            why = ", ".join(sorted(path.name for path in lists.values()))
     else:
         return None
     if "train" not in chosen or len(chosen) < 2:
         return None
     roles: dict[str, str | None] = {}
     for role, members in chosen.items():
-        for name in members:
+        for name in sorted(members):
             if name in roles:
                 raise DataError(f"{folder / name} is in {roles[name]} and in {role} of {why}: leave it in one")
             roles[name] = role
@@ -145,9 +168,10 @@ def _read_coco_jsons(folder: Path) -> tuple[Annotations, dict[str, str | None]]:
             name = image.path.relative_to(folder).as_posix()
             if name in roles:
                 raise DataError(f"{path} lists {name}, which another json lists too: remove it from one")
-            roles[name] = role
+            roles[name] = role or _role(image.path, folder)
             images.append(image)
-    return Annotations(class_names, tuple(images)), roles
+    left_out = Counter({"images that no json lists, left out": len(find_images(folder)) - len(images)})
+    return Annotations(class_names, tuple(images), left_out), roles
 
 
 def _read_own(folder: Path, format: str) -> tuple[Annotations, dict[str, str | None], str]:
@@ -155,7 +179,7 @@ def _read_own(folder: Path, format: str) -> tuple[Annotations, dict[str, str | N
     if format not in ("voc", "yolo", "coco"):
         raise ValueError(f"format must be 'voc', 'yolo' or 'coco', got {format!r}")
     if format == "coco":
-        return *_read_coco_jsons(folder), "names of the json files"
+        return *_read_coco_jsons(folder), "names of the json files or folders"
     annotations = (read_voc if format == "voc" else read_yolo)(folder)
     names = [image.path.relative_to(folder).as_posix() for image in annotations.images]
     listed = _listed_split(folder, format, names)

@@ -1,6 +1,7 @@
 """A trained model on a reader's own images: scores and anomaly maps as files; or train on a folder of good ones."""
 
 import argparse
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -110,9 +111,14 @@ def score(options: argparse.Namespace) -> int:
         maps, scores = maps_and_scores(pixels.to(device))
         rows += zip(map(plain, names), scores.tolist(), strict=True)
         for name, image, one in zip(names, pixels[:, 0].numpy(), maps.cpu().numpy(), strict=True):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            np.save(out / f"{name}_map.npy", one)
-            overlay(image, one / max(2 * model.threshold, 1e-9)).save(out / f"{name}_map.png")
+            try:
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                np.save(out / f"{name}_map.npy", one)
+                overlay(image, one / max(2 * model.threshold, 1e-9)).save(out / f"{name}_map.png")
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                images.broken.append(f"map of {plain(name)}: the name is too long for a file, rename the image")
     table = pd.DataFrame(rows, columns=["image", "score"])
     table["anomalous"] = (table["score"] >= model.threshold).astype(int)
     write_atomically(out / "scores.csv", lambda aside: table.to_csv(aside, index=False, float_format="%.6f"))
