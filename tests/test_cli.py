@@ -169,7 +169,9 @@ def test_what_a_terminal_cannot_print_is_no_error(monkeypatch: pytest.MonkeyPatc
     assert shown.buffer.getvalue().split() == [b"fu\\xdfplatte"]
 
 
-@pytest.mark.parametrize("line", ["run bsdrd", "run bsdrd --jobs 2", "report --profile quick", "reproduce --profile quick"])
+@pytest.mark.parametrize(
+    "line", ["run bsdrd", "run bsdrd --jobs 2", "report --profile quick", "reproduce --profile quick"]
+)
 def test_a_read_only_checkout_is_one_error(fake: FakeStudy, root: Path, monkeypatch, capsys, line: str) -> None:
     """Before any work, with the folder and the remedy."""
 

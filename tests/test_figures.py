@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from defectlab import figures
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.figures import anomaly, detection, instances
+from defectlab.figures.forest import Line, forest
 
 RED, GREY = (200, 20, 30), (90, 90, 90)
 
@@ -188,3 +189,15 @@ def test_histograms_count_every_test_image_and_mark_the_threshold() -> None:
     assert axis.get_title() == "bsdrd, seed 2"
     assert sum(bar.get_height() for bar in axis.patches) == 5
     assert axis.lines[0].get_xdata() == [0.7, 0.7]
+
+
+def test_a_forest_plot_shows_every_printed_gain_and_an_arrow_where_an_interval_goes_on():
+    lines = [Line(f"claim {i}", 1.0, 0.5, 1.5, True, None) for i in range(8)]
+    lines += [Line("long", 0.0, -18.0, 18.0, True, None), Line("printed", -1.0, -1.5, -0.5, False, 4.0)]
+    figure = forest(lines)
+    (axis,) = figure.axes
+    low, high = axis.get_xlim()
+    assert 4.0 < high < 18.0 and low == -high
+    drawn = [line.get_marker() for line in axis.lines]
+    assert drawn.count("<") == drawn.count(">") == 1 and drawn.count("|") == 1 and drawn.count("o") == len(lines)
+    assert axis.get_yticklabels()[0].get_text() == "printed"  # from top to bottom

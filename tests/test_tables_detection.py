@@ -13,6 +13,7 @@ from toy_records import Project, toy_study
 from defectlab import runs
 from defectlab.metrics import detection
 from defectlab.verdicts import generated, measured, page, tables
+from defectlab.verdicts.claims import signed
 from defectlab.verdicts.tables import agreement, claims_table, results_table
 
 CLASSES = ("crazing", "patches")
@@ -133,7 +134,12 @@ def test_gain_with_both_intervals(toy: Project) -> None:
     assert 0 <= one.images.low < one.images.high <= 100
     line = claims_table("toy", "paper").iloc[0]
     assert (line["compared"], line["difference"]) == ("large − small, mAP50", "+6.0")
-    assert line["95 % over images"] == f"[{one.images.low:+.1f}, {one.images.high:+.1f}]"
+    low, high = map(signed, (one.images.low, one.images.high))
+    assert line["95 % over images"] == f"[{low}, {high}]" and [signed(x) for x in (-0.04, 0.04, 1)] == [
+        "0.0",
+        "0.0",
+        "+1.0",
+    ]
 
 
 def test_order_compares_the_gain_at_some_classes(toy: Project) -> None:

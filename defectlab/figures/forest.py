@@ -25,21 +25,28 @@ class Line(NamedTuple):
 def forest(lines: Sequence[Line], width: float = 8.0) -> Figure:
     """`lines` from top to bottom. Thick intervals are over seeds, thin ones over test images; a tick is a printed gain.
 
-    Blue: the interval lies above 0; red: below; grey: it holds 0.
+    Blue: the interval lies above 0; red: below; grey: it holds 0. An arrow: the interval goes on beyond the edge.
     """
     if not lines:
         return nothing_yet()
     figure, axis = plt.subplots(figsize=(width, 0.9 + 0.3 * len(lines)), layout="constrained")
     axis.axvline(0, color="#999999", linewidth=0.8)
+    ends = sorted(abs(x) for one in lines for x in (one.mean, one.low, one.high) if not math.isnan(x))
+    # as far as the printed gains, and not so far that one long interval squeezes the others
+    printed = max((abs(one.printed or 0) for one in lines), default=0)
+    reach = min(1.1 * max(*ends, printed), max(1 + 2 * ends[int(0.9 * (len(ends) - 1))], 1.1 * printed))
     for y, line in enumerate(reversed(lines)):
         colour = GOOD if line.low > 0 else BAD if line.high < 0 else "#777777"
         axis.plot(line.mean, y, "o", color=colour, markersize=5)
         if not math.isnan(line.low):
             axis.plot([line.low, line.high], [y, y], color=colour, linewidth=3 if line.over_seeds else 1.2)
+        for x, marker in ((-reach, "<"), (reach, ">")):
+            if (line.low < x) if x < 0 else (line.high > x):
+                axis.plot(x, y, marker, color=colour, markersize=6, clip_on=False)  # it goes on
         if line.printed is not None:
             axis.plot(line.printed, y, "|", color=INK, markersize=13, markeredgewidth=2)
     axis.set_yticks(range(len(lines)), [line.label for line in reversed(lines)], fontsize=8)
-    axis.set(xlabel="difference in points", ylim=(-0.7, len(lines) - 0.3))
+    axis.set(xlabel="difference in points", xlim=(-reach, reach), ylim=(-0.7, len(lines) - 0.3))
     axis.tick_params(left=False)
     axis.spines["left"].set_visible(False)
     handles = [

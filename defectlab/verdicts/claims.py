@@ -214,12 +214,18 @@ def compared(judged: Judged) -> str:
     return f"{rows}, {METRIC_NAMES[claim['metric']]}{types}" + (f", on {judged.device}" if judged.device else "")
 
 
+def signed(points: float) -> str:
+    """'+0.4', '-1.2'; '0.0' for what rounds to it."""
+    text = f"{points:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
+
+
 def measured_text(judged: Judged) -> str:
     """'+0.4' (points), '×1.12 (at most ×1.25)', '3.16 M (at most 3.5 M)' or, timed, '14.69 to 42.44 ms in 3 records (at
     most 33.3 ms)'; '–' where nothing could be measured."""
     claim, metric = judged.claim, judged.claim["metric"]
     if judged.difference:
-        return f"{judged.difference.mean:+.1f}"
+        return signed(judged.difference.mean)
     if judged.value is None:
         return "–"
     side = "at most" if "at_most" in claim else "at least"

@@ -275,7 +275,7 @@ def _intervals(judged: claims.Judged) -> tuple[str, str]:
         if found is None or math.isnan(found.low):
             return "–"
         low, high = within(judged.claim["metric"], found.low, found.high, differences)
-        return f"[{low:+.1f}, {high:+.1f}]"
+        return f"[{claims.signed(low)}, {claims.signed(high)}]"
 
     return text(judged.difference if judged.n > 1 else None), text(judged.images)
 
