@@ -14,7 +14,7 @@ from defectlab.runs import Record
 
 SIDE = 256  # pixels of an image that is shown
 EACH = 4  # how many examples of a kind a record keeps
-CASES = ("defects with the lowest scores", "good parts with the highest", "defects with the highest")
+CASES = ("defects, lowest scores", "good parts, highest scores", "defects, highest scores")
 
 
 def samples(data: AnomalyData, part: str, indices: Sequence[int], columns: int = 3, width: float = 9.0) -> Figure:
