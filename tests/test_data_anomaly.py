@@ -76,9 +76,6 @@ def bottles(tmp_path: Path) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------------- contents
-
-
 def test_tiles(tiles: Path) -> None:
     data = load_tiles(tiles)
     assert data.name == "magnetic_tile" and data.label == "magnetic tiles"
@@ -190,9 +187,6 @@ def test_script_of_the_synthetic_sets(tmp_path: Path, script, capsys: pytest.Cap
     assert main(["--data-dir", str(tmp_path)]) == 0 and main(["--verify", "--data-dir", str(tmp_path)]) == 0
     assert "synthetic nuts: 132 files" in capsys.readouterr().out
     assert listed.stat().st_mtime_ns == stamp  # not drawn again
-
-
-# ------------------------------------------------------------------------------------------------------ bad input
 
 
 SCRIPT = r".*run `python data_scripts/magnetic_tile\.py`"

@@ -61,9 +61,6 @@ def check_form(data: DetectionData, size: int = SIZE) -> None:
     assert not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
 
 
-# ---------------------------------------------------------------------------------------------------------- letterbox
-
-
 @pytest.mark.parametrize(("width", "height"), [(40, 20), (21, 40), (40, 40), (11, 7)])
 @pytest.mark.parametrize("colour", [False, True])
 def test_letterbox_moves_pixels_as_it_says(width: int, height: int, colour: bool) -> None:
@@ -86,9 +83,6 @@ def test_letterbox_is_antialiased_and_sees_grey() -> None:
     pixels, scale, offset = letterbox(Image.fromarray(checks).convert("RGB"), 32)
     assert pixels.shape == (1, 32, 32) and scale == 1 / 8 and offset == (0, 0)
     assert np.abs(pixels.astype(int) - 127).max() < 8
-
-
-# ------------------------------------------------------------------------------------------------------------- splits
 
 
 def test_draw_split_is_stratified_and_keeps_twins_together() -> None:
@@ -116,9 +110,6 @@ def test_committed_list() -> None:
         numbers = [int(name[len(kind) + 1 : -4]) for name in names if name.startswith(f"{kind}_")]
         assert len(numbers) == 60 and min(numbers) >= 1 and max(numbers) <= 300
     assert ("patches_101.jpg" in names) == ("patches_105.jpg" in names)
-
-
-# --------------------------------------------------------------------------------------------------------------- sets
 
 
 def test_steel(copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

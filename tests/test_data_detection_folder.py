@@ -238,6 +238,14 @@ def test_lists_at_the_root_and_folders_of_a_single_json_split_the_set(tmp_path: 
     assert "images that no json lists, left out: 1" in data.report
 
 
+def test_a_data_yaml_in_a_subfolder_splits_the_set(tmp_path: Path) -> None:
+    folder = moved(tmp_path / "export", {"a": 20, "b": 6}, "theirs")
+    (folder / "classes.txt").rename(tmp_path / "classes.txt")
+    (folder / "data.yaml").write_text("train: ../a/images\nval: ../b/images\nnames: [dent, scratch]")
+    data = load_folder(tmp_path, "yolo", SIZE)
+    assert lengths(data) == [18, 2, 6] and "by export/data.yaml" in data.report
+
+
 def test_folders_named_after_what_is_shown_do_not_split_the_set(tmp_path: Path) -> None:
     data = load_folder(own_yolo(tmp_path, {"train_wheels": 10, "bogie": 8, "test_bench": 4}), "yolo", SIZE)
     assert "split: drawn" in data.report

@@ -74,9 +74,6 @@ def test_records_hold_these_identities() -> None:
     assert compared > 60
 
 
-# --------------------------------------------------------------------------------------------- what the code computes
-
-
 def texture(height: int, width: int) -> np.ndarray:
     """Whole numbers 0..255 that need no random numbers: the same everywhere."""
     row, column = np.mgrid[:height, :width]
@@ -165,9 +162,6 @@ def test_fingerprints_follow_digests(synthetic: Path, monkeypatch: pytest.Monkey
             patch.setattr(module, name, "0" * 16)
             changed = [fingerprint() != old for fingerprint, old in zip(known, before, strict=True)]
         assert changed == [number == other for other in range(4)], name
-
-
-# ------------------------------------------------------------------------------------------------- what the code draws
 
 
 @pytest.mark.parametrize("name", SYNTHETIC)

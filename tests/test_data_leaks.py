@@ -117,9 +117,6 @@ def test_images_without_content_and_sets_without_images() -> None:
         near_duplicates(blank[:0], blank)
 
 
-# --------------------------------------------------------------------------------------------------------- tile groups
-
-
 def test_names_tell_the_groups() -> None:
     one = [f"exp{e}_num_{100000 + 20 * e}" for e in range(1, 7)]
     short, next_ = ["exp5_num_100300", "exp6_num_100330"], ["exp1_num_100350"]
@@ -151,9 +148,6 @@ def test_a_grouped_split_cuts_no_tile() -> None:
     assert not {groups[name] for name in train} & {groups[name] for name in left}
     good = [name for name in left if "Free" in name]
     assert 186 <= len(good) <= 191 and {groups[names[i]] for i in cracked} <= {groups[name] for name in good}
-
-
-# ----------------------------------------------------------------------------------------------------------- real sets
 
 
 @pytest.fixture(scope="module")

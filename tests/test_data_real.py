@@ -43,9 +43,6 @@ def test_another_layout_of_the_same_files(changed: bool, real_set, script, tmp_p
     assert "does not hold NEU-DET as published" in captured.err if changed else "3600 files" in captured.out
 
 
-# ---------------------------------------------------------------------------------------------------- tiles and nuts
-
-
 @pytest.fixture(scope="module")
 def tiles(real_set) -> AnomalyData:
     return load_anomaly("magnetic_tile", 64, root=real_set("magnetic_tile"))
@@ -104,9 +101,6 @@ def test_twins_between_training_and_test(tiles: AnomalyData) -> None:
     twins = closest > 0.95
     assert 100 <= int(twins[good].sum()) <= 120  # 108 at 256 px, where the notebook counts
     assert int(twins[~good].sum()) <= 6  # 3 at 256 px
-
-
-# --------------------------------------------------------------------------------------------- steel and boards
 
 
 def class_counts(data: DetectionData, *parts: str) -> list[int]:

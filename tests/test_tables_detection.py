@@ -254,7 +254,7 @@ def test_page_and_markdown_show_the_studys_own_groups(toy: Project) -> None:
     assert "11.17 M (at most 12 M)" in text
     assert ">A toy study</h2>" in text and "AUROC" not in text
     line = "| Large | 81.5 | 81.0 [78.5, 83.5] n=3 | agrees | 11.2 | 11.17 n=3 | agrees | paper |"
-    assert line in generated.tables_markdown("toy", generated.recorded_store())
+    assert line in generated.tables_markdown("toy", tables.record_store("recorded"))
 
 
 def test_a_broken_record_is_said_on_the_page(toy: Project) -> None:

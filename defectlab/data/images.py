@@ -69,7 +69,7 @@ def find_images(folder: Path) -> list[Path]:
     """The image files below `folder`, as `find_files`; DataError where there is none."""
     images = find_files(folder, IMAGE_SUFFIXES)
     if not images:
-        raise DataError(f"{folder} holds no jpg, png, bmp or tif image: give the folder that holds them")
+        raise DataError(f"{folder} holds no image (jpg, png, tif, webp, ...): give the folder that holds them")
     return images
 
 

@@ -9,7 +9,8 @@ NEU-Seg as published tests on images of its own training part. By data_scripts/n
 images the training part holds the three other turns, for 570 of them with the very same mask. So "neu_seg" (ours)
 takes every training image out that shows a test image: 1,180 of 3,630 remain, 295 images by four turns, one class
 in each. "neu_seg_published" keeps them all, for comparison with papers. What is known and left: 240 test images were
-joined from two others with a blended seam, and 15 of them repeat a fifth or more of a remaining training image.
+joined from two others with a blended seam, and 15 of them repeat a fifth or more of a remaining training image (28 look
+like one to `leaks.near_duplicates`).
 """
 
 from __future__ import annotations

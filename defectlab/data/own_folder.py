@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,7 @@ from defectlab.files import DataError
 
 _ROLES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _ROLES |= {"testing": "test"}
-_NEUTRAL = {
-    "",
-    "image",
-    "images",
-    "img",
-    "imgs",
-    "jpegimages",
-    "label",
-    "labels",
-    "annotations",
-    "set",
-    "data",
-    "split",
-}
+_NEUTRAL = {"", "image", "images", "img", "imgs", "jpegimages", "label", "labels"} | {"annotations", "set", "data"}
 _KNOWN = IMAGE_SUFFIXES | {".xml", ".txt", ".json", ".yaml", ".yml"}
 
 
@@ -71,30 +58,34 @@ def _voc_lists(folder: Path) -> dict[str, tuple[Path, set[str]]]:
     return found
 
 
-def _yaml_part(yaml: Path, entry: str, base: Path, names: Iterable[str]) -> set[str] | None:
-    """The images, by name, that an entry of a data.yaml means: a folder or a list; None where it is not there."""
-    folder, inside = yaml.parent, re.sub(r"^(\.{1,2}/)+", "", entry.replace("\\", "/"))
-    places = [base / entry, folder / entry, folder / inside]
-    place = next((place.resolve() for place in places if place.exists()), None)
+def _named_images(entry: str, bases: Sequence[Path], by_place: Mapping[Path, str]) -> set[str] | None:
+    """The images, by name, that an entry of a data.yaml means: a folder or a list; None where it is not there.
+
+    `bases`: what it may be relative to. `by_place`: resolved path of an image -> its name.
+    """
+
+    def places(path: str) -> list[Path]:
+        inside = re.sub(r"^(\.{1,2}/)+", "", path.replace("\\", "/"))  # "../train/images" of a set that was moved
+        return [place.resolve() for base in bases for place in (base / path, base / inside)]
+
+    place = next((place for place in places(entry) if place.exists()), None)
     if place is None:
         return None
-    by_place = {(folder / name).resolve(): name for name in names}
     if place.is_dir():
         return {name for path, name in by_place.items() if path.is_relative_to(place)}
-    lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]
-    found = {}
-    for line in lines:
-        plain = re.sub(r"^(\.{1,2}/)+", "", line.replace("\\", "/"))
-        paths = [place.parent / line, base / line, folder / plain]
-        found[line] = next((by_place[p.resolve()] for p in paths if p.resolve() in by_place), None)
-        if found[line] is None:
-            raise DataError(f"{place} lists {line}, which is no image of {folder}: correct or remove it")
-    return set(found.values())
+    bases, found = [place.parent, *bases], set()
+    for line in filter(None, map(str.strip, read_text(place).splitlines())):
+        name = next((by_place[path] for path in places(line) if path in by_place), None)
+        if name is None:
+            raise DataError(f"{place} lists {line}, which is no image of the set: correct or remove it")
+        found.add(name)
+    return found
 
 
-def _by_yaml(folder: Path, names: Iterable[str]) -> tuple[dict[str, set[str]], str]:
-    """Role -> images by name, from the data.yaml of a set in the layout of YOLO; and what to say of it."""
-    found, why = {}, ""
+def _yolo_lists(folder: Path, names: Iterable[str]) -> tuple[dict[str, set[str]], str]:
+    """Role -> images by name, from the data.yaml of a set in the layout of YOLO, else from lists at its root, as
+    darknet has them; and what to say of it."""
+    found, why, by_place = {}, "", {(folder / name).resolve(): name for name in names}
     for path, content in yolo_yamls(folder).items():
         entries = {role: content[role] for role in ("train", "val", "test") if content.get(role)}
         if "train" not in entries or len(entries) < 2:
@@ -102,15 +93,20 @@ def _by_yaml(folder: Path, names: Iterable[str]) -> tuple[dict[str, set[str]], s
         if found:
             raise DataError(f"{folder} has two yaml files that split it, {why} and {path.name}: keep one")
         why = path.relative_to(folder).as_posix()
-        base = path.parent / str(content.get("path") or "")
+        bases = (path.parent / str(content.get("path") or ""), path.parent)
         for role, listed in entries.items():
-            parts = [_yaml_part(path, str(e), base, names) for e in (listed if isinstance(listed, list) else [listed])]
-            if all(part for part in parts):
+            listed = listed if isinstance(listed, list) else [listed]
+            parts = [_named_images(entry, bases, by_place) for entry in listed]
+            if all(parts):
                 found[role] = set().union(*parts)
             elif role == "train":
-                raise DataError(f"{path} names {listed} for train, where there is no image: correct it")
+                raise DataError(f"{path} names {', '.join(listed)} for train, where there is no image: correct it")
             else:
-                why += f" (of which {role}: {listed} is not there)"
+                why += f" (of which {role}: {', '.join(listed)} is not there)"
+    lists = {_ROLES[path.stem]: path for path in folder.glob("*.txt") if path.stem in _ROLES}
+    if not found and "train" in lists and len(lists) > 1:
+        found = {role: _named_images(path.name, [folder], by_place) for role, path in lists.items()}
+        why = ", ".join(sorted(path.name for path in lists.values()))
     return found, why
 
 
@@ -123,13 +119,9 @@ def _listed_split(folder: Path, format: str, names: Iterable[str]) -> tuple[dict
             if missing := sorted(stems - set(by_stem.values())):
                 raise DataError(f"{path} lists {missing[0]}, of which there is no image: correct or remove it")
         chosen = {role: {name for name in names if by_stem[name] in stems} for role, (_, stems) in lists.items()}
-        why = ", ".join(str(path.relative_to(folder)) for path, _ in lists.values())
+        why = ", ".join(path.relative_to(folder).as_posix() for path, _ in lists.values())
     elif format == "yolo":
-        chosen, why = _by_yaml(folder, names)
-        lists = {_ROLES[path.stem]: path for path in folder.glob("*.txt") if path.stem in _ROLES}
-        if not chosen and "train" in lists and len(lists) > 1:  # as darknet has them
-            chosen = {role: _yaml_part(path, path.name, folder, names) or set() for role, path in lists.items()}
-            why = ", ".join(sorted(path.name for path in lists.values()))
+        chosen, why = _yolo_lists(folder, names)
     else:
         return None
     if "train" not in chosen or len(chosen) < 2:
@@ -250,7 +242,8 @@ def load_folder(path: Path, format: str, size: int, device="cpu", test_share: fl
     train, val and test; the images beside their json, in images/train or train, or else anywhere below `path`.
 
     What the folder itself says of train, val and test splits the set: `train`, `val` and `test` of data.yaml (folders
-    or lists), ImageSets/Main of VOC, else words of folder names (train2017, valid), for COCO of the json's name. With
+    or lists), train.txt and test.txt beside it, ImageSets/Main of VOC, else words of folder names (train2017, valid),
+    for COCO of the json's name. Images in two parts, or nearly the same, are a line of the report. With
     train and one other, that other is the test split; with all three, val is dev. Where nothing says so, `test_share`
     (0 to 1) of the images is drawn for testing, stratified by the class that most boxes of an image have. Where no
     dev is given, it is a tenth of the training images. `size`: side of the square images in pixels. Raises

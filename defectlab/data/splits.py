@@ -48,7 +48,7 @@ class Plan:
 
 
 def samples_dir() -> Path:
-    """Where the committed samples lie: a few images of each real set, in its layout (see SOURCES.md there)."""
+    """Where the committed samples lie: a few images of each real set, in its layout (see SOURCES.toml there)."""
     return project_root() / "results" / "samples"
 
 

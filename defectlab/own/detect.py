@@ -65,8 +65,7 @@ def train(options: argparse.Namespace) -> int:
     """
     if not options.format:
         raise ValueError("--data needs --format voc, yolo or coco: how the boxes of the images are written")
-    if options.size % 32:
-        raise ValueError(f"--size must be a multiple of 32, got {options.size}")
+    saved.check_size(options.size, 32)
     if options.batch < 2:
         raise ValueError(f"--batch must be at least 2, got {options.batch}")
     scales = SCALES[options.family]

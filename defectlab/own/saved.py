@@ -50,6 +50,12 @@ def write(path: Path, settings: Any, dev: dict[str, float], tensors: Mapping[str
     write_tensors(path, tensors, texts | {"model": settings.model})
 
 
+def check_size(size: int, least: int) -> None:
+    """ValueError for a --size that no network here takes, or that no model file may have."""
+    if size % 32 or not least <= size <= SIZES[1]:
+        raise ValueError(f"--size must be a multiple of 32 from {least} to {SIZES[1]}, got {size}")
+
+
 def read(path: Path, kinds: Mapping[str, Callable[..., Any]], remedy: str) -> Saved:
     """A model of one of these kinds (name -> class of its settings), of `write` or of a run. DataError, ending in the
     remedy, where the file is none."""

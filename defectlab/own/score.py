@@ -97,8 +97,8 @@ def score(options: argparse.Namespace) -> int:
     """The command `score`: writes `scores.csv` (image, score, anomalous) and for each image the map as
     `<name>_map.npy` (256, 256) float32 and `<name>_map.png`, the image with the map laid over it, in colours from 0 to
     twice the threshold. -> exit code, 1 where some images could not be read."""
-    if options.train_good and (options.size % 32 or options.size < 64):
-        raise ValueError(f"--size must be a multiple of 32 and at least 64, got {options.size}")
+    if options.train_good:
+        saved.check_size(options.size, 64)
     device, out = pick_device(options.device), options.out
     images = Images(options.images)  # a wrong folder is an error before any training
     path = train_good(options, device) if options.train_good else options.model

@@ -24,7 +24,7 @@ from defectlab.training.anomaly import run_rd4ad
 from defectlab.training.feature_baselines import run_padim, run_patchcore, run_spade
 from defectlab.training.segmentation import run_segmentation
 
-TARGETS = ("nut", "defect")  # what was segmented is not clear (notebook 40): both
+TARGETS = ("nut", "defect")  # what was segmented is not clear (notebook 43): both
 SHARES = {"10": 0.1, "20": 0.2, "50": 0.5}  # Table 6
 
 # --- Settings of the three profiles ----------------------------------------------------------------------------------

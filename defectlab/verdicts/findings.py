@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from IPython.display import Markdown
 
+from defectlab.data.cards import card
 from defectlab.files import project_root
 from defectlab.runs import RECORDED, Record
 from defectlab.studies import study
@@ -67,8 +68,6 @@ class Cards(dict):
     """Data cards by the name of the set, read when they are asked for."""
 
     def __missing__(self, name: str) -> Mapping[str, Any]:
-        from defectlab.data.cards import card
-
         return card(name)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from defectlab import runs
 from defectlab.files import project_root, write_text
 from defectlab.runs import RECORDED
 from defectlab.studies import STUDIES, Study, study
@@ -25,7 +24,7 @@ AT_ONCE = 2  # metrics in one table: with what was printed, recorded and follows
 
 
 def shown_tables(of: Study, name: str, table: str, profile: str, store: tables.RecordStore) -> list[pd.DataFrame]:
-    """A printed table in parts of two metrics, in the order of the study's groups; parts without a record left out."""
+    """A printed table in parts of two metrics, in the order of the study's groups."""
     lines = tables.printed_table(name, table)
     there = {line["metric"] for line in lines}
     metrics = [metric for group in of.metrics for metric in group if metric in there]
@@ -36,15 +35,17 @@ def shown_tables(of: Study, name: str, table: str, profile: str, store: tables.R
 
 
 def split(frame: pd.DataFrame) -> tuple[pd.DataFrame, str, list[str]]:
-    """(what has a record, "Not run: ..." of the rest, a sentence for each note), of a table of `results_table`."""
+    """(what has a record or was run here, "Not run: ..." of the rest, a sentence for each note), of a table of
+    `results_table`."""
     if not isinstance(frame.columns, pd.MultiIndex):  # data sets are columns
-        recorded = [label for label in frame.index if ": recorded" in label]
-        methods = [label.split(": recorded")[0] for label in recorded]
+        recorded = [label for label in frame.index if ": recorded" in label or label.endswith(f": {tables.THIS_RUN}")]
+        methods = [label.rsplit(": ", 1)[0] for label in recorded]
         kept = [label for label in frame.index if label.rsplit(": ", 1)[0] in methods]
         rest = sorted({label.rsplit(": ", 1)[0] for label in frame.index} - set(methods))
         there = [c for c in frame.columns if c == "verdict" or (frame.loc[recorded, c] != "–").any()]
         return frame.loc[kept, there], _not_run(rest), []
-    there = frame["", "profile"] != "–"
+    measured = frame.columns[frame.columns.get_level_values(1).isin(["recorded", tables.THIS_RUN])]
+    there = (frame[measured] != "–").any(axis=1)
     shown, rest = frame[there], list(frame.index[~there])
     notes = _grouped(shown["", "note"])
     dropped = [("", "note")]
@@ -57,7 +58,7 @@ def split(frame: pd.DataFrame) -> tuple[pd.DataFrame, str, list[str]]:
 
 
 def _grouped(notes: pd.Series) -> list[str]:
-    """ "all rows: ...", or the rows that a note is on, for each different note."""
+    """For each different note "all rows: ...", or the rows that it is on."""
     rows: dict[str, list[str]] = {}
     for row, text in notes.items():
         for note in filter(None, text.split("; ")):
@@ -77,11 +78,6 @@ def markdown(frame: pd.DataFrame) -> str:
     names = [", ".join(filter(None, c)) if isinstance(c, tuple) else c for c in frame.columns[shown]]
     lines = [names, ["---"] * len(names), *frame.iloc[:, shown].astype(str).to_numpy().tolist()]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def recorded_store() -> tables.RecordStore:
-    """The committed records alone: the same on every machine."""
-    return tables.RecordStore(RECORDED, runs.read_records(runs.recorded_dir()), [])
 
 
 def tables_markdown(name: str, store: tables.RecordStore) -> str:
@@ -145,7 +141,7 @@ def generated() -> dict[Path, str]:
 
     README.md is read last, when all is computed: what was written into it meanwhile is kept.
     """
-    root, store = project_root(), recorded_store()
+    root, store = project_root(), tables.record_store(RECORDED)
     files = {root / "results" / "tables" / f"{name}.md": tables_markdown(name, store) for name in STUDIES}
     text, readme = readme_markdown(store), root / "README.md"
     head, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
