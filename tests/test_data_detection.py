@@ -195,7 +195,7 @@ def test_images_of_one_part_alone(copies: Path, tmp_path: Path) -> None:
     for name in data.train.names + data.dev.names:
         (tmp_path / "deep_pcb" / name).write_bytes(bytes((tmp_path / "deep_pcb" / name).stat().st_size))
     assert torch.equal(load_images("deep_pcb", "test", SIZE, root=tmp_path), data.test.images)
-    with pytest.raises(DataError, match=r"_test\.jpg cannot be decoded.*: run `python data_scripts/deep_pcb\.py`"):
+    with pytest.raises(DataError, match=r"_test\.jpg ends in the middle.*: run `python data_scripts/deep_pcb\.py`"):
         load_images("deep_pcb", "train", SIZE, root=tmp_path)
 
 

@@ -84,7 +84,7 @@ def others(folder: Path, known: set[str] = IMAGE_SUFFIXES) -> str:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _check_whole(path: Path) -> None:
+def _check_whole(path: Path, remedy: str) -> None:
     """DataError for a JPEG that ends in zeros without its end marker: decoders fill what is missing with grey."""
     if path.suffix.lower() not in (".jpg", ".jpeg", ".jfif") or path.stat().st_size < 8:
         return
@@ -95,14 +95,14 @@ def _check_whole(path: Path) -> None:
         file.seek(0)
         whole = file.read().rstrip(b"\0").endswith(b"\xff\xd9")
     if not whole:
-        raise DataError(f"{path} ends in the middle, the rest is zeros (an interrupted copy?): copy it again")
+        raise DataError(f"{path} ends in the middle, the rest is zeros (an interrupted copy?): {remedy}")
 
 
 @contextmanager
 def opened(path: Path, remedy: str) -> Iterator[Image.Image]:
     """The image file, not yet decoded; DataError ending in `remedy` if it is missing, damaged or too large."""
     try:
-        _check_whole(path)
+        _check_whole(path, remedy)
         with Image.open(path) as image:
             yield image
     except (DataError, MemoryError):
