@@ -22,7 +22,7 @@ help:
 	@echo "make test        style, tests, and the notebooks once more with nbval"
 	@echo "make data        fetch the data sets, or unpack them: ARCHIVES=folder with magnetic-tile.zip, mvtec_metal_nut_512.zip,"
 	@echo "                   DeepPCB.tar.xz, NEU-DET.zip, NEU-Seg.zip (the last two cannot be downloaded by a script)"
-	@echo "make bench       speed of training and inference on this machine: SIZES=224,320,640"
+	@echo "make bench       time the networks of a study, side by side, on this idle machine: STUDY=yolo_dcf"
 	@echo "make report      write runs/PROFILE/index.html, results/tables and the verdicts in README.md from the records"
 	@echo "make clean       remove runs/smoke and caches; data, weights, quick and paper runs stay"
 
@@ -64,7 +64,7 @@ data: $(INSTALLED)
 	$(PY) data_scripts/neu_seg.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/NEU-Seg.zip')
 
 bench: $(INSTALLED)
-	$(PY) -m defectlab bench $(if $(DEVICE),--device $(DEVICE)) $(if $(SIZES),--sizes $(SIZES))
+	$(PY) -m defectlab bench $(or $(STUDY),yolo_dcf) $(if $(DEVICE),--device $(DEVICE))
 
 report: $(INSTALLED)
 	$(PY) -m defectlab report --profile $(PROFILE)

@@ -31,13 +31,9 @@ def names(text: str) -> list[str]:
     return found
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in names(text)]
-
-
 def seeds(text: str) -> list[int]:
     """ValueError for none, a negative one, the same twice."""
-    found = numbers(text)
+    found = [int(part) for part in names(text)]
     if min(found) < 0 or len(set(found)) < len(found):
         raise ValueError
     return found
@@ -117,10 +113,10 @@ def parser() -> argparse.ArgumentParser:
     detect.add_argument("--out", type=Path, help="folder of the results; default: detections, with --model found")
     detect.add_argument("--onnx", action="store_true", help="write detector.onnx, too, and compare it with torch")
 
-    bench = add("bench", "speed of training and inference on this machine", None)
-    bench.add_argument("--part", choices=("all", "detector", "anomaly"), default="all")
-    bench.add_argument("--sizes", type=numbers, default=[224], metavar="224,320,640", help="of detectors; default: 224")
-    bench.add_argument("--teacher", default="resnet18_random", help="of anomaly detection")
+    bench = add("bench", "time all networks of a study in one process, in turns, on an idle machine", None)
+    bench.add_argument("study", choices=list(STUDIES))
+    bench.add_argument("--repeats", type=positive, default=30, help="rounds; default: 30, which is the least")
+    bench.add_argument("--busy", action="store_true", help="go on where other work uses the machine; it is recorded")
     return top
 
 

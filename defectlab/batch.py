@@ -185,7 +185,7 @@ def run_tasks(
 
 def headline(record: Record, name: str) -> str:
     """The first group of the study's metrics, then of its costs, that the record has any of, on a line: a stage or a
-    row that is only timed has not the headline's."""
+    row of costs has not the headline's."""
     groups = sorted(study(name).metrics, key=lambda group: group[0] in COSTS)
     for group in groups:
         values = {metric: value_of(record, metric) for metric in group}
@@ -225,34 +225,25 @@ def trained(
 def run_parallel(name: str, listed: list[Task], profile: str, device: str, minutes: float | None, jobs: int) -> int:
     """The same in `jobs` processes, tasks dealt in turn (rows of small networks share one GPU well). -> exit code.
 
-    Rows that only time a network (`alone` in their settings) run afterwards, one by one. The other records say how many
-    runs shared the device: what was timed then is no speed of the network's own.
+    Their records say how many runs shared the device.
     """
     writable(runs.runs_dir(profile))
-    began = time.monotonic()
-    alone = [task for task in listed if getattr(task.row.settings, "alone", False)]
-    shared = [task for task in listed if task not in alone]
-    jobs = min(jobs, len(shared))
+    jobs = min(jobs, len(listed))
     reading, writing = os.pipe()  # closed with this process, however it ends: see `end_with_parent`
 
-    def start(mine: list[Task], beside: int, minutes: float | None) -> subprocess.Popen:
-        threads = str(max(1, (os.cpu_count() or 1) // beside))
+    def start(mine: list[Task]) -> subprocess.Popen:
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
         pairs = ",".join(f"{t.name}:{t.seed}" for t in mine)
         command = [sys.executable, "-m", "defectlab", "run", name, "--tasks", pairs]
         command += ["--profile", profile, "--device", device]
         if minutes is not None:
             command += ["--minutes", str(minutes)]
-        environment = {"OMP_NUM_THREADS": threads} | os.environ | {JOBS: str(beside), CHILD: "1"}
+        environment = {"OMP_NUM_THREADS": threads} | os.environ | {JOBS: str(jobs), CHILD: "1"}
         return subprocess.Popen(command, env=environment, stdin=reading)
 
     try:
-        children = [start(shared[job::jobs], jobs, minutes) for job in range(jobs)]
+        children = [start(listed[job::jobs]) for job in range(jobs)]
         codes = [child.wait() for child in children]
-        left = None if minutes is None else minutes - (time.monotonic() - began) / 60
-        if alone and left is not None and left <= 0:
-            print(f"{minutes:g} minutes are used up: {len(alone)} of {len(listed)} left; run again to go on")
-        elif alone:
-            codes.append(start(alone, 1, left).wait())
     finally:
         os.close(reading)
         os.close(writing)

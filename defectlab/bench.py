@@ -1,125 +1,119 @@
-"""Speed of training and inference on this machine, a line for each network: what `make bench` prints."""
+"""What the networks of a study cost in time on this machine: `python -m defectlab bench yolo_dcf`.
+
+All networks stay in one process and take turns, one image each, as they are deployed (fused, float32), so that whatever
+slows the machine for a moment slows all of them alike. These are the only latencies that this study compares.
+"""
 
 import argparse
-import itertools
-from collections.abc import Callable
-from dataclasses import replace
-from types import SimpleNamespace
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defectlab.data.anomaly import AnomalySplit
-from defectlab.data.augment import Batch, augment
-from defectlab.data.detection import DetectionSplit
-from defectlab.metrics.costs import inference_seconds, parameters, seconds_per_call
-from defectlab.networks import reverse_distillation
+from defectlab.files import project_root, write_json
+from defectlab.metrics.costs import parameters, synchronise
+from defectlab.networks.reverse_distillation import RD4AD, RD4ADSettings
+from defectlab.networks.segmentation import SegmentationSettings
 from defectlab.networks.yolo.blocks import fused
-from defectlab.networks.yolo.losses import detection_loss
-from defectlab.networks.yolo.model import build_detector
+from defectlab.networks.yolo.model import Detector, build_detector
+from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers import bsdrd, yolo_dcf
-from defectlab.precision import precision_of
-from defectlab.provenance import device_name, peak_memory_mb, pick_device, reset_peak_memory
-from defectlab.runs import Context
+from defectlab.papers.amam_kd import segmentation
+from defectlab.papers.amam_kd.distillation import DistillationSettings, KnowledgeDistillation
+from defectlab.papers.amam_kd.two_stage import TwoStage, TwoStageSettings
+from defectlab.precision import full_float32
+from defectlab.provenance import pick_device, provenance
+from defectlab.runs import RECORDED
 from defectlab.studies import study
-from defectlab.training.anomaly import teacher_features, train_student
-from defectlab.training.detection import fresh
-from defectlab.training.loop import Trained
-from defectlab.training.recipe import augmentation_of, train_detector
+from defectlab.training.cost_rows import CostSettings
 
-BATCH, IMAGES = 16, 32  # images per batch, in training and inference, and of the set
-CLASSES, BOXES = 6, 4  # as NEU-DET has them: classes, boxes per image
-DETECTORS = (("detector", "v8n"), ("detector", "v5n"), ("yolo_dcf", "yolo_dcf"))  # study, row
-BUILD = {"detector": build_detector, "yolo_dcf": yolo_dcf.build}  # by the model of the settings
-METHODS = {"rd4ad": (reverse_distillation, reverse_distillation.RD4AD), "bsdrd": (bsdrd, bsdrd.BSDRD)}
-TABLE = "{:16} {:>4} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}"
-
-
-def show(
-    settings: Any,
-    trained: nn.Module,
-    train: Callable[[int], Trained],
-    batch: Callable[[], Any],
-    images: Tensor,
-    forms: dict[str, nn.Module],
-) -> None:
-    """Print the lines of a network. train: epochs -> curve and speed. batch: makes one for a step. forms: name -> what
-    inference runs on `images`. All but the training, which is the second, are medians after a warm-up."""
-    device = images.device
-    reset_peak_memory(device)
-    train(1)
-    speed = train(1).images_per_second
-    share = min(1.0, seconds_per_call(batch, device, 5, 1) * speed / BATCH)
-    training = [precision_of(settings, device), f"{speed:.1f}", f"{100 * share:.1f}"]
-    for name, network in forms.items():
-        single, many = (inference_seconds(network, images[:count], "fp32", 3) for count in (1, BATCH))
-        columns = [name, images.shape[-1], f"{parameters(trained) / 1e6:.2f}", *training]
-        columns += [f"{1000 * single:.1f}", f"{BATCH / many:.1f}", f"{peak_memory_mb(device):.0f}"]
-        print(TABLE.format(*columns), flush=True)
-        training = ["", "", ""]
+CLASSES = 6  # as NEU-DET has them
+LEAST_REPEATS, WARM_UP = 30, 3
+BUSY = 10.0  # per cent of the whole machine that others may use
+BUILD: dict[type, Callable[[Any], nn.Module]] = {  # what is deployed: of a detector all but decoding and suppression
+    DetectorSettings: lambda settings: fused(build_detector(settings, CLASSES)),
+    yolo_dcf.Settings: lambda settings: fused(yolo_dcf.build(settings, CLASSES)),
+    CostSettings: lambda settings: fused(Detector(settings.family, settings.scale, settings.classes)),
+    RD4ADSettings: RD4AD,
+    bsdrd.Settings: bsdrd.BSDRD,
+    DistillationSettings: KnowledgeDistillation,
+    TwoStageSettings: TwoStage,
+    SegmentationSettings: segmentation.build,
+    segmentation.Settings: segmentation.build,
+}
 
 
-def noise(channels: int, size: int, device: str) -> Tensor:
-    """uint8 images: speed does not depend on what they show."""
-    return torch.randint(0, 256, (IMAGES, channels, size, size), dtype=torch.uint8).to(device)
+def networks_of(name: str, device: str) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Row -> its network with random weights, and an image of the row's size. Rows of one network show how far two
+    timings of it differ. Rows whose network needs data to be built (features, a memory) are left out."""
+    found = {}
+    for row, of in study(name).rows[RECORDED].items():
+        if type(of.settings) not in BUILD:
+            continue
+        torch.manual_seed(0)
+        network = BUILD[type(of.settings)](of.settings).eval().to(device, memory_format=torch.channels_last)
+        size = getattr(of.settings, "size", None) or of.settings.detector.size
+        image = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, device=device)
+        if type(of.settings) not in (RD4ADSettings, bsdrd.Settings, DistillationSettings, TwoStageSettings):
+            image = (image / 255).contiguous(memory_format=torch.channels_last)
+        found[row] = (network, image)
+    return found
 
 
-def show_detector(name: str, settings: Any, context: Context) -> None:
-    """As it is trained, and fused as it is deployed; inference without decoding and suppression."""
-    boxes = (torch.rand(IMAGES, BOXES, 2).repeat(1, 1, 2) * 0.6 + torch.tensor([0, 0, 0.3, 0.3])) * settings.size
-    labels = torch.randint(CLASSES, (IMAGES, BOXES))
-    split = DetectionSplit(noise(1, settings.size, context.device), boxes, labels, [""] * IMAGES, None, None, None)
-    network = fresh(BUILD[settings.model], settings, SimpleNamespace(class_names=[""] * CLASSES, train=split))
-    network.to(context.device, memory_format=torch.channels_last)
-    loss = detection_loss(network, settings.size)
-
-    def step(batch: Batch) -> dict[str, Tensor]:
-        return loss(network(batch.images), batch.boxes, batch.labels)
-
-    def train(epochs: int) -> Trained:
-        return train_detector(network, step, split, replace(settings, epochs=epochs), 0, context)[1]
-
-    def batch() -> Batch:
-        return augment(split.images, boxes, labels, torch.arange(BATCH), augmentation_of(settings), torch.Generator())
-
-    images = (noise(3, settings.size, context.device) / 255).contiguous(memory_format=torch.channels_last)
-    forms = {name: network, f"{name}, fused": fused(network.eval()).to(memory_format=torch.channels_last)}
-    show(settings, network, train, batch, images, forms)
+@torch.inference_mode()
+def alternating(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, list[float]]:
+    """Name -> seconds of each of `repeats` calls, all called once in a round, after `WARM_UP` rounds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(WARM_UP + repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            synchronise(device)
+            if round_ >= WARM_UP:
+                times[name].append(time.perf_counter() - started)
+    return times
 
 
-def show_anomaly(name: str, settings: Any, context: Context) -> None:
-    """Trained on cached features of the teacher; inference from images to maps, with the teacher."""
-    split = AnomalySplit(noise(3, settings.size, context.device), *[None] * 4, ("",) * IMAGES, ())
-    module, method = METHODS[name]
-    data, whole = SimpleNamespace(train=split, derived={}), method(settings).to(context.device)
-
-    def train(epochs: int) -> Trained:
-        longer = replace(settings, epochs=epochs)
-        return train_student(longer, 0, data, context, module.build, module.make_loss).trained
-
-    def batch() -> list[Tensor]:
-        chosen = torch.randperm(IMAGES)[:BATCH].to(context.device)
-        return [layer[chosen] for layer in teacher_features(data, "train", settings)]
-
-    show(settings, whole.network, train, batch, split.images, {name: whole})
+def ratio(times: list[float], of: list[float]) -> tuple[float, float, float]:
+    """(median, lower, upper quartile) of the ratios of two networks, round by round."""
+    median, low, high = np.quantile(np.divide(times, of), (0.5, 0.25, 0.75))
+    return float(median), float(low), float(high)
 
 
 def bench(options: argparse.Namespace) -> int:
-    """The command `bench`: what `--part` names. ValueError for sizes that no detector takes."""
-    device = pick_device(options.device)
-    if any(size < 32 or size % 32 for size in options.sizes):
-        raise ValueError(f"image sizes must be multiples of 32, got {','.join(map(str, options.sizes))}")
-    print(device_name(device))
-    print(TABLE.format("", "", "weights", "trained", "training", "batches", "1 image", f"batch {BATCH}", "memory"))
-    print(TABLE.format("network", "px", "M", "in", "images/s", "% time", "ms", "images/s", "MB"))
-    context = Context(device, log=lambda line: None)
-    if options.part != "anomaly":
-        for (of, row), size in itertools.product(DETECTORS, options.sizes):
-            show_detector(row, replace(study(of).rows["quick"][row].settings, size=size, batch=BATCH), context)
-    if options.part != "detector":
-        for row in METHODS:
-            settings = study("bsdrd").rows["quick"][row].settings
-            show_anomaly(row, replace(settings, teacher=options.teacher, batch=BATCH), context)
-    print(f"inference in fp32; memory: peak {'of the network' if device != 'cpu' else 'of the process so far'}")
+    """The command `bench`: prints a table and writes `results/costs/<study>-<cpu or cuda>.json`. ValueError where the
+    machine is busy (unless `--busy`, which is recorded) or for fewer than 30 repeats."""
+    if options.repeats < LEAST_REPEATS:
+        raise ValueError(f"--repeats must be {LEAST_REPEATS} or more, got {options.repeats}")
+    import psutil  # takes its time, and nothing else here needs it
+
+    device = torch.device(pick_device(options.device))
+    busy = psutil.cpu_percent(interval=2.0)
+    if busy > BUSY and not options.busy:
+        raise ValueError(f"other work uses {busy:.0f} % of this machine: end it, or say --busy, which is recorded")
+    networks = networks_of(options.study, str(device))
+    with full_float32():
+        calls = {name: lambda n=network, i=image: n(i) for name, (network, image) in networks.items()}
+        times = alternating(calls, device, options.repeats)
+    first, table = next(iter(times)), {}
+    for name, (network, image) in networks.items():
+        median, low, high = ratio(times[name], times[first])
+        table[name] = {
+            "size": image.shape[-1],
+            "parameters_m": round(parameters(network) / 1e6, 4),
+            "latency_ms": round(1000 * statistics.median(times[name]), 2),
+            "ratio": [round(value, 3) for value in (median, low, high)],
+        }
+        line = "{size:4} px  {parameters_m:8.2f} M  {latency_ms:8.2f} ms".format(**table[name])
+        print(f"{line}  x{median:.2f} [{low:.2f}, {high:.2f}]  {name}", flush=True)
+    print(f"medians of {options.repeats} rounds; ratio to {first} with its quartiles; other work {busy:.0f} %")
+    made = provenance(device) | {"repeats": options.repeats, "busy_percent": busy, "batch": 1}
+    made |= {"first": first, "networks": table}
+    write_json(project_root() / "results" / "costs" / f"{options.study}-{device.type}.json", made)
     return 0

@@ -26,7 +26,7 @@ from defectlab.files import project_root, read_tensors, write_atomically, write_
 
 PROFILES = ("smoke", "quick", "paper")
 RECORDED = "recorded"  # of notebooks: the committed records are read, nothing is trained
-NPZ_LIMIT = 300_000  # bytes: what a committed record may weigh
+NPZ_LIMIT = 600_000  # bytes: what a committed record may weigh
 
 
 class OutOfTime(RuntimeError):

@@ -224,7 +224,7 @@ def run(data: AnomalyData, seed: int = 0, **changes: Any) -> Result:
 def test_same_seed_gives_the_same_numbers_and_another_gives_others(data: AnomalyData) -> None:
     first, again, other = run(data), run(data), run(data, 1, weighting="none")
     check_seeds(first, again, other)
-    assert first.predictions["case_images"].shape == (9, 72, 72, 3)  # in colour
+    assert first.predictions["case_images"].shape == (9, 64, 64, 3)  # in colour
 
 
 def test_weights_of_the_maps_belong_to_the_model(data: AnomalyData) -> None:

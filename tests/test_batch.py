@@ -198,19 +198,8 @@ def test_jobs_share_the_tasks(fake: FakeStudy, children: SimpleNamespace) -> Non
     assert call("run bsdrd --rows rd4ad,bsdrd --seeds 0,1 --device cpu --jobs 3 --minutes 7") == 0
     given = children.given("--tasks")
     assert sorted(",".join(given).split(",")) == ["bsdrd:0", "bsdrd:1", "rd4ad:0", "rd4ad:1"]
-    assert len(given) == 3
+    assert len(given) == 3 and children.shared == ["3"] * 3
     assert set(children.given("--minutes")) == {"7.0"} and set(children.given("--device")) == {"cpu"}
-
-
-def test_what_is_only_timed_runs_afterwards_and_alone(children: SimpleNamespace, capsys) -> None:
-    assert call("run d3n --rows cost_v5n,cost_v5s,v8n,v8s --seeds 0 --jobs 2 --minutes 7 --device cpu") == 0
-    assert children.given("--tasks") == ["v8n:0", "v8s:0", "cost_v5n:0,cost_v5s:0"]
-    assert children.shared == ["2", "2", "1"]
-    minutes = [float(text) for text in children.given("--minutes")]
-    assert minutes[:2] == [7, 7] and 6.5 < minutes[2] < 7
-    assert call("run d3n --rows cost_v5n,v8n,v8s --seeds 0 --jobs 2 --minutes 1e-9 --device cpu") == 0
-    assert len(children.shared) == 3 + 2  # no time is left for it
-    assert capsys.readouterr().out == "1e-09 minutes are used up: 1 of 3 left; run again to go on\n"
 
 
 @pytest.mark.parametrize("code", [1, 2, -9])

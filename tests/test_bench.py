@@ -1,67 +1,70 @@
-"""The table of speeds: plausible numbers, and that each is what its heading says."""
+"""The timings of a study's networks: in turns, as deployed, on an idle machine, and what is written."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from defectlab import bench
 from defectlab.__main__ import main
+from defectlab.papers import yolo_dcf
+from defectlab.studies import STUDIES, study
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few and small images, one of each kind of network."""
-    monkeypatch.setattr(bench, "BATCH", 2)
-    monkeypatch.setattr(bench, "IMAGES", 4)
-    monkeypatch.setattr(bench, "DETECTORS", (("detector", "v8n"), ("yolo_dcf", "yolo_dcf")))
-    monkeypatch.setattr(bench, "METHODS", {"rd4ad": bench.METHODS["rd4ad"]})
+def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(bench, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 4.0)
+    return tmp_path / "results" / "costs"
 
 
-def test_the_table(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--sizes", "64,32", "--device", "cpu"]) == 0
-    _, *lines, note = capsys.readouterr().out.splitlines()
-    assert len({len(line) for line in lines}) == 1  # columns stand under their headings
-    table = [(line[:16].strip(), line[16:].split()) for line in lines[2:]]
-    forms = ("v8n", "v8n, fused", "yolo_dcf", "yolo_dcf, fused")
-    detectors = [(name, size) for kind in (forms[:2], forms[2:]) for size in ("64", "32") for name in kind]
-    assert [(name, row[0]) for name, row in table] == [*detectors, ("rd4ad", "256")]
-    for name, (_, weights, *training, single, many, memory) in table:
-        assert 1 < float(weights) < 20 and float(single) > 0 and float(many) > 0 and float(memory) > 50
-        if "fused" in name:
-            assert training == []
-        else:
-            precision, speed, share = training
-            assert precision in ("fp32", "bf16") and float(speed) > 0 and 0 <= float(share) <= 100
-    assert note == "inference in fp32; memory: peak of the process so far"
+def test_networks_take_turns_and_the_clock_counts_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, called = [0.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    def call(name: str, seconds: float):
+        called.append(name)
+        clock[0] += seconds
+
+    calls = {"a": lambda: call("a", 2.0), "b": lambda: call("b", 3.0)}
+    times = bench.alternating(calls, torch.device("cpu"), 30)
+    assert times == {"a": [2.0] * 30, "b": [3.0] * 30}
+    assert called == ["a", "b"] * 33
+    assert bench.ratio([2.0, 3, 4, 5, 6], [1.0] * 5) == (4.0, 3.0, 5.0)
 
 
-def test_what_is_timed(quick: None, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """With a clock that gives each kind of call a time of its own: units, and which number is which."""
-    trained, seen = [], []
-
-    def train_detector(network, loss, split, settings, seed, context):
-        trained.append(settings.epochs)
-        assert split.boxes.min() >= 0 and split.boxes.max() <= 64
-        assert (split.boxes[..., 2:] - split.boxes[..., :2] > 0.29 * 64).all()
-        return network, SimpleNamespace(images_per_second=12.0)
-
-    def inference_seconds(network, images, precision, repeats):
-        fused = not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
-        seen.append((fused, tuple(images.shape), precision))
-        return 0.25 if fused else 0.5
-
-    monkeypatch.setattr(bench, "train_detector", train_detector)
-    monkeypatch.setattr(bench, "inference_seconds", inference_seconds)
-    monkeypatch.setattr(bench, "seconds_per_call", lambda call, device, repeats, warm_up: call() and 0.1)
-    assert main(["bench", "--part", "detector", "--sizes", "64", "--device", "cpu"]) == 0
-    plain, fused = (line[16:].split() for line in capsys.readouterr().out.splitlines()[3:5])
-    assert plain[3:7] == ["12.0", "60.0", "500.0", "4.0"]  # 0.1 s of the 2 / 12 s that a step of two images takes
-    assert fused[2:4] == ["250.0", "8.0"]
-    assert trained == [1, 1] * 2  # a warm-up before each
-    assert seen[:4] == [(form, (count, 3, 64, 64), "fp32") for form in (False, True) for count in (1, 2)]
+def test_the_table_and_the_file(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    networks = {row: (torch.nn.Linear(4, size), torch.zeros(1, 4)) for row, size in (("small", 1), ("large", 9))}
+    monkeypatch.setattr(bench, "networks_of", lambda name, device: networks)
+    monkeypatch.setattr(bench, "alternating", lambda calls, device, n: {"small": [0.002] * n, "large": [0.006] * n})
+    assert main(["bench", "yolo_dcf", "--device", "cpu"]) == 0
+    assert "6.00 ms  x3.00 [3.00, 3.00]  large" in capsys.readouterr().out
+    found = json.loads((root / "yolo_dcf-cpu.json").read_text())
+    assert (found["threads"], found["busy_percent"], found["repeats"]) == (torch.get_num_threads(), 4.0, 30)
+    assert found["networks"]["large"] == {"size": 4, "parameters_m": 0.0, "latency_ms": 6.0, "ratio": [3.0, 3.0, 3.0]}
 
 
-def test_sizes_that_no_detector_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--part", "detector", "--sizes", "64,100", "--device", "cpu"]) == 1
-    assert "multiples of 32, got 64,100" in capsys.readouterr().err
+def test_a_busy_machine_and_few_repeats_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 50.0)
+    assert main(["bench", "yolo_dcf", "--device", "cpu"]) == 1
+    assert "other work uses 50 % of this machine: end it, or say --busy" in capsys.readouterr().err
+    assert main(["bench", "yolo_dcf", "--repeats", "29"]) == 1
+    assert "must be 30 or more, got 29" in capsys.readouterr().err
+    assert not root.exists()
+
+
+def test_networks_of_every_kind_run_on_their_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of each kind of settings; detectors fused."""
+    rows = {type(row.settings): (name, row) for of in STUDIES for name, row in study(of).rows["recorded"].items()}
+    assert set(bench.BUILD) <= set(rows)
+    monkeypatch.setattr(bench, "study", lambda name: SimpleNamespace(rows={"recorded": dict(rows.values())}))
+    found = bench.networks_of("every", "cpu")
+    assert set(found) == {rows[kind][0] for kind in bench.BUILD}
+    with torch.inference_mode():
+        for network, image in found.values():
+            network(image)
+    whole = found[rows[yolo_dcf.Settings][0]][0]
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in whole.modules())

@@ -41,7 +41,6 @@ def fake(root: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStudy:
         *((f"run bsdrd --{option}=", f"argument --{option}: invalid") for option in ("rows", "seeds", "tasks")),
         ("reproduce --notebooks=", "argument --notebooks: invalid"),
         ("reproduce --notebooks ,", "argument --notebooks: invalid"),
-        ("bench --sizes ,", "argument --sizes: invalid"),
         ("run bsdrd --jobs 0", "argument --jobs: invalid"),
         ("run", "the following arguments are required: study"),
         ("nonsense", "invalid choice: 'nonsense'"),
@@ -149,7 +148,7 @@ def test_corrupt_record_is_one_error_and_no_traceback(root: Path, capsys, line: 
         ("detect --data x", "defectlab.own.detect.detect", True),
         ("detect --model x --images y", "defectlab.own.detect.detect", False),
         ("status", "defectlab.batch.status_lines", False),
-        ("bench", "defectlab.bench.bench", False),
+        ("bench bsdrd", "defectlab.bench.bench", False),
     ],
 )
 def test_interrupted_by_the_user(monkeypatch, capsys, line: str, module: str, goes_on: bool) -> None:

@@ -163,7 +163,7 @@ def test_the_student_costs_what_the_baseline_costs() -> None:
     data = toy_data(64)
     baseline, student = (fresh(build_detector, settings, data) for settings in (BASELINE, STUDENT))
     assert baseline.state_dict().keys() == student.state_dict().keys()
-    costs = [deployed_costs(network, 64, "cpu") for network in (baseline, student)]
+    costs = [deployed_costs(network, 64) for network in (baseline, student)]
     for name in ("parameters_m", "gflops", "size_mb"):
         assert costs[0][name] == costs[1][name] > 0
 

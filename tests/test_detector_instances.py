@@ -334,7 +334,10 @@ def test_it_learns_and_is_evaluated(data):
     result = evaluate_instances(average, data)
     names = {"map50", "map50_95", "mask_map50", "mask_map50_95", "recall_dev", "mask_recall_dev"}
     assert names <= result.metrics.keys() and 0 <= result.dev["threshold"] <= 1
-    cases = len(result.predictions["case_index"])
-    assert result.predictions["case_true"].shape == result.predictions["case_found"].shape == (cases, 112, 112)
+    assert (
+        result.predictions["case_true"].shape
+        == result.predictions["case_found"].shape
+        == result.predictions["case_images"].shape
+    )
     assert 0 < result.predictions["case_true"].max() <= 3
     assert result.predictions["case_true"].any((1, 2)).all()

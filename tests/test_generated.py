@@ -39,7 +39,7 @@ def test_markdown_keeps_rows_and_drops_columns_without_values() -> None:
 def test_a_table_shows_what_is_recorded_and_one_line_on_the_rest(toy: Project) -> None:
     toy.write_record("rd4ad", 0, {}, "quick", metrics={"image_auroc": 77.0})
     text = generated.tables_markdown("toy", tables.record_store("recorded"))
-    assert "RD4AD reaches 77. [quick, 1 seed]" in text and "| RD4AD | 97.7 | 77.0 n=1 | quick |" in text
+    assert "RD4AD reaches 77. [quick, 1 seed]" in text and "| RD4AD | 97.7 | 77.0 | quick |" in text
     assert "Not run: BSDRD." in text and "- image AUROC, all rows: cannot be judged (other data)" in text
 
 

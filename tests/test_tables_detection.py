@@ -72,7 +72,8 @@ def write(
 
 
 def test_results_table_with_costs(toy: Project) -> None:
-    write(toy, "large", (80.0, 81.0, 82.0), costs={"parameters_m": 11.166, "latency_ms": 4.2}, jobs=4)
+    write(toy, "large", (80.0, 81.0, 82.0), costs={"parameters_m": 11.166})
+    toy.write_timings({"small": 2.1, "large": 4.2})
     write(toy, "small", (78.0,), costs={"parameters_m": 3.157})
     write(toy, "small", (77.0,), here=True, costs={"parameters_m": 3.157})
     frame = results_table("toy", "main", "paper")
@@ -82,17 +83,16 @@ def test_results_table_with_costs(toy: Project) -> None:
     other_device = "cannot be judged (timed on another device)"
     assert large["mAP50"].tolist() == ["81.5", "81.0 [78.5, 83.5] n=3", "–", "agrees"]
     assert large[parameters].tolist() == ["11.2", "11.17 n=3", "–", "agrees"]  # no interval: seeds agree; 11.166 rounds
-    assert large[latency].tolist() == ["4.0", "4.20 n=3", "–", other_device]
-    assert small[parameters].tolist() == ["3.1", "3.16 n=1", "3.16 n=1", "above"]  # one seed is enough
+    assert large[latency].tolist() == ["4.0", "4.20 (×2.00)", "–", other_device]
+    assert small[parameters].tolist() == ["3.1", "3.16", "3.16", "above"]  # one seed is enough
     assert small[latency, "paper"] == "–"  # the table has no such line
-    assert large["", "note"] == "timed on one GPU, which other runs shared"
+    assert large["", "note"] == "timed in turns, × of small, on a CPU"
     assert (small["", "note"], another["", "note"], another[parameters, "recorded"]) == ("", "not run: code", "–")
     for path in runs.recorded_dir().glob("*"):
         path.unlink()
-    write(toy, "large", (80.0,), costs={"latency_ms": 4.2})
+    write(toy, "large", (80.0,))
     large = results_table("toy", "main", "paper").loc["Large"]
     assert large[parameters].tolist() == ["11.2", "–", "–", "cannot be judged (the records lack it)"]
-    assert large["", "note"] == "timed on one GPU"
 
 
 def test_near_100_the_interval_is_over_test_images(toy: Project) -> None:
@@ -216,29 +216,18 @@ def test_equal_costs_are_within_a_ratio_of_one(toy: Project) -> None:
     assert toy.verdicts() == {"speed": "holds"}
 
 
-def test_a_speed_is_shown_with_the_range_of_its_network_and_not_judged(toy: Project) -> None:
-    network = {"parameters_m": 3.2, "gflops": 8.1}
-    toy.write_claims(BOUND | {"b": None, "at_most": 33.3})
-    write(toy, "large", (80.0,), costs=network | {"latency_ms": 14.69})
-    write(toy, "small", (80.0,), costs=network | {"latency_ms": 42.44})  # the same network in another row
-    write(toy, "small", (80.0,), profile="quick", costs=network | {"latency_ms": 99.0}, device="another")
-    write(toy, "large", (80.0,), profile="quick", costs={"gflops": 9.9, "latency_ms": 1.0})  # another network
-    (one,) = toy.judged()
-    assert one.verdict == "not judged: timings of different runs are not compared"
-    line = claims_table("toy", "paper").iloc[0]
-    assert line["compared"] == "large, latency (ms, batch 1), on one GPU"
-    assert line["difference"] == "14.69 to 42.44 ms in 2 records (at most 33.3 ms)"
-
-
-def test_speeds_of_two_rows_are_not_compared(toy: Project) -> None:
+def test_two_speeds_are_compared_where_they_were_timed_in_turns(toy: Project) -> None:
     toy.write_claims(BOUND | {"at_most": 2}, GAIN, BOUND | {"id": "size", "metric": "gflops", "at_most": 2})
-    write(toy, "large", (85.9, 86.0, 86.1), costs={"latency_ms": 4.0})
+    write(toy, "large", (85.9, 86.0, 86.1), costs={"latency_ms": 1.0})  # a run's own time counts for nothing
     assert list(toy.verdicts().values()) == ["not run yet: small"] * 3
     write(toy, "small", (79.9, 80.0, 80.1), costs={"latency_ms": 3.0})
+    assert toy.judged()[0].verdict == "not timed yet"
+    toy.write_timings({"small": 3.0, "large": 6.9})
     speed, better, size = toy.judged()
-    assert speed.verdict == "not judged: timings of different runs are not compared"
-    assert size.verdict == "cannot be judged (the records lack the cost)"
-    assert speed.value is size.value is None and claims_table("toy", "paper")["difference"][0] == "–"
+    assert (speed.verdict, size.verdict) == ("does not hold", "cannot be judged (the records lack the cost)")
+    line = claims_table("toy", "paper").iloc[0]
+    assert line["compared"] == "large / small, latency (ms, batch 1), on a CPU"
+    assert line["difference"] == "×2.30 (at most ×2)"
     assert better.verdict == "supports"  # and Holm counts the tested claims alone
     assert math.isfinite(better.difference.p)
 

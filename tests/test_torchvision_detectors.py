@@ -16,7 +16,6 @@ from toy_runs import quiet
 
 from defectlab.data.augment import Batch, plain
 from defectlab.data.detection import DetectionData
-from defectlab.metrics import costs
 from defectlab.metrics.detection import unpack
 from defectlab.networks.torchvision_detectors import LEAST_SSD_SIZE, RATES, TorchvisionSettings, build_torchvision
 from defectlab.runs import OutOfTime
@@ -36,12 +35,6 @@ def small_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     thin = [8, 8, "M", 8, 8, "M", 8, 8, 8, "M", 8, 8, 512, "M", 8, 8, 512, "M"]
     monkeypatch.setattr(ssd, "vgg16", lambda weights, progress: SimpleNamespace(features=make_layers(thin)))
-
-
-@pytest.fixture
-def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is not measured: ten forward passes of 32 images take longer than all else."""
-    monkeypatch.setattr(costs, "inference_seconds", lambda model, images, *options, **more: 0.01 * len(images))
 
 
 def test_targets_by_hand() -> None:
@@ -140,7 +133,7 @@ class Oracle(nn.Module):
 
 
 @pytest.fixture
-def oracle(monkeypatch: pytest.MonkeyPatch, no_clock: None) -> DetectionData:
+def oracle(monkeypatch: pytest.MonkeyPatch) -> DetectionData:
     """The toy set, on which `run_torchvision` now trains the oracle."""
     data = toy_data()
     monkeypatch.setattr(torchvision_detectors, "build_torchvision", lambda settings, classes: Oracle(data))
@@ -161,7 +154,6 @@ def test_an_oracle_gets_everything_right(oracle: DetectionData) -> None:
     assert all(torch.equal(p["labels"], t["labels"]) for p, t in zip(predictions, ground_truth, strict=True))
     assert len(result.predictions["case_index"]) == len(result.predictions["case_images"]) > 0
     assert result.model.keys() == {"count"} and result.precision == "fp32"
-    assert result.costs["latency_ms"] == 10.0 and result.costs["images_per_second_32"] == 100.0
 
 
 def test_an_interrupted_training_goes_on(oracle: DetectionData, tmp_path: Path) -> None:
@@ -176,7 +168,7 @@ def test_an_interrupted_training_goes_on(oracle: DetectionData, tmp_path: Path) 
     assert other.curve["loss"] != whole.curve["loss"]
 
 
-def test_one_architecture_from_end_to_end(small_backbones: None, no_clock: None) -> None:
+def test_one_architecture_from_end_to_end(small_backbones: None) -> None:
     data = toy_data(counts=(4, 2, 2))
     result = run_torchvision(replace(TOY, architecture="fcos", epochs=1, batch=2), 0, data, quiet())
     assert set(result.curve) >= {"loss", "classification", "bbox_regression", "bbox_ctrness", "dev_map50"}

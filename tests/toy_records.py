@@ -50,7 +50,7 @@ class Project:
         self.papers.mkdir(parents=True)
         (self.papers / "main.csv").write_text(f"{HEADER}\n{table}")
         self.set = monkeypatch.setattr
-        for module in (runs, tables, claims, findings, generated):
+        for module in (runs, tables, claims, findings, generated, measured):
             self.set(module, "project_root", lambda: root)
         for module in (generated, page):
             self.set(module, "STUDIES", ("toy",))
@@ -67,6 +67,13 @@ class Project:
         for one in ones:
             lines += ["[[claim]]", *(f"{k} = {json.dumps(v)}" for k, v in one.items() if v is not None)]
         (self.papers / "claims.toml").write_text("\n".join(lines))
+
+    def write_timings(self, milliseconds: Mapping[str, float]) -> None:
+        """As `defectlab.bench` writes them, the first row first."""
+        first = next(iter(milliseconds))
+        found = {row: {"latency_ms": ms, "ratio": [ms / milliseconds[first]] * 3} for row, ms in milliseconds.items()}
+        content = {"device": "a CPU", "first": first, "networks": found}
+        write_json(self.root / "results" / "costs" / "toy-cpu.json", content)
 
     def write_record(
         self,

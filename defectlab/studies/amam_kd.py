@@ -180,9 +180,7 @@ def seeds_of(name: str, settings: Any) -> dict[str, int]:
 
 
 def rows(profile: str) -> dict[str, Row]:
-    settings = settings_of(profile)
-    seeds = {name: seeds_of(name, row)[profile] for name, row in settings.items()}
-    return rows_by_kind(settings, KINDS, seeds, PRIMARY, OPTIONAL)
+    return rows_by_kind(settings_of(profile), KINDS, lambda *of: seeds_of(*of)[profile], PRIMARY, OPTIONAL)
 
 
 STUDY = Study(

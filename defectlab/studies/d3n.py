@@ -227,9 +227,7 @@ def seeds_of(name: str, settings: Any) -> dict[str, int]:
 
 
 def rows(profile: str) -> dict[str, Row]:
-    settings = settings_of(profile)
-    seeds = {name: seeds_of(name, row)[profile] for name, row in settings.items()}
-    return rows_by_kind(settings, KINDS, seeds, PRIMARY, OPTIONAL)
+    return rows_by_kind(settings_of(profile), KINDS, lambda *of: seeds_of(*of)[profile], PRIMARY, OPTIONAL)
 
 
 STUDY = Study(
@@ -249,7 +247,7 @@ STUDY = Study(
         ("map50", "map50_95", "map33"),
         ("precision_dev", "recall_dev", "f1_dev", "f1_oracle"),
         ("mask_map50", "mask_map50_95", "mask_precision_dev", "mask_recall_dev"),
-        ("parameters_m", "gflops", "size_mb", "latency_ms", "fps", "images_per_second_32"),
+        ("parameters_m", "gflops", "size_mb", "latency_ms", "fps"),
         ("noise_error", "unexplained", "kl", "compression_ratio"),
     ),
 )

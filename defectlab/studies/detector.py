@@ -68,7 +68,7 @@ def rows(profile: str) -> dict[str, Row]:
 METRICS = (
     ("map50", "map50_95", "map33"),
     ("precision_dev", "recall_dev", "f1_dev", "f1_oracle"),
-    ("parameters_m", "gflops", "size_mb", "latency_ms", "images_per_second_32"),
+    ("parameters_m", "gflops", "size_mb", "latency_ms"),
 )
 STUDY = Study(
     "YOLO from scratch: anchor-free (v8) and anchor-based (v5) detectors",

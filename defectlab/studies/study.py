@@ -44,15 +44,17 @@ class Row:
 def rows_by_kind(
     settings: Mapping[str, Any],
     kinds: Mapping[type, tuple[Callable, Callable, Callable]],
-    seeds: Mapping[str, int],
+    seeds_of: Callable[[str, Any], int],
     primary: Collection[str],
     optional: Collection[str],
 ) -> dict[str, Row]:
     """Name -> row, for settings by name. `kinds`: run, load and fingerprints by the type of the settings."""
-    return {
-        name: Row(row, *kinds[type(row)], seeds=seeds[name], primary=name in primary, optional=name in optional)
-        for name, row in settings.items()
-    }
+
+    def row(name: str, of: Any) -> Row:
+        marks = {"primary": name in primary, "optional": name in optional}
+        return Row(of, *kinds[type(of)], seeds=seeds_of(name, of), **marks)
+
+    return {name: row(name, of) for name, of in settings.items()}
 
 
 def changed_at_every_depth(settings: Any, change: Callable[[str, Any], Any]) -> Any:

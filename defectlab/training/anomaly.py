@@ -19,9 +19,8 @@ from defectlab.networks.reverse_distillation import RD4ADSettings, gaussian_smoo
 from defectlab.precision import autocast, precision_of
 from defectlab.runs import Context, Result
 from defectlab.training.loop import Trained, adam, rate_per_epoch, train
-from defectlab.training.results import rounded, shrunk
+from defectlab.training.results import example_side, rounded, shrunk
 
-SIDE, COLOUR_SIDE = 96, 72  # pixels a side of the examples kept in a record, whose size is limited
 EACH = 4  # examples of a kind
 FLIPS = ((-1,), (-2,), (-2, -1))  # axes of (N, 3, H, W): horizontal, vertical, both
 
@@ -215,7 +214,7 @@ def examples(split: AnomalySplit, maps: Tensor, scores: Tensor) -> dict[str, np.
     """A dozen small examples: the defects that scored lowest, the good parts that scored highest, and the defects that
     scored highest, four of each: images, maps (scaled to the range of the whole test set) and masks.
 
-    All are uint8 and (K, 96, 96); where the images have colour, (K, 72, 72) and case_images (K, 72, 72, 3).
+    All are uint8 and (K, side, side); where the images have colour, case_images are (K, side, side, 3).
     """
     order = scores.argsort().cpu()
     bad = order[split.labels.cpu()[order] == 1]
@@ -224,14 +223,14 @@ def examples(split: AnomalySplit, maps: Tensor, scores: Tensor) -> dict[str, np.
     low, high = maps.amin(), maps.amax()
     picked = chosen.to(maps.device)
     images = split.images[picked]
-    grey = bool((images[:, :1] == images).all())
-    side = SIDE if grey else COLOUR_SIDE
+    images = images[:, :1] if (images[:, :1] == images).all() else images
+    side = example_side(images)
     scaled = (maps[picked, None] - low) / (high - low).clamp(min=1e-12) * 255
     return {
         "case_index": chosen.numpy(),
-        "case_images": shrunk(images[:, :1] if grey else images, side).round().byte().numpy(),
-        "case_maps": shrunk(scaled, side).round().byte().numpy(),
-        "case_masks": (shrunk(split.masks[picked, None], side) > 0).byte().numpy(),
+        "case_images": shrunk(images, side),
+        "case_maps": shrunk(scaled, side),
+        "case_masks": (shrunk(255 * split.masks[picked, None], side) > 0).astype(np.uint8),
     }
 
 

@@ -1,4 +1,4 @@
-"""What a detector costs, as a row that needs no data: parameters, FLOPs, size and speed follow from the network."""
+"""What a detector costs, as a row that needs no data: parameters, FLOPs and size follow from the network."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,12 +17,11 @@ class CostSettings:
 
     model: ClassVar[str] = "detector_costs"
     version: ClassVar[int] = 1
-    alone: ClassVar[bool] = True  # it is timed: nothing else may run beside it
 
     dataset: str = "none"
     family: str = "v5"  # "v5" anchor-based, "v8" anchor-free
     scale: str = "s"
-    size: int = 640  # px a side, of FLOPs and speed
+    size: int = 640  # px a side, of FLOPs
     classes: int = 80
 
 
@@ -34,14 +33,10 @@ class NoData:
 
 
 def run_costs(settings: CostSettings, seed: int, data: NoData, context: Context) -> Result:
-    """Costs of an untrained detector as deployed (fused, fp32, before decoding and suppression); no metrics.
+    """`model_costs` of an untrained detector as deployed (fused, before decoding and suppression); no metrics.
 
-    costs: those of `model_costs` at `size`, one by one, and fps, images per second. ValueError for an unknown detector
-    or a size that is not divisible by 32.
+    ValueError for an unknown detector or a size that is not divisible by 32.
     """
     torch.manual_seed(0)
     detector = fused(Detector(settings.family, settings.scale, settings.classes))
-    detector = detector.to(context.device, memory_format=torch.channels_last)
-    costs = model_costs(detector, settings.size, context.device, batches=False)
-    costs["fps"] = round(1000 / costs["latency_ms"], 1)
-    return Result({}, {}, {}, {}, {}, {}, costs, "fp32")
+    return Result({}, {}, {}, {}, {}, {}, model_costs(detector.to(context.device), settings.size), "fp32")

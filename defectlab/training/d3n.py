@@ -120,7 +120,7 @@ def run_hybrid(settings: HybridSettings, seed: int, data: DetectionData, context
     def evaluation(average: HybridDetector, data: DetectionData) -> Result:
         return task.evaluate(average, data, prepared.unseen)
 
-    def costs(average: HybridDetector, size: int, device: str) -> dict[str, float]:
+    def costs(average: HybridDetector, size: int) -> dict[str, float]:
         return whole_costs(average, prepared, small)
 
     result = train_and_evaluate(

@@ -20,9 +20,8 @@ from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.precision import full_float32, precision_of
 from defectlab.runs import Context, Record, Result, load_weights
 from defectlab.training.recipe import Loss, train_detector
-from defectlab.training.results import rounded, shrunk
+from defectlab.training.results import example_side, rounded, shrunk
 
-SIDE = 112  # pixels a side of the examples that a record keeps
 COST_SIZE = 640  # px: GFLOPs are stated for this input, whatever the training used
 Build = Callable[..., Detector]  # (settings, classes, anchors) -> detector
 Probe = Callable[[nn.Module], dict[str, float]]
@@ -121,20 +120,21 @@ def example_arrays(split: DetectionSplit, predictions: Boxes, ground_truth: Boxe
     case_index, case_why; case_scale and case_offset map boxes of the original onto them."""
     chosen = examples(predictions, ground_truth)
     index = torch.tensor([i for i, _ in chosen], dtype=torch.long)
-    factor = SIDE / split.images.shape[-1]
+    images = split.images[index.to(split.images.device)]
+    side = example_side(images)
+    factor = side / images.shape[-1]
     return {
         "case_index": index.numpy(),
         "case_why": np.array([why for _, why in chosen]),
-        "case_images": shrunk(split.images[index.to(split.images.device)], SIDE).round().byte().numpy(),
+        "case_images": shrunk(images, side),
         "case_scale": (split.scale[index] * factor).numpy(),
         "case_offset": (split.offset[index] * factor).numpy(),
     }
 
 
-def deployed_costs(detector: Detector, size: int, device: str | torch.device) -> dict[str, float]:
-    """Costs as deployed, fused: parameters and GFLOPs at 640 px, latency at `size` in fp32."""
-    model = fused(detector).to(device, memory_format=torch.channels_last)
-    return model_costs(model, size, device, flops_size=COST_SIZE)
+def deployed_costs(detector: Detector, size: int) -> dict[str, float]:
+    """Costs as deployed, fused, with GFLOPs at 640 px, whatever the `size` of the row."""
+    return model_costs(fused(detector), size, flops_size=COST_SIZE)
 
 
 # --- Runs ------------------------------------------------------------------------------------------------------------
@@ -165,19 +165,19 @@ def train_and_evaluate(
     extra: nn.Module | None = None,
     probe: Probe | None = None,
     evaluation: Callable[[nn.Module, DetectionData], Result] = evaluate_detector,
-    costs: Callable[[nn.Module, int, str], dict[str, float]] = deployed_costs,
+    costs: Callable[[nn.Module, int], dict[str, float]] = deployed_costs,
 ) -> Result:
     """Train a detector and evaluate the moving average of its last epoch, once.
 
     loss, extra: as in `train_detector`. probe: None: mAP on dev. evaluation: -> result without curve and costs.
-    costs: (network, size, device) -> costs.
+    costs: (network, size) -> costs.
     """
     probe = probe or probe_on(data.dev, data.class_names)
     average, trained = train_detector(detector, loss, data.train, settings, seed, context, extra, probe)
     result = evaluation(average, data)
     result.curve = trained.curve
     result.precision = precision_of(settings, context.device)
-    result.costs = costs(average, settings.size, context.device) | trained.costs
+    result.costs = costs(average, settings.size) | trained.costs
     return result
 
 

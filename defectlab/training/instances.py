@@ -17,7 +17,7 @@ from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import decode_anchor_based, suppress
 from defectlab.precision import full_float32
 from defectlab.runs import Result
-from defectlab.training.detection import SIDE, example_arrays, result_of
+from defectlab.training.detection import example_arrays, result_of
 
 MOST = 100  # detections of an image that get a mask, at most: as many as COCO counts
 Instances = dict[str, Tensor]  # of an image: boxes (n, 4), labels (n,), masks (n, H, W) bool; scores (n,) if predicted
@@ -182,12 +182,13 @@ def evaluate_instances(
     arrays |= example_arrays(data.test, test.found, test.ground_truth)
     chosen = arrays["case_index"].tolist()
     found = predict_instances(detector, data.test, latents["test"], chosen)
-    arrays["case_found"] = _painted(found, threshold)
-    arrays["case_true"] = _painted(instance_ground_truth(data.test, chosen))
+    side = arrays["case_images"].shape[1]
+    arrays["case_found"] = _painted(found, side, threshold)
+    arrays["case_true"] = _painted(instance_ground_truth(data.test, chosen), side)
     return result_of(on_test, on_dev, threshold, arrays, detector)
 
 
-def _painted(images: Iterable[Instances], threshold: float = 0.0) -> np.ndarray:
+def _painted(images: Iterable[Instances], side: int, threshold: float = 0.0) -> np.ndarray:
     """(K, side, side) uint8: 1 + class of the best instance at each pixel, 0 where none scores `threshold` or more."""
     painted = []
     for instances in images:
@@ -195,7 +196,7 @@ def _painted(images: Iterable[Instances], threshold: float = 0.0) -> np.ndarray:
         for index in reversed(range(len(instances["labels"]))):  # the best one is painted last
             if "scores" not in instances or instances["scores"][index] >= threshold:
                 image[instances["masks"][index]] = int(instances["labels"][index]) + 1
-        painted.append(letterbox_maps(image[None], SIDE)[0])
+        painted.append(letterbox_maps(image[None], side)[0])
     return torch.stack(painted).numpy()
 
 

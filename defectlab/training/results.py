@@ -2,8 +2,12 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+SIDE, COLOUR_SIDE = 192, 160  # pixels a side of a record's examples: a dozen and their maps fit into its limit
+STEP = 4  # grey levels: noise of a camera below it would take half of that limit
 
 
 def rounded(values: Mapping[str, float]) -> dict[str, float]:
@@ -11,8 +15,14 @@ def rounded(values: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in values.items() if value == value}
 
 
-def shrunk(images: Tensor, side: int) -> Tensor:
-    """Means over areas of (K, C, H, W), in float32 on the CPU: (K, side, side), with several channels
+def example_side(images: Tensor) -> int:
+    """Pixels a side of the examples that a record keeps of square images (K, C, S, S): S at most."""
+    return min(SIDE if images.shape[1] == 1 else COLOUR_SIDE, images.shape[-1])
+
+
+def shrunk(images: Tensor, side: int) -> np.ndarray:
+    """Means over areas of (K, C, H, W) in 0..255, uint8 in steps of `STEP`: (K, side, side), with several channels
     (K, side, side, C)."""
     small = interpolate(images.float(), (side, side), mode="area").movedim(1, -1).cpu()
-    return small[..., 0] if images.shape[1] == 1 else small
+    stepped = ((small / STEP).round() * STEP).clamp(max=255).byte().numpy()
+    return stepped[..., 0] if images.shape[1] == 1 else stepped

@@ -14,9 +14,8 @@ from defectlab.networks.segmentation import SegmentationSettings, Segmenter, seg
 from defectlab.precision import autocast, full_float32, precision_of
 from defectlab.runs import Context, Record, Result, load_weights
 from defectlab.training.loop import adam, rate_per_epoch, train
-from defectlab.training.results import rounded, shrunk
+from defectlab.training.results import example_side, rounded, shrunk
 
-SIDE = 80  # pixels a side of the examples kept in a record: three colours and a map of twelve fit into it
 EACH = 4  # examples of a kind
 
 
@@ -94,7 +93,7 @@ def run_segmentation(
     trained = train(network, draw, step, len(split), replace(settings, epochs=epochs), seed, context, optimizer, rate)
     result = evaluate(network, data, precision)
     result.curve = trained.curve
-    result.costs = model_costs(network, settings.size, context.device) | trained.costs
+    result.costs = model_costs(network, settings.size) | trained.costs
     result.notes = {"train_images": str(len(split)), "epochs": str(epochs)}
     return result
 
@@ -136,7 +135,7 @@ def examples(split: SegmentationSplit, probabilities: Tensor, images: dict[str, 
     others the four with most wrong pixels.
 
     -> case_index (K,), case_why (K,), case_images (K, side, side, 3), case_masks (K, side, side) 0 or 1,
-    case_probabilities (K, side, side) 0..255, all uint8; side at most 80 px.
+    case_probabilities (K, side, side) 0..255, all uint8.
     """
     tp, wrong = images["tp"], images["fp"] + images["fn"]
     iou = tp / np.maximum(tp + wrong, 1)
@@ -145,13 +144,15 @@ def examples(split: SegmentationSplit, probabilities: Tensor, images: dict[str, 
     rest = [i for i in np.argsort(-wrong, kind="stable") if i not in {*worst, *best}][:EACH]
     why = ["lowest IoU"] * len(worst) + ["most wrong pixels of the others"] * len(rest) + ["highest IoU"] * len(best)
     chosen = torch.tensor([*worst, *rest, *best], dtype=torch.long)
-    picked, side = chosen.to(split.images.device), min(SIDE, split.images.shape[-1])
+    picked = chosen.to(split.images.device)
+    images, masks = split.images[picked], split.masks[picked, None]
+    side = example_side(images)
     return {
         "case_index": chosen.numpy(),
         "case_why": np.array(why),
-        "case_images": shrunk(split.images[picked], side).round().byte().numpy(),
-        "case_masks": shrunk(split.masks[picked, None], side).round().byte().numpy(),
-        "case_probabilities": shrunk(255 * probabilities[picked, None], side).round().byte().numpy(),
+        "case_images": shrunk(images, side),
+        "case_masks": (shrunk(255 * masks, side) > 127).astype(np.uint8),
+        "case_probabilities": shrunk(255 * probabilities[picked, None], side),
     }
 
 

@@ -4,8 +4,8 @@ Claims are data (`results/papers/<study>/claims.toml`). Three kinds:
 
 - "gain": metric of row `a` less that of row `b`, in points;
 - "order": the gain at some defect `types` minus the mean gain over all types: a difference of differences;
-- "bound": a cost of `a`, or its ratio to that of `b`, is `at_most` or `at_least` a number. Records do not show that two
-  speeds were timed in one run, so bounds of timed costs are shown and not judged.
+- "bound": a cost of `a`, or its ratio to that of `b`, is `at_most` or `at_least` a number; of a timed cost on the
+  device on which the study's networks were timed in turns.
 """
 
 import math
@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from defectlab.verdicts.measured import (
     BOOTSTRAPPED,
     COSTS,
     METRIC_NAMES,
+    Timing,
     image_statistic,
+    is_timed,
     over_images,
     value_of,
     written,
@@ -33,15 +36,13 @@ from defectlab.verdicts.measured import (
 Claim = dict[str, Any]
 Found = Mapping[str, Mapping[str, list[Record]]]  # profile -> row -> its records, the best profile first
 
-NOT_COMPARED = "not judged: timings of different runs are not compared"
-
 
 @dataclass(frozen=True)
 class Judged:
     """One claim, measured, and what follows.
 
     A gain or order has `difference` over seeds and, where there is a bootstrap, `images` over test images; a bound has
-    `value`, and of a timed cost the `values` of every record of the same network on the same `device`.
+    `value`, and of a timed cost its `device`.
     """
 
     claim: Claim
@@ -51,7 +52,6 @@ class Judged:
     difference: stats.Difference | None = None
     images: stats.Interval | None = None
     value: float | None = None
-    values: tuple[float, ...] = ()
     device: str = ""
 
 
@@ -106,10 +106,17 @@ def bootstrap_difference(a: list[Record], b: list[Record], claim: Claim) -> stat
 # --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def judge(claims: list[Claim], found: Found, profile: str, unplanned: Collection[str] = ()) -> list[Judged]:
+def judge(
+    claims: list[Claim],
+    found: Found,
+    profile: str,
+    unplanned: Collection[str] = (),
+    timed: Mapping[str, Timing] = MappingProxyType({}),
+) -> list[Judged]:
     """Every claim, from `found`, at the best profile that has records of all its rows.
 
-    A claim that has no records says what `profile` lacks; `unplanned` are the rows that this one leaves out.
+    A claim that has no records says what `profile` lacks; `unplanned` are the rows that this one leaves out. `timed`:
+    row -> its timing.
     """
     measured = []
     for claim in claims:
@@ -121,7 +128,7 @@ def judge(claims: list[Claim], found: Found, profile: str, unplanned: Collection
             why = f"not run: time ({', '.join(left_out)}: not part of {profile})" if left_out else ""
             measured.append(Judged(claim, 0, why or f"not run yet: {', '.join(lacking)}"))
         elif claim["kind"] == "bound":
-            measured.append(_bound(claim, [found[best][side] for side in sides], best, found))
+            measured.append(_bound(claim, [found[best][side] for side in sides], best, timed))
         else:
             measured.append(_gain(claim, found[best], best))
     return _with_verdicts(measured)
@@ -154,29 +161,21 @@ def _alike(a: dict[str, str], b: dict[str, str]) -> bool:
     return all(a[name] == b[name] for name in a.keys() & b.keys())
 
 
-def _bound(claim: Claim, sides: list[list[Record]], profile: str, found: Found) -> Judged:
+def _bound(claim: Claim, sides: list[list[Record]], profile: str, timed: Mapping[str, Timing]) -> Judged:
     """A bound with its verdict. One run is enough: a cost that is not timed follows from the model alone."""
-    n, metric = min(len(side) for side in sides), claim["metric"]
+    n, metric, device = min(len(side) for side in sides), claim["metric"], ""
     means = [float(np.mean([value_of(r, metric) for r in side])) for side in sides]
+    if is_timed(metric):
+        of = [timed.get(claim[side]) for side in ("a", "b") if side in claim]
+        if None in of:
+            return Judged(claim, n, "not timed yet", profile)
+        means, device = [one.value(metric) for one in of], of[0].device
     if not np.isfinite(means).all():
         return Judged(claim, n, "cannot be judged (the records lack the cost)", profile)
-    if COSTS[metric].timed:
-        if "b" in claim:
-            return Judged(claim, n, NOT_COMPARED, profile)
-        device, network = sides[0][0].device, _network(sides[0][0])
-        every = {r.path: r for rows in found.values() for records in rows.values() for r in records}.values()
-        timings = (value_of(r, metric) for r in every if r.device == device and _network(r) == network)
-        values = tuple(v for v in timings if math.isfinite(v))
-        return Judged(claim, n, NOT_COMPARED, profile, value=means[0], values=values, device=device)
     value = means[0] / means[1] if "b" in claim else means[0]
     slack = 1e-9 * value  # a ratio of equal costs is 1, whatever the means of several seeds round to
     holds = value - slack <= claim["at_most"] if "at_most" in claim else value + slack >= claim["at_least"]
-    return Judged(claim, n, "holds" if holds else "does not hold", profile, value=value)
-
-
-def _network(record: Record) -> tuple[Any, ...]:
-    """What is equal in records of one network, whatever it was trained on."""
-    return record.model, record.costs.get("parameters_m"), record.costs.get("gflops")
+    return Judged(claim, n, "holds" if holds else "does not hold", profile, value=value, device=device)
 
 
 def _with_verdicts(measured: list[Judged]) -> list[Judged]:
@@ -221,8 +220,7 @@ def signed(points: float) -> str:
 
 
 def measured_text(judged: Judged) -> str:
-    """'+0.4' (points), '×1.12 (at most ×1.25)', '3.16 M (at most 3.5 M)' or, timed, '14.69 to 42.44 ms in 3 records (at
-    most 33.3 ms)'; '–' where nothing could be measured."""
+    """'+0.4' (points), '×1.12 (at most ×1.25)' or '3.16 M (at most 3.5 M)'; '–' where nothing could be measured."""
     claim, metric = judged.claim, judged.claim["metric"]
     if judged.difference:
         return signed(judged.difference.mean)
@@ -233,8 +231,4 @@ def measured_text(judged: Judged) -> str:
     if "b" in claim:
         return f"×{judged.value:.2f} ({side} ×{limit:g})"
     shown, unit = written(judged.value, metric), COSTS[metric].unit
-    records = ""
-    if len(judged.values) > 1:
-        shown = f"{written(min(judged.values), metric)} to {written(max(judged.values), metric)}"
-        records = f" in {len(judged.values)} records"
-    return f"{shown} {unit}{records} ({side} {limit:g} {unit})"
+    return f"{shown} {unit} ({side} {limit:g} {unit})"

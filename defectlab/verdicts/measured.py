@@ -1,9 +1,11 @@
 """What records say: the names and units of metrics and costs, a record's value, its interval over test images.
 
 Metrics are in per cent, but for those of `UNITS`. Costs (`COSTS`) have units of their own and stand in a record's
-`costs`, not in its `metrics`.
+`costs`, not in its `metrics`; those that are timed stand in `results/costs`, where one process timed all networks of a
+study in turns (`defectlab.bench`): what runs that were made at different times took is not compared.
 """
 
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from defectlab.files import project_root
 from defectlab.metrics import detection, segmentation
 from defectlab.metrics.anomaly import metrics_from_histograms
 from defectlab.metrics.ranking import auroc, average_precision
@@ -57,7 +60,6 @@ METRIC_NAMES = {
     "size_mb": "size (MB, fp16)",
     "latency_ms": "latency (ms, batch 1)",
     "fps": "FPS (batch 1)",
-    "images_per_second_32": "images/s (batch 32)",
 }
 METRIC_NAMES |= {f"{m}_nonempty": f"{METRIC_NAMES[m]} of non-empty images" for m in segmentation.OF_IMAGES}
 METRIC_NAMES |= {f"{m}_crop": f"{METRIC_NAMES[m]}, crop only" for m in ("image_auroc", "pixel_auroc", "aupro")}
@@ -69,7 +71,7 @@ class Cost(NamedTuple):
 
     unit: str
     digits: int  # after the point
-    timed: bool = False  # then it holds for its device and its run alone
+    timed: bool = False  # then no record has it, but the timings of the study
 
 
 COSTS = {
@@ -78,7 +80,6 @@ COSTS = {
     "size_mb": Cost("MB", 1),
     "latency_ms": Cost("ms", 2, timed=True),
     "fps": Cost("1/s", 0, timed=True),
-    "images_per_second_32": Cost("images/s", 0, timed=True),
 }
 BOOTSTRAP_REPEATS = 300
 DETECTION = (*detection.METRIC_IOUS, *detection.MASK_IOUS)
@@ -89,9 +90,41 @@ UNITS = {"kl": "nats", "compression_ratio": "ratio"}  # of the metrics that are 
 BEYOND_100 = ("kept_blur", "kept_noise", "noise_error", "unexplained")  # per cent of what can be exceeded
 
 
+def is_timed(metric: str) -> bool:
+    return metric in COSTS and COSTS[metric].timed
+
+
 def value_of(record: Record, metric: str) -> float:
     """A metric in per cent, or a cost in its unit; NaN where the record has none."""
-    return (record.costs if metric in COSTS else record.metrics).get(metric, math.nan)
+    return math.nan if is_timed(metric) else (record.costs if metric in COSTS else record.metrics).get(metric, math.nan)
+
+
+class Timing(NamedTuple):
+    """What `defectlab.bench` found of the network of a row, on a device."""
+
+    latency_ms: float
+    ratio: tuple[float, float, float]  # to the study's first network: median and quartiles over rounds
+    first: str  # that network's row
+    device: str
+
+    def value(self, metric: str) -> float:
+        return self.latency_ms if metric == "latency_ms" else 1000 / self.latency_ms
+
+    def shown(self, metric: str) -> str:
+        """'74.46 (×1.22)': also how many times the time of the first network, where that is another."""
+        of_first = "" if self.ratio[1:] == (1.0, 1.0) or metric == "fps" else f" (×{self.ratio[0]:.2f})"
+        return written(self.value(metric), metric) + of_first
+
+
+def timings(study_name: str) -> dict[str, Timing]:
+    """Row -> its timing, of a GPU where the study has such, else of a CPU; {} where nothing was timed."""
+    folder = project_root() / "results" / "costs"
+    path = next((p for d in ("cuda", "cpu") if (p := folder / f"{study_name}-{d}.json").is_file()), None)
+    made = json.loads(path.read_text(encoding="utf-8")) if path else {"networks": {}}
+    return {
+        row: Timing(of["latency_ms"], tuple(of["ratio"]), made["first"], made["device"])
+        for row, of in made["networks"].items()
+    }
 
 
 def written(value: float, metric: str) -> str:

@@ -36,7 +36,7 @@ PROFILE_SENTENCES = {
 }
 NOTE = (
     "Mean over seeds with its 95 % interval over seeds, cut at 0 and 100 %; ‡ near 100: over test images. "
-    "Costs on which all seeds agree have no interval."
+    "n: seeds; a number without n is of one. Costs on which all seeds agree have no interval."
 )
 NO_TEXT = 'alt="No description has been provided for this image"'
 MARK = "formula{:05d}here"  # where MathML goes once Markdown is HTML: the converter would close its tags one by one

@@ -19,7 +19,18 @@ from defectlab.files import project_root
 from defectlab.runs import Record
 from defectlab.studies import Study, study
 from defectlab.verdicts import claims, stats
-from defectlab.verdicts.measured import BOOTSTRAPPED, COSTS, METRIC_NAMES, bootstrap_level, value_of, within, written
+from defectlab.verdicts.measured import (
+    BOOTSTRAPPED,
+    COSTS,
+    METRIC_NAMES,
+    Timing,
+    bootstrap_level,
+    is_timed,
+    timings,
+    value_of,
+    within,
+    written,
+)
 
 BEST_FIRST = ("paper", "quick")  # the profiles of committed records
 THIS_RUN = "this run"  # how tables call this machine's
@@ -84,16 +95,19 @@ def printed_table(study_name: str, table: str) -> list[dict[str, str]]:
 
 
 def show(values: list[float], metric: str = "") -> str:
-    """'87.3 [85.1, 89.5] n=3': mean over seeds, 95 % interval, number of seeds; one seed has no interval, and neither
-    has a cost on which all seeds agree. `metric` decides the digits and where an interval ends."""
+    """'87.3 [85.1, 89.5] n=3': mean over seeds, 95 % interval, number of seeds; '87.3' alone is one seed's. A cost on
+    which all seeds agree has no interval. `metric` decides the digits and where an interval ends."""
     values = [v for v in values if not math.isnan(v)]
     if not values:
         return "–"
     found = stats.mean_interval(values)
     low, high = within(metric, found.low, found.high)
-    if found.n == 1 or (metric in COSTS and len(set(values)) == 1):
-        return f"{written(found.mean, metric)} n={found.n}"
-    return f"{written(found.mean, metric)} [{written(low, metric)}, {written(high, metric)}] n={found.n}"
+    number = written(found.mean, metric)
+    if found.n == 1:
+        return number
+    if metric in COSTS and len(set(values)) == 1:
+        return f"{number} n={found.n}"
+    return f"{number} [{written(low, metric)}, {written(high, metric)}] n={found.n}"
 
 
 def show_records(records: list[Record], metric: str, kind: str | None = None) -> str:
@@ -103,7 +117,8 @@ def show_records(records: list[Record], metric: str, kind: str | None = None) ->
     if not values or metric not in BOOTSTRAPPED or not np.mean(values) >= NEAR_100:
         return show(values, metric)
     found = bootstrap_level(records, metric, kind)
-    return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]‡ n={len(values)}"
+    seeds = f" n={len(values)}" if len(values) > 1 else ""
+    return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]‡{seeds}"
 
 
 def judge_printed(line: dict[str, str], records: list[Record], profile: str) -> str:
@@ -119,12 +134,12 @@ def judge_printed(line: dict[str, str], records: list[Record], profile: str) -> 
     if not records:
         return "not run yet"
     metric, printed = line["metric"], line["value"]
+    if is_timed(metric):
+        return "cannot be judged (timed on another device)"
     values = [value_of(r, metric) for r in records]
     if not np.isfinite(values).all():
         return "cannot be judged (the records lack it)"
     cost = COSTS.get(metric)
-    if cost and cost.timed:
-        return "cannot be judged (timed on another device)"
     if not cost and (reason := stats.verdict_allowed(len(records), profile)):
         return reason
     interval = stats.mean_interval(values)
@@ -158,6 +173,7 @@ def results_table(
     if any(line["column"] != "all" for line in lines):
         return _by_column(lines, of, store)
     judged = {line["metric"] for line in lines if line["value"] and line["key"]}
+    timed = timings(study_name)
     content: dict[str, dict[tuple[str, str], str]] = {}
     notes: dict[str, dict[str, None]] = {}  # row -> each note once, in order
     for line in lines:
@@ -165,13 +181,14 @@ def results_table(
         cells = content.setdefault(line["row"], {})
         recorded, at = store.recorded_of(of, line["key"])
         cells[title, "paper"] = line["value"] or "–"
-        cells[title, "recorded"] = show_records(recorded, metric)
+        timing = timed.get(line["key"]) if is_timed(metric) else None
+        cells[title, "recorded"] = timing.shown(metric) if timing else show_records(recorded, metric)
         if store.shows_here:
             cells[title, THIS_RUN] = show_records(store.here_of(of, line["key"]), metric)
         if metric in judged:
             cells[title, "verdict"] = judge_printed(line, recorded, at)
         cells["", "profile"] = at if recorded else cells.get(("", "profile"), "–")
-        notes.setdefault(line["row"], {}).update(dict.fromkeys(_notes(line, recorded, of, at)))
+        notes.setdefault(line["row"], {}).update(dict.fromkeys(_notes(line, recorded, of, at, timing)))
         cells["", "note"] = "; ".join(notes[line["row"]])
     frame = pd.DataFrame.from_dict(content, orient="index").fillna("–")  # rows need not have a line for every metric
     frame.index.name = "row"
@@ -181,18 +198,13 @@ def results_table(
     return frame
 
 
-def _notes(line: dict[str, str], recorded: list[Record], of: Study, profile: str) -> list[str]:
+def _notes(line: dict[str, str], recorded: list[Record], of: Study, profile: str, timing: Timing | None) -> list[str]:
     if not recorded and line["key"]:
         return ["not run yet" if of.rows[profile][line["key"]].seeds else f"not run: time (not part of {profile})"]
     if not recorded:
         return [line["status"]]
     notes = [network] if (network := _other_network(of, line["key"], profile)) else []
-    timed = line["metric"] in COSTS and COSTS[line["metric"]].timed
-    timings = [r for r in recorded if timed and not math.isnan(value_of(r, line["metric"]))]
-    if timings:
-        beside = "" if all(r.content.get("jobs", 1) == 1 for r in timings) else ", which other runs shared"
-        notes.append(f"timed on {'; '.join(sorted({r.device for r in timings}))}{beside}")
-    return notes
+    return [*notes, f"timed in turns, × of {timing.first}, on {timing.device}"] if timing else notes
 
 
 def _other_network(of: Study, name: str, profile: str) -> str:
@@ -264,7 +276,7 @@ def judge_claims(study_name: str, store: RecordStore) -> list[claims.Judged]:
     rows, shown = study(study_name).rows, store.shown_profile
     found = {p: {n: runs.find(store.recorded, row.settings, p) for n, row in rows[p].items()} for p in BEST_FIRST}
     unplanned = [name for name, row in rows[shown].items() if not row.seeds]
-    return claims.judge(claims.claims_of(study_name), found, shown, unplanned)
+    return claims.judge(claims.claims_of(study_name), found, shown, unplanned, timings(study_name))
 
 
 def _intervals(judged: claims.Judged) -> tuple[str, str]:
