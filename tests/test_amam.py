@@ -7,15 +7,8 @@ import torch
 from torch import nn
 
 from defectlab.networks.segmentation import AttentionUNet, SegmentationSettings
-from defectlab.papers.amam_kd.segmentation import (
-    AMAM,
-    GateAttention,
-    LowestSkip,
-    SeparableDilation,
-    Settings,
-    UShapedNetwork,
-    build,
-)
+from defectlab.papers.amam_kd import segmentation
+from defectlab.papers.amam_kd.segmentation import AMAM, SeparableDilation, Settings, UShapedNetwork, build
 
 SMALL = Settings(encoder="resnet18_random")
 
@@ -64,12 +57,12 @@ def test_layout_text_has_output_stride_16_and_four_skips() -> None:
 )
 def test_skips_of_table_5(skips: str, gates: int, convolutions: int, inputs: list[int]) -> None:
     network = UShapedNetwork(replace(SMALL, skips=skips, amam=False))
-    assert sum(isinstance(m, GateAttention) for m in network.modules()) == gates
-    assert sum(isinstance(m, LowestSkip) for m in network.modules()) == convolutions
+    assert sum(isinstance(m, segmentation.GateAttention) for m in network.modules()) == gates
+    assert sum(isinstance(m, segmentation.LowestSkip) for m in network.modules()) == convolutions
     assert not any(isinstance(m, AMAM) for m in network.modules())
     assert [layer.before[0].in_channels for layer in network.decoder] == inputs
     if skips == "gates":
-        assert isinstance(network.decoder[0].skip, LowestSkip)  # the lowest
+        assert isinstance(network.decoder[0].skip, segmentation.LowestSkip)  # the lowest
         assert [layer.skip.coarse.in_channels for layer in network.decoder[1:]] == [256, 128, 64]
 
 

@@ -24,7 +24,7 @@ def test_rows_are_the_same_in_every_profile() -> None:
 def test_the_primary_claims_get_most_seeds(profile: str, most: int) -> None:
     seeds = {name: row.seeds for name, row in amam_kd.STUDY.rows[profile].items()}
     assert all(seeds[name] == most for name in ("two_stage", "kd_metal_nut", "amam_10_nut", "gates_10_defect"))
-    assert most == 1 or all(seeds[name] < most for name in ("amam_10_steps_nut", "amam_nut", "gates_nut", "kd_l1"))
+    assert most < 5 or all(seeds[name] < most for name in ("amam_10_steps_nut", "amam_nut", "gates_nut", "kd_l1"))
 
 
 def test_two_stages_use_the_rows_of_their_stages() -> None:

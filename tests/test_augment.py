@@ -10,9 +10,8 @@ from scipy import ndimage
 from defectlab.data.augment import Augmentation, _move_boxes, augment, plain
 
 SIZE = 32
-OFF = Augmentation(
-    mosaic=0, translate=0, scale=0, flip_left_right=0, hue=0, saturation=0, brightness=0
-)  # every setting zero
+# every setting zero
+OFF = Augmentation(mosaic=0, translate=0, scale=0, flip_left_right=0, hue=0, saturation=0, brightness=0)
 GEOMETRY = {"degrees": 30.0, "translate": 0.2, "scale": 0.4, "flip_up_down": 0.5}
 NO_COLOUR = {"hue": 0.0, "saturation": 0.0, "brightness": 0.0}
 

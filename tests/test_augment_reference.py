@@ -11,13 +11,6 @@ from defectlab.data.augment import Augmentation, augment, plain
 from defectlab.data.images import GROUND
 from defectlab.geometry import warp
 
-
-def real(batch, row):
-    """Boxes and labels of one image as numpy, without the padding."""
-    keep = batch.labels[row] >= 0
-    return batch.boxes[row][keep].numpy(), batch.labels[row][keep].numpy()
-
-
 # ---------------------------------------------------------------------------------------------------- the slow version
 
 
@@ -98,9 +91,9 @@ def test_agrees_with_the_slow_version(mosaic, channels):
         else:
             assert (left, top) == (0, 0) and tiles == [row] * 4
         expected = slow_boxes(boxes.numpy(), labels.numpy(), tiles, matrices, shown, SIZE)
-        found, found_labels = real(batch, row)
-        np.testing.assert_allclose(found, expected[:, :4], atol=1e-3)
-        assert found_labels.tolist() == expected[:, 4].tolist()
+        real = batch.labels[row] >= 0  # not the padding
+        np.testing.assert_allclose(batch.boxes[row][real], expected[:, :4], atol=1e-3)
+        assert batch.labels[row][real].tolist() == expected[:, 4].tolist()
     assert kinds == ({True, False} if mosaic == 0.5 else {mosaic == 1.0})
 
 
@@ -153,13 +146,11 @@ def test_warp_of_maps_of_another_resolution(height, width):
     """A linear map of the position is interpolated exactly, wherever the ground has no part in it."""
     x = (torch.arange(width) + 0.5) * SIZE / width
     y = (torch.arange(height) + 0.5) * SIZE / height
-    features = torch.stack(torch.broadcast_tensors(x, y[:, None]))[None].expand(2, -1, -1, -1)
+    places = torch.stack(torch.broadcast_tensors(x, y[:, None]))
     matrices = torch.tensor([[[0.9, -0.3, 5], [0.3, 0.9, -2], [0, 0, 1]], [[-1, 0, SIZE], [0, 1, 4], [0, 0, 1]]])
-    moved = warp(features, matrices, SIZE, ground=-1000.0)
+    moved = warp(places.expand(2, -1, -1, -1), matrices, SIZE, ground=-1000.0)
     for row in range(2):
-        source = torch.linalg.inv(matrices[row]) @ torch.stack(
-            [*torch.broadcast_tensors(x, y[:, None]), torch.ones(height, width)]
-        ).flatten(1)
+        source = torch.linalg.inv(matrices[row]) @ torch.cat([places, torch.ones(1, height, width)]).flatten(1)
         source = source[:2].view(2, height, width)
         inside = ((source[0] > x[0]) & (source[0] < x[-1])) & ((source[1] > y[0]) & (source[1] < y[-1]))
         assert inside.sum() > 0.3 * height * width

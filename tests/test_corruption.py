@@ -4,19 +4,11 @@ import math
 
 import pytest
 import torch
+from test_augment import seeded
 from torch import Tensor
+from toy_diffusion import random_images
 
 from defectlab.data.augment import corrupt, gaussian_noise, line_kernel, motion_blur, resized
-
-BOTH = pytest.mark.parametrize("kind", ["blur", "noise"])
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def random_images(count: int = 3, channels: int = 1, side: int = 32) -> Tensor:
-    return torch.randint(0, 256, (count, channels, side, side), generator=seeded(0), dtype=torch.uint8)
 
 
 def moments(weights: Tensor) -> tuple[Tensor, float, float, float]:
@@ -77,7 +69,7 @@ def test_blur_draws_a_point_out_along_its_own_angle() -> None:
 
 
 def test_channels_are_blurred_alike_and_images_apart() -> None:
-    grey = random_images(1).expand(2, 3, -1, -1)
+    grey = random_images(1, size=32).expand(2, 3, -1, -1)
     blurred = motion_blur(grey, 9, seeded(0))
     assert torch.equal(blurred[:, 0], blurred[:, 1]) and torch.equal(blurred[:, 0], blurred[:, 2])
     assert not torch.equal(blurred[0], blurred[1])
@@ -103,9 +95,9 @@ def test_noise_stays_within_the_grey_levels() -> None:
         assert 10 < float(distance.mean()) < 14  # 30 / sqrt(2 pi) = 12
 
 
-@BOTH
+@pytest.mark.parametrize("kind", ["blur", "noise"])
 def test_the_generator_decides_and_no_image_is_corrupted_as_another(kind: str) -> None:
-    images = random_images(1, channels=3).expand(4, -1, -1, -1)
+    images = random_images(1, colours=3, size=32).expand(4, -1, -1, -1)
     before = images.clone()
     first, again, other = (corrupt(images, kind, 9, seeded(seed), batch=2) for seed in (1, 1, 2))
     assert first.shape == images.shape and first.dtype == torch.uint8
@@ -117,7 +109,7 @@ def test_the_generator_decides_and_no_image_is_corrupted_as_another(kind: str) -
 @pytest.mark.parametrize("strength", [0, 5])
 def test_unknown_kind(strength: int) -> None:
     with pytest.raises(ValueError, match="unknown kind of corruption 'rain': use blur or noise"):
-        corrupt(random_images(), "rain", strength, seeded(0))
+        corrupt(random_images(1), "rain", strength, seeded(0))
 
 
 @pytest.mark.parametrize("size", [13, 32, 50])
@@ -125,7 +117,7 @@ def test_resized_keeps_constants_and_levels(size: int) -> None:
     levels = torch.tensor([0, 100, 255], dtype=torch.uint8)[:, None, None, None]
     changed = resized(levels.expand(3, 2, 32, 32), size, batch=2)
     assert torch.equal(changed, levels.expand(3, 2, size, size)) and changed.dtype == torch.uint8
-    images = random_images()
+    images = random_images(3, size=32)
     assert torch.equal(resized(images, 32), images)
 
 

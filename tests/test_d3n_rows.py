@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy_detection import toy_data
+from toy_detection import SHORT, toy_data
+from toy_diffusion import TOY
 from toy_runs import recorded, runs_of
 
 from defectlab import runs
@@ -17,9 +18,7 @@ from defectlab.data.augment import Augmentation, augment
 from defectlab.data.instances import InstanceData
 from defectlab.files import DataError
 from defectlab.geometry import warp
-from defectlab.networks.diffusion import DiffusionSettings
 from defectlab.networks.yolo.model import build_detector
-from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers.d3n import hybrid
 from defectlab.papers.d3n.resvae import CompressionSettings, build_compressor, feature_shapes
 from defectlab.runs import Record
@@ -27,15 +26,11 @@ from defectlab.studies import d3n
 from defectlab.training.d3n import check_recipe, with_latents
 from defectlab.training.detection import deployed_costs, fresh
 
-RECIPE = {
-    "dataset": "toy", "family": "v5", "scale": "t", "size": 64, "epochs": 1, "batch": 4, "warm_up": 0.0,
-    "close_mosaic": 0, "mosaic": 0.0, "average_ramp": 1.0, "learning_rate": 0.001, "precision": "fp32",
-}  # fmt: skip
-DIFFUSION = DiffusionSettings(
-    dataset="toy", size=16, channels=(8, 8, 16), layers=1, epochs=1, batch=4, average=0.5, precision="fp32"
-)
+DIFFUSION = replace(TOY, channels=(8, 8, 16), epochs=1, average=0.5)
 COMPRESSION = CompressionSettings(dataset="toy", ddpm=DIFFUSION, epochs=1, batch=4, precision="fp32")
-BASELINE = DetectorSettings(**RECIPE)
+BASELINE = replace(
+    SHORT, family="v5", epochs=1, warm_up=0.0, close_mosaic=0, mosaic=0.0, average_ramp=1.0, learning_rate=0.001
+)
 HYBRID = d3n.hybrid_of(BASELINE, COMPRESSION)
 STUDENT = d3n.student_of(HYBRID)
 
@@ -96,7 +91,7 @@ def test_planned_seeds() -> None:
     assert paper["baseline"] == paper["hybrid"] == paper["student"] == 5
     assert paper["ddpm"] == quick["ddpm"] == 1
     assert all(quick[row] for row in ("resvae", "pca", "baseline", "fusion_weighted_sum", "hybrid", "student"))
-    assert not any(quick[row] for row in ("faster_rcnn", "retinanet", "ssd", "fcos", "fusion_cross", "pcb_student"))
+    assert not any(quick[row] for row in ("faster_rcnn", "retinanet", "ssd", "fcos", "student_300", "pcb_student"))
 
 
 class Seen(torch.nn.Module):

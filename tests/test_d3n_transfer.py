@@ -16,8 +16,6 @@ from defectlab.papers.d3n.transfer import PowerTransfer, box_distance, logit_dis
 STRIDES = (8, 16, 32)
 ANCHORS = torch.tensor([[[6.0, 8], [12, 10]], [[20.0, 22], [34, 18]], [[48.0, 40], [60, 70]]])
 CLASSES = 3
-
-
 TERMS = ("distill_obj", "distill_cls", "distill_box")
 terms_of = partial(object_scaled_terms, anchors=ANCHORS, strides=STRIDES)
 readings = pytest.mark.parametrize(
@@ -28,10 +26,8 @@ readings = pytest.mark.parametrize(
 def maps(seed, size=64, batch=2, scale=2.0, **options):
     """Raw maps of two anchors and three classes: (B, 16, h, w) at strides 8, 16 and 32."""
     generator = torch.Generator().manual_seed(seed)
-    channels = ANCHORS.shape[1] * (5 + CLASSES)
-    return [
-        (scale * torch.randn(batch, channels, size // s, size // s, generator=generator)).to(**options) for s in STRIDES
-    ]
+    shapes = [(batch, ANCHORS.shape[1] * (5 + CLASSES), size // s, size // s) for s in STRIDES]
+    return [(scale * torch.randn(shape, generator=generator)).to(**options) for shape in shapes]
 
 
 def with_channel(raw, channel, value):
@@ -55,10 +51,8 @@ def test_single_cell_by_hand(reading):
     """One image, one level of one cell, one anchor of 8 x 8 px, two classes: o_T is weight and its own divisor."""
     teacher = torch.tensor([0.0, 0, 0, 0, 1.0, 2.0, -2.0])  # the box of zeros: (0, 0, 8, 8) px
     student = torch.tensor([0.0, 0, math.log(3), 0, -1.0, 1.0, 0.0])  # width (2 * 0.75)^2 * 8 = 18 px
-    raw = [values.view(1, 7, 1, 1) for values in (student, teacher)]
-    got = object_scaled_terms(
-        [raw[0]], [raw[1]], torch.tensor([[[8.0, 8.0]]]), (8,), (4.0,), temperature=2.0, **reading
-    )
+    raw, anchors = [[values.view(1, 7, 1, 1)] for values in (student, teacher)], torch.tensor([[[8.0, 8.0]]])
+    got = object_scaled_terms(*raw, anchors, (8,), (4.0,), temperature=2.0, **reading)
 
     def distance(z_t, z_s):
         if reading["distance"] == "l2":

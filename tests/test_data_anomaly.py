@@ -137,6 +137,15 @@ def test_dev_is_held_out_and_pasted(tiles: Path) -> None:
     assert change[inside].mean() > 5 * change[~inside].mean() > 0 or change[~inside].max() == 0
 
 
+def test_dev_of_a_grouped_split_cuts_no_group() -> None:
+    paths = [f"MT_Free/Imgs/exp{e}_num_{1000 * tile + e}.jpg" for tile in range(20) for e in range(1, 7)]
+    train, groups = [anomaly.Sample(path) for path in paths], {path: i // 6 for i, path in enumerate(paths)}
+    rest, dev = anomaly.hold_out(train, ("crack",), groups)
+    normal, pasted = dev[:12], dev[12:]
+    assert [sample.path for sample in normal] == [sample.path for sample in pasted] and len(rest) == 108
+    assert not {groups[sample.path] for sample in rest} & {groups[sample.path] for sample in normal}
+
+
 def test_same_every_time_and_fingerprint_follows_the_content(tiles: Path, monkeypatch) -> None:
     first, second = load_tiles(tiles), load_tiles(tiles)
     assert first.fingerprint == second.fingerprint and first.dev.names == second.dev.names

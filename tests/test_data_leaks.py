@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from defectlab.data.anomaly import load_anomaly
+from defectlab.data.anomaly import load_anomaly, plan_of
 from defectlab.data.detection import load_detection
 from defectlab.data.instances import TURNS_LIST, load_instances
 from defectlab.data.leaks import FEWEST, TURNS, leak_threshold, near_duplicates
-from defectlab.data.splits import read_list
+from defectlab.data.splits import PARTS, read_list
 from defectlab.data.tile_groups import AGAIN, draw_grouped, tile_groups
 
 GROUPED = Path(__file__).parents[1] / "defectlab" / "data" / "splits" / "magnetic_tile_grouped.txt"
@@ -184,6 +184,15 @@ def test_no_tile_is_in_two_groups_and_the_list_is_what_the_recipe_gives(tiles) -
     train = draw_grouped(names)
     assert [Path(name).name for name in train] == read_list(GROUPED)
     assert len(train) == 763 and sum("MT_Free" in name for name in names) - len(train) == 189
+
+
+@pytest.mark.real_data
+def test_the_grouped_split_has_no_tile_on_two_sides(real_set) -> None:
+    parts = plan_of("magnetic_tile_grouped", real_set("magnetic_tile")).parts
+    groups = tile_groups([sample.path for samples in parts.values() for sample in samples])
+    train, dev, test = ({groups[sample.path] for sample in parts[part]} for part in PARTS)
+    assert not (train & dev or train & test or dev & test)
+    assert [len(parts[part]) for part in PARTS] == [691, 144, 581]
 
 
 @pytest.mark.real_data

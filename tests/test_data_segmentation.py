@@ -13,16 +13,7 @@ from PIL import Image, ImageDraw
 from defectlab.data import fetch as store
 from defectlab.data import masks as segmentation
 from defectlab.data.anomaly import load_anomaly
-from defectlab.data.masks import (
-    METAL_NUT,
-    PAPER_LIST,
-    SegmentationData,
-    draw_parts,
-    load_segmentation,
-    nut_mask,
-    segmentation_fingerprint,
-    subset,
-)
+from defectlab.data.masks import METAL_NUT, SegmentationData, draw_parts, load_segmentation, nut_mask, subset
 from defectlab.data.splits import PARTS, read_list
 from defectlab.files import DataError
 
@@ -107,10 +98,8 @@ def test_recipe_on_a_nut_cut_by_the_border() -> None:
 
 
 def test_recipe_refuses_a_flat_image() -> None:
-    for image in (
-        np.full((64, 64, 3), 128, np.uint8),
-        np.random.default_rng(0).integers(90, 110, (64, 64, 3), np.uint8),
-    ):
+    noise = np.random.default_rng(0).integers(90, 110, (64, 64, 3), np.uint8)
+    for image in (noise, np.full_like(noise, 128)):
         with pytest.raises(ValueError, match="the image has no foreground"):
             nut_mask(image)
 
@@ -149,9 +138,7 @@ def test_defect_target(synthetic: Path) -> None:
     index = data.train.names.index(next(name for name in data.train.names if "/bent/" in name))
     stem = data.train.names[index].removeprefix("test/")
     native = pixels_of(synthetic / "synthetic_nut/ground_truth" / f"{stem}_mask.png", "L") > 127
-    small = torch.nn.functional.interpolate(
-        torch.from_numpy(native)[None, None].byte(), (SIZE, SIZE), mode="nearest-exact"
-    )
+    small = torch.nn.functional.interpolate(torch.from_numpy(native)[None, None].byte(), SIZE, mode="nearest-exact")
     assert torch.equal(data.train.masks[index], small[0, 0])
 
 
@@ -194,13 +181,14 @@ def test_parts_by_hand() -> None:
 
 def test_fingerprint(nuts: SegmentationData, synthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {
-        (target, split): segmentation_fingerprint("synthetic_nut", target, split, synthetic)
+        (target, split): segmentation.segmentation_fingerprint("synthetic_nut", target, split, synthetic)
         for target, split in (("nut", "paper"), ("nut", "good"), ("defect", "paper"))
     }
     assert found["nut", "paper"] == nuts.fingerprint and len(set(found.values())) == 3
     monkeypatch.setattr(segmentation, "decode", None)  # no image is read
     monkeypatch.setattr(segmentation, "NUT_MASKS", "0")  # concerns the nut's masks only
-    assert segmentation_fingerprint("synthetic_nut", "defect", "paper", synthetic) == found["defect", "paper"]
+    again = segmentation.segmentation_fingerprint("synthetic_nut", "defect", "paper", synthetic)
+    assert again == found["defect", "paper"]
 
 
 # --- Shares ----------------------------------------------------------------------------------------------------------
@@ -244,9 +232,7 @@ def test_list_and_set_that_do_not_fit(synthetic: Path, tmp_path: Path) -> None:
     Image.new("RGB", (128, 128), (60, 60, 60)).save(folder / "train/good/003.png")
     (folder / "manifest.json").unlink()
     store.write_manifest(folder, "MVTec AD metal_nut", "a test")
-    with pytest.raises(
-        DataError, match=r"train/good/003\.png: the image has no foreground.*: run `python data_scripts"
-    ):
+    with pytest.raises(DataError, match=r"train/good/003\.png: the image has no foreground.*: run `python data"):
         load_segmentation(METAL_NUT, "nut", "good", SIZE, root=tmp_path)
 
 
@@ -258,7 +244,7 @@ def test_real_list_is_drawn_again(real_set) -> None:
     plan = segmentation._plan(METAL_NUT, "nut", "paper", real_set(METAL_NUT))
     samples = {segmentation._name(s): s for part in plan.parts.values() for s in part}
     parts = draw_parts(*segmentation._types_and_content(plan, samples))
-    assert read_list(PAPER_LIST) == [f"{name} {part}" for name, part in sorted(parts.items())]
+    assert read_list(segmentation.PAPER_LIST) == [f"{name} {part}" for name, part in sorted(parts.items())]
 
 
 @pytest.mark.real_data

@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
-import tarfile
+import re
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +42,8 @@ def test_other_archive_same_fingerprint(tmp_path: Path) -> None:
     first = store.fetch(DATASET, tmp_path / "1", make_zip(tmp_path / "1.zip", FILES))
     extra = {**FILES, "README.md": b"hello", "__MACOSX/x.txt": b"junk"}
     second = store.fetch(DATASET, tmp_path / "2", make_zip(tmp_path / "2.zip", extra, top="repository.-cc4eb530/"))
-    names = [tarfile.TarInfo(f"./deep/er/{name}") for name in FILES]
-    third = store.fetch(DATASET, tmp_path / "3", make_tar(tmp_path / "3.tar.xz", names, list(FILES.values())))
+    deep = {f"./deep/er/{name}": content for name, content in FILES.items()}
+    third = store.fetch(DATASET, tmp_path / "3", make_tar(tmp_path / "3.tar.xz", deep))
     windows = {name.replace("/", "\\"): content for name, content in FILES.items()}  # as old packers write it
     fourth = store.fetch(DATASET, tmp_path / "4", make_zip(tmp_path / "4.zip", windows, top="东北\\deep\\"))
     assert first.files == second.files == third.files == fourth.files
@@ -61,11 +63,7 @@ LAYOUTS = [  # script, member as copies of the set have it, the path in the set;
     ("neu_det", "__MACOSX/NEU-DET/IMAGES/._crazing_1.jpg", None),
     ("neu_seg", "NEU_Seg-main/NEU_Seg-main/images/test/000001.jpg", "images/test/000001.jpg"),
     ("neu_seg", "__MACOSX/NEU-Seg/images/test/._000001.jpg", None),
-    (
-        "deep_pcb",
-        "DeepPCB-master/PCBData/group00041/00041_not/00041000.txt",
-        "PCBData/group00041/00041_not/00041000.txt",
-    ),
+    ("deep_pcb", "DeepPCB/PCBData/group00041/00041_not/00041000.txt", "PCBData/group00041/00041_not/00041000.txt"),
     ("deep_pcb", "PCBData/PCBData/test.txt", "PCBData/test.txt"),
     ("deep_pcb", "__MACOSX/PCBData/._test.txt", None),
     ("magnetic_tile", "Magnetic-Tile-Defect/MT_Fray/Imgs/exp1.png", "MT_Fray/Imgs/exp1.png"),
@@ -96,11 +94,6 @@ def test_present_set_is_kept_and_archive_replaces_it(tmp_path: Path, fetched: Pa
     assert store.fetch(DATASET, root).files.keys() == FILES.keys()  # no address: it would fail to download
     store.fetch(DATASET, root, make_zip(tmp_path / "new.zip", {"a/9.txt": b"nine"}))
     assert [path.name for path in fetched.rglob("*.txt")] == ["9.txt"]
-
-
-def test_note_of_the_check_is_in_the_manifest(tmp_path: Path) -> None:
-    dataset = replace(DATASET, check=lambda folder: "reduced" if (folder / "a/1.txt").stat().st_size == 3 else "")
-    assert store.fetch(dataset, tmp_path / "data", make_zip(tmp_path / "toy.zip", FILES)).note == "reduced"
 
 
 def test_several_processes_take_turns(tmp_path: Path) -> None:
@@ -162,45 +155,34 @@ def test_where_data_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert data_dir() == Path("/elsewhere") and weights_dir() == Path("/weights")
 
 
-def test_changes_after_unpacking(fetched: Path) -> None:
-    file = fetched / "a/1.txt"
-    file.write_bytes(b"eno")  # same size: only verify sees it
+def test_changes_that_the_quick_check_lets_pass(fetched: Path) -> None:
+    (fetched / "a/.DS_Store").write_bytes(b"a file manager was here")
+    (fetched / "a/1.txt").write_bytes(b"eno")  # same size: only verify sees it
     store.quick_check(fetched, "run it")
     with pytest.raises(DataError, match=r"a/1\.txt has sha256 .*, expected .*then run it"):
         store.verify(fetched, "run it")
-    file.write_bytes(b"longer")
-    with pytest.raises(DataError, match=r"a/1\.txt has 6 bytes, expected 3: delete .*, then run it"):
-        store.quick_check(fetched, "run it")
-    file.unlink()
-    with pytest.raises(DataError, match=r"a/1\.txt is missing: delete .*, then run it"):
-        store.quick_check(fetched, "run it")
-    file.write_bytes(b"one")
-    (fetched / "a/.DS_Store").write_bytes(b"a file manager was here")
-    store.quick_check(fetched, "run it")
-    (fetched / "a/7.txt").write_bytes(b"new")
-    with pytest.raises(DataError, match=r"a/7\.txt does not belong to toy set"):
-        store.quick_check(fetched, "run it")
 
 
-def test_manifest_missing_damaged_edited(fetched: Path, tmp_path: Path) -> None:
-    path = fetched / "manifest.json"
-    text = path.read_text()
-    path.write_text(text[:-20])
-    with pytest.raises(DataError, match=r"manifest\.json cannot be read .*then run it"):
+ONE = hashlib.sha256(b"one").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("a/1.txt", lambda path: path.write_bytes(b"longer"), "has 6 bytes, expected 3: delete .*, then run it"),
+        ("a/1.txt", Path.unlink, "is missing: delete .*, then run it"),
+        ("a/7.txt", Path.touch, "does not belong to toy set"),
+        ("manifest.json", lambda path: path.write_text(path.read_text()[:-20]), "cannot be read .*then run it"),
+        ("manifest.json", lambda path: path.write_text("[]"), "cannot be read"),
+        ("manifest.json", lambda path: path.write_text(path.read_text().replace(ONE, "0" * 64)), "was edited"),
+        ("manifest.json", Path.unlink, "is missing"),
+        ("", shutil.rmtree, "toy does not exist: run it"),
+    ],
+)
+def test_changes_that_the_quick_check_finds(fetched: Path, name: str, harm: Callable, message: str) -> None:
+    harm(fetched / name)
+    with pytest.raises(DataError, match=rf"{re.escape(name)} ?{message}"):
         store.quick_check(fetched, "run it")
-    path.write_text("[]")
-    with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
-        store.quick_check(fetched, "run it")
-    fields = json.loads(text)
-    fields["files"]["a/1.txt"][1] = "0" * 64
-    path.write_text(json.dumps(fields))
-    with pytest.raises(DataError, match=r"manifest\.json was edited"):
-        store.quick_check(fetched, "run it")
-    path.unlink()
-    with pytest.raises(DataError, match=r"manifest\.json is missing"):
-        store.quick_check(fetched, "run it")
-    with pytest.raises(DataError, match="nowhere does not exist: run it"):
-        store.quick_check(tmp_path / "nowhere", "run it")
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,6 +226,7 @@ def test_mvtec_script(tmp_path: Path, script, capsys: pytest.CaptureFixture[str]
     assert not (tmp_path / "data/mvtec_ad/wood").exists()
     assert run(archive(32, 2)) == 0
     assert "MVTec AD tile (reduced): 6 files" in capsys.readouterr().out
+    assert store.quick_check(tmp_path / "data/mvtec_ad/tile", "").note == "reduced"
     assert run(archive(64, 3)) == 1
     assert "should have (2, 1, 1)" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -153,12 +153,9 @@ def test_boxes_return_to_the_pixels_of_the_image_and_are_clipped():
     """An image of 200 x 120 px (width x height) halved into 100 px has a border of 20 px above and below."""
     boxes = torch.tensor([[[10.0, 30, 40, 70], [-5, 10, 50, 95], [60, 20, 105, 60]], [[10.0, 30, 40, 70]] * 3])
     scores = torch.tensor([[[0.9], [0.8], [0.7]], [[0.9], [0.0], [0.0]]])
-    letterbox = {
-        "scale": torch.tensor([0.5, 2.0]),
-        "offset": torch.tensor([[0.0, 20], [30, 0]]),
-        "sizes": torch.tensor([[120, 200], [50, 20]]),
-    }
-    first, second = select(boxes, scores, 100, **letterbox)
+    scale, offset = torch.tensor([0.5, 2.0]), torch.tensor([[0.0, 20], [30, 0]])
+    sizes = torch.tensor([[120, 200], [50, 20]])
+    first, second = select(boxes, scores, 100, scale=scale, offset=offset, sizes=sizes)
     assert first["boxes"].tolist() == [[20, 20, 80, 100], [0, 0, 100, 120], [120, 0, 200, 80]]
     assert second["boxes"].tolist() == [[0, 15, 5, 35]]  # -10 is clipped to 0
     assert one([[-3.0, 5, 130, 140]], [[0.9]])["boxes"].tolist() == [[0, 5, 100, 100]]

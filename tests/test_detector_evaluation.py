@@ -7,19 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from defectlab.metrics.detection import (
-    COCO_IOUS,
-    average_precision,
-    best_f1_threshold,
-    confusion_matrix,
-    evaluate,
-    examples,
-    match,
-    pack,
-    precision_recall,
-    statistic,
-    unpack,
-)
+from defectlab.metrics import detection
+from defectlab.metrics.detection import COCO_IOUS, average_precision, evaluate, match, pack, statistic, unpack
 
 CLASSES = ("crazing", "inclusion", "patches", "pitted_surface")
 
@@ -151,14 +140,16 @@ def test_scores_at_a_threshold_by_hand():
     assert metrics["recall_dev"] == pytest.approx(50.0)
     assert metrics["f1_dev"] == pytest.approx(400 / 7)
     assert metrics["f1_oracle"] == pytest.approx(100 * 6 / 8)  # from 0.6 on: 4 kept, 3 right
-    assert best_f1_threshold(*HAND) == pytest.approx(0.6)
+    assert detection.best_f1_threshold(*HAND) == pytest.approx(0.6)
     # At IoU 0.95 and from 0.7 on only the third prediction is right.
-    assert best_f1_threshold(*HAND, iou=0.95) == pytest.approx(0.7)
+    assert detection.best_f1_threshold(*HAND, iou=0.95) == pytest.approx(0.7)
+    tied, _ = evaluate([image((0, 0, 0.5), (600, 0, 0.5))], [image((0, 0))], ("a",))
+    assert tied["f1_oracle"] == 100 * 2 / 3  # equal scores stay together: cut between them, F1 would be 100
 
 
 def test_best_threshold_gives_the_oracle_score_and_beats_all_others():
     predictions, ground_truth = scene(6)
-    metrics, _ = evaluate(predictions, ground_truth, CLASSES, best_f1_threshold(predictions, ground_truth))
+    metrics, _ = evaluate(predictions, ground_truth, CLASSES, detection.best_f1_threshold(predictions, ground_truth))
     assert metrics["f1_dev"] == pytest.approx(metrics["f1_oracle"])
     for other in np.linspace(0, 1, 40):
         kept = [{name: v[p["scores"] >= other] for name, v in p.items()} for p in predictions]
@@ -167,15 +158,11 @@ def test_best_threshold_gives_the_oracle_score_and_beats_all_others():
         assert f1 <= metrics["f1_oracle"] + 1e-9
 
 
-def test_equal_scores_stay_together():  # cut between them, F1 would be 100
-    assert evaluate([image((0, 0, 0.5), (600, 0, 0.5))], [image((0, 0))], ("a",))[0]["f1_oracle"] == 100 * 2 / 3
-
-
 def test_nothing_to_choose_a_threshold_by():
     _, ground_truth = scene(6, images=3)
-    assert best_f1_threshold([NOTHING] * 3, ground_truth) == 1.0
+    assert detection.best_f1_threshold([NOTHING] * 3, ground_truth) == 1.0
     with pytest.raises(ValueError, match="no ground truth to choose"):
-        best_f1_threshold([NOTHING], [NOTHING])
+        detection.best_f1_threshold([NOTHING], [NOTHING])
 
 
 # --- Matching, curve, confusion --------------------------------------------------------------------------------------
@@ -191,7 +178,7 @@ def test_matching_is_greedy_by_score_then_by_overlap():
 
 
 def test_precision_recall_by_hand():
-    found = precision_recall(match(*HAND, (0.33, 0.5)), label=0, iou_index=1)
+    found = detection.precision_recall(match(*HAND, (0.33, 0.5)), label=0, iou_index=1)
     recall, precision, scores = [1 / 3, 1 / 3, 2 / 3, 2 / 3], [1, 1 / 2, 2 / 3, 1 / 2], [0.9, 0.8, 0.7, 0.5]
     np.testing.assert_allclose(found, [recall, precision, scores], rtol=1e-6)
 
@@ -200,7 +187,7 @@ def test_confusion_by_hand():
     ground_truth = [image((0, 0), (300, 1), (600, 1))]
     predictions = [image((0, 1, 0.9), (310, 1, 0.8), (300, 0, 0.7), (900, 0, 0.6), (600, 1, 0.2))]
     # First box found with the wrong class; the second by the nearer of two; the third only below the threshold.
-    matrix = confusion_matrix(predictions, ground_truth, classes=2, threshold=0.5)
+    matrix = detection.confusion_matrix(predictions, ground_truth, classes=2, threshold=0.5)
     assert matrix.tolist() == [[0, 1, 0], [1, 0, 1], [1, 1, 0]]
 
 
@@ -213,15 +200,15 @@ def test_examples():
         image((0, 0, 0.95), (600, 0, 0.6)),
         image((0, 0, 0.7), (300, 1, 0.5)),
     ]
-    assert examples(predictions, ground_truth, count=4) == [
+    assert detection.examples(predictions, ground_truth, count=4) == [
         (0, "2 of 2 missed"),
         (2, "false alarm at 0.80"),
         (3, "false alarm at 0.60"),
         (4, "all 2 found"),
         (1, "found"),
     ]
-    assert [i for i, _ in examples(predictions, ground_truth, count=1)] == [0, 2, 4]
-    cases = examples(*scene(8))
+    assert [i for i, _ in detection.examples(predictions, ground_truth, count=1)] == [0, 2, 4]
+    cases = detection.examples(*scene(8))
     assert len({i for i, _ in cases}) == len(cases) >= 8
 
 

@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from toy_detection import lively
 
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import decode
@@ -18,9 +19,8 @@ from defectlab.own.export import to_onnx
 from defectlab.papers import yolo_dcf
 
 SIZE, CLASSES = 96, 2
-PLAIN = DetectorSettings(size=SIZE, scale="t")
 DETECTORS = {
-    "v8": lambda: build_detector(PLAIN, CLASSES),
+    "v8": lambda: build_detector(DetectorSettings(size=SIZE, scale="t"), CLASSES),
     "v5": lambda: build_detector(DetectorSettings(size=SIZE, scale="t", family="v5"), CLASSES),
     "yolo_dcf": lambda: yolo_dcf.build(yolo_dcf.Settings(size=SIZE, scale="t"), CLASSES),
 }
@@ -29,12 +29,7 @@ DETECTORS = {
 def stirred(name: str) -> Detector:
     """A detector with norms that are not at their start, so that fusing them is more than nothing."""
     torch.manual_seed(0)
-    detector = DETECTORS[name]()
-    for module in detector.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return detector.eval()
+    return lively(DETECTORS[name]())
 
 
 @pytest.mark.parametrize("name", list(DETECTORS))

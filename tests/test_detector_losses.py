@@ -129,11 +129,6 @@ def test_padding_and_tiny_boxes_get_no_anchor(box, label):
     assert not assigned.foreground.any() and not assigned.target_scores.any()
 
 
-def positives(match):
-    kept = [part[match.valid].tolist() for part in (match.image, match.anchor, match.row, match.column)]
-    return sorted(zip(*kept, strict=True))
-
-
 @pytest.mark.parametrize(
     "centre, cells",
     [
@@ -148,7 +143,8 @@ def test_matched_cells_by_hand(centre, cells):
     x, y = centre
     box = torch.tensor([[[x - 8, y - 8, x + 8, y + 8]]])
     (match,) = match_anchors(box, torch.tensor([[2]]), torch.tensor([[[8.0, 8.0]]]), [8], [(4, 4)])
-    assert positives(match) == [(0, 0, *cell) for cell in cells]
+    kept = [part[match.valid].tolist() for part in (match.image, match.anchor, match.row, match.column)]
+    assert sorted(zip(*kept, strict=True)) == [(0, 0, *cell) for cell in cells]
     assert set(match.labels[match.valid].tolist()) == {2}
     assert torch.equal(match.boxes[match.valid], box[0].expand(len(cells), 4))
 

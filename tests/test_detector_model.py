@@ -129,10 +129,7 @@ def test_pyramid_pooling_sees_5_9_and_13_pixels() -> None:
 @pytest.mark.parametrize(
     ("block", "shape"),
     [
-        (C2f(12, 16, 1, True), (16, 12, 14)),
-        (C2f(12, 16, 3, True), (16, 12, 14)),
-        (C3(12, 16, 1, True), (16, 12, 14)),
-        (C3(12, 16, 3, True), (16, 12, 14)),
+        *((block(12, 16, depth, True), (16, 12, 14)) for block in (C2f, C3) for depth in (1, 3)),
         *((ConvBlock(12, 5, kernel), (5, 12, 14)) for kernel in (1, 3, (1, 11))),
         (ConvBlock(12, 5, 3, dilation=3), (5, 12, 14)),
         (ConvBlock(12, 5, 3, 2), (5, 6, 7)),
@@ -195,9 +192,7 @@ def test_anchors_are_those_given_or_of_coco_and_are_saved() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["64", "32"])
-def test_fused_is_the_same_function_and_leaves_the_original_alone(
-    family: str, dtype: torch.dtype, limit: float
-) -> None:
+def test_fused_is_the_same_function_and_a_copy(family: str, dtype: torch.dtype, limit: float) -> None:
     torch.manual_seed(0)
     detector = lively(Detector(family, "t", CLASSES)).to(dtype)
     images = random_images(2, 3, 64, 64, dtype=dtype)

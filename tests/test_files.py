@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,15 +32,14 @@ def test_a_folder_that_takes_none_is_named_with_the_remedy(tmp_path: Path) -> No
 # --- A full disk -----------------------------------------------------------------------------------------------------
 
 
-def no_space_for_tensors(*arguments, **options):
-    """What safetensors raises where Python raises OSError."""
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+# what safetensors raises where Python raises OSError
+NO_SPACE_FOR_TENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 @pytest.mark.parametrize(
     ("place", "name", "failure", "ending"),
     [
-        (safetensors.torch, "save_file", no_space_for_tensors, "safetensors"),
+        (safetensors.torch, "save_file", Mock(side_effect=NO_SPACE_FOR_TENSORS), "safetensors"),
         (np, "savez_compressed", no_space, "npz"),
         (Path, "write_text", no_space, "json"),
         (os, "replace", no_space, "safetensors"),
@@ -63,9 +63,9 @@ def test_full_disk_names_the_file_and_leaves_no_record(
 
 
 @pytest.mark.parametrize(("code", "full"), [(errno.EDQUOT, True), (errno.EROFS, False)])
-def test_a_quota_is_a_full_disk_and_a_read_only_folder_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, full: bool
-) -> None:
+def test_a_quota_counts_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, full: bool) -> None:
+    """And a read-only folder does not."""
+
     def refuse(aside: Path, path: Path) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -94,9 +94,7 @@ def test_a_failed_write_keeps_what_was_there(root: Path) -> None:
 # --- A power loss ----------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_on_the_disk_before_its_name_and_the_name_thereafter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_ino))
     monkeypatch.setattr(os, "replace", lambda *paths: [events.append("renamed"), replace(*paths)])

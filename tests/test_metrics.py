@@ -9,8 +9,10 @@ import pytest
 import torch
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from torch import Tensor
 
 from defectlab.metrics.anomaly import anomaly_metrics, metrics_from_histograms, pixel_histograms
+from defectlab.metrics.ranking import best_f1_threshold
 
 NAMES = ("good", "scratch", "stain")
 FIVE = ("good", *"abcde")
@@ -76,9 +78,8 @@ CASES = {
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
 def test_aupro_is_its_definition(case, limit):
     maps, masks, types = CASES[case]()
-    assert evaluate(maps, masks, types, fpr_limit=limit).overall["aupro"] == pytest.approx(
-        slow_aupro(maps, masks, limit), abs=1e-6
-    )
+    found = evaluate(maps, masks, types, fpr_limit=limit).overall["aupro"]
+    assert found == pytest.approx(slow_aupro(maps, masks, limit), abs=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -180,6 +181,45 @@ def test_contradictions_are_named(changes, why):
         evaluate(**({"maps": maps, "masks": masks, "types": types} | changes))
 
 
+# --- The threshold of the best F1 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "threshold"),
+    [
+        ([1, 2, 3, 4], [0, 0, 1, 1], 2.5),  # separable: midway
+        ([1, 2, 3, 4], [0, 1, 0, 1], 1.5),  # all but the lowest: F1 0.8, against 2/3 for {4} alone
+        ([4, 3, 2, 1], [1, 1, 1, 1], 1.0),  # all anomalous: the lowest score itself
+        ([5], [1], 5.0),
+        ([3, 3, 1, 1], [1, 1, 0, 0], 2.0),  # ties within a class do not matter
+        # Possible: {3} with F1 1/2, {3, 2, 2, 2, 2} with 1/2, all with 2/3. A cut inside the tie would pretend 4/5.
+        ([3, 2, 2, 2, 2, 1], [1, 1, 0, 0, 0, 1], 1.0),
+    ],
+)
+def test_threshold_by_hand(scores: list[float], labels: list[int], threshold: float) -> None:
+    """Equal scores fall on one side together: no threshold divides a tie, whatever the order of the images."""
+    for order in (list(range(len(scores))), list(range(len(scores)))[::-1]):
+        s = torch.tensor(scores, dtype=torch.float32)[order]
+        found = best_f1_threshold(s, torch.tensor(labels, dtype=torch.uint8)[order])
+        assert found == pytest.approx(threshold)
+
+
+def f1_at(threshold: float, scores: Tensor, labels: Tensor) -> float:
+    called = scores.double() >= threshold
+    return float(2 * (called & (labels == 1)).sum() / (called.sum() + labels.sum()))
+
+
+@pytest.mark.parametrize("levels", [1000, 6])  # 6: most scores tie, also across the classes
+def test_threshold_reaches_the_best_f1(levels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        labels = torch.randint(0, 2, (24,), generator=generator, dtype=torch.uint8)
+        labels[0] = 1
+        scores = (torch.randint(0, levels, (24,), generator=generator) + levels // 3 * labels).float()
+        best = max(f1_at(float(t), scores, labels) for t in scores.double())
+        assert f1_at(best_f1_threshold(scores, labels), scores, labels) == pytest.approx(best)
+
+
 # --- At a real size --------------------------------------------------------------------------------------------------
 
 
@@ -203,14 +243,9 @@ def smooth(count, size=256, strength=6.0, seed=0):
     return torch.from_numpy(maps), masks, types
 
 
-@pytest.fixture(scope="module")
-def realistic():
+def test_histograms_stand_for_the_pixels():
     maps, masks, types = smooth(80)
-    return maps, masks, types, evaluate(maps, masks, types, names=FIVE)
-
-
-def test_histograms_stand_for_the_pixels(realistic):
-    maps, masks, types, result = realistic
+    result = evaluate(maps, masks, types, names=FIVE)
     histograms = pixel_histograms(maps, masks, np.ones(80, dtype=bool))
     assert (histograms["normal"].sum(1) + histograms["defect"].sum(1) == 256 * 256).all()
     assert np.allclose(histograms["overlap"].sum(1), histograms["regions"], atol=1e-5)

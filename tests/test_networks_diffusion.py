@@ -11,17 +11,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from toy_diffusion import TOY, KnowsImage, random_images, toy_unet
 
-from defectlab.networks.diffusion import (
-    DiffusionSettings,
-    as_inputs,
-    build_unet,
-    decoder_features,
-    level_outputs,
-    noise_loss,
-    noise_schedule,
-    q_sample,
-    sample_ddim,
-)
+from defectlab.networks import diffusion
+from defectlab.networks.diffusion import DiffusionSettings, build_unet, decoder_features, noise_schedule, sample_ddim
 from defectlab.precision import autocast
 from defectlab.runs import changed
 
@@ -36,7 +27,7 @@ def test_the_schedule_is_diffusers_in_float64() -> None:
 
 def test_noised_images_are_diffusers() -> None:
     clean, noise, timesteps = torch.rand(4, 2, 8, 8), torch.randn(4, 2, 8, 8), torch.tensor([0, 100, 250, 999])
-    noisy = q_sample(clean, timesteps, noise, noise_schedule(1000))
+    noisy = diffusion.q_sample(clean, timesteps, noise, noise_schedule(1000))
     assert noisy.dtype == torch.float32
     theirs = DDPMScheduler(beta_schedule="linear").add_noise(clean, noise, timesteps)
     torch.testing.assert_close(noisy, theirs, rtol=0, atol=1e-5)
@@ -44,8 +35,8 @@ def test_noised_images_are_diffusers() -> None:
 
 def test_the_loss_is_the_squared_error_of_the_noise() -> None:
     clean, timesteps = torch.rand(2, 1, 8, 8), torch.tensor([200, 900])
-    noise = torch.randn(2, 1, 8, 8)
-    loss_of = partial(noise_loss, clean=clean, timesteps=timesteps, noise=noise, alpha_hat=noise_schedule(1000))
+    noise, alpha_hat = torch.randn(2, 1, 8, 8), noise_schedule(1000)
+    loss_of = partial(diffusion.noise_loss, clean=clean, timesteps=timesteps, noise=noise, alpha_hat=alpha_hat)
     assert loss_of(KnowsImage(clean))["loss"] < 1e-9
     half_off = loss_of(KnowsImage(clean, wrong=0.5))["loss"]
     assert half_off.item() == pytest.approx(0.25 * noise.square().mean().item(), rel=1e-4)
@@ -60,7 +51,7 @@ def test_the_gradient_of_the_loss() -> None:
         def unet(noisy: Tensor, timesteps: Tensor) -> SimpleNamespace:
             return SimpleNamespace(sample=torch.tanh(nn.functional.conv2d(noisy, weight, padding=1)))
 
-        return noise_loss(unet, clean, torch.tensor([10, 700]), noise, noise_schedule(1000))["loss"]
+        return diffusion.noise_loss(unet, clean, torch.tensor([10, 700]), noise, noise_schedule(1000))["loss"]
 
     assert torch.autograd.gradcheck(loss, layer.weight.detach().requires_grad_())
 
@@ -100,7 +91,7 @@ def test_impossible_networks_are_refused(wrong: dict, message: str) -> None:
 @pytest.mark.parametrize("colours", [1, 3])
 def test_ddim_finds_the_image_that_the_predictor_knows(colours: int) -> None:
     clean = random_images(1, colours)
-    samples = sample_ddim(KnowsImage(as_inputs(clean)), 2, seed=0, inference_steps=10)
+    samples = sample_ddim(KnowsImage(diffusion.as_inputs(clean)), 2, seed=0, inference_steps=10)
     assert samples.dtype == torch.uint8
     assert torch.equal(samples, clean.repeat(2, 1, 1, 1))
 
@@ -168,7 +159,7 @@ def test_hooks_are_removed_even_on_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     decoder_features(unet, random_images(1))
 
     def breaks(sample: Tensor) -> Tensor:
-        assert all(level._forward_hooks for level in level_outputs(unet)), "the hooks are in place"
+        assert all(level._forward_hooks for level in diffusion.level_outputs(unet)), "the hooks are in place"
         raise RuntimeError("broken network")
 
     monkeypatch.setattr(unet.conv_in, "forward", breaks)

@@ -14,12 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from defectlab.metrics.costs import parameters
 from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD
-from defectlab.networks.torchvision_detectors import (
-    LEAST_SSD_SIZE,
-    RATES,
-    TorchvisionSettings,
-    build_torchvision,
-)
+from defectlab.networks.torchvision_detectors import LEAST_SSD_SIZE, RATES, TorchvisionSettings, build_torchvision
 
 PUBLISHED = {
     "faster_rcnn": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
@@ -27,9 +22,6 @@ PUBLISHED = {
     "ssd": SSD300_VGG16_Weights.COCO_V1,
     "fcos": FCOS_ResNet50_FPN_Weights.COCO_V1,
 }
-
-
-# --- Networks --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", list(RATES))

@@ -111,9 +111,8 @@ def test_what_training_writes(own: Own) -> None:
     data = load_folder(own.images, "yolo", SIZE)
     predictions = json.loads((own.out / "predictions.json").read_text())
     assert predictions["class_names"] == list(NAMES)
-    assert [(p["file"], p["width"], p["height"]) for p in predictions["images"]] == [
-        (name, WIDTH, HEIGHT) for name in data.test.names
-    ]
+    listed_images = [(p["file"], p["width"], p["height"]) for p in predictions["images"]]
+    assert listed_images == [(name, WIDTH, HEIGHT) for name in data.test.names]
     detector, names, model = read_detector(own.out / "detector.safetensors", "cpu")
     assert names == NAMES and model.threshold == metrics["dev"]["threshold"]
     assert (model.settings.family, model.settings.scale, model.settings.size) == ("v8", "t", SIZE)
@@ -248,9 +247,7 @@ def test_a_broken_image_stops_no_other(own: Own, sure: Path, tmp_path: Path) -> 
     assert len({line["file"] for line in read_csv(out / "predictions.csv")}) > 10
 
 
-def test_a_model_is_kept_whatever_becomes_of_its_figure(
-    own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_kept_without_its_figure(own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect_command, "cases", Mock(side_effect=RuntimeError("no figure")))
     shown = works(*own.command[:-1], tmp_path / "out", "--epochs", 1)
     path = tmp_path / "out" / "cases.png"

@@ -80,20 +80,9 @@ def test_score_searches_as_detect_does_and_goes_on_over_broken_images(parts: Pat
         assert f"--out {out} must be a folder of its own: it holds the images of" in shown
 
 
-def test_training_on_good_images_goes_on_and_does_not_overwrite(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = (
-        "--images",
-        parts / "new",
-        "--train-good",
-        parts / "good",
-        "--method",
-        "rd4ad",
-        "--out",
-        tmp_path,
-        *SMALL,
-    )
+def test_training_goes_on_and_does_not_overwrite(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = ("--images", parts / "new", "--train-good", parts / "good")
+    command = (*images, "--method", "rd4ad", "--out", tmp_path, *SMALL)
     first, seconds = [], Context.every_seconds
     monkeypatch.setattr(Context, "__init__", partialmethod(Context.__init__, every_seconds=0.0, log=first.append))
 

@@ -1,6 +1,7 @@
 """The committed tables of printed numbers and the claims: complete, in agreement, as read by hand from the papers."""
 
 import math
+import tomllib
 from functools import partial
 from itertools import pairwise
 
@@ -74,6 +75,8 @@ def test_a_study_shows_its_tables_rows_and_known_metrics_each_once(name: str) ->
 @pytest.mark.parametrize("name", ["bsdrd", "yolo_dcf", "d3n", "amam_kd"])
 def test_claims_are_complete(name: str) -> None:
     claims, rows = claims_of(name), study(name).rows
+    quick = tomllib.loads((PAPERS / name / "claims.toml").read_text())["quick"]
+    assert "at quick scale" in quick["rule"] and quick["date_set"].isoformat() >= "2026-11-29"
     for one in claims:
         needed, optional = FIELDS[one["kind"]]
         assert EVERY_CLAIM | needed <= set(one) <= EVERY_CLAIM | needed | optional, one["id"]

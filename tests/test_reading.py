@@ -11,10 +11,7 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # words of the trade have other names for these; see the glossary of notebook 00
-UNWANTED = re.compile(
-    r"\b(pictures?|waists?|stands? twice|tolls?|infinitely dear|an epoch's|telling cases)\b",
-    re.I,
-)
+UNWANTED = re.compile(r"\b(pictures?|waists?|stands? twice|tolls?|infinitely dear|an epoch's|telling cases)\b", re.I)
 LONG = {"30", "31", "32", "33", "40", "41", "42"}  # at most 45 cells: method, training, results
 
 

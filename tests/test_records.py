@@ -187,7 +187,7 @@ def test_promote_copies_once_or_nothing(root: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("profile", "values", "message"),
-    [("smoke", 5, "is a smoke run on synthetic data"), ("quick", 60_000, "bytes, more than the 300000 a record may")],
+    [("smoke", 5, "is a smoke run on synthetic data"), ("quick", 120_000, "bytes, more than the 600000 a record may")],
 )
 def test_what_is_not_promoted(root: Path, profile: str, values: int, message: str) -> None:
     record = Fakes(lambda *_: fake_result(npz_values=values)).run(profile=profile)

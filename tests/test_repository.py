@@ -60,12 +60,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def folder(built: Path, tmp_path: Path) -> Path:
-    """A whole repository to damage."""
-    return shutil.copytree(built, tmp_path / "copy")
-
-
 def test_what_is_read_is_what_was_computed_in_half_precision(built: Path) -> None:
     nothing = Compute()
     found = build(built, nothing)
@@ -148,11 +142,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_repository_is_computed_again(folder: Path, damage: str) -> None:
+def test_a_damaged_repository_is_computed_again(built: Path, tmp_path: Path, damage: str) -> None:
     name, harm = DAMAGES[damage]
-    harm(folder / name)
+    harm(shutil.copytree(built, tmp_path / "copy") / name)
     again, lines = Compute(), []
-    assert_holds_the_features(build(folder, again, log=lines.append))
+    assert_holds_the_features(build(tmp_path / "copy", again, log=lines.append))
     assert [i for call in again.calls for i in call] == list(range(7))
     assert "copy is damaged (" in lines[0] and lines[0].endswith("every image is computed again")
 

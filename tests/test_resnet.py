@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from toy_diffusion import random_images
 
 from defectlab.files import WeightsError
 from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD, Teacher, extract, fingerprint, load_teacher
@@ -26,11 +27,6 @@ def empty_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
-def some_images(count: int = 2, size: int = 64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
-
-
 def torchvision_state(teacher: Teacher) -> dict[str, torch.Tensor]:
     """The teacher's tensors under torchvision's names."""
     state = {key: value.clone() for key, value in teacher.state_dict().items() if key not in ("mean", "std")}
@@ -38,7 +34,7 @@ def torchvision_state(teacher: Teacher) -> dict[str, torch.Tensor]:
 
 
 def test_stays_in_eval_mode_and_frozen(random_teacher: Teacher) -> None:
-    images = some_images()
+    images = random_images(2, colours=3, size=64)
     before, digest = random_teacher(images), fingerprint(random_teacher)
     parent = nn.ModuleList([random_teacher, nn.Dropout()]).train()
     assert parent[1].training
@@ -64,21 +60,19 @@ def test_shapes(name: str, channels: tuple[int, ...], width: int) -> None:
         features = teacher(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
     assert teacher.channels == channels
     assert teacher.layer3[1].conv2.out_channels == width == channels[2] // (teacher.bottleneck or 1)
-    assert [tuple(f.shape) for f in features] == [
-        (2, c, 64 // stride, 96 // stride) for c, stride in zip(channels, (4, 8, 16), strict=True)
-    ]
+    expected = [(2, c, 64 // stride, 96 // stride) for c, stride in zip(channels, (4, 8, 16), strict=True)]
+    assert [tuple(f.shape) for f in features] == expected
 
 
 def test_images_are_normalised_as_imagenet(random_teacher: Teacher) -> None:
-    images = some_images(1)
+    images = random_images(1, colours=3, size=64)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     expected = random_teacher.layer1(random_teacher.stem((images.float() / 255 - mean) / std))
     assert torch.equal(random_teacher(images)[0], expected)
 
 
-def test_random_teacher_is_the_same_each_time_and_leaves_all_generators_alone(
-    random_teacher: Teacher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_random_teacher_is_the_same_each_time(random_teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves all generators alone."""
     torch.manual_seed(0)
     first = fingerprint(Teacher("resnet18_random"))
     seeded = []
@@ -133,9 +127,7 @@ def test_torchvision_cache_is_used(empty_machine: Path, random_teacher: Teacher)
         (None, r"resnet18\.safetensors"),  # damaged
     ],
 )
-def test_file_of_other_tensors_is_refused(
-    empty_machine: Path, random_teacher: Teacher, changes: dict | None, message: str
-) -> None:
+def test_a_bad_file_is_named(empty_machine: Path, random_teacher: Teacher, changes: dict | None, message: str) -> None:
     path = empty_machine / "resnet18.safetensors"
     if changes is None:
         path.write_bytes(b"not weights")
@@ -158,7 +150,7 @@ def test_fingerprint_sees_every_tensor(key: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extract_equals_forward(random_teacher: Teacher, dtype: torch.dtype) -> None:
-    images = some_images(5)
+    images = random_images(5, colours=3, size=64)
     parts = extract(random_teacher, images, dtype, batch=2)  # the last batch has one image
     for part, whole in zip(parts, random_teacher(images), strict=True):
         assert part.dtype == dtype

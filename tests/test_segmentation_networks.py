@@ -4,29 +4,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 from toy_detection import lively
+from toy_diffusion import random_images
 
+from defectlab.networks import segmentation
 from defectlab.networks.resnet import load_teacher
-from defectlab.networks.segmentation import (
-    COMPARATORS,
-    AttentionGate,
-    AttentionUNet,
-    DilatedDepthwise,
-    Segmenter,
-    as_dilated_depthwise,
-    build_comparator,
-    freeze_norms,
-    load_encoder,
-)
+from defectlab.networks.segmentation import COMPARATORS, DilatedDepthwise, Segmenter, build_comparator, load_encoder
 
 ENCODER = "resnet18_random"
 SIZE = 64
-
-
-def images(count: int = 2, size: int = SIZE) -> Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = random_images(2, colours=3, size=SIZE)
 
 
 def norms(module: nn.Module, kind: type) -> list[str]:
@@ -45,8 +34,8 @@ def test_encoder_gives_six_maps_and_dilates_in_place_of_strides(output_stride: i
 
 def test_encoder_is_the_teacher_in_train_mode_too_and_layer_4_has_ordinary_norms() -> None:
     segmenter = Segmenter(load_encoder(ENCODER)).train()
-    found = segmenter.network(segmenter.normalise(images()))[2:5]
-    for mine, teachers in zip(found, load_teacher(ENCODER)(images()), strict=True):
+    found = segmenter.network(segmenter.normalise(IMAGES))[2:5]
+    for mine, teachers in zip(found, load_teacher(ENCODER)(IMAGES), strict=True):
         torch.testing.assert_close(mine, teachers, rtol=1e-4, atol=1e-5)
     encoder = segmenter.network
     assert all(name.startswith("layer4") for name in norms(encoder, nn.BatchNorm2d))
@@ -69,7 +58,7 @@ def test_frozen_norm_is_the_norm_of_eval_mode() -> None:
     network = lively(nn.Sequential(nn.Conv2d(2, 3, 1), nn.Sequential(nn.BatchNorm2d(3, eps=0.1))))
     x = torch.randn(4, 2, 5, 5)
     wanted = network(x)
-    freeze_norms(network)
+    segmentation.freeze_norms(network)
     torch.testing.assert_close(network.train()(x), wanted)
     assert not norms(network, nn.BatchNorm2d)
 
@@ -93,16 +82,16 @@ def test_deeplab_keeps_its_function_when_its_dilated_convolutions_are_replaced()
     assert [m.dilation for m in found] == [(12, 12), (24, 24), (36, 36)]
     old = nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=True)
     x = torch.randn(1, 4, 9, 9)
-    torch.testing.assert_close(as_dilated_depthwise(old)(x), old(x))
+    torch.testing.assert_close(segmentation.as_dilated_depthwise(old)(x), old(x))
 
 
 @pytest.mark.parametrize("name", COMPARATORS)
 def test_comparators_segment_and_learn_in_every_part(name: str) -> None:
     torch.manual_seed(0)
     segmenter = Segmenter(build_comparator(name, ENCODER)).train()
-    logits = segmenter(images())
+    logits = segmenter(IMAGES)
     assert logits.shape == (2, SIZE, SIZE)
-    assert segmenter.normalise(images()).is_contiguous(memory_format=torch.channels_last)
+    assert segmenter.normalise(IMAGES).is_contiguous(memory_format=torch.channels_last)
     logits.square().mean().backward()
     without = [n for n, p in segmenter.named_parameters() if p.grad is None]
     assert without == []
@@ -121,10 +110,7 @@ def test_pspnet_reads_layer_4_at_stride_8() -> None:
     ("build", "message"),
     [
         (lambda: build_comparator("fcn", ENCODER), "unknown network 'fcn': use one of unet, unetpp"),
-        (
-            lambda: load_encoder("wide_resnet50_2_random"),
-            "no segmentation encoder 'wide_resnet50_2_random': use resnet18",
-        ),
+        (lambda: load_encoder("wide_resnet50_2_random"), "encoder 'wide_resnet50_2_random': use resnet18"),
         (lambda: load_encoder(ENCODER, 4), "output stride 4 is not possible"),
     ],
 )
@@ -134,7 +120,7 @@ def test_what_is_unknown_is_named(build: Callable[[], nn.Module], message: str) 
 
 
 def test_attention_gate_by_hand() -> None:
-    gate = AttentionGate(2, 1)  # one hidden channel
+    gate = segmentation.AttentionGate(2, 1)  # one hidden channel
     with torch.no_grad():
         gate.fine.weight.copy_(torch.tensor([1.0, 2.0]).view(1, 2, 1, 1))
         gate.coarse.weight.fill_(3.0)
@@ -153,7 +139,7 @@ def test_attention_gate_by_hand() -> None:
 
 
 def test_attention_unet_with_open_gates_is_the_unet() -> None:
-    network = AttentionUNet(ENCODER).eval()
+    network = segmentation.AttentionUNet(ENCODER).eval()
     assert [g.fine.in_channels for g in network.gates] == [256, 128, 64, 64]
     assert [g.coarse.in_channels for g in network.gates] == [512, 256, 128, 64]
     plain = build_comparator("unet", ENCODER).eval()

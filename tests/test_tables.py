@@ -10,7 +10,7 @@ import pytest
 from toy_records import HEADER, PRINTS, Project, row, toy_study, with_row
 
 from defectlab import runs
-from defectlab.verdicts import tables
+from defectlab.verdicts import stats, tables
 from defectlab.verdicts.measured import within
 from defectlab.verdicts.tables import agreement, claims_table, per_class_table, results_table, show
 
@@ -268,15 +268,29 @@ def test_one_seed_has_one_rule(toy: Project, profile: str, primary: bool) -> Non
     assert not tables.forest_lines("toy", tables.record_store(profile))[0].over_seeds
 
 
-def test_few_seeds_quick_and_synthetic_runs_get_no_verdict(toy: Project) -> None:
+def test_few_seeds_and_synthetic_runs_get_no_verdict(toy: Project) -> None:
     toy.write_claims(claim("gain"))
-    for profile, verdict in (("smoke", "not run yet: bsdrd, rd4ad"), ("quick", "no verdict: quick profile")):
-        for name, mean in (("rd4ad", 80), ("bsdrd", 86)):
-            write(toy, name, all_metrics(mean), profile, here=profile == "smoke")
-        assert toy.verdicts(profile) == {"gain": verdict}  # recorded runs alone are judged
+    for name, mean in (("rd4ad", 80), ("bsdrd", 86)):
+        write(toy, name, all_metrics(mean), "smoke", here=True)
+    assert toy.verdicts("smoke") == {"gain": "not run yet: bsdrd, rd4ad"}  # recorded runs alone are judged
     write(toy, "rd4ad", {"image_auroc": (80.0, 80.1, 79.9)})
     write(toy, "bsdrd", {"image_auroc": (86.0, 86.1)})
     assert toy.verdicts() == {"gain": "2 seeds: no verdict"}
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"), [(6, "supports"), (0.05, "no evidence"), (-6, "contradicts")], ids=["more", "same", "less"]
+)
+def test_quick_runs_are_judged_at_their_scale(toy: Project, gain: float, verdict: str) -> None:
+    """In the words of a reconstruction, also where a gain of 6 is printed: that belongs to the paper's scale."""
+    toy.write_claims(claim("primary", printed=6.0), claim("other", primary=False), claim("waits", b="patchcore"))
+    for name, mean in (("rd4ad", 80), ("bsdrd", 80 + gain)):
+        write(toy, name, all_metrics(mean), "quick")
+    write(toy, "patchcore", {"image_auroc": (90.0,)}, "quick")
+    said = {"primary": f"{verdict}, at quick scale", "other": "not primary: interval only"}
+    assert toy.verdicts() == said | {"waits": "one seed: no verdict"}
+    primary = toy.judged()[0]
+    assert primary.verdict.startswith(stats.judge_reconstruction(primary.difference, primary.difference.p))  # Holm: one
 
 
 def test_order_claims_say_that_they_are_differences_of_differences(toy: Project) -> None:

@@ -239,18 +239,14 @@ def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path: Path, content: bytes
         fit(context=quiet(checkpoint=checkpoint))
 
 
-def test_a_device_without_memory_does_not_condemn_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_without_memory_condemns_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, no_memory = stopped(tmp_path), Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
     monkeypatch.setattr("defectlab.training.loop.load_checkpoint", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         fit(context=quiet(checkpoint=checkpoint))
 
 
-def test_checkpoint_on_a_full_disk_names_the_file_and_keeps_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = stopped(tmp_path)
     before = checkpoint.read_bytes()
 

@@ -6,6 +6,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from defectlab.data.annotations import read_voc
+from defectlab.data.coco import read_coco
+from defectlab.data.yolo import read_yolo
+
 NAMES = ("dent", "scratch")
 # width 40, height 20; the second box of "two" stands twice
 TRUTH = {
@@ -56,25 +60,24 @@ def write_yolo(folder: Path, truth: dict = TRUTH) -> Path:
 def coco(truth: dict = TRUTH) -> dict:
     images = [{"id": 7 + i, "file_name": f"{stem}.png", "width": 40, "height": 20} for i, stem in enumerate(truth)]
     boxes = [
-        {
-            "id": 0,
-            "image_id": 7 + i,
-            "category_id": {"dent": 3, "scratch": 12}[name],
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-        }
+        {"id": 0, "image_id": 7 + i, "category_id": {"dent": 3, "scratch": 12}[name], "bbox": [x, y, x2 - x, y2 - y]}
         for i, objects in enumerate(truth.values())
-        for name, (x1, y1, x2, y2) in objects
+        for name, (x, y, x2, y2) in objects
     ]
     categories = [{"id": 12, "name": "scratch"}, {"id": 3, "name": "dent"}]
     return {"images": images, "annotations": boxes, "categories": categories}
 
 
-def write_coco(folder: Path, content: dict | None = None) -> Path:
-    for stem in TRUTH:
+def write_coco(folder: Path, truth: dict = TRUTH, content: dict | None = None) -> Path:
+    for stem in truth:
         save(folder / "images" / f"{stem}.png")
     path = folder / "boxes.json"
-    path.write_text(json.dumps(content or coco()))
+    path.write_text(json.dumps(content or coco(truth)))
     return path
+
+
+WRITE = {"voc": write_voc, "yolo": write_yolo, "coco": write_coco}
+READ = {"voc": read_voc, "yolo": read_yolo, "coco": lambda folder: read_coco(folder / "boxes.json", folder / "images")}
 
 
 def changed(part: str, **values) -> dict:

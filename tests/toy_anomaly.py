@@ -21,14 +21,12 @@ def fake_split(good: int, bad: int, seed: int, size: int = 64) -> AnomalySplit:
     images[good:, :, size // 4 : size // 2, size // 4 : size // 2] += 100
     masks[good:, 64:128, 64:128] = 1
     names = tuple(f"{seed}_{i}" for i in range(count))
-    return AnomalySplit(
-        images, masks, labels, labels, torch.ones(count, dtype=torch.bool), names, ((size, size),) * count
-    )
+    return AnomalySplit(images, masks, labels, labels, torch.ones(count).bool(), names, ((size, size),) * count)
 
 
-def fake_data() -> AnomalyData:
-    """Five images to train on, four of dev, six to test."""
-    splits = fake_split(5, 0, 1), fake_split(2, 2, 2), fake_split(3, 3, 3)
+def fake_data(train: int = 5) -> AnomalyData:
+    """Good images to train on, four of dev, six to test."""
+    splits = fake_split(train, 0, 1), fake_split(2, 2, 2), fake_split(3, 3, 3)
     return AnomalyData("fake", "fake", ("good", "square"), *splits, "fake")
 
 

@@ -28,9 +28,10 @@ def make_zip(path: Path, files: dict[str, bytes], top: str = "top/") -> Path:
     return path
 
 
-def make_tar(path: Path, members: list[tarfile.TarInfo], contents: list[bytes], mode: str = "w:xz") -> Path:
+def make_tar(path: Path, files: dict[str | tarfile.TarInfo, bytes], mode: str = "w:xz") -> Path:
     with tarfile.open(path, mode) as archive:
-        for member, content in zip(members, contents, strict=True):
+        for name, content in files.items():
+            member = tarfile.TarInfo(name) if isinstance(name, str) else name
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return path
@@ -38,6 +39,4 @@ def make_tar(path: Path, members: list[tarfile.TarInfo], contents: list[bytes], 
 
 def nothing_left(root: Path) -> bool:
     """Only lock files and empty folders remain."""
-    return not [
-        path for path in root.rglob("*") if path.suffix != ".lock" and (path.is_file() or path.suffix == ".part")
-    ]
+    return not [p for p in root.rglob("*") if p.suffix != ".lock" and (p.is_file() or p.suffix == ".part")]

@@ -30,9 +30,7 @@ class KnowsImage(nn.Module):
     def __init__(self, clean: Tensor, steps: int = 1000, wrong: float = 0.0):
         super().__init__()
         self.clean, self.alpha_hat, self.wrong = clean, noise_schedule(steps).float(), wrong
-        self.config = SimpleNamespace(
-            sample_size=clean.shape[-1], in_channels=clean.shape[1], num_train_timesteps=steps
-        )
+        self.config = SimpleNamespace(sample_size=clean.shape[3], in_channels=clean.shape[1], num_train_timesteps=steps)
 
     def forward(self, noisy: Tensor, timesteps: Tensor) -> SimpleNamespace:
         left = self.alpha_hat[timesteps].reshape(-1, 1, 1, 1)

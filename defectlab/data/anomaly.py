@@ -19,14 +19,30 @@ from PIL import Image
 from torch import Tensor
 
 from defectlab.data.images import IMAGE_SUFFIXES, check_size, decode, find_images, in_threads, resize_mask, to_square
-from defectlab.data.splits import PARTS, Plan, content_id, identity, locate, set_and_root, shuffled
+from defectlab.data.splits import (
+    PARTS,
+    Plan,
+    content_id,
+    draw_split,
+    folder_of,
+    identity,
+    locate,
+    read_list,
+    set_and_root,
+    shuffled,
+)
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.data.synthetic.pasted import KINDS, add_defect
+from defectlab.data.tile_groups import tile_groups
 from defectlab.files import DataError
 
-MAGNETIC_TILE, SYNTHETIC_TILE, SYNTHETIC_NUT = "magnetic_tile", "synthetic_tile", "synthetic_nut"
+MAGNETIC_TILE = "magnetic_tile"
+SYNTHETIC_SETS = SYNTHETIC_TILE, SYNTHETIC_NUT = "synthetic_tile", "synthetic_nut"
 TILE_TYPES = KINDS
-TILE_TRAIN_LIST = Path(__file__).parent / "splits" / "magnetic_tile_train_761.txt"
+TILES_GROUPED = "magnetic_tile_grouped"
+TILES = {MAGNETIC_TILE: "magnetic tiles", TILES_GROUPED: "magnetic tiles, grouped split"}  # name -> label
+SPLITS = Path(__file__).parent / "splits"
+TILE_TRAIN_LIST, GROUPED_TRAIN_LIST = SPLITS / "magnetic_tile_train_761.txt", SPLITS / "magnetic_tile_grouped.txt"
 # fmt: off
 MVTEC_CATEGORIES = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut",
@@ -99,7 +115,7 @@ def _tile_samples(files: list[str], plan: Plan, train_list: Path | None) -> tupl
     if train_list is None:
         train = set(shuffled(normal, "train")[: round(0.8 * len(normal))])
     else:
-        listed = [f"MT_Free/Imgs/{name}" for name in train_list.read_text(encoding="utf-8").split()]
+        listed = [f"MT_Free/Imgs/{name}" for name in read_list(train_list)]
         train = set(plan.held(listed, normal))
         if unknown := sorted(train - set(normal)):
             raise DataError(
@@ -124,9 +140,18 @@ def _mvtec_samples(files: list[str]) -> tuple[list[Sample], list[Sample]]:
     return train, test
 
 
-def hold_out(train: list[Sample], pasted_types: tuple[str, ...]) -> tuple[list[Sample], list[Sample]]:
-    """(train without them, dev): a tenth of the normal images, then a copy of each with a defect, types in turn."""
-    chosen = set(shuffled([sample.path for sample in train], "dev")[: max(1, round(len(train) / 10))])
+def hold_out(
+    train: list[Sample], pasted_types: tuple[str, ...], groups: dict[str, int] | None = None
+) -> tuple[list[Sample], list[Sample]]:
+    """(train without them, dev): a tenth of the normal images, then a copy of each with a defect, types in turn.
+
+    groups: path -> its group, of which no part is left in training.
+    """
+    paths = [sample.path for sample in train]
+    if groups is None:
+        chosen = set(shuffled(paths, "dev")[: max(1, round(len(train) / 10))])
+    else:
+        chosen = set(draw_split(dict.fromkeys(paths, "good"), 0.1, "dev", {path: str(groups[path]) for path in paths}))
     normal = [sample for sample in train if sample.path in chosen]
     pasted = [Sample(s.path, pasted_types[i % len(pasted_types)], pasted=i) for i, s in enumerate(normal)]
     return [sample for sample in train if sample.path not in chosen], normal + pasted
@@ -136,20 +161,23 @@ def plan_of(name: str, root: Path | None) -> Plan:
     """The samples of a set by part, and its fingerprint: no image is read. Errors as `load_anomaly`."""
     name, root = set_and_root(name, root)
     category = name.removeprefix("mvtec_ad/")
-    if name in (SYNTHETIC_TILE, SYNTHETIC_NUT):
+    if name in SYNTHETIC_SETS:
         plan = locate(name, SYNTHETIC[name].label, "", root)
-    elif name == MAGNETIC_TILE:
-        plan = locate(name, "magnetic tiles", "magnetic_tile.py", root)
+    elif name in TILES:
+        plan = locate(folder_of(name), TILES[name], "magnetic_tile.py", root)
     elif name != category and category in MVTEC_CATEGORIES:
         plan = locate(name, f"MVTec {category}", f"mvtec_ad.py --category {category}", root)
     else:
         raise DataError(
-            f"there is no anomaly set {name!r}: choose {MAGNETIC_TILE}, {SYNTHETIC_TILE}, {SYNTHETIC_NUT} or mvtec_ad/ "
+            f"there is no anomaly set {name!r}: choose {', '.join((*TILES, *SYNTHETIC_SETS))} or mvtec_ad/ "
             f"followed by one of {', '.join(MVTEC_CATEGORIES)}"
         )
     files = sorted(plan.manifest.files)
-    if name in (MAGNETIC_TILE, SYNTHETIC_TILE):
-        train, test = _tile_samples(files, plan, TILE_TRAIN_LIST if name == MAGNETIC_TILE else None)
+    groups = None
+    if name in (*TILES, SYNTHETIC_TILE):
+        train_list = {MAGNETIC_TILE: TILE_TRAIN_LIST, TILES_GROUPED: GROUPED_TRAIN_LIST}.get(name)
+        train, test = _tile_samples(files, plan, train_list)
+        groups = tile_groups([sample.path for sample in train]) if name == TILES_GROUPED else None
         type_names, pasted_types = ("good", *TILE_TYPES), TILE_TYPES
     else:
         train, test = _mvtec_samples(files)
@@ -157,7 +185,7 @@ def plan_of(name: str, root: Path | None) -> Plan:
         type_names, pasted_types = ("good", *kinds, "pasted"), ("pasted",)
     if not train or not any(sample.mask for sample in test):
         raise DataError(f"{plan.folder} has no training or no anomalous test images: delete it, then {plan.remedy}")
-    parts = (*hold_out(train, pasted_types), test)
+    parts = (*hold_out(train, pasted_types, groups), test)
     fingerprint = _identity(plan.manifest.fingerprint, parts)
     return replace(plan, parts=dict(zip(PARTS, parts, strict=True)), fingerprint=fingerprint, type_names=type_names)
 
@@ -224,10 +252,11 @@ def _read_split(samples: list[Sample], plan: Plan, size: int, device) -> Anomaly
 def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -> AnomalyData:
     """Read a set, whole, as tensors on `device`.
 
-    `name`: "magnetic_tile", "mvtec_ad/<category>", "synthetic_tile" or "synthetic_nut"; "sample/" before the name of a
-    real one: its committed sample. `size`: side of the images in pixels. `root`: where data sets lie, by default
-    `data_dir()`. Magnetic tiles train on the 761 images of DifferNet (WACV 2021), the synthetic ones on 80 % of the
-    normal ones, MVTec AD as published. Raises DataError naming the file and the remedy; ValueError for a size below 1.
+    `name`: "magnetic_tile", "magnetic_tile_grouped" (no tile on two sides), "mvtec_ad/<category>", "synthetic_tile" or
+    "synthetic_nut"; "sample/" before the name of a real one: its committed sample. `size`: side of the images in
+    pixels. `root`: where data sets lie, by default `data_dir()`. Magnetic tiles train on the 761 images of DifferNet
+    (WACV 2021), the synthetic ones on 80 % of the normal ones, MVTec AD as published. Raises DataError naming the file
+    and the remedy; ValueError for a size below 1.
     """
     check_size(size)
     plan = plan_of(name, root)

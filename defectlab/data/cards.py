@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from defectlab.data.splits import PARTS, SAMPLE
+from defectlab.data.splits import PARTS, SAMPLE, folder_of
 from defectlab.files import DataError, project_root
 
 SETS = ("magnetic_tile", "mvtec_ad/metal_nut", "neu_det", "neu_seg", "deep_pcb")
@@ -28,7 +28,7 @@ def card(name: str) -> dict[str, Any]:
     that was not looked for; "fingerprint" of the files, "split_fingerprint" as records have it. What else a card has
     is said in data_scripts/samples.py. DataError for a set without a card.
     """
-    folder = name.removeprefix(SAMPLE).removesuffix("_index").removesuffix("_published")
+    folder = folder_of(name)
     if folder not in SETS:
         raise DataError(f"there is no data card of {name!r}: choose one of {', '.join(SETS)}")
     path = project_root() / "results" / "data" / f"{folder.rpartition('/')[2]}.json"

@@ -57,9 +57,14 @@ def set_and_root(name: str, root: Path | None) -> tuple[str, Path | None]:
     return (name.removeprefix(SAMPLE), samples_dir()) if name.startswith(SAMPLE) else (name, root)
 
 
+def folder_of(name: str) -> str:
+    """The folder of a set, also by the name of its sample or of another split of it."""
+    return re.sub("_(index|published|grouped)$", "", name.removeprefix(SAMPLE))
+
+
 def here_or_sample(name: str) -> str:
     """The name of a real set where it lies in `data_dir()`, else of its sample; a synthetic set is always there."""
-    folder = name.removesuffix("_index").removesuffix("_published")
+    folder = folder_of(name)
     return name if folder in SYNTHETIC or (data_dir() / folder / MANIFEST).is_file() else SAMPLE + name
 
 

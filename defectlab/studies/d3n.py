@@ -210,7 +210,11 @@ KINDS = {  # of settings: how such a row is run, loaded and fingerprinted
 }
 STAGES = (DiffusionSettings, CompressionSettings, CostSettings)  # one run serves all seeds of what follows
 PRIMARY = ("ddpm", "resvae", "baseline", "hybrid", "student")
-IN_QUICK = (*PRIMARY, "pca", "fusion_weighted_sum", "baseline_mosaic")  # each of the others takes as long as the hybrid
+IN_QUICK = (  # and not: three times the epochs, larger detectors, boards, masks
+    *(*PRIMARY, "pca", "baseline_mosaic", "student_bce", "plain_pca", "plain_resvae"),
+    *(f"fusion_{way}" for way in ("weighted_sum", "sum", "concat", "cross", "dual", "dual_weighted")),
+    *(f"fusion_{way}" for way in ("weighted_residual", "dual_weighted_residual", "positional", "printed_scale")),
+)
 OPTIONAL = (*board_settings("paper"), *mask_settings("paper"))  # their data are not everywhere
 
 
@@ -222,7 +226,7 @@ def seeds_of(name: str, settings: Any) -> dict[str, int]:
     if isinstance(settings, TorchvisionSettings):  # SSD refuses small images, the others take hours on a CPU
         return {"smoke": 0, "quick": 0, "paper": 3}
     if name in ("baseline", "hybrid", "student"):
-        return MORE | {"quick": 1}
+        return MORE
     return FEW if in_quick else PAPER_ONLY
 
 

@@ -9,7 +9,7 @@ from defectlab.files import DataError, WeightsError
 from defectlab.runs import RECORDED, Context, Result, check_profile
 
 MORE = {"smoke": 1, "quick": 3, "paper": 5}  # seeds, of the rows that most claims rest on
-FEW = {"smoke": 1, "quick": 1, "paper": 3}  # of the others
+FEW = {"smoke": 1, "quick": 3, "paper": 3}  # of the others: a verdict needs three
 PAPER_ONLY = {"smoke": 1, "quick": 0, "paper": 3}  # of rows that would take a night in quick
 ONCE = {"smoke": 1, "quick": 1, "paper": 1}  # of stages and teachers that serve all seeds of what follows
 

@@ -180,7 +180,8 @@ def _bound(claim: Claim, sides: list[list[Record]], profile: str, timed: Mapping
 
 def _with_verdicts(measured: list[Judged]) -> list[Judged]:
     def tested(m: Judged) -> bool:
-        return m.difference is not None and m.claim["primary"] and not math.isnan(m.difference.p)
+        counts = m.difference is not None and m.claim["primary"] and not math.isnan(m.difference.p)
+        return counts and stats.verdict_allowed(m.n, m.profile) is None
 
     corrected = iter(stats.holm([m.difference.p for m in measured if tested(m)]))
     result = []
@@ -192,6 +193,8 @@ def _with_verdicts(measured: list[Judged]) -> list[Judged]:
         verdict = stats.verdict_allowed(m.n, m.profile)
         if not verdict and not m.claim["primary"]:
             verdict = "not primary: interval only"
+        elif not verdict and m.profile == "quick":  # a small experiment: the printed gain belongs to the paper's scale
+            verdict = f"{stats.judge_reconstruction(m.difference, adjusted)}, at quick scale"
         elif not verdict and "printed" in m.claim:
             verdict = stats.judge_gain(m.difference, m.claim["printed"], adjusted)
         elif not verdict:

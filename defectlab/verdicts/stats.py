@@ -15,7 +15,7 @@ from defectlab.metrics.ranking import as_vector
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
-NO_VERDICT = {"smoke": "no verdict: synthetic data", "quick": "no verdict: quick profile"}
+NO_VERDICT = {"smoke": "no verdict: synthetic data"}
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,8 @@ def judge_printed(line: dict[str, str], records: list[Record], profile: str) -> 
     if not np.isfinite(values).all():
         return "cannot be judged (the records lack it)"
     cost = COSTS.get(metric)
+    if not cost and profile == "quick":
+        return "cannot be judged (quick profile)"
     if not cost and (reason := stats.verdict_allowed(len(records), profile)):
         return reason
     interval = stats.mean_interval(values)
