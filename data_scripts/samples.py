@@ -23,8 +23,6 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn.functional import avg_pool2d, normalize
 from torchvision.ops import box_iou
 
 from defectlab.data import cards, fetch
@@ -33,6 +31,7 @@ from defectlab.data.anomaly import AnomalyData, load_anomaly
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionData, load_detection
 from defectlab.data.images import decode, in_threads
 from defectlab.data.instances import TURNS_LIST, load_instances
+from defectlab.data.leaks import near_duplicates
 from defectlab.data.splits import PARTS, read_list, samples_dir
 from defectlab.files import DataError, data_dir, project_root, write_json, write_text
 
@@ -44,6 +43,7 @@ SCRIPTS = {  # folder of a set: its script and what in it describes the set
     "deep_pcb": ("deep_pcb", None),
 }
 QUALITY = 90  # of a sample's JPEG files
+LEAK_SIZE = 128  # px: enough for the leak check
 
 
 def about(folder: str) -> fetch.DataSet:
@@ -208,7 +208,6 @@ def common(folder: str, root: Path, data: AnomalyData | DetectionData) -> dict[s
         "parts": parts,
         "pixels": {"width": [min(widths), max(widths)], "height": [min(heights), max(heights)]},
         "identical_images": sorted(paths for paths in contents.values() if len(paths) > 1),
-        "leaks": None,
     }
 
 
@@ -226,26 +225,34 @@ def card_of_anomalies(folder: str, root: Path) -> dict[str, Any]:
         "marked": marked,
         "empty_masks": [name for name, has in zip(test.names, test.has_mask.tolist(), strict=True) if not has],
         "width_by_height": [round(float(value), 2) for value in (min(ratios), np.median(ratios), max(ratios))],
-        "leaks": twins(data) if folder == "magnetic_tile" else None,
+        "leaks": leaks(data),
     }
 
 
-def twins(data: AnomalyData) -> dict[str, Any]:
-    """Test images that correlate above 0.95 with a training image, at 32 x 32 without their slow change of light."""
-
-    def fine_structure(images: Tensor) -> Tensor:
-        small = avg_pool2d(images[:, :1].float(), 8)  # (N, 1, 32, 32)
-        flat = (small - avg_pool2d(small, 9, 1, 4, count_include_pad=False)).flatten(1)
-        return normalize(flat - flat.mean(1, keepdim=True))
-
-    alike = fine_structure(data.test.images) @ fine_structure(data.train.images).T
-    seen, good = alike.amax(1) > 0.95, data.test.labels == 0
-    return {
-        "rule": "correlates above 0.95 with a training image, at 32 x 32 pixels without the slow change of light",
-        "median_correlation": round(alike.median().item(), 2),
-        "good": {"seen": int(seen[good].sum()), "of": int(good.sum())},
-        "defective": {"seen": int(seen[~good].sum()), "of": int((~good).sum())},
+def leaks(data: AnomalyData | DetectionData) -> dict[str, Any]:
+    """Test images that show what a training image shows (also of those held out of training as dev), by the leak check:
+    how many, of each class of an anomaly set, and which pairs, the most alike first."""
+    boxes, (train, dev, test) = isinstance(data, DetectionData), (getattr(data, part) for part in PARTS)
+    own = [i for i, name in enumerate(dev.names) if boxes or "+" not in name]  # not what was pasted
+    names = [*train.names, *(dev.names[i] for i in own)]
+    pairs = near_duplicates(torch.cat([train.images, dev.images[own]]), test.images)
+    seen = {pair.second for pair in pairs}
+    best = {pair.second: pair for pair in reversed(pairs)}
+    found = {
+        "rule": "by defectlab.data.leaks: alike beyond chance, also turned, mirrored or under other light",
+        "seen": len(seen),
+        "of": len(test),
+        "pairs": [
+            [names[pair.first], test.names[pair.second], round(pair.similarity, 2)]
+            for pair in sorted(best.values(), key=lambda pair: -pair.similarity)[:20]
+        ],
     }
+    if not boxes:
+        kinds = {"good": test.labels == 0, "defective": test.labels == 1}
+        found |= {
+            kind: {"seen": sum(map(at.__getitem__, seen)).item(), "of": int(at.sum())} for kind, at in kinds.items()
+        }
+    return found
 
 
 def sides(entries: Iterable[AnnotatedImage], class_names: Sequence[str]) -> dict[str, list[int]]:
@@ -285,6 +292,7 @@ def card_of_steel(folder: str, root: Path) -> dict[str, Any]:
         "test_by_number": common(folder, root, by_number)["parts"]["test"],
         "in_both_tests": len(set(data.test.names) & set(by_number.test.names)),
         "sides": sides(entries.values(), NEU_CLASSES),
+        "leaks": leaks(load_detection(folder, LEAK_SIZE, root=root)),
     }
 
 
@@ -339,6 +347,7 @@ def card_of_boards(folder: str, root: Path) -> dict[str, Any]:
         "painted": [name for name, is_so in zip(names, painted, strict=True) if is_so],
         "templates": len(list((root / folder).glob("PCBData/group*/*/*_temp.jpg"))),
         "sides": sides(entries, DEEP_PCB_CLASSES),
+        "leaks": leaks(load_detection(folder, LEAK_SIZE, root=root)),
     }
 
 

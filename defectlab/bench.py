@@ -48,11 +48,12 @@ BUILD: dict[type, Callable[[Any], nn.Module]] = {  # what is deployed: of a dete
 
 
 def networks_of(name: str, device: str) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Row -> its network with random weights, and an image of the row's size. Rows of one network show how far two
-    timings of it differ. Rows whose network needs data to be built (features, a memory) are left out."""
-    found = {}
+    """Row of quick -> its network with random weights, and an image of the row's size. Rows of one network show how
+    far two timings of it differ. Left out: rows whose network needs data to be built (features, a memory), rows of
+    other sets."""
+    found, quick = {}, study(name).rows["quick"]
     for row, of in study(name).rows[RECORDED].items():
-        if type(of.settings) not in BUILD:
+        if type(of.settings) not in BUILD or quick[row].optional or not quick[row].seeds or row.endswith("_grouped"):
             continue
         torch.manual_seed(0)
         network = BUILD[type(of.settings)](of.settings).eval().to(device, memory_format=torch.channels_last)

@@ -265,12 +265,10 @@ def read_voc(folder: Path, class_names: Sequence[str] | None = None) -> Annotati
     if without := [path for path in images if path not in parsed]:
         raise DataError(f"{without[0]} has no xml: annotate it (an xml without objects says that it has none)")
     names = tuple(class_names or sorted({name for _, said in parsed.values() for name, _ in said.objects}))
-    found = (
-        checked(
-            path, xml, [(index_of(n, names, xml), box) for n, box in said.objects], stated=said.size, notes=said.notes
-        )
-        for path, (xml, said) in parsed.items()
-    )
+    found = []
+    for path, (xml, said) in parsed.items():
+        objects = [(index_of(name, names, xml), box) for name, box in said.objects]
+        found.append(checked(path, xml, objects, stated=said.size, notes=said.notes))
     return collected(names, found, folder)
 
 

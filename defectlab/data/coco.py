@@ -90,13 +90,8 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
     except ValueError as error:
         raise DataError(f"{annotation_file} is no COCO json of boxes ({error}): export it again") from error
     categories = _by_id(fields.items("categories"))
-    called = dict(
-        zip(
-            categories,
-            unique(clean_names((c["name"] for c in categories.values()), annotation_file), annotation_file),
-            strict=True,
-        )
-    )
+    titles = clean_names((item["name"] for item in categories.values()), annotation_file)
+    called = dict(zip(categories, unique(titles, annotation_file), strict=True))
     names = tuple(class_names or called.values())
     listed = _by_id(fields.items("images"))
     objects, notes = {index: [] for index in listed}, defaultdict(Counter)
@@ -126,9 +121,8 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
         if name not in by_path and not by_name[name.rsplit("/", 1)[-1]]:
             name = unquote(name)  # "plate%20no%201.png", as a browser writes it
         found = [by_path[name]] if name in by_path else by_name[name.rsplit("/", 1)[-1]]
-        found = [
-            one for one in found if same(one.as_posix()).endswith(f"/{name}")
-        ] or found  # the whole of its path fits
+        whole = [one for one in found if same(one.as_posix()).endswith(f"/{name}")]  # all of its path fits
+        found = whole or found
         if len(found) > 1:
             raise DataError(f"{annotation_file}: {name} fits {found[0]} and {found[1]}: give its path in {images}")
         path = found[0] if found else images / name

@@ -18,10 +18,8 @@ from torch.nn.functional import interpolate, pad
 
 from defectlab.files import DataError
 
-IMAGE_SUFFIXES = {
-    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
-    *(".pbm", ".pgm", ".ppm", ".pnm"),
-}
+JPEG_SUFFIXES = {".jpg", ".jpeg", ".jfif"}
+IMAGE_SUFFIXES = JPEG_SUFFIXES | {".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pbm", ".pgm", ".ppm", ".pnm"}
 MARKER = ".defectlab"  # lies in each folder that `score` and `detect` wrote: nothing in it is input
 MASK_SIZE = 256  # anomaly maps are compared with the masks at this size, whatever the images' size
 GROUND = 114  # of 255: the grey outside any image, as in the letterbox, and behind what is transparent
@@ -86,7 +84,7 @@ def others(folder: Path, known: set[str] = IMAGE_SUFFIXES) -> str:
 
 def _check_whole(path: Path, remedy: str) -> None:
     """DataError for a JPEG that ends in zeros without its end marker: decoders fill what is missing with grey."""
-    if path.suffix.lower() not in (".jpg", ".jpeg", ".jfif") or path.stat().st_size < 8:
+    if path.suffix.lower() not in JPEG_SUFFIXES or path.stat().st_size < 8:
         return
     with path.open("rb") as file:
         file.seek(-8, os.SEEK_END)
@@ -142,13 +140,9 @@ def decode(path: Path, remedy: str = "replace or remove this image") -> Image.Im
         grey = image.mode in ("1", "L", "LA")
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data:
-            upright = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", upright.size, (GROUND, GROUND, GROUND, 255)), upright)
-        return (
-            upright.convert("RGB").convert("L")
-            if grey and upright.mode == "RGBA"
-            else upright.convert("L" if grey else "RGB")
-        )
+            ground = Image.new("RGBA", upright.size, (GROUND, GROUND, GROUND, 255))
+            upright = Image.alpha_composite(ground, upright.convert("RGBA")).convert("RGB")
+        return upright.convert("L" if grey else "RGB")
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:

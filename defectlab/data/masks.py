@@ -90,15 +90,12 @@ def nut_mask(image: np.ndarray) -> np.ndarray:
     steps = max(1, round(size / 128))
     lit |= ndimage.binary_opening(dim & ~lit, iterations=steps)
     lit = np.pad(lit, steps + 1)  # closing erodes at the border, and the ground must hold together around the nut
-    parts = _large_parts(ndimage.binary_closing(lit, iterations=steps))
-    return _without_bore(parts)[steps + 1 : -steps - 1, steps + 1 : -steps - 1]
-
-
-def _large_parts(mask: np.ndarray) -> np.ndarray:
-    parts, _ = ndimage.label(mask)
+    closed = ndimage.binary_closing(lit, iterations=steps)
+    parts, _ = ndimage.label(closed)
     areas = np.bincount(parts.ravel())
     areas[0] = 0
-    return (areas >= SMALLEST_PART * areas.max())[parts] & mask
+    large = (areas >= SMALLEST_PART * areas.max())[parts] & closed
+    return _without_bore(large)[steps + 1 : -steps - 1, steps + 1 : -steps - 1]
 
 
 def _without_bore(mask: np.ndarray) -> np.ndarray:

@@ -44,10 +44,6 @@ def _role(path: Path, folder: Path) -> str | None:
     return next((_ROLES[word] for word in words if word in _ROLES), None)
 
 
-def _by_folders(names: Iterable[str], folder: Path) -> dict[str, str | None]:
-    return {name: _role(folder / name, folder) for name in names}
-
-
 def _voc_lists(folder: Path) -> dict[str, tuple[Path, set[str]]]:
     """Role -> (list, stems), from ImageSets/Main; trainval only where train is missing."""
     found = {}
@@ -176,7 +172,7 @@ def _read_own(folder: Path, format: str) -> tuple[Annotations, dict[str, str | N
     names = [image.path.relative_to(folder).as_posix() for image in annotations.images]
     listed = _listed_split(folder, format, names)
     if listed is None:
-        return annotations, _by_folders(names, folder), "names of the folders"
+        return annotations, {name: _role(folder / name, folder) for name in names}, "names of the folders"
     roles, why = listed
     kept = tuple(i for i, name in zip(annotations.images, names, strict=True) if name in roles)
     left_out = Counter({f"images that {why} does not list, left out": len(names) - len(kept)})
@@ -223,9 +219,8 @@ def _leaks(lists: Iterable[Iterable[str]], content: Mapping[str, str]) -> list[s
 
 def _look_alikes(train: DetectionSplit, test: DetectionSplit, content: Mapping[str, str]) -> list[str]:
     """A line where test images are nearly training images; those that are so byte for byte are `_leaks`."""
-    named = [
-        (train.names[pair.first], test.names[pair.second], pair) for pair in near_duplicates(train.images, test.images)
-    ]
+    pairs = near_duplicates(train.images, test.images)
+    named = [(train.names[pair.first], test.names[pair.second], pair) for pair in pairs]
     named = [(first, second, pair) for first, second, pair in named if content[first] != content[second]]
     if not named:
         return []

@@ -10,12 +10,12 @@ predictions per image and class, at every IoU.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from defectlab.metrics import ranking
@@ -313,24 +313,34 @@ def _torchmetrics_precision(
     predictions: Boxes, ground_truth: Boxes, class_names: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """The AP of each class in per cent, NaN without ground truth."""
-    from torchmetrics.detection import MeanAveragePrecision  # takes seconds to import
-
     ious = [0.33, *COCO_IOUS]
-    # The levels are given in double precision, as COCO's own code has them: torchmetrics' default float32 levels lie a
-    # hair above some recalls that are then not reached.
-    metric = MeanAveragePrecision(
-        iou_thresholds=ious, rec_thresholds=RECALLS.tolist(), extended_summary=True, backend="faster_coco_eval"
-    )
-    metric.warn_on_many_detections = False
+    metric = coco_metric("bbox", ious)
     metric.update(predictions, ground_truth)
-    result = metric.compute()
     per_class = {name: dict.fromkeys(METRIC_IOUS, math.nan) for name in class_names}
-    classes = result["classes"].reshape(-1).tolist()
-    for label in torch.cat([truth["labels"] for truth in ground_truth]).unique().tolist():
-        curves = result["precision"][:, :, classes.index(label), 0, -1].double()  # (T, 101): all areas, 100 predictions
+    for label, curves in precision_of_classes(metric, ground_truth):
         for name, levels in METRIC_IOUS.items():
             per_class[class_names[label]][name] = 100 * float(curves[[ious.index(level) for level in levels]].mean())
     return per_class
+
+
+def coco_metric(kind: str, ious: Sequence[float]) -> nn.Module:
+    """torchmetrics' MeanAveragePrecision (faster-coco-eval) of boxes, "bbox", or masks, "segm"."""
+    from torchmetrics.detection import MeanAveragePrecision  # takes seconds to import
+
+    # The levels are given in double precision, as COCO's own code has them: torchmetrics' default float32 levels lie a
+    # hair above some recalls that are then not reached.
+    options = {"rec_thresholds": RECALLS.tolist(), "extended_summary": True, "backend": "faster_coco_eval"}
+    metric = MeanAveragePrecision(iou_type=kind, iou_thresholds=list(ious), **options)
+    metric.warn_on_many_detections = False
+    return metric
+
+
+def precision_of_classes(metric: nn.Module, ground_truth: Boxes) -> Iterator[tuple[int, Tensor]]:
+    """Each class with ground truth, and its precision (T, 101) at the IoUs of a `coco_metric` and the recall levels."""
+    result = metric.compute()
+    classes = result["classes"].reshape(-1).tolist()
+    for label in torch.cat([truth["labels"] for truth in ground_truth]).unique().tolist():
+        yield label, result["precision"][:, :, classes.index(label), 0, -1].double()  # all areas, 100 predictions
 
 
 def _check(predictions: Boxes, ground_truth: Boxes, classes: int | None) -> int:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.transforms.v2.functional import pad
 
 from defectlab.networks.resnet import load_teacher
 from defectlab.precision import at_least_float32, check_uint8, full_float32
@@ -207,17 +208,9 @@ def gaussian_smooth(maps: Tensor, sigma: float = SIGMA) -> Tensor:
     offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
     kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
-    padded = _mirror(_mirror(maps, radius, -1), radius, -2)[:, None]
+    padded = pad(maps, [radius], padding_mode="symmetric")[:, None]  # repeats the edge, torch's own "reflect" does not
     with full_float32():
         return functional.conv2d(functional.conv2d(padded, kernel), kernel.transpose(-1, -2))[:, 0]
-
-
-def _mirror(maps: Tensor, radius: int, axis: int) -> Tensor:
-    """d c b a | a b c d | d c b a: the edge value is repeated, which torch's own 'reflect' does not do."""
-    size = maps.shape[axis]
-    first = maps.narrow(axis, 0, radius).flip(axis)
-    last = maps.narrow(axis, size - radius, radius).flip(axis)
-    return torch.cat([first, maps, last], dim=axis)
 
 
 def upsample(maps: Tensor, size: int = MAP_SIZE) -> Tensor:

@@ -5,16 +5,11 @@ Ren et al., "Faster R-CNN", NeurIPS 2015; Lin et al., "Focal Loss for Dense Obje
 library's. Meant for a GPU.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
-from torchvision.models.detection import (
-    fasterrcnn_resnet50_fpn_v2,
-    fcos_resnet50_fpn,
-    retinanet_resnet50_fpn_v2,
-    ssd300_vgg16,
-)
+from torchvision.models import detection
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD
@@ -55,9 +50,7 @@ class TorchvisionSettings:
 
         In fp32, since torchvision gives anchors the dtype of the maps, and bf16 resolves 512 px in steps of 2 px.
         """
-        shared = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("architecture", "learning_rate")
-        }
+        shared = {k: v for k, v in vars(self).items() if k not in ("architecture", "learning_rate")}
         rate = RATES[self.architecture] if self.learning_rate is None else self.learning_rate
         return DetectorSettings(**shared, learning_rate=rate, optimizer="sgd", mosaic=0.0, precision="fp32")
 
@@ -78,8 +71,8 @@ def build_torchvision(settings: TorchvisionSettings, classes: int) -> nn.Module:
     limits = {"score_thresh": LEAST_SCORE, "detections_per_img": MOST_BOXES}
     if architecture == "faster_rcnn":
         limits = {f"box_{name}": value for name, value in limits.items()}
-        return fasterrcnn_resnet50_fpn_v2(**network, **sizes, **limits)
-    build = retinanet_resnet50_fpn_v2 if architecture == "retinanet" else fcos_resnet50_fpn
+        return detection.fasterrcnn_resnet50_fpn_v2(**network, **sizes, **limits)
+    build = detection.retinanet_resnet50_fpn_v2 if architecture == "retinanet" else detection.fcos_resnet50_fpn
     return build(**network, **sizes, **limits)
 
 
@@ -88,9 +81,8 @@ def _ssd(size: int, network: dict) -> nn.Module:
     px only, and images are normalised as for the others (its own scaling to ±128 is that of one weights file)."""
     if size < LEAST_SSD_SIZE:
         raise ValueError(f"images of {size} px are too small for SSD: use {LEAST_SSD_SIZE} px or more")
-    model = ssd300_vgg16(**network, score_thresh=LEAST_SCORE, detections_per_img=MOST_BOXES)
+    model = detection.ssd300_vgg16(**network, score_thresh=LEAST_SCORE, detections_per_img=MOST_BOXES)
     model.anchor_generator.steps = None
-    model.transform = GeneralizedRCNNTransform(
-        size, size, list(IMAGENET_MEAN), list(IMAGENET_STD), size_divisible=1, fixed_size=(size, size)
-    )
+    mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
+    model.transform = GeneralizedRCNNTransform(size, size, mean, std, size_divisible=1, fixed_size=(size, size))
     return model

@@ -10,15 +10,8 @@ from torchvision.transforms import v2
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.data.splits import PARTS
 from defectlab.networks.reverse_distillation import MAP_SIZE
-from defectlab.papers.amam_kd import segmentation
-from defectlab.papers.amam_kd.distillation import (
-    DistillationLoss,
-    DistillationNetwork,
-    DistillationSettings,
-    build,
-    discrepancies,
-    to_maps,
-)
+from defectlab.papers.amam_kd import distillation, segmentation
+from defectlab.papers.amam_kd.distillation import DistillationNetwork, DistillationSettings, discrepancies, to_maps
 from defectlab.papers.amam_kd.two_stage import TwoStageSettings, cut, paste_back, square_boxes
 from defectlab.papers.amam_kd.weighting import KERNELS, fit_weighting
 from defectlab.precision import precision_of
@@ -35,7 +28,7 @@ def train_distillation(
 
     `data` may hold crops: it needs a fingerprint of its own, and masks (of dev) that are the crops'.
     """
-    student = distil.train_student(settings, seed, data, context, build, DistillationLoss)
+    student = distil.train_student(settings, seed, data, context, distillation.build, distillation.DistillationLoss)
     network = student.network
     if settings.weighting == "printed":
         network.weighting.kernels.copy_(student.loss.weights().detach().view(3, 1, 1))

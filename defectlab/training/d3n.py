@@ -21,17 +21,9 @@ from defectlab.papers.d3n.hybrid import HybridDetector, HybridSettings, Instance
 from defectlab.papers.d3n.resvae import build_compressor, feature_shapes
 from defectlab.papers.d3n.transfer import PowerTransfer
 from defectlab.runs import Context, Result
+from defectlab.training import detection
 from defectlab.training.d3n_features import Prepared, prepare
-from defectlab.training.detection import (
-    COST_SIZE,
-    Probe,
-    evaluate_detector,
-    fresh,
-    frozen,
-    predict,
-    probe_on,
-    train_and_evaluate,
-)
+from defectlab.training.detection import COST_SIZE, Probe, evaluate_detector, fresh, probe_on, train_and_evaluate
 from defectlab.training.instances import evaluate_instances
 from defectlab.training.recipe import Loss
 
@@ -62,7 +54,7 @@ def dev_probe(data: DetectionData, features: Sequence[Tensor] = ()) -> Probe:
     """mAP of boxes on dev, for the curve; nothing for sets with masks, whose evaluation takes long."""
     if isinstance(data, InstanceData):
         return lambda average: {}
-    return probe_on(data.dev, data.class_names, partial(predict, features=features))
+    return probe_on(data.dev, data.class_names, partial(detection.predict, features=features))
 
 
 def check_recipe(settings: DetectorSettings) -> None:
@@ -147,7 +139,7 @@ def load_hybrid(record: Any, settings: HybridSettings, data: DetectionData, devi
     """The hybrid of a finished run, frozen; its weights hold the compressor's, too."""
     compressor = build_compressor(settings.compression, feature_shapes(settings.compression))
     detector = task_of(data).build(settings, data)
-    return frozen(record, build_hybrid(settings, detector, compressor), device)
+    return detection.frozen(record, build_hybrid(settings, detector, compressor), device)
 
 
 def run_student(settings: StudentSettings, seed: int, data: DetectionData, context: Context) -> Result:
@@ -161,9 +153,8 @@ def run_student(settings: StudentSettings, seed: int, data: DetectionData, conte
     task = task_of(data)
     student = start(task, settings, seed, data, context)
     criterion = detection_loss(student, settings.size)
-    transfer = PowerTransfer(
-        criterion, settings.transfer, distance=settings.distance, temperature=settings.temperature, box=settings.box
-    )
+    reading = {name: getattr(settings, name) for name in ("distance", "temperature", "box")}
+    transfer = PowerTransfer(criterion, settings.transfer, **reading)
     taught = with_latents(teacher, prepared.latents)
 
     def loss(batch: Batch) -> dict[str, Tensor]:

@@ -20,17 +20,8 @@ from torch import Tensor, nn
 from defectlab.data.detection import DetectionData
 from defectlab.files import DataError
 from defectlab.networks.diffusion import decoder_features, noise_schedule
-from defectlab.papers.d3n.resvae import (
-    CHUNK,
-    CompressionSettings,
-    Compressor,
-    Level,
-    ResVAE,
-    build_compressor,
-    feature_shapes,
-    kl_divergence,
-    vae_loss,
-)
+from defectlab.papers.d3n import resvae
+from defectlab.papers.d3n.resvae import CHUNK, CompressionSettings, Compressor, Level, build_compressor, feature_shapes
 from defectlab.precision import autocast, full_float32, precision_of
 from defectlab.runs import Context, Record, Result, load_weights
 from defectlab.training import feature_store
@@ -153,7 +144,7 @@ def fit_compressor(
             with autocast(device, precision):
                 outputs = level.codec(target, posterior)
             reconstruction, mean, log_variance = (y.float() for y in outputs)
-            losses.append(vae_loss(reconstruction, target, mean, log_variance, settings.kl, settings.reduction))
+            losses.append(resvae.vae_loss(reconstruction, target, mean, log_variance, settings.kl, settings.reduction))
         scalars = {"loss": sum(loss["loss"] for loss in losses)}
         return scalars | {f"{name}_level_{k}": loss[name] for name in ("mse", "kl") for k, loss in enumerate(losses)}
 
@@ -184,14 +175,14 @@ def reconstruction_error(compressor: Compressor, features: list[Tensor]) -> dict
 
 def level_error(level: Level, x: Tensor) -> dict[str, float]:
     """Of one level: "unexplained", "latent_std", "kl", and how many "values" became how many "latents"."""
-    variational, latents = isinstance(level.codec, ResVAE), 0
+    variational, latents = isinstance(level.codec, resvae.ResVAE), 0
     sums = torch.zeros(5, dtype=torch.float64, device=x.device)  # errors^2, features^2, latents, latents^2, KL
     for part in x.split(CHUNK):
         target = level.standardise(part)
         with full_float32():
             z = level.encode(part).half()
             error = level.decode(z) / level.deviation - target
-            kl = kl_divergence(*level.codec.posterior(target)) if variational else torch.zeros_like(z)
+            kl = resvae.kl_divergence(*level.codec.posterior(target)) if variational else torch.zeros_like(z)
         sums += torch.stack([y.double().sum() for y in (error.square(), target.square(), z, z.double().square(), kl)])
         latents += z.numel()
     lost, total, first, second, nats = sums.tolist()

@@ -11,20 +11,11 @@ from torch import Tensor
 
 from defectlab.data.detection import DetectionData
 from defectlab.metrics.costs import parameters
-from defectlab.networks.diffusion import (
-    TIMESTEPS,
-    DiffusionSettings,
-    as_inputs,
-    build_unet,
-    check_size,
-    decoder_features,
-    noise_loss,
-    noise_schedule,
-    q_sample,
-    sample_ddim,
-)
+from defectlab.networks import diffusion
+from defectlab.networks.diffusion import DiffusionSettings, as_inputs, build_unet, check_size, noise_schedule
 from defectlab.precision import autocast, precision_of
-from defectlab.runs import Context, Record, Result, load_weights
+from defectlab.runs import Context, Record, Result
+from defectlab.training.detection import frozen
 from defectlab.training.loop import MovingAverage, Trained, adam, rate_per_epoch, train
 from defectlab.training.results import rounded
 
@@ -67,7 +58,7 @@ def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, context: 
 
     def step(batch: list[Tensor]) -> dict[str, Tensor]:
         with autocast(device, precision):
-            return noise_loss(unet, *batch, alpha_hat)
+            return diffusion.noise_loss(unet, *batch, alpha_hat)
 
     optimizer = adam(unet, settings.learning_rate)
     rate = rate_per_epoch(settings.learning_rate, "cosine", settings.epochs, settings.final_rate)
@@ -92,7 +83,7 @@ def error_per_timestep(
         clean, drawn = as_inputs(some), drawn.to(images.device)
         for index, timestep in enumerate(timesteps):
             at = torch.full((len(clean),), int(timestep), device=images.device)
-            total[index] += len(clean) * noise_loss(unet, clean, at, drawn, alpha_hat)["loss"].item()
+            total[index] += len(clean) * diffusion.noise_loss(unet, clean, at, drawn, alpha_hat)["loss"].item()
     return total / len(images)
 
 
@@ -121,7 +112,7 @@ def run_ddpm(settings: DiffusionSettings, seed: int, data: DetectionData, contex
             part: error_per_timestep(unet, spread(getattr(data, part).images, ERROR_IMAGES), timesteps, seed)
             for part in ("train", "dev", "test")
         }
-        samples = sample_ddim(unet, SAMPLES, seed, device=context.device)  # (16, C, S, S)
+        samples = diffusion.sample_ddim(unet, SAMPLES, seed, device=context.device)  # (16, C, S, S)
         kept = examples(unet, spread(data.test.images, EXAMPLES))
     return Result(
         metrics=rounded({"noise_error": 100 * errors["test"].mean().item()}),
@@ -143,9 +134,7 @@ def run_ddpm(settings: DiffusionSettings, seed: int, data: DetectionData, contex
 
 def load_ddpm(record: Record, settings: DiffusionSettings, colours: int, device: str | torch.device) -> UNet2DModel:
     """The averaged U-Net of a finished run, frozen. ValueError where its weights are missing or do not fit."""
-    unet = build_unet(settings, colours)
-    load_weights(record, unet)
-    return unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return frozen(record, build_unet(settings, colours), device)
 
 
 @torch.no_grad()
@@ -154,17 +143,17 @@ def examples(unet: UNet2DModel, images: Tensor, channels: int = 3) -> dict[str, 
     colours (B, S, S, 3), the image and the predicted x_0 at the last of `TIMESTEPS`; case_features_k (B, channels, h,
     w), some channels of level k, darkest to brightest over the images.
     """
-    alpha_hat, last = noise_schedule(unet.config.num_train_timesteps).to(images.device), TIMESTEPS[-1]
+    alpha_hat, last = noise_schedule(unet.config.num_train_timesteps).to(images.device), diffusion.TIMESTEPS[-1]
     at = torch.full((len(images),), last, device=images.device)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
-    noisy = q_sample(as_inputs(images), at, noise, alpha_hat)
+    noisy = diffusion.q_sample(as_inputs(images), at, noise, alpha_hat)
     left = alpha_hat[last].float()
     predicted_x0 = (noisy - (1 - left).sqrt() * unet(noisy, at).sample.float()) / left.sqrt()  # of eq. 4
     found = {
         "case_images": channels_last(images),
         "case_told": channels_last(((predicted_x0 + 1) * 127.5).round().clamp(0, 255)),
     }
-    for level, maps in enumerate(decoder_features(unet, images, alpha_hat=alpha_hat)):
+    for level, maps in enumerate(diffusion.decoder_features(unet, images, alpha_hat=alpha_hat)):
         chosen = maps[:, torch.linspace(0, maps.shape[1] - 1, channels).round().long()]  # (B, channels, h, w)
         low, high = chosen.amin((0, 2, 3), keepdim=True), chosen.amax((0, 2, 3), keepdim=True)
         found[f"case_features_{level}"] = (255 * (chosen - low) / (high - low).clamp(min=1e-9)).round()

@@ -1,29 +1,14 @@
 """PaDiM, SPADE and PatchCore on the features of a teacher: fitted to the good images, scored, evaluated."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from defectlab.data.anomaly import AnomalyData
-from defectlab.networks.feature_baselines import (
-    CHANNELS,
-    PaDiMSettings,
-    PatchCoreSettings,
-    SPADESettings,
-    descriptors,
-    draw_channels,
-    embedding,
-    fit_gaussians,
-    greedy_coreset,
-    mahalanobis,
-    nearest_distances,
-    nearest_images,
-    patch_features,
-    pixel_distances,
-    pyramid,
-    reweighted_score,
-)
+from defectlab.networks import feature_baselines as methods
+from defectlab.networks.feature_baselines import PaDiMSettings, PatchCoreSettings, SPADESettings
 from defectlab.networks.reverse_distillation import gaussian_smooth, upsample
 from defectlab.precision import full_float32, precision_of
 from defectlab.runs import Context, Result
@@ -40,71 +25,65 @@ def run_padim(settings: PaDiMSettings, seed: int, data: AnomalyData, context: Co
     """
     features = {part: teacher_features(data, part, settings) for part in ("train", "dev", "test")}
     widths = [layer.shape[1] for layer in features["train"]]
-    channels = draw_channels(sum(widths), CHANNELS[widths[0]], seed)
-    embedded = {part: embedding(layers, channels) for part, layers in features.items()}
+    channels = methods.draw_channels(sum(widths), methods.CHANNELS[widths[0]], seed)
+    embedded = {part: methods.embedding(layers, channels) for part, layers in features.items()}
     height, width = features["train"][0].shape[-2:]
     distances: dict[str, list[Tensor]] = {"dev": [], "test": []}
     with full_float32():
         for start in range(0, height * width, POSITIONS):
-            mean, factor = fit_gaussians(embedded["train"][start : start + POSITIONS])
+            mean, factor = methods.fit_gaussians(embedded["train"][start : start + POSITIONS])
             for part, found in distances.items():
-                found.append(mahalanobis(embedded[part][start : start + POSITIONS], mean, factor))
+                found.append(methods.mahalanobis(embedded[part][start : start + POSITIONS], mean, factor))
     context.log(f"  {height * width} Gaussians of {len(channels)} channels fitted to {len(data.train)} images")
     maps = {
         part: gaussian_smooth(upsample(torch.cat(found).T.unflatten(1, (height, width))))
         for part, found in distances.items()
     }
-    result = evaluate(data, maps["dev"], maps["test"])
-    result.precision = precision_of(settings, context.device)
-    result.costs = {"parameters": 0, "gaussians": height * width}
-    return result
+    result, costs = evaluate(data, maps["dev"], maps["test"]), {"parameters": 0, "gaussians": height * width}
+    return replace(result, precision=precision_of(settings, context.device), costs=costs)
 
 
 @torch.inference_mode()
 def run_spade(settings: SPADESettings, seed: int, data: AnomalyData, context: Context) -> Result:
     """Score dev and test against the good images; nothing depends on the seed."""
     good = teacher_features(data, "train", settings)
-    described, pixels = descriptors(good), pyramid(good)
+    described, pixels = methods.descriptors(good), methods.pyramid(good)
     maps, scores = {}, {}
     for part in ("dev", "test"):
         features = teacher_features(data, part, settings)
-        scores[part], nearest = nearest_images(descriptors(features), described, settings.neighbours)
-        maps[part] = gaussian_smooth(upsample(pixel_distances(pyramid(features), pixels, nearest)))
+        scores[part], nearest = methods.nearest_images(methods.descriptors(features), described, settings.neighbours)
+        maps[part] = gaussian_smooth(upsample(methods.pixel_distances(methods.pyramid(features), pixels, nearest)))
     context.log(f"  {len(maps['dev']) + len(maps['test'])} images compared with {len(good[0])} good ones")
     result = evaluate(data, maps["dev"], maps["test"], scores["dev"], scores["test"])
-    result.precision = precision_of(settings, context.device)
-    result.costs = {"parameters": 0, "remembered_images": len(good[0])}
-    return result
+    costs = {"parameters": 0, "remembered_images": len(good[0])}
+    return replace(result, precision=precision_of(settings, context.device), costs=costs)
 
 
 @torch.inference_mode()
 def run_patchcore(settings: PatchCoreSettings, seed: int, data: AnomalyData, context: Context) -> Result:
     features = partial(teacher_features, data, settings=settings)
     chunks = zip(*(f.split(64) for f in features("train")), strict=True)  # the temporaries of all images are GBs
-    patches = torch.cat([patch_features(list(chunk)).flatten(0, 2) for chunk in chunks])
-    bank = patches[greedy_coreset(patches, max(1, round(settings.coreset * len(patches))), seed)]
+    patches = torch.cat([methods.patch_features(list(chunk)).flatten(0, 2) for chunk in chunks])
+    bank = patches[methods.greedy_coreset(patches, max(1, round(settings.coreset * len(patches))), seed)]
     del patches
     context.log(f"  {len(bank)} patches of {bank.shape[1]} channels remembered")
     maps, scores = {}, {}
     for part in ("dev", "test"):
         maps[part], scores[part] = score_patches(features(part), bank)
     result = evaluate(data, maps["dev"], maps["test"], scores["dev"], scores["test"])
-    result.precision = precision_of(settings, context.device)
-    result.model = {"bank": bank}
-    result.costs = {"parameters": 0, "remembered_patches": len(bank)}
-    return result
+    costs = {"parameters": 0, "remembered_patches": len(bank)}
+    return replace(result, precision=precision_of(settings, context.device), model={"bank": bank}, costs=costs)
 
 
 def score_patches(features: list[torch.Tensor], bank: torch.Tensor, batch: int = 16):
     """Teacher features -> (smoothed maps (N, 256, 256), image scores (N,))."""
     maps, scores = [], []
     for start in range(0, len(features[0]), batch):
-        patches = patch_features([f[start : start + batch] for f in features])  # (B, h, w, C)
+        patches = methods.patch_features([f[start : start + batch] for f in features])  # (B, h, w, C)
         count, height, width, _ = patches.shape
-        distances, indices = nearest_distances(patches.flatten(0, 2), bank)
+        distances, indices = methods.nearest_distances(patches.flatten(0, 2), bank)
         distances, indices = distances.view(count, -1), indices.view(count, -1)
         maps.append(gaussian_smooth(upsample(distances.view(count, height, width))))
-        scores += [
-            reweighted_score(p.flatten(0, 1), d, i, bank) for p, d, i in zip(patches, distances, indices, strict=True)
-        ]
+        images = zip(patches, distances, indices, strict=True)
+        scores += [methods.reweighted_score(p.flatten(0, 1), d, i, bank) for p, d, i in images]
     return torch.cat(maps), torch.stack(scores)

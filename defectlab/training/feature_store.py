@@ -98,10 +98,8 @@ def _open(
             f"({SPARE:.0%} of them stay spare): free some disk space, or choose another folder"
         )
     (folder / INDEX).unlink(missing_ok=True)
-    levels = [
-        open_memmap(path, "w+", np.float16, (count, *shape))
-        for path, shape in zip(paths, made_of["shapes"], strict=True)
-    ]
+    new = zip(paths, made_of["shapes"], strict=True)
+    levels = [open_memmap(path, "w+", np.float16, (count, *shape)) for path, shape in new]
     done = open_memmap(folder / "done.npy", "w+", bool, (count,))
     write_json(folder / INDEX, made_of)  # last: where it lies, the arrays are there
     return levels, done, False

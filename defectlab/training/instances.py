@@ -12,7 +12,8 @@ from torch.nn.functional import interpolate
 from defectlab.data.augment import plain
 from defectlab.data.images import letterbox_maps
 from defectlab.data.instances import InstanceData, InstanceSplit
-from defectlab.metrics.detection import COCO_IOUS, RECALLS, Boxes, best_f1_threshold, evaluate, greedy_match, pack
+from defectlab.metrics import detection as detection
+from defectlab.metrics.detection import COCO_IOUS, Boxes, best_f1_threshold, evaluate, greedy_match, pack
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import decode_anchor_based, suppress
 from defectlab.precision import full_float32
@@ -34,15 +35,13 @@ def predict_instances(
     indices: Sequence[int] | None = None,
     batch: int = 32,
     confidence: float = 0.001,
-    iou: float = 0.7,
-    most: int = MOST,
 ) -> Iterator[Instances]:
     """Image after image of a split: boxes by descending score and masks, in pixels of the originals, on the CPU.
 
     Args:
         latents: further inputs of the detector, one entry per image in each.
         indices: the images, by default all.
-        confidence, iou, most: as `decode.select`, whose boxes these are.
+        confidence: as `decode.select`, whose boxes these are.
 
     Raises:
         ValueError: outputs that are not finite.
@@ -59,7 +58,7 @@ def predict_instances(
         vectors = torch.cat(vectors, 1).tanh()  # (B, A, M), in the order of the boxes
         if not (vectors.isfinite().all() & output.prototypes.isfinite().all()):
             raise ValueError("predicted masks are not finite: the training diverged; lower its learning rate")
-        kept = suppress(boxes, scores, confidence, iou, most)
+        kept = suppress(boxes, scores, confidence, 0.7, MOST)  # at the IoU of `select`
         for i, (index, (anchors, labels, values)) in enumerate(zip(chunk.tolist(), kept, strict=True)):
             probability = einsum(vectors[i, anchors], output.prototypes[i], "n m, m h w -> n h w").sigmoid()
             own, masks = _to_original(split, index, boxes[i, anchors], probability)
@@ -116,27 +115,14 @@ class Scored(NamedTuple):
 
 def score(predictions: Iterable[Instances], ground_truth: Iterable[Instances], class_names: Sequence[str]) -> Scored:
     """Both streams are read once, so that the masks of one image at a time are in memory. Average precision is
-    torchmetrics' (faster-coco-eval), as `evaluate` has it for boxes."""
-    from torchmetrics.detection import MeanAveragePrecision  # takes seconds to import
-
-    metric = MeanAveragePrecision(
-        iou_type="segm",
-        iou_thresholds=list(COCO_IOUS),
-        rec_thresholds=RECALLS.tolist(),
-        extended_summary=True,
-        backend="faster_coco_eval",
-    )
-    metric.warn_on_many_detections = False
-    scored = Scored([], [], [], {})
+    torchmetrics', as `evaluate` has it for boxes."""
+    metric, scored = detection.coco_metric("segm", COCO_IOUS), Scored([], [], [], {})
     for predicted, truth in zip(predictions, ground_truth, strict=True):
         metric.update([_without(predicted, "boxes")], [_without(truth, "boxes")])
         scored.right.append(right_masks(predicted, truth, COCO_IOUS))
         scored.found.append(_without(predicted, "masks"))
         scored.ground_truth.append(_without(truth, "masks"))
-    result = metric.compute()
-    classes = result["classes"].reshape(-1).tolist()
-    for label in torch.cat([truth["labels"] for truth in scored.ground_truth]).unique().tolist():
-        curves = result["precision"][:, :, classes.index(label), 0, -1].double()  # (T, 101): all areas, 100 predictions
+    for label, curves in detection.precision_of_classes(metric, scored.ground_truth):
         means = {"mask_map50": 100 * float(curves[0].mean()), "mask_map50_95": 100 * float(curves.mean())}
         scored.per_class[class_names[label]] = means
     return scored

@@ -149,7 +149,9 @@ def train(
             logged.append(torch.stack([value.detach().float() for value in scalars.values()]))
             seen += len(indices)
         table = torch.stack(logged).cpu()  # the only synchronisation: once per epoch
-        check_finite(table[:, list(scalars).index("loss")], epoch)
+        if len(bad := (~table[:, list(scalars).index("loss")].isfinite()).nonzero()):
+            first = f"epoch {epoch + 1}, batch {int(bad[0]) + 1} of {len(table)}"
+            raise NonFiniteLoss(f"the loss is not finite: {first}; lower the learning rate")
         means = dict(zip(scalars, table.mean(0).tolist(), strict=True))
         extend(curve, means, 6)
         if probe and ((epoch + 1) % max(1, epochs // 10) == 0 or epoch + 1 == epochs):
@@ -175,15 +177,6 @@ def train(
 def extend(curve: dict[str, list[float]], values: dict[str, float], digits: int) -> None:
     for name, value in values.items():
         curve.setdefault(name, []).append(round(value, digits))
-
-
-def check_finite(losses: Tensor, epoch: int) -> None:
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        raise NonFiniteLoss(
-            f"the loss is not finite: epoch {epoch + 1}, batch {int(bad[0]) + 1} of {len(losses)}; "
-            "lower the learning rate"
-        )
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------

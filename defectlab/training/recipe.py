@@ -20,13 +20,8 @@ Loss = Callable[[Batch], dict[str, Tensor]]
 
 
 def augmentation_of(settings: DetectorSettings) -> Augmentation:
-    return Augmentation(
-        mosaic=settings.mosaic,
-        degrees=settings.degrees,
-        translate=settings.translate,
-        scale=settings.zoom,
-        flip_up_down=settings.flip_up_down,
-    )
+    shared = {name: getattr(settings, name) for name in ("mosaic", "degrees", "translate", "flip_up_down")}
+    return Augmentation(**shared, scale=settings.zoom)
 
 
 def make_optimizer(parts: nn.Module, settings: DetectorSettings) -> torch.optim.Optimizer:
@@ -90,20 +85,7 @@ def train_detector(
 
     optimizer = make_optimizer(parts, settings)
     rate = partial(learning_rate, settings=settings)
-    trained = train(
-        parts,
-        draw,
-        step,
-        len(split.images),
-        settings,
-        seed,
-        context,
-        optimizer,
-        rate,
-        indices_on=torch.device("cpu"),
-        stream=50_000 if settings.separate_streams else 0,
-        clip=settings.clip,
-        average=average,
-        probe=probe and (lambda: probe(average.model)),
-    )
+    options = {"stream": 50_000 if settings.separate_streams else 0, "indices_on": torch.device("cpu")}
+    options |= {"clip": settings.clip, "average": average, "probe": probe and (lambda: probe(average.model))}
+    trained = train(parts, draw, step, len(split.images), settings, seed, context, optimizer, rate, **options)
     return average.model, trained

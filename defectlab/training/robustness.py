@@ -38,11 +38,7 @@ class RobustnessSettings:
 
 
 def run_robustness(
-    settings: RobustnessSettings,
-    seed: int,
-    data: DetectionData,
-    context: Context,
-    build: Build,
+    settings: RobustnessSettings, seed: int, data: DetectionData, context: Context, build: Build
 ) -> Result:
     """mAP50 at each strength of blur and of noise; strength 0 is the clean image.
 

@@ -1,10 +1,5 @@
-"""The field's older detectors as rows beside this project's: Faster R-CNN, RetinaNet, SSD and FCOS, all torchvision's.
-
-Ren et al., "Faster R-CNN", NeurIPS 2015; Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; Liu et al.,
-"SSD", ECCV 2016; Tian et al., "FCOS", ICCV 2019. Networks, assignment, losses, decoding and suppression are the
-library's; images, augmentation, schedule, moving average, evaluation and costs are this project's. Meant
-for a GPU.
-"""
+"""The detectors of `networks/torchvision_detectors` as rows beside this project's: its images, augmentation, schedule,
+moving average, evaluation and costs, their losses, decoding and suppression."""
 
 import torch
 from torch import Tensor, nn

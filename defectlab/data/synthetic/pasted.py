@@ -20,9 +20,6 @@ _AREA = {
 _SMALLEST_DEFECT = 6  # pixels: below this a pit on a small tile is only noise
 
 
-# ------------------------------------------------------------ magnetic tiles
-
-
 def smooth_field(rng: np.random.Generator, shape: tuple[int, int], sigma: tuple[float, float]) -> np.ndarray:
     """Smooth random field of mean 0 and standard deviation 1; `sigma` is its correlation length in pixels."""
     field = gaussian_filter(rng.standard_normal(shape), sigma, mode="reflect")
@@ -65,10 +62,8 @@ def _crack_path(rng: np.random.Generator, height: int, width: int, length: int) 
     inside = (row > -0.5) & (row < height - 0.5) & (column > -0.5) & (column < width - 0.5)
     inside[0] = True  # the start is inside up to rounding, and keeps the path from being empty
     path = np.zeros((height, width), bool)
-    path[
-        np.clip(np.rint(row[inside]).astype(int), 0, height - 1),
-        np.clip(np.rint(column[inside]).astype(int), 0, width - 1),
-    ] = True
+    places = ((row, height), (column, width))
+    path[tuple(np.clip(np.rint(place[inside]).astype(int), 0, side - 1) for place, side in places)] = True
     return path
 
 

@@ -21,8 +21,6 @@ MASKED_KINDS = ("inclusion", "patches", "scratches")  # those that NEU-Seg marks
 STEEL_KINDS = ("crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches")
 VISIBLE = 6  # grey levels: a steel pixel that changes by more belongs to the object, and only such pixels do
 
-# ------------------------------------------------------------ hot-rolled steel strip
-
 # Background: lowest and highest level, standard deviation of the grain and its correlation length down and
 # across, standard deviation of the streaks along the rolling direction (top to bottom). Grey levels, pixels.
 _GROUND = {

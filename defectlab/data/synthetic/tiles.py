@@ -26,9 +26,8 @@ def draw_tile(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     log_light = -0.35 * np.abs(2 * column / width - 1) ** 2 * rng.uniform(0.3, 1.3)
     log_light += rng.uniform(0.10, 0.24) * smooth_field(rng, (height, width), (height / 5, width / 6))
     log_light += rng.uniform(0.05, 0.17) * smooth_field(rng, (1, width), (0, width / 15))
-    log_grain = 0.035 * smooth_field(rng, (height, width), (0.6, 0.4)) + 0.03 * smooth_field(
-        rng, (height, width), (6, 0.6)
-    )
+    log_grain = 0.035 * smooth_field(rng, (height, width), (0.6, 0.4))
+    log_grain += 0.03 * smooth_field(rng, (height, width), (6, 0.6))
     log_image = log_light + log_grain + rng.uniform(0.6, 1.2) * grinding_lines(rng, height, width)
 
     for distance in (column, width - 1 - column):  # bevels: a dark seam between two differently lit faces
@@ -42,10 +41,9 @@ def draw_tile(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
             sag = height * rng.uniform(0.02, 0.05) * (2 * column / width - 1) ** 2
             log_image -= rng.uniform(0.6, 1.4) / (1 + np.exp(2 * (distance - sag)))
     for _ in range(rng.poisson(0.7)):  # harmless faint stains, which the real normal tiles have too
-        stain = np.hypot(
-            (row - rng.uniform(0, height)) / (height * rng.uniform(0.03, 0.12)),
-            (column - rng.uniform(0, width)) / (width * rng.uniform(0.03, 0.12)),
-        ) + 0.25 * smooth_field(rng, (height, width), (4, 4))
+        down = (row - rng.uniform(0, height)) / (height * rng.uniform(0.03, 0.12))
+        across = (column - rng.uniform(0, width)) / (width * rng.uniform(0.03, 0.12))
+        stain = np.hypot(down, across) + 0.25 * smooth_field(rng, (height, width), (4, 4))
         log_image -= rng.uniform(0.05, 0.18) * np.exp(-(((stain - 1) / 0.3) ** 2))
     image = level * np.exp(log_image) + rng.normal(0, 1.0, (height, width))
     return np.clip(image, 4, 255).astype(np.uint8)

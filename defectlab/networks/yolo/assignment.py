@@ -114,9 +114,8 @@ def task_aligned(
     score = metric / largest_metric.gather(1, ground_truth).clamp(min=torch.finfo(metric.dtype).tiny)
     score = score * largest_iou.gather(1, ground_truth)
     target_scores = torch.zeros_like(scores).scatter_(2, labels.gather(1, ground_truth)[..., None], score[..., None])
-    return Assigned(
-        foreground, ground_truth, target_scores, true_boxes[image, ground_truth], min(anchors, topk * labels.shape[1])
-    )
+    most = min(anchors, topk * labels.shape[1])
+    return Assigned(foreground, ground_truth, target_scores, true_boxes[image, ground_truth], most)
 
 
 @torch.no_grad()

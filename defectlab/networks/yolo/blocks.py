@@ -30,10 +30,8 @@ class ConvBlock(nn.Module):
     ):
         super().__init__()
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        same = tuple(dilation * (side - 1) // 2 for side in sides)
-        self.conv = nn.Conv2d(
-            channels, out_channels, sides, stride, same if padding is None else padding, dilation, groups, bias=False
-        )
+        border = tuple(dilation * (side - 1) // 2 for side in sides) if padding is None else padding
+        self.conv = nn.Conv2d(channels, out_channels, sides, stride, border, dilation, groups, bias=False)
         self.norm = norm(out_channels)
         self.act = activation(inplace=True) if activation is not nn.Identity else nn.Identity()
 
