@@ -95,7 +95,8 @@ def tables_markdown(name: str, store: tables.RecordStore) -> str:
         parts.append(f"## {caption}")
         rest, notes = "", {}
         for frame in shown_tables(of, name, table, RECORDED, store):
-            shown, rest, more = split(frame)
+            shown, missing, more = split(frame)
+            rest = rest or missing  # of the headline: what is only timed, without a run, is no result
             notes |= dict.fromkeys(more)
             if len(shown):
                 parts.append(markdown(shown))

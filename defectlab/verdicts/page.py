@@ -206,7 +206,8 @@ def _tables(of: Study, name: str, table: str, profile: str, store: tables.Record
     """The parts of a printed table that have records, and one sentence each on the rest and on what differs."""
     built, rest, notes = [], "", {}
     for frame in shown_tables(of, name, table, profile, store):
-        shown, rest, more = split(frame)
+        shown, missing, more = split(frame)
+        rest = rest or missing
         notes |= dict.fromkeys(more)
         if len(shown):
             built.append(_table(shown)[0])
