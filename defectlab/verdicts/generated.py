@@ -85,6 +85,7 @@ def tables_markdown(name: str, store: tables.RecordStore) -> str:
     of = study(name)
     parts = [GENERATED, f"# {of.title}"]
     parts += [f"{one.text}" for one in findings(name, store) if one.holds][:3]
+    parts.append(tables.NOTE)
     judged = tables.claims_table(name, RECORDED, store)
     if len(judged):
         waiting = judged[judged["n"] == "–"]

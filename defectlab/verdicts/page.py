@@ -34,10 +34,6 @@ PROFILE_SENTENCES = {
     "quick": "Real data and short training, also on a CPU; beside it the committed records.",
     "paper": "Real data and the papers' own settings, several seeds; beside it the committed records.",
 }
-NOTE = (
-    "Mean over seeds with its 95 % interval over seeds, cut at 0 and 100 %; ‡ near 100: over test images. "
-    "n: seeds; a number without n is of one. Costs on which all seeds agree have no interval."
-)
 NO_TEXT = 'alt="No description has been provided for this image"'
 MARK = "formula{:05d}here"  # where MathML goes once Markdown is HTML: the converter would close its tags one by one
 FORMULA = re.compile(r"```.*?```|`[^`\n]*`|\$\$(.+?)\$\$|\$([^$\n]+(?:\n[^$\n]+)?)\$", re.DOTALL)
@@ -146,7 +142,7 @@ def write_page(profile: str, results: list[NotebookStatus] | None = None) -> Pat
         sentence=PROFILE_SENTENCES[profile],
         where=where(),
         origin=provenance("cpu"),
-        note=NOTE,
+        note=tables.NOTE,
         notebooks=[(o, page if (folder / page).exists() else "") for o, page in zip(outcomes, pages, strict=True)],
         hours=sum(o.seconds for o in outcomes) / 3600,
         failed=[o.name for o in outcomes if o.status == "failed"],

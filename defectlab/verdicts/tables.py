@@ -35,6 +35,10 @@ from defectlab.verdicts.measured import (
 BEST_FIRST = ("paper", "quick")  # the profiles of committed records
 THIS_RUN = "this run"  # how tables call this machine's
 NEAR_100 = 98.0  # per cent: from here on the interval is that over images, narrower and below 100
+NOTE = (
+    "Mean over seeds with its 95 % interval over seeds, cut at 0 and 100 %; ‡ near 100: over test images. "
+    "n: seeds; a number without n is of one. Costs on which all seeds agree have no interval."
+)
 
 
 @dataclass(frozen=True)
