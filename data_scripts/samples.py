@@ -1,4 +1,4 @@
-"""Cut the committed samples, and count the committed data cards, from the five real sets in the data folder.
+"""Cut the committed samples, and count the committed data cards, from the six real sets in the data folder.
 
     python data_scripts/samples.py               write results/samples and results/data again; a few minutes
     python data_scripts/samples.py --out FOLDER  write below FOLDER instead, to compare
@@ -31,13 +31,14 @@ from defectlab.data.anomaly import AnomalyData, load_anomaly
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionData, load_detection
 from defectlab.data.images import decode, in_threads
 from defectlab.data.instances import TURNS_LIST, load_instances
-from defectlab.data.leaks import near_duplicates
+from defectlab.data.leaks import leak_threshold, near_duplicates
 from defectlab.data.splits import PARTS, read_list, samples_dir
 from defectlab.files import DataError, data_dir, project_root, write_json, write_text
 
 SCRIPTS = {  # folder of a set: its script and what in it describes the set
     "magnetic_tile": ("magnetic_tile", None),
     "mvtec_ad/metal_nut": ("mvtec_ad", "metal_nut"),
+    "aitex": ("aitex", None),
     "neu_det": ("neu_det", None),
     "neu_seg": ("neu_seg", None),
     "deep_pcb": ("deep_pcb", None),
@@ -90,6 +91,15 @@ def cut_nuts(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
             mask = f"{name.replace('test', 'ground_truth')}_mask.png"
             save(decode(folder / mask).resize(size, Image.Resampling.NEAREST), out / mask)
     return len(listed["images"])
+
+
+def cut_cloth(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
+    for name, corner in listed["corners"].items():
+        save(cropped(decode(folder / f"{name}.png"), corner, listed["side"]), out / f"{name}.jpg")
+        mask = f"{name.replace('test', 'ground_truth')}_mask.png"
+        if (folder / mask).is_file():
+            save(cropped(decode(folder / mask), corner, listed["side"]), out / mask)
+    return len(listed["corners"])
 
 
 def cut_steel(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
@@ -161,6 +171,7 @@ def cut_part_boards(folder: Path, out: Path, listed: Mapping[str, Any]) -> None:
 CUTS = {
     "magnetic_tile": cut_tiles,
     "mvtec_ad/metal_nut": cut_nuts,
+    "aitex": cut_cloth,
     "neu_det": cut_steel,
     "neu_seg": cut_masked_steel,
     "deep_pcb": cut_boards,
@@ -195,7 +206,7 @@ def common(folder: str, root: Path, data: AnomalyData | DetectionData) -> dict[s
         sizes += split.sizes.tolist() if boxes else split.original_sizes
     heights, widths = zip(*sizes, strict=True)
     for path, (_, sha256) in manifest.files.items():
-        if path.endswith(".jpg"):  # masks are png
+        if path.endswith(".jpg") or path.startswith(("train/", "test/")):  # no masks
             contents[sha256].append(path)
     said = {name: getattr(of_set, name) for name in ("name", "page", "licence", "citation")}
     return said | {
@@ -235,13 +246,15 @@ def leaks(data: AnomalyData | DetectionData) -> dict[str, Any]:
     boxes, (train, dev, test) = isinstance(data, DetectionData), (getattr(data, part) for part in PARTS)
     own = [i for i, name in enumerate(dev.names) if boxes or "+" not in name]  # not what was pasted
     names = [*train.names, *(dev.names[i] for i in own)]
-    pairs = near_duplicates(torch.cat([train.images, dev.images[own]]), test.images)
+    both = torch.cat([train.images, dev.images[own]]), test.images
+    pairs = near_duplicates(*both)
     seen = {pair.second for pair in pairs}
     best = {pair.second: pair for pair in reversed(pairs)}
     found = {
         "rule": "by defectlab.data.leaks: alike beyond chance, also turned, mirrored or under other light",
         "seen": len(seen),
         "of": len(test),
+        "threshold": round(leak_threshold(*both)[0], 2),
         "pairs": [
             [names[pair.first], test.names[pair.second], round(pair.similarity, 2)]
             for pair in sorted(best.values(), key=lambda pair: -pair.similarity)[:20]
@@ -250,7 +263,7 @@ def leaks(data: AnomalyData | DetectionData) -> dict[str, Any]:
     if not boxes:
         kinds = {"good": test.labels == 0, "defective": test.labels == 1}
         found |= {
-            kind: {"seen": sum(map(at.__getitem__, seen)).item(), "of": int(at.sum())} for kind, at in kinds.items()
+            kind: {"seen": int(sum(map(at.__getitem__, seen))), "of": int(at.sum())} for kind, at in kinds.items()
         }
     return found
 
@@ -354,6 +367,7 @@ def card_of_boards(folder: str, root: Path) -> dict[str, Any]:
 CARDS = {
     "magnetic_tile": card_of_anomalies,
     "mvtec_ad/metal_nut": card_of_anomalies,
+    "aitex": card_of_anomalies,
     "neu_det": card_of_steel,
     "neu_seg": card_of_masked_steel,
     "deep_pcb": card_of_boards,

@@ -16,6 +16,7 @@ SCRIPTS = Path(__file__).parents[1] / "data_scripts"
 ARCHIVES = {  # folder of a real set: script, archive, options
     "magnetic_tile": ("magnetic_tile", "magnetic-tile.zip"),
     "mvtec_ad/metal_nut": ("mvtec_ad", "mvtec_metal_nut_512.zip", "--category", "metal_nut"),
+    "aitex": ("aitex", "AITEX_768.zip"),
     "neu_det": ("neu_det", "NEU-DET.zip"),
     "deep_pcb": ("deep_pcb", "DeepPCB.tar.xz"),
     "neu_seg": ("neu_seg", "NEU-Seg.zip"),

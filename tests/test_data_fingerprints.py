@@ -29,6 +29,7 @@ PINNED = [  # function, its arguments: the set first, sha256
     (data_fingerprint, ("magnetic_tile",), "46f6b0843284c763ee83c649523dcfc25a854f6ca7df7224bf518ebbdf0b00ec"),
     (data_fingerprint, ("magnetic_tile_grouped",), "7368c66432da79cca7f4f2ee9c5e81fa4355bdd7b424bb95af7bd6345771936d"),
     (data_fingerprint, (METAL_NUT,), "18bc0d08674b016dcc2fbcfe0f4002633616df311d07d59c0b5e1ec4b6b98e33"),
+    (data_fingerprint, ("aitex",), "dd7f27672076cbe8f8eb80ebaa4bd618739414acd8a21437a7d1c43d63946265"),
     (detection_fingerprint, ("neu_det",), "649d69a6216bda93fa75778bc54009c65f736c26b1295c7230fdac99c959eee8"),
     (detection_fingerprint, ("neu_det_index",), "d4def8c74c87c3d31e0e05f4ab18615d9073b8f84d7638f2cb504649255254d7"),
     (detection_fingerprint, ("deep_pcb",), "77d929b352bc060c5b21d85d6ca1b9d8e11a01eb00a764dabcdd42c76887628d"),

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch.nn.functional import avg_pool2d, normalize
 
 from defectlab.data import annotations, detection
 from defectlab.data import fetch as store
@@ -86,21 +84,6 @@ def test_metal_nut(real_set, script, capsys: pytest.CaptureFixture[str]) -> None
     assert data.test.types.bincount().tolist() == [22, 25, 22, 23, 23]
     assert data.test.has_mask.all() and data.dev.has_mask.all()
     assert reduced == ("reduced" in data.label) == (data.train.original_sizes[0] == (512, 512))
-
-
-def test_twins_between_training_and_test(tiles: AnomalyData) -> None:
-    """What notebook 01 says of the published split: most good test tiles have a second exposure in training."""
-
-    def fine_structure(images: torch.Tensor) -> torch.Tensor:
-        small = avg_pool2d(images[:, :1].float(), images.shape[-1] // 32)
-        flat = (small - avg_pool2d(small, 9, 1, 4, count_include_pad=False)).flatten(1)
-        return normalize(flat - flat.mean(1, keepdim=True))
-
-    closest = (fine_structure(tiles.test.images) @ fine_structure(tiles.train.images).T).amax(1)
-    good = tiles.test.labels == 0
-    twins = closest > 0.95
-    assert 100 <= int(twins[good].sum()) <= 120  # 108 at 256 px, where the notebook counts
-    assert int(twins[~good].sum()) <= 6  # 3 at 256 px
 
 
 def class_counts(data: DetectionData, *parts: str) -> list[int]:

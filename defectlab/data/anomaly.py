@@ -1,4 +1,4 @@
-"""The anomaly sets, whole, as tensors on one device: magnetic tiles, MVTec AD, and the synthetic ones, in one form.
+"""The anomaly sets, whole, as tensors on one device: magnetic tiles, MVTec AD, AITEX, the synthetic ones, in one form.
 
 Training images are normal; the test set has normal and anomalous images with masks. A tenth of the training images is
 held out as `dev`, where design choices are made, with a defect pasted on a copy of each (`synthetic.pasted`).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,8 @@ TILES_GROUPED = "magnetic_tile_grouped"
 TILES = {MAGNETIC_TILE: "magnetic tiles", TILES_GROUPED: "magnetic tiles, grouped split"}  # name -> label
 SPLITS = Path(__file__).parent / "splits"
 TILE_TRAIN_LIST, GROUPED_TRAIN_LIST = SPLITS / "magnetic_tile_train_761.txt", SPLITS / "magnetic_tile_grouped.txt"
+AITEX, AITEX_LIST = "aitex", SPLITS / "aitex.txt"  # below: sha256 of its decoded tiles and masks
+AITEX_PIXELS = "17f74db94243dc371d8ce5073e95db15427e11db05d0de5ae186f079e293fcac"
 # fmt: off
 MVTEC_CATEGORIES = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut",
@@ -141,7 +143,7 @@ def _mvtec_samples(files: list[str]) -> tuple[list[Sample], list[Sample]]:
 
 
 def hold_out(
-    train: list[Sample], pasted_types: tuple[str, ...], groups: dict[str, int] | None = None
+    train: list[Sample], pasted_types: tuple[str, ...], groups: Mapping[str, object] | None = None
 ) -> tuple[list[Sample], list[Sample]]:
     """(train without them, dev): a tenth of the normal images, then a copy of each with a defect, types in turn.
 
@@ -167,13 +169,15 @@ def plan_of(name: str, root: Path | None) -> Plan:
         plan = locate(folder_of(name), TILES[name], "magnetic_tile.py", root)
     elif name != category and category in MVTEC_CATEGORIES:
         plan = locate(name, f"MVTec {category}", f"mvtec_ad.py --category {category}", root)
+    elif name == AITEX:
+        plan = locate(name, "AITEX fabric", "aitex.py --archive FILE", root)
     else:
         raise DataError(
-            f"there is no anomaly set {name!r}: choose {', '.join((*TILES, *SYNTHETIC_SETS))} or mvtec_ad/ "
+            f"there is no anomaly set {name!r}: choose {', '.join((*TILES, AITEX, *SYNTHETIC_SETS))} or mvtec_ad/ "
             f"followed by one of {', '.join(MVTEC_CATEGORIES)}"
         )
     files = sorted(plan.manifest.files)
-    groups = None
+    groups, content = None, plan.manifest.fingerprint
     if name in (*TILES, SYNTHETIC_TILE):
         train_list = {MAGNETIC_TILE: TILE_TRAIN_LIST, TILES_GROUPED: GROUPED_TRAIN_LIST}.get(name)
         train, test = _tile_samples(files, plan, train_list)
@@ -183,10 +187,13 @@ def plan_of(name: str, root: Path | None) -> Plan:
         train, test = _mvtec_samples(files)
         kinds = sorted({sample.type for sample in test} - {"good"})
         type_names, pasted_types = ("good", *kinds, "pasted"), ("pasted",)
+    if name == AITEX:
+        groups = {sample.path: sample.path.rpartition("_")[0] for sample in train}  # the tiles of a strip
+        content = content if plan.manifest.note else AITEX_PIXELS  # the bytes of a tile depend on who wrote the file
     if not train or not any(sample.mask for sample in test):
         raise DataError(f"{plan.folder} has no training or no anomalous test images: delete it, then {plan.remedy}")
     parts = (*hold_out(train, pasted_types, groups), test)
-    fingerprint = _identity(plan.manifest.fingerprint, parts)
+    fingerprint = _identity(content, parts)
     return replace(plan, parts=dict(zip(PARTS, parts, strict=True)), fingerprint=fingerprint, type_names=type_names)
 
 
@@ -252,11 +259,11 @@ def _read_split(samples: list[Sample], plan: Plan, size: int, device) -> Anomaly
 def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -> AnomalyData:
     """Read a set, whole, as tensors on `device`.
 
-    `name`: "magnetic_tile", "magnetic_tile_grouped" (no tile on two sides), "mvtec_ad/<category>", "synthetic_tile" or
-    "synthetic_nut"; "sample/" before the name of a real one: its committed sample. `size`: side of the images in
-    pixels. `root`: where data sets lie, by default `data_dir()`. Magnetic tiles train on the 761 images of DifferNet
-    (WACV 2021), the synthetic ones on 80 % of the normal ones, MVTec AD as published. Raises DataError naming the file
-    and the remedy; ValueError for a size below 1.
+    `name`: "magnetic_tile", "magnetic_tile_grouped" (no tile on two sides), "mvtec_ad/<category>", "aitex" (no strip on
+    two sides), "synthetic_tile" or "synthetic_nut"; "sample/" before the name of a real one: its committed sample.
+    `size`: side of the images in pixels. `root`: where data sets lie, by default `data_dir()`. Magnetic tiles train on
+    the 761 images of DifferNet (WACV 2021), the synthetic ones on 80 % of the normal ones, MVTec AD as published.
+    Raises DataError naming the file and the remedy; ValueError for a size below 1.
     """
     check_size(size)
     plan = plan_of(name, root)
