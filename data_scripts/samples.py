@@ -1,4 +1,4 @@
-"""Cut the committed samples, and count the committed data cards, from the six real sets in the data folder.
+"""Cut the committed samples, and count the committed data cards, from the seven real sets in the data folder.
 
     python data_scripts/samples.py               write results/samples and results/data again; a few minutes
     python data_scripts/samples.py --out FOLDER  write below FOLDER instead, to compare
@@ -32,6 +32,7 @@ from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionDat
 from defectlab.data.images import decode, in_threads
 from defectlab.data.instances import TURNS_LIST, load_instances
 from defectlab.data.leaks import leak_threshold, near_duplicates
+from defectlab.data.road import LEFT_OUT, RoadData, RoadSplit, load_road
 from defectlab.data.splits import PARTS, read_list, samples_dir
 from defectlab.files import DataError, data_dir, project_root, write_json, write_text
 
@@ -42,6 +43,7 @@ SCRIPTS = {  # folder of a set: its script and what in it describes the set
     "neu_det": ("neu_det", None),
     "neu_seg": ("neu_seg", None),
     "deep_pcb": ("deep_pcb", None),
+    "road_depth": ("road_depth", None),
 }
 QUALITY = 90  # of a sample's JPEG files
 LEAK_SIZE = 128  # px: enough for the leak check
@@ -146,6 +148,15 @@ def cut_boards(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
     return len(listed["corners"])
 
 
+def cut_road(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
+    for name, corner in listed["corners"].items():
+        session, frame = name.split("/")
+        for file in (f"rgb/{frame}.jpg", f"disp/{frame}.png", f"label/{frame}.png"):
+            with Image.open(folder / session / file) as image:  # 16 bits of disparity stay as they are
+                save(cropped(image, corner, listed["side"]), out / session / file)
+    return len(listed["corners"])
+
+
 def cut_part_nuts(folder: Path, out: Path, listed: Mapping[str, Any]) -> None:
     side = listed["side"]
     for part in ("good", "inspect"):
@@ -175,6 +186,7 @@ CUTS = {
     "neu_det": cut_steel,
     "neu_seg": cut_masked_steel,
     "deep_pcb": cut_boards,
+    "road_depth": cut_road,
 }
 
 
@@ -195,9 +207,8 @@ def write_samples(root: Path, out: Path) -> None:
 
 def common(folder: str, root: Path, data: AnomalyData | DetectionData) -> dict[str, Any]:
     """What all cards say: see `cards.card`."""
-    of_set, manifest = about(folder), fetch.read_manifest(root / folder, "")
     boxes = isinstance(data, DetectionData)
-    names, parts, sizes, contents = data.class_names if boxes else data.type_names, {}, [], defaultdict(list)
+    names, parts, sizes = data.class_names if boxes else data.type_names, {}, []
     for part in PARTS:
         split = getattr(data, part)
         labels = split.labels[split.labels >= 0] if boxes else split.types
@@ -205,19 +216,25 @@ def common(folder: str, root: Path, data: AnomalyData | DetectionData) -> dict[s
         parts[part] = {"images": len(split), "classes": dict(zip(names, counts, strict=True))}
         sizes += split.sizes.tolist() if boxes else split.original_sizes
     heights, widths = zip(*sizes, strict=True)
-    for path, (_, sha256) in manifest.files.items():
-        if path.endswith(".jpg") or path.startswith(("train/", "test/")):  # no masks
-            contents[sha256].append(path)
-    said = {name: getattr(of_set, name) for name in ("name", "page", "licence", "citation")}
-    return said | {
-        "command": of_set.command + ("" if of_set.sources else " --archive FILE"),
+    return of_files(folder, root) | {
         "label": data.label,
         "counted": "boxes" if boxes else "images",
-        "fingerprint": manifest.fingerprint,
         "split_fingerprint": data.fingerprint,
         "classes": list(names),
         "parts": parts,
         "pixels": {"width": [min(widths), max(widths)], "height": [min(heights), max(heights)]},
+    }
+
+
+def of_files(folder: str, root: Path) -> dict[str, Any]:
+    """What the files say, whatever a reader makes of them."""
+    of_set, manifest, contents = about(folder), fetch.read_manifest(root / folder, ""), defaultdict(list)
+    for path, (_, sha256) in manifest.files.items():
+        if path.endswith(".jpg") or path.startswith(("train/", "test/")):  # no masks
+            contents[sha256].append(path)
+    return {name: getattr(of_set, name) for name in ("name", "page", "licence", "citation")} | {
+        "command": of_set.command + ("" if of_set.sources else " --archive FILE"),
+        "fingerprint": manifest.fingerprint,
         "identical_images": sorted(paths for paths in contents.values() if len(paths) > 1),
     }
 
@@ -240,11 +257,11 @@ def card_of_anomalies(folder: str, root: Path) -> dict[str, Any]:
     }
 
 
-def leaks(data: AnomalyData | DetectionData) -> dict[str, Any]:
+def leaks(data: AnomalyData | DetectionData | RoadData) -> dict[str, Any]:
     """Test images that show what a training image shows (also of those held out of training as dev), by the leak check:
     how many, of each class of an anomaly set, and which pairs, the most alike first."""
-    boxes, (train, dev, test) = isinstance(data, DetectionData), (getattr(data, part) for part in PARTS)
-    own = [i for i, name in enumerate(dev.names) if boxes or "+" not in name]  # not what was pasted
+    kinds_known, (train, dev, test) = isinstance(data, AnomalyData), (getattr(data, part) for part in PARTS)
+    own = [i for i, name in enumerate(dev.names) if not (kinds_known and "+" in name)]  # not what was pasted
     names = [*train.names, *(dev.names[i] for i in own)]
     both = torch.cat([train.images, dev.images[own]]), test.images
     pairs = near_duplicates(*both)
@@ -260,7 +277,7 @@ def leaks(data: AnomalyData | DetectionData) -> dict[str, Any]:
             for pair in sorted(best.values(), key=lambda pair: -pair.similarity)[:20]
         ],
     }
-    if not boxes:
+    if kinds_known:
         kinds = {"good": test.labels == 0, "defective": test.labels == 1}
         found |= {
             kind: {"seen": int(sum(map(at.__getitem__, seen))), "of": int(at.sum())} for kind, at in kinds.items()
@@ -364,6 +381,41 @@ def card_of_boards(folder: str, root: Path) -> dict[str, Any]:
     }
 
 
+def card_of_road(folder: str, root: Path) -> dict[str, Any]:
+    """Also what one threshold finds: IoU of the best one of each frame, on grey values and on the disparity."""
+    data = load_road(folder, 2, root=root)
+    splits = {part: getattr(data, part) for part in PARTS}
+    found: dict[str, dict[str, list[float]]] = {"grey": defaultdict(list), "disparity": defaultdict(list)}
+    for split in splits.values():
+        for index, name in enumerate(split.names):
+            for sensor, values in zip(found, (split.images.float().mean(1), split.depth[:, 0].float()), strict=True):
+                found[sensor][name.split("/")[0]].append(best_iou(values[index], split, index))
+    return of_files(folder, root) | {
+        "label": data.label,
+        "counted": "images",
+        "split_fingerprint": data.fingerprint,
+        "classes": ["pothole"],
+        "parts": {part: {"images": len(s), "classes": {"pothole": len(s)}} for part, s in splits.items()},
+        "pixels": {"width": [320, 320], "height": [190, 192]},
+        "left_out": sum(map(len, LEFT_OUT.values())),
+        "mean_share": round(torch.cat([split.masks for split in splits.values()]).float().mean().item(), 4),
+        "best_threshold": {
+            sensor: {session: round(float(np.mean(values)), 2) for session, values in sorted(of.items())}
+            for sensor, of in found.items()
+        },
+        "leaks": leaks(data),
+    }
+
+
+def best_iou(values: torch.Tensor, split: RoadSplit, index: int) -> float:
+    """The largest IoU with the mask of what lies on one side of a threshold, of a hundred quantiles."""
+    mask, best = split.masks[index] > 0, 0.0
+    for threshold in torch.quantile(values.flatten(), torch.linspace(0.005, 0.995, 100)):
+        for side in (values < threshold, values > threshold):
+            best = max(best, ((side & mask).sum() / (side | mask).sum()).item())
+    return best
+
+
 CARDS = {
     "magnetic_tile": card_of_anomalies,
     "mvtec_ad/metal_nut": card_of_anomalies,
@@ -371,6 +423,7 @@ CARDS = {
     "neu_det": card_of_steel,
     "neu_seg": card_of_masked_steel,
     "deep_pcb": card_of_boards,
+    "road_depth": card_of_road,
 }
 
 

@@ -24,7 +24,7 @@ def loaded(name: str):
     return load.get(name, load_detection)(f"sample/{name}", SIZE)
 
 
-@pytest.mark.parametrize("name", cards.SETS)
+@pytest.mark.parametrize("name", [name for name in cards.SETS if name != "road_depth"])
 def test_a_sample_is_read_like_its_set(name: str) -> None:
     """Every class is seen, there is something of each part, and what trains is what the published list trains on."""
     data, card = loaded(name), cards.card(f"sample/{name}")
