@@ -21,8 +21,8 @@ help:
 	@echo "make students    the notebooks with blanks in place of solutions (runs/students), and with them (runs/solutions)"
 	@echo "make test        style, tests, and the notebooks once more with nbval"
 	@echo "make data        fetch the data sets, or unpack them: ARCHIVES=folder with magnetic-tile.zip, mvtec_metal_nut_512.zip,"
-	@echo "                   DeepPCB.tar.xz, NEU-DET.zip, NEU-Seg.zip, AITEX_768.zip, road_rgbd_320.zip"
-	@echo "                   (the last four cannot be downloaded by a script)"
+	@echo "                   DeepPCB.tar.xz, NEU-DET.zip, NEU-Seg.zip, AITEX_768.zip, road_rgbd_320.zip,"
+	@echo "                   BSData_reduced.zip (the last five cannot be downloaded by a script)"
 	@echo "make bench       time the networks of a study, side by side, on this idle machine: STUDY=yolo_dcf"
 	@echo "make report      write runs/PROFILE/index.html, results/tables and the verdicts in README.md from the records"
 	@echo "make clean       remove runs/smoke and caches; data, weights, quick and paper runs stay"
@@ -65,6 +65,7 @@ data: $(INSTALLED)
 	$(PY) data_scripts/neu_seg.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/NEU-Seg.zip')
 	$(PY) data_scripts/aitex.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/AITEX_768.zip')
 	$(PY) data_scripts/road_depth.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/road_rgbd_320.zip')
+	$(PY) data_scripts/bsdata.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/BSData_reduced.zip')
 
 bench: $(INSTALLED)
 	$(PY) -m defectlab bench $(or $(STUDY),yolo_dcf) $(if $(DEVICE),--device $(DEVICE))

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from defectlab.data import fetch
-from defectlab.data.road import FRAMES
+from defectlab.data.frames import FRAMES
 from defectlab.files import DataError
 
 

@@ -1,4 +1,4 @@
-"""Cut the committed samples, and count the committed data cards, from the seven real sets in the data folder.
+"""Cut the committed samples, and count the committed data cards, from the eight real sets in the data folder.
 
     python data_scripts/samples.py               write results/samples and results/data again; a few minutes
     python data_scripts/samples.py --out FOLDER  write below FOLDER instead, to compare
@@ -29,10 +29,10 @@ from defectlab.data import cards, fetch
 from defectlab.data.annotations import DUPLICATES, AnnotatedImage, read_deep_pcb, read_voc
 from defectlab.data.anomaly import AnomalyData, load_anomaly
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionData, load_detection
+from defectlab.data.frames import LEFT_OUT, FrameData, FrameSplit, load_frames, position_of
 from defectlab.data.images import decode, in_threads
 from defectlab.data.instances import TURNS_LIST, load_instances
 from defectlab.data.leaks import leak_threshold, near_duplicates
-from defectlab.data.road import LEFT_OUT, RoadData, RoadSplit, load_road
 from defectlab.data.splits import PARTS, read_list, samples_dir
 from defectlab.files import DataError, data_dir, project_root, write_json, write_text
 
@@ -44,6 +44,7 @@ SCRIPTS = {  # folder of a set: its script and what in it describes the set
     "neu_seg": ("neu_seg", None),
     "deep_pcb": ("deep_pcb", None),
     "road_depth": ("road_depth", None),
+    "bsdata": ("bsdata", None),
 }
 QUALITY = 90  # of a sample's JPEG files
 LEAK_SIZE = 128  # px: enough for the leak check
@@ -157,6 +158,13 @@ def cut_road(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
     return len(listed["corners"])
 
 
+def cut_screws(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
+    for name, corner in listed["corners"].items():
+        for path in (f"images/{name}.jpg", f"masks/{name}.png"):
+            save(cropped(decode(folder / path), corner, listed["side"]), out / path)
+    return len(listed["corners"])
+
+
 def cut_part_nuts(folder: Path, out: Path, listed: Mapping[str, Any]) -> None:
     side = listed["side"]
     for part in ("good", "inspect"):
@@ -187,6 +195,7 @@ CUTS = {
     "neu_seg": cut_masked_steel,
     "deep_pcb": cut_boards,
     "road_depth": cut_road,
+    "bsdata": cut_screws,
 }
 
 
@@ -257,7 +266,7 @@ def card_of_anomalies(folder: str, root: Path) -> dict[str, Any]:
     }
 
 
-def leaks(data: AnomalyData | DetectionData | RoadData) -> dict[str, Any]:
+def leaks(data: AnomalyData | DetectionData | FrameData) -> dict[str, Any]:
     """Test images that show what a training image shows (also of those held out of training as dev), by the leak check:
     how many, of each class of an anomaly set, and which pairs, the most alike first."""
     kinds_known, (train, dev, test) = isinstance(data, AnomalyData), (getattr(data, part) for part in PARTS)
@@ -381,33 +390,52 @@ def card_of_boards(folder: str, root: Path) -> dict[str, Any]:
     }
 
 
-def card_of_road(folder: str, root: Path) -> dict[str, Any]:
-    """Also what one threshold finds: IoU of the best one of each frame, on grey values and on the disparity."""
-    data = load_road(folder, 2, root=root)
+def of_frames(folder: str, root: Path, data: FrameData, of: str, pixels: dict[str, list[int]]) -> dict[str, Any]:
+    """What cards of frames say: all of them show a defect (`of`)."""
     splits = {part: getattr(data, part) for part in PARTS}
-    found: dict[str, dict[str, list[float]]] = {"grey": defaultdict(list), "disparity": defaultdict(list)}
-    for split in splits.values():
-        for index, name in enumerate(split.names):
-            for sensor, values in zip(found, (split.images.float().mean(1), split.depth[:, 0].float()), strict=True):
-                found[sensor][name.split("/")[0]].append(best_iou(values[index], split, index))
     return of_files(folder, root) | {
         "label": data.label,
         "counted": "images",
         "split_fingerprint": data.fingerprint,
-        "classes": ["pothole"],
-        "parts": {part: {"images": len(s), "classes": {"pothole": len(s)}} for part, s in splits.items()},
-        "pixels": {"width": [320, 320], "height": [190, 192]},
-        "left_out": sum(map(len, LEFT_OUT.values())),
+        "classes": [of],
+        "parts": {part: {"images": len(s), "classes": {of: len(s)}} for part, s in splits.items()},
+        "pixels": pixels,
         "mean_share": round(torch.cat([split.masks for split in splits.values()]).float().mean().item(), 4),
-        "best_threshold": {
-            sensor: {session: round(float(np.mean(values)), 2) for session, values in sorted(of.items())}
-            for sensor, of in found.items()
-        },
         "leaks": leaks(data),
     }
 
 
-def best_iou(values: torch.Tensor, split: RoadSplit, index: int) -> float:
+def card_of_road(folder: str, root: Path) -> dict[str, Any]:
+    """Also what one threshold finds: IoU of the best one of each frame, on grey values and on the disparity."""
+    data = load_frames(folder, "session_2", root=root)
+    found: dict[str, dict[str, list[float]]] = {"grey": defaultdict(list), "disparity": defaultdict(list)}
+    for split in (data.train, data.dev, data.test):
+        for index, name in enumerate(split.names):
+            for sensor, values in zip(found, (split.images.float().mean(1), split.depth[:, 0].float()), strict=True):
+                found[sensor][name.split("/")[0]].append(best_iou(values[index], split, index))
+    return of_frames(folder, root, data, "pothole", {"width": [320, 320], "height": [190, 192]}) | {
+        "left_out": sum(map(len, LEFT_OUT.values())),
+        "best_threshold": {
+            sensor: {session: round(float(np.mean(values)), 2) for session, values in sorted(of.items())}
+            for sensor, of in found.items()
+        },
+    }
+
+
+def card_of_screws(folder: str, root: Path) -> dict[str, Any]:
+    """Also the camera positions that the official split has on both sides, and what part of a frame is pit."""
+    data, official = (load_frames(folder, split, root=root) for split in ("zones", "official"))
+    training = {position_of(name) for name in official.train.names + official.dev.names}
+    shares = torch.cat([getattr(data, part).masks for part in PARTS]).float().mean((1, 2))
+    return of_frames(folder, root, data, "pit", {"width": [1130, 1540], "height": [460, 645]}) | {
+        "positions": len({position_of(name) for part in PARTS for name in getattr(data, part).names}),
+        "official_test": len(official.test),
+        "official_test_seen": sum(position_of(name) in training for name in official.test.names),
+        "median_share": round(shares.median().item(), 4),
+    }
+
+
+def best_iou(values: torch.Tensor, split: FrameSplit, index: int) -> float:
     """The largest IoU with the mask of what lies on one side of a threshold, of a hundred quantiles."""
     mask, best = split.masks[index] > 0, 0.0
     for threshold in torch.quantile(values.flatten(), torch.linspace(0.005, 0.995, 100)):
@@ -424,6 +452,7 @@ CARDS = {
     "neu_seg": card_of_masked_steel,
     "deep_pcb": card_of_boards,
     "road_depth": card_of_road,
+    "bsdata": card_of_screws,
 }
 
 

@@ -20,6 +20,7 @@ ARCHIVES = {  # folder of a real set: script, archive, options
     "neu_det": ("neu_det", "NEU-DET.zip"),
     "deep_pcb": ("deep_pcb", "DeepPCB.tar.xz"),
     "road_depth": ("road_depth", "road_rgbd_320.zip"),
+    "bsdata": ("bsdata", "BSData_reduced.zip"),
     "neu_seg": ("neu_seg", "NEU-Seg.zip"),
 }
 
