@@ -10,12 +10,12 @@ Half of the marked defects are thinner than 6 px, so nothing is shrunk: defectla
 three tiles of 256 x 256 px are cut from each strip, and on which side of the split the strip is. Good cloth goes to
 train/good and test/good, a tile with a part of the mask to train/KIND or test/KIND, its mask to ground_truth/KIND, the
 other tiles of a defective strip to unmarked: some have specks that nobody marked. Seven whole strips stay as they are.
+The anomaly reader takes train/good and test; the rest is for methods that learn from defects, of which none is here.
 
-What is pinned: the decoded pixels of all tiles and masks. Known defects of the set: eight masks are cut by their piece,
-masks have grey edges (above 127 is defect), consecutive numbers are often one roll.
+What is pinned: the decoded pixels of all tiles and masks. Known flaws of the set: eight masks are cut off at the edge
+of the 768 px, masks have grey edges (above 127 is defect), consecutive numbers are often one roll.
 """
 
-import hashlib
 import shutil
 import sys
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ import pandas as pd
 
 from defectlab.data import fetch
 from defectlab.data.anomaly import AITEX_LIST, AITEX_PIXELS
-from defectlab.data.images import decode, save_image
+from defectlab.data.images import decode, pixel_hash, save_image
 from defectlab.data.splits import draw_split, read_list
 from defectlab.files import DataError
 
@@ -49,8 +49,9 @@ KINDS = {  # of a defect, by the number in the middle of a name: 0001_002_00 is 
 }
 WHOLE = ("0001_002_00", "0010_006_02", "0030_019_02", "0062_022_00", "0083_029_04", "0001_000_02", "0002_000_02")
 HEADER = """\
-# The strips of AITEX: name, left edge in px of the three tiles (of the strip of 4096 px), part, and which of the tiles
-# have a part of the defect's mask. Drawn by list_of_strips in data_scripts/aitex.py; a test draws it again.
+# The strips of AITEX: name, left edge in px of the three tiles (in the strip of 4096 px), part, and which of the tiles
+# have a part of the defect's mask. Left edges: those of this study's pieces of 768 px, placed so that the defect lies
+# inside. The parts are drawn by drawn_for_test in data_scripts/aitex.py; a test draws them again.
 """
 
 
@@ -87,8 +88,8 @@ def list_of_strips(folder: Path) -> str:
 
 
 def drawn_for_test(strips: Iterable[str]) -> list[str]:
-    """Three tenths of the good strips of each fabric, half of the defective ones of each kind. Neighbours in number
-    with one kind of defect on one fabric are taken for one roll, and stay on one side."""
+    """Three tenths of the good strips of each fabric, about half of all defective ones. Neighbours in number with one
+    kind of defect on one fabric are taken for one roll and stay on one side, so some kinds are on one side only."""
     good = {strip: strip[-2:] for strip in strips if kind(strip) == "good"}
     rolls, defective = {}, sorted(strip for strip in strips if kind(strip) != "good")
     runs = groupby(enumerate(defective), lambda at: (int(at[1][:4]) - at[0], at[1][5:]))
@@ -141,12 +142,8 @@ def _keep_whole(folder: Path, present: dict[str, Path]) -> None:
 
 
 def pixels(folder: Path) -> str:
-    """sha256 of the decoded pixels of all tiles and their masks, by path."""
-    identity = hashlib.sha256()
-    for path in sorted(folder.rglob("*.png")):
-        if path.parent.name != "whole_strips":
-            identity.update(decode(path).tobytes())
-    return identity.hexdigest()
+    """`pixel_hash` of all tiles and their masks, in the order of paths."""
+    return pixel_hash(path for path in sorted(folder.rglob("*.png")) if path.parent.name != "whole_strips")
 
 
 FILES = r"(?:Defect_images|Mask_images|NODefect_images/[^/]+)/\d{4}_\d{3}_\d\d(?:_mask\d?)?\.png"

@@ -5,7 +5,8 @@
 
 No address is fetched by this script: get the archive from the page. Frames lie in images/ (or data/), outlines of the
 pits in polygons/ (or label/) as JSON, as labelme writes it or as in this study's archive. The masks are drawn from the
-outlines, so a copy of either kind gives the same. The official split, 51 frames of this type to test on, is
+outlines. Only frames of the type that is used (01_*) are unpacked; an archive may have the other type reduced.
+What is pinned: the decoded pixels of the masks. The official split, 51 frames of this type to test on, is
 defectlab/data/splits/bsdata_official_test.txt; it leaks: see defectlab/data/frames.py.
 """
 
@@ -19,7 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from defectlab.data import fetch
-from defectlab.data.images import decode, save_image
+from defectlab.data.frames import SCREW_MASKS
+from defectlab.data.images import decode, pixel_hash, save_image
 from defectlab.files import DataError
 
 COUNT = 325  # labelled frames whose name begins with 01_
@@ -51,6 +53,8 @@ def _draw(folder: Path) -> str:
             ImageDraw.Draw(mask).polygon(corners, fill=255, outline=255)
         save_image(folder / "masks" / f"{path.stem}.png", np.asarray(mask))
     shutil.rmtree(folder / "polygons")
+    if pixel_hash(sorted((folder / "masks").glob("*"))) != SCREW_MASKS:
+        raise DataError("the outlines of the archive are not those of BSData as published: fetch it again")
     return ""
 
 

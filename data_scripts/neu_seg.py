@@ -17,7 +17,6 @@ defectlab/data/instances.py). Four pairs of files are one image with two masks (
 images of these three classes to the last bit: never train on one of the two sets and test on the other.
 """
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from defectlab.data import fetch
-from defectlab.data.images import decode
+from defectlab.data.images import pixel_hash, read_header
 from defectlab.data.instances import CLASSES, NEU_SEG_PIXELS
 from defectlab.files import DataError
 
@@ -44,15 +43,12 @@ SAME = 0.998  # ours: the best correlation of an image with a turned one is abov
 
 
 def pixels(folder: Path, group: str) -> str:
-    """sha256 of the decoded pixels of all files of "images" or "annotations", by path; DataError for another size."""
-    identity = hashlib.sha256()
-    for path in sorted((folder / group).glob("*/*")):
-        grey = decode(path).convert("L")
-        if grey.size != SIZE:
-            name = path.relative_to(folder)
-            raise DataError(f"{name} of the archive has {grey.size} pixels, not {SIZE}: fetch it again")
-        identity.update(grey.tobytes())
-    return identity.hexdigest()
+    """`pixel_hash` of all files of "images" or "annotations", in the order of paths; DataError for another size."""
+    paths = sorted((folder / group).glob("*/*"))
+    for path in paths:
+        if (size := read_header(path, "fetch it again")[:2]) != SIZE:
+            raise DataError(f"{path.relative_to(folder)} of the archive has {size} pixels, not {SIZE}: fetch it again")
+    return pixel_hash(paths)
 
 
 def _check(folder: Path) -> str:

@@ -16,17 +16,23 @@ from pathlib import Path
 
 from defectlab.data import fetch
 from defectlab.data.frames import FRAMES
+from defectlab.data.images import read_header
 from defectlab.files import DataError
+
+WIDTH = 320  # px
 
 
 def _check(folder: Path) -> str:
-    """DataError unless each session has its frames, each with all three files."""
+    """DataError unless each session has its frames, each with all three files, reduced as the readers take them."""
     for session, frames in FRAMES.items():
         for kind in ("rgb", "disp", "label"):
             found = {path.stem for path in (folder / f"dataset{session}" / kind).glob("*")}
             if found != set(frames):
                 where = f"dataset{session}/{kind}"
                 raise DataError(f"{where} should have {len(frames)} frames, not {len(found)}: fetch the archive again")
+    for path in sorted(folder.glob("dataset*/rgb/*")):
+        if (width := read_header(path, "fetch the archive again")[0]) != WIDTH:
+            raise DataError(f"{path.relative_to(folder)} is {width} px wide, not {WIDTH}: reduce the frames first")
     return "reduced"
 
 

@@ -16,6 +16,7 @@ import sys
 import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -30,7 +31,7 @@ from defectlab.data.annotations import DUPLICATES, AnnotatedImage, read_deep_pcb
 from defectlab.data.anomaly import AnomalyData, load_anomaly
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionData, load_detection
 from defectlab.data.frames import LEFT_OUT, FrameData, FrameSplit, load_frames, position_of
-from defectlab.data.images import decode, in_threads
+from defectlab.data.images import decode, in_threads, read_header
 from defectlab.data.instances import TURNS_LIST, load_instances
 from defectlab.data.leaks import leak_threshold, near_duplicates
 from defectlab.data.splits import PARTS, read_list, samples_dir
@@ -75,9 +76,10 @@ def moved(entry: AnnotatedImage, corner: Sequence[int], side: int) -> list[tuple
     return [(int(label), box.tolist()) for label, box, kept in zip(entry.labels, boxes, there, strict=True) if kept]
 
 
-def cut_tiles(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
-    for stem, corner in listed["corners"].items():
-        for path in (f"{stem}.jpg", f"{stem}.png"):
+def cut_pairs(folder: Path, out: Path, listed: Mapping[str, Any], image: str, mask: str) -> int:
+    """An image and its mask, grey where the image is; `image`, `mask`: their paths, with {} for the name listed."""
+    for name, corner in listed["corners"].items():
+        for path in (image.format(name), mask.format(name)):
             save(cropped(decode(folder / path), corner, listed["side"]), out / path)
     return len(listed["corners"])
 
@@ -127,13 +129,6 @@ def add(element: ElementTree.Element, **texts: object) -> None:
         ElementTree.SubElement(element, name).text = str(text)
 
 
-def cut_masked_steel(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
-    for name, corner in listed["corners"].items():
-        for path in (f"images/{name}.jpg", f"annotations/{name}.png"):
-            save(cropped(decode(folder / path).convert("L"), corner, listed["side"]), out / path)
-    return len(listed["corners"])
-
-
 def cut_boards(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
     entries = {entry.path.stem: entry for entry in read_deep_pcb(folder, DEEP_PCB_CLASSES).images}
     for name, corner in listed["corners"].items():
@@ -155,13 +150,6 @@ def cut_road(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
         for file in (f"rgb/{frame}.jpg", f"disp/{frame}.png", f"label/{frame}.png"):
             with Image.open(folder / session / file) as image:  # 16 bits of disparity stay as they are
                 save(cropped(image, corner, listed["side"]), out / session / file)
-    return len(listed["corners"])
-
-
-def cut_screws(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
-    for name, corner in listed["corners"].items():
-        for path in (f"images/{name}.jpg", f"masks/{name}.png"):
-            save(cropped(decode(folder / path), corner, listed["side"]), out / path)
     return len(listed["corners"])
 
 
@@ -188,14 +176,14 @@ def cut_part_boards(folder: Path, out: Path, listed: Mapping[str, Any]) -> None:
 
 
 CUTS = {
-    "magnetic_tile": cut_tiles,
+    "magnetic_tile": partial(cut_pairs, image="{}.jpg", mask="{}.png"),
     "mvtec_ad/metal_nut": cut_nuts,
     "aitex": cut_cloth,
     "neu_det": cut_steel,
-    "neu_seg": cut_masked_steel,
+    "neu_seg": partial(cut_pairs, image="images/{}.jpg", mask="annotations/{}.png"),
     "deep_pcb": cut_boards,
     "road_depth": cut_road,
-    "bsdata": cut_screws,
+    "bsdata": partial(cut_pairs, image="images/{}.jpg", mask="masks/{}.png"),
 }
 
 
@@ -390,16 +378,18 @@ def card_of_boards(folder: str, root: Path) -> dict[str, Any]:
     }
 
 
-def of_frames(folder: str, root: Path, data: FrameData, of: str, pixels: dict[str, list[int]]) -> dict[str, Any]:
-    """What cards of frames say: all of them show a defect (`of`)."""
+def of_frames(folder: str, root: Path, data: FrameData, of: str, image: str) -> dict[str, Any]:
+    """What cards of frames say: all of them show a defect (`of`). image: path of a frame, with {} for its name."""
     splits = {part: getattr(data, part) for part in PARTS}
+    paths = [root / folder / image.format(*name.split("/")) for split in splits.values() for name in split.names]
+    widths, heights = zip(*(read_header(path, "")[:2] for path in paths), strict=True)
     return of_files(folder, root) | {
         "label": data.label,
         "counted": "images",
         "split_fingerprint": data.fingerprint,
         "classes": [of],
         "parts": {part: {"images": len(s), "classes": {of: len(s)}} for part, s in splits.items()},
-        "pixels": pixels,
+        "pixels": {"width": [min(widths), max(widths)], "height": [min(heights), max(heights)]},
         "mean_share": round(torch.cat([split.masks for split in splits.values()]).float().mean().item(), 4),
         "leaks": leaks(data),
     }
@@ -413,9 +403,9 @@ def card_of_road(folder: str, root: Path) -> dict[str, Any]:
         for index, name in enumerate(split.names):
             for sensor, values in zip(found, (split.images.float().mean(1), split.depth[:, 0].float()), strict=True):
                 found[sensor][name.split("/")[0]].append(best_iou(values[index], split, index))
-    return of_frames(folder, root, data, "pothole", {"width": [320, 320], "height": [190, 192]}) | {
+    return of_frames(folder, root, data, "pothole", "{}/rgb/{}.jpg") | {
         "left_out": sum(map(len, LEFT_OUT.values())),
-        "best_threshold": {
+        "iou_of_best_threshold": {
             sensor: {session: round(float(np.mean(values)), 2) for session, values in sorted(of.items())}
             for sensor, of in found.items()
         },
@@ -427,7 +417,7 @@ def card_of_screws(folder: str, root: Path) -> dict[str, Any]:
     data, official = (load_frames(folder, split, root=root) for split in ("zones", "official"))
     training = {position_of(name) for name in official.train.names + official.dev.names}
     shares = torch.cat([getattr(data, part).masks for part in PARTS]).float().mean((1, 2))
-    return of_frames(folder, root, data, "pit", {"width": [1130, 1540], "height": [460, 645]}) | {
+    return of_frames(folder, root, data, "pit", "images/{}.jpg") | {
         "positions": len({position_of(name) for part in PARTS for name in getattr(data, part).names}),
         "official_test": len(official.test),
         "official_test_seen": sum(position_of(name) in training for name in official.test.names),

@@ -67,6 +67,15 @@ def test_wrong_requests_and_files(frames: Path) -> None:
         load_frames("road_depth", "session_2", root=frames)
 
 
+def test_other_frames_than_the_reduced_ones_are_refused(frames: Path, script, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("road_depth")
+    with pytest.raises(DataError, match="dataset1/rgb should have 22 frames, not 3"):
+        module._check(frames / ROAD)
+    monkeypatch.setattr(module, "FRAMES", {1: ("01", "02", "05")})
+    with pytest.raises(DataError, match=r"dataset1/rgb/01\.jpg is 33 px wide, not 320: reduce the frames first"):
+        module._check(frames / ROAD)
+
+
 @pytest.mark.real_data
 def test_real_frames(real_set) -> None:
     root = real_set("road_depth")
@@ -98,7 +107,8 @@ def test_both_kinds_of_outlines_give_the_same_masks(script, tmp_path: Path, monk
     monkeypatch.setattr(module, "COUNT", 1)
     for labelme in (True, False):
         outline(tmp_path / str(labelme), "01_1_5_0_crop_1", (20, 12), labelme)
-        module._draw(tmp_path / str(labelme))
+        with pytest.raises(DataError, match="are not those of BSData as published"):
+            module._draw(tmp_path / str(labelme))
         found.append(np.asarray(Image.open(tmp_path / str(labelme) / "masks/01_1_5_0_crop_1.png")))
     assert (found[0] == found[1]).all() and found[0].shape == (12, 20)
     assert (found[0] > 0).nonzero()[0].tolist() == sorted([*range(5, 10)] * 5) and not (
@@ -134,4 +144,4 @@ def test_real_screws(real_set) -> None:
     train, dev, test = map(sorted, millimetres)
     assert train[0] - dev[-1] == 62.5 and test[0] - train[-1] == 42.5
     assert set(found["official"].test.names) == set(read_list(OFFICIAL_TEST))
-    assert found["zones"].fingerprint == "1fb661b4eaf63a758b402bd5add4f636e0bb94a9127aa8222dbd96d7a25b668e"
+    assert found["zones"].fingerprint == "50513a2f3b2c380a5b5afb8f8f34ac6bfb31ecac610623659f8223b27b7e8a5d"

@@ -262,7 +262,8 @@ def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -
     `name`: "magnetic_tile", "magnetic_tile_grouped" (no tile on two sides), "mvtec_ad/<category>", "aitex" (no strip on
     two sides), "synthetic_tile" or "synthetic_nut"; "sample/" before the name of a real one: its committed sample.
     `size`: side of the images in pixels. `root`: where data sets lie, by default `data_dir()`. Magnetic tiles train on
-    the 761 images of DifferNet (WACV 2021), the synthetic ones on 80 % of the normal ones, MVTec AD as published.
+    the 761 images of DifferNet (WACV 2021), or on 763 in whole groups, AITEX as splits/aitex.txt says, the synthetic
+    ones on 80 % of the normal ones, MVTec AD as published.
     Raises DataError naming the file and the remedy; ValueError for a size below 1.
     """
     check_size(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -145,8 +146,16 @@ def decode(path: Path, remedy: str = "replace or remove this image") -> Image.Im
         return upright.convert("L" if grey else "RGB")
 
 
+def pixel_hash(paths: Iterable[Path]) -> str:
+    """sha256 over the decoded pixels of the images, in grey, one after the other: whoever wrote the files."""
+    identity = hashlib.sha256()
+    for path in paths:
+        identity.update(decode(path).convert("L").tobytes())
+    return identity.hexdigest()
+
+
 def save_image(path: Path, pixels: np.ndarray) -> None:
-    """Save (H, W) or (H, W, 3) uint8, as JPEG in quality 95; folders are made."""
+    """Save (H, W) or (H, W, 3) uint8 in the format of the suffix, JPEG in quality 95; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, quality=95)
 

@@ -104,7 +104,7 @@ def _compare(first: Tensor, second: Tensor) -> tuple[list[tuple[float, int, int,
 def near_duplicates(first: Tensor, second: Tensor) -> list[Pair]:
     """The pairs of an image of `first` and one of `second` that are more alike than chance makes any, best first.
 
-    first (N, C, S, S), second (M, C, S, S): uint8 images as the loaders hold them; `first` is the larger set, as a rule
+    first (N, C, H, W), second (M, C, H, W): uint8 images as the loaders hold them; `first` is the larger set, as a rule
     the training images. ValueError where one is empty.
     """
     found, threshold = _compare(first, second)
