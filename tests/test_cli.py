@@ -215,7 +215,7 @@ def test_status_lists_rows_in_the_order_of_running(fake: FakeStudy, capsys: pyte
     assert head.split() == ["bsdrd", "(quick):", "row", "recorded", "here", "missing"]
     assert {line.index("-") for line in lines} == {head.index("recorded")}  # columns under their headings
     assert shown["rd4ad"].split() == ["-", "-", "0,1,2"]
-    assert shown["gate_equal"].split() == ["-", "-", "0,1,2"]
+    assert [shown[row].split()[-1] for row in ("gate_equal", "gate_equal_grouped")] == ["0", "0,1,2"]
     call("run bsdrd --rows rd4ad --seeds 0,2 --device cpu")
     call("record bsdrd --seeds 2")
     capsys.readouterr()
