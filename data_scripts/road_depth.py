@@ -8,7 +8,7 @@ in each rgb/NN.jpg, disp/NN.png (transformed disparity, 16 bit, 0 to 1023) and l
 published files (1,710 to 1,730 px): colour by Lanczos, disparity by the mean over boxes, labels by nearest pixel.
 
 A road is no industrial surface; it is the only set of real colour images with aligned depth that could be had. Every
-frame shows a pothole, so there are no good images: pixel metrics only. The disparity of sessions 1 and 3 is noisy.
+frame shows a pothole, so there are no good images: pixel metrics only. The disparity of sessions 1 and 3 has gaps.
 """
 
 import sys

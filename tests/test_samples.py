@@ -9,6 +9,7 @@ import pytest
 from defectlab.data import cards, fetch, splits
 from defectlab.data.anomaly import load_anomaly, plan_of
 from defectlab.data.detection import load_detection, load_images
+from defectlab.data.frames import SPLITS, load_frames
 from defectlab.data.instances import load_instances
 from defectlab.data.masks import load_segmentation
 from defectlab.data.own_folder import load_folder
@@ -17,7 +18,6 @@ from defectlab.files import DataError
 
 RESULTS = Path(__file__).parents[1] / "results"
 SIZE = 64
-FRAMES = ("road_depth", "bsdata")  # read by another reader: tests/test_data_frames.py
 
 
 def loaded(name: str):
@@ -25,7 +25,7 @@ def loaded(name: str):
     return load.get(name, load_detection)(f"sample/{name}", SIZE)
 
 
-@pytest.mark.parametrize("name", [name for name in cards.SETS if name not in FRAMES])
+@pytest.mark.parametrize("name", [name for name in cards.SETS if name not in SPLITS])
 def test_a_sample_is_read_like_its_set(name: str) -> None:
     """Every class is seen, there is something of each part, and what trains is what the published list trains on."""
     data, card = loaded(name), cards.card(f"sample/{name}")
@@ -37,6 +37,14 @@ def test_a_sample_is_read_like_its_set(name: str) -> None:
     assert set(names) < set(card["classes"]) if few else list(names) == card["classes"]
     labels = [split.labels if card["counted"] == "boxes" else split.types for split in splits_of]
     assert {int(label) for part in labels for label in part.unique()} - {-1} == set(range(len(names)))
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_sample_of_frames_has_something_of_each_part(name: str) -> None:
+    data = load_frames(f"sample/{name}", {"road_depth": "session_2", "bsdata": "zones"}[name])
+    assert "sample of" in data.label and min(len(getattr(data, part)) for part in splits.PARTS) > 0
+    assert all(getattr(data, part).masks.flatten(1).any(1).all() for part in splits.PARTS)
+    assert (data.train.depth is not None) == (name == "road_depth")
 
 
 def test_the_other_splits_of_a_sample() -> None:

@@ -25,9 +25,9 @@ def card(name: str) -> dict[str, Any]:
     All cards have: name, label, page, licence, citation, command; "counted" ("images" or "boxes"), "classes", "parts":
     {"train": {"images": n, "classes": {class: n}}, "dev", "test"}; "pixels": {"width": [least, most], "height"};
     "identical_images": lists of files of one content; "leaks": the test images that show what a training image shows
-    ("rule", "seen", "of"; of all sets but NEU-Seg the most alike "pairs": training, test, similarity); "fingerprint" of
-    the files, "split_fingerprint" as records have it. What else a card has is said in data_scripts/samples.py.
-    DataError for a set without a card.
+    ("rule", "seen", "of"; of all sets but NEU-Seg the "threshold" from which a pair counts, and the most alike "pairs":
+    training, test, similarity); "fingerprint" of the files, "split_fingerprint" as records have it. What else a card
+    has is said in data_scripts/samples.py. DataError for a set without a card.
     """
     folder = folder_of(name)
     if folder not in SETS:

@@ -30,8 +30,9 @@ from defectlab.files import DataError
 
 ROAD, BALL_SCREWS = "road_depth", "bsdata"
 SPLITS = {ROAD: ("session_1", "session_2", "session_3"), BALL_SCREWS: ("zones", "official")}
-FRAMES = {1: range(1, 23), 2: range(1, 41), 3: range(1, 6)}  # of each session of the road
-FRAMES = {session: tuple(f"{number:02}" for number in numbers) for session, numbers in FRAMES.items()}
+FRAMES = {  # of each session of the road
+    session: tuple(f"{number:02}" for number in range(1, count + 1)) for session, count in {1: 22, 2: 40, 3: 5}.items()
+}
 LEFT_OUT = {2: ("06", "07", "08", "13", "14", "15", "21", "22", "23", "37", "38", "39")}  # the authors' note
 ZONES = (350, 540)  # mm along the screw: below for dev, between to train on, above to test on; ours
 OFFICIAL_TEST = Path(__file__).parent / "splits" / "bsdata_official_test.txt"
