@@ -1,6 +1,6 @@
 """Data cards: what a reader must know of each real set, counted once and committed as results/data/<set>.json.
 
-data_scripts/samples.py counts them from the whole sets; "fingerprint" says which files these were. So a page shows the
+data_scripts/cards.py counts them from the whole sets; "fingerprint" says which files these were. So a page shows the
 same numbers whether or not the set lies on the machine that made it.
 """
 
@@ -27,7 +27,7 @@ def card(name: str) -> dict[str, Any]:
     "identical_images": lists of files of one content; "leaks": the test images that show what a training image shows
     ("rule", "seen", "of"; of all sets but NEU-Seg the "threshold" from which a pair counts, and the most alike "pairs":
     training, test, similarity); "fingerprint" of the files, "split_fingerprint" as records have it. What else a card
-    has is said in data_scripts/samples.py. DataError for a set without a card.
+    has is said in data_scripts/cards.py. DataError for a set without a card.
     """
     folder = folder_of(name)
     if folder not in SETS:
