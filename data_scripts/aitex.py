@@ -10,7 +10,7 @@ Half of the marked defects are thinner than 6 px, so nothing is shrunk: defectla
 three tiles of 256 x 256 px are cut from each strip, and on which side of the split the strip is. Good cloth goes to
 train/good and test/good, a tile with a part of the mask to train/KIND or test/KIND, its mask to ground_truth/KIND, the
 other tiles of a defective strip to unmarked: some have specks that nobody marked. Seven whole strips stay as they are.
-The anomaly reader takes train/good and test; the rest is for methods that learn from defects, of which none is here.
+The anomaly reader takes train/good and test; `defectlab.data.fabric` takes the defects of train and the strips, too.
 
 What is pinned: the decoded pixels of all tiles and masks. Known flaws of the set: eight masks are cut off at the edge
 of the 768 px, masks have grey edges (above 127 is defect), consecutive numbers are often one roll.
@@ -19,7 +19,6 @@ of the 768 px, masks have grey edges (above 127 is defect), consecutive numbers 
 import shutil
 import sys
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ import pandas as pd
 
 from defectlab.data import fetch
 from defectlab.data.anomaly import AITEX_LIST, AITEX_PIXELS
+from defectlab.data.fabric import rolls
 from defectlab.data.images import decode, pixel_hash, save_image
 from defectlab.data.splits import draw_split, read_list
 from defectlab.files import DataError
@@ -88,16 +88,12 @@ def list_of_strips(folder: Path) -> str:
 
 
 def drawn_for_test(strips: Iterable[str]) -> list[str]:
-    """Three tenths of the good strips of each fabric, about half of all defective ones. Neighbours in number with one
-    kind of defect on one fabric are taken for one roll and stay on one side, so some kinds are on one side only."""
+    """Three tenths of the good strips of each fabric, about half of all defective ones. What may be one roll stays on
+    one side, so some kinds are on one side only."""
     good = {strip: strip[-2:] for strip in strips if kind(strip) == "good"}
-    rolls, defective = {}, sorted(strip for strip in strips if kind(strip) != "good")
-    runs = groupby(enumerate(defective), lambda at: (int(at[1][:4]) - at[0], at[1][5:]))
-    for _, run in runs:
-        names = [strip for _, strip in run]
-        rolls |= dict.fromkeys(names, names[0])
+    together = rolls(strip for strip in strips if kind(strip) != "good")
     found = draw_split(good, 0.3, "aitex", {strip: strip for strip in good})
-    return found + draw_split({strip: kind(strip) for strip in rolls}, 0.5, "aitex", rolls)
+    return found + draw_split({strip: kind(strip) for strip in together}, 0.5, "aitex", together)
 
 
 def _cut(folder: Path) -> str:

@@ -369,3 +369,26 @@ def test_agreement(toy: Project, recorded: tuple[float, ...], here: float, words
     assert agreement("toy", "rd4ad", "image_auroc", "paper") == ""  # nothing to compare
     write(toy, "rd4ad", {"image_auroc": (here,)}, here=True)
     assert words in agreement("toy", "rd4ad", "image_auroc", "paper")
+
+
+@pytest.mark.parametrize(
+    ("limit", "seeds", "profile", "verdict"),
+    [
+        ({"at_least": 10}, 3, "paper", "supports"),
+        ({"at_least": 10}, 3, "quick", "supports, at quick scale"),
+        ({"at_most": 10}, 3, "paper", "contradicts"),
+        ({"at_least": 86}, 3, "paper", "no evidence"),
+        ({"at_least": 10}, 1, "quick", "one seed: no verdict"),
+    ],
+)
+def test_a_level_is_judged_by_the_side_on_which_its_interval_lies(
+    toy: Project, limit: dict, seeds: int, profile: str, verdict: str
+) -> None:
+    write(toy, "bsdrd", {"image_auroc": (86.0,) * seeds}, profile)
+    toy.write_claims({"id": "high", "kind": "level", "a": "bsdrd", "metric": "image_auroc", "primary": True} | limit)
+    (line,) = claims_table("toy", profile).to_dict("records")
+    side, number = next(iter(limit.items()))
+    assert line["difference"] == f"86.0 % ({side.replace('_', ' ')} {number} %)" and line["outcome"] == verdict
+    assert line["compared"] == "bsdrd, image AUROC" and line["95 % over seeds"] == "–"
+    low, high = (float(end) for end in line["95 % over images"].strip("[]").split(", "))
+    assert 10 < low <= 86 <= high <= 100

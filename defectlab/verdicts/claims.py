@@ -1,9 +1,10 @@
 """Claims and their verdicts: what a paper's sentences say, as comparisons that recorded runs can test.
 
-Claims are data (`results/papers/<study>/claims.toml`). Three kinds:
+Claims are data (`results/papers/<study>/claims.toml`). Four kinds:
 
 - "gain": metric of row `a` less that of row `b`, in points;
 - "order": the gain at some defect `types` minus the mean gain over all types: a difference of differences;
+- "level": metric of row `a` is `at_most` or `at_least` a number, by its interval over test images;
 - "bound": a cost of `a`, or its ratio to that of `b`, is `at_most` or `at_least` a number; of a timed cost on the
   device on which the study's networks were timed in turns.
 """
@@ -26,6 +27,7 @@ from defectlab.verdicts.measured import (
     COSTS,
     METRIC_NAMES,
     Timing,
+    bootstrap_level,
     image_statistic,
     is_timed,
     over_images,
@@ -42,7 +44,7 @@ class Judged:
     """One claim, measured, and what follows.
 
     A gain or order has `difference` over seeds and, where there is a bootstrap, `images` over test images; a bound has
-    `value`, and of a timed cost its `device`.
+    `value`, and of a timed cost its `device`; a level `value` and `images`.
     """
 
     claim: Claim
@@ -129,6 +131,8 @@ def judge(
             measured.append(Judged(claim, 0, why or f"not run yet: {', '.join(lacking)}"))
         elif claim["kind"] == "bound":
             measured.append(_bound(claim, [found[best][side] for side in sides], best, timed))
+        elif claim["kind"] == "level":
+            measured.append(_level(claim, found[best][claim["a"]], best))
         else:
             measured.append(_gain(claim, found[best], best))
     return _with_verdicts(measured)
@@ -161,6 +165,26 @@ def _alike(a: dict[str, str], b: dict[str, str]) -> bool:
     return all(a[name] == b[name] for name in a.keys() & b.keys())
 
 
+def _level(claim: Claim, records: list[Record], profile: str) -> Judged:
+    """A level with its verdict: on which side of its limit its interval over test images lies (mean over seeds)."""
+    if not np.isfinite([value_of(r, claim["metric"]) for r in records]).all():
+        return Judged(claim, len(records), "cannot be judged (the records lack the metric)", profile)
+    found = bootstrap_level(records, claim["metric"])
+    verdict = stats.verdict_allowed(len(records), profile)
+    if not verdict:
+        side = stats.judge_level(found, _limit(claim)[1])
+        wanted = "above" if "at_least" in claim else "below"
+        verdict = {"agrees": "no evidence", wanted: "supports"}.get(side, "contradicts")
+        verdict += ", at quick scale" if profile == "quick" else ""
+    return Judged(claim, len(records), verdict, profile, images=found, value=found.mean)
+
+
+def _limit(claim: Claim) -> tuple[str, float]:
+    """('at most', its limit) or ('at least', its limit)."""
+    side = "at_most" if "at_most" in claim else "at_least"
+    return side.replace("_", " "), claim[side]
+
+
 def _bound(claim: Claim, sides: list[list[Record]], profile: str, timed: Mapping[str, Timing]) -> Judged:
     """A bound with its verdict. One run is enough: a cost that is not timed follows from the model alone."""
     n, metric, device = min(len(side) for side in sides), claim["metric"], ""
@@ -174,7 +198,8 @@ def _bound(claim: Claim, sides: list[list[Record]], profile: str, timed: Mapping
         return Judged(claim, n, "cannot be judged (the records lack the cost)", profile)
     value = means[0] / means[1] if "b" in claim else means[0]
     slack = 1e-9 * value  # a ratio of equal costs is 1, whatever the means of several seeds round to
-    holds = value - slack <= claim["at_most"] if "at_most" in claim else value + slack >= claim["at_least"]
+    side, limit = _limit(claim)
+    holds = value - slack <= limit if side == "at most" else value + slack >= limit
     return Judged(claim, n, "holds" if holds else "does not hold", profile, value=value, device=device)
 
 
@@ -223,15 +248,15 @@ def signed(points: float) -> str:
 
 
 def measured_text(judged: Judged) -> str:
-    """'+0.4' (points), '×1.12 (at most ×1.25)' or '3.16 M (at most 3.5 M)'; '–' where nothing could be measured."""
+    """'+0.4' (points), '×1.12 (at most ×1.25)', '3.16 M (at most 3.5 M)' or '74.9 % (at least 80 %)'; '–' where nothing
+    could be measured."""
     claim, metric = judged.claim, judged.claim["metric"]
     if judged.difference:
         return signed(judged.difference.mean)
     if judged.value is None:
         return "–"
-    side = "at most" if "at_most" in claim else "at least"
-    limit = claim["at_most"] if "at_most" in claim else claim["at_least"]
+    side, limit = _limit(claim)
     if "b" in claim:
         return f"×{judged.value:.2f} ({side} ×{limit:g})"
-    shown, unit = written(judged.value, metric), COSTS[metric].unit
+    shown, unit = written(judged.value, metric), COSTS[metric].unit if metric in COSTS else "%"
     return f"{shown} {unit} ({side} {limit:g} {unit})"

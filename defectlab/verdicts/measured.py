@@ -18,6 +18,7 @@ from defectlab.metrics import detection, segmentation
 from defectlab.metrics.anomaly import metrics_from_histograms
 from defectlab.metrics.ranking import auroc, average_precision
 from defectlab.metrics.robustness import robustness_statistic
+from defectlab.metrics.windows import balanced_accuracy
 from defectlab.runs import Record
 from defectlab.verdicts import stats
 
@@ -37,6 +38,10 @@ METRIC_NAMES = {
     "recall_dev": "recall, dev threshold",
     "f1_dev": "F1, dev threshold",
     "f1_oracle": "F1 (oracle threshold)",
+    "balanced_accuracy": "balanced accuracy, dev threshold",
+    "window_balanced_accuracy": "balanced accuracy of windows",
+    "found": "defective found",
+    "false_alarms": "good reported",
     "map50_blur": "mAP50 under blur",
     "map50_noise": "mAP50 under noise",
     "kept_blur": "mAP50 kept under blur",
@@ -55,6 +60,7 @@ METRIC_NAMES = {
     "unexplained": "fraction of variance unexplained",
     "kl": "KL (nats per latent value)",
     "compression_ratio": "compression ratio",
+    "windows": "windows",
     "parameters_m": "parameters (M)",
     "gflops": "GFLOPs",
     "size_mb": "size (MB, fp16)",
@@ -75,6 +81,7 @@ class Cost(NamedTuple):
 
 
 COSTS = {
+    "windows": Cost("windows", 0),
     "parameters_m": Cost("M", 2),
     "gflops": Cost("GFLOPs", 1),
     "size_mb": Cost("MB", 1),
@@ -85,7 +92,14 @@ BOOTSTRAP_REPEATS = 300
 DETECTION = (*detection.METRIC_IOUS, *detection.MASK_IOUS)
 ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
 ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
-BOOTSTRAPPED = (*ANOMALY, *DETECTION, *ROBUSTNESS, *segmentation.METRICS)  # a record's arrays give these again
+BALANCED = "balanced_accuracy"
+BOOTSTRAPPED = (
+    *ANOMALY,
+    BALANCED,
+    *DETECTION,
+    *ROBUSTNESS,
+    *segmentation.METRICS,
+)  # a record's arrays give these again
 UNITS = {"kl": "nats", "compression_ratio": "ratio"}  # of the metrics that are not in per cent
 BEYOND_100 = ("kept_blur", "kept_noise", "noise_error", "unexplained")  # per cent of what can be exceeded
 
@@ -160,6 +174,8 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
     elif metric in ("image_auroc", "image_ap"):
         measure = auroc if metric == "image_auroc" else average_precision
         whole, always = partial(measure, arrays["scores"], arrays["labels"]), [0]
+    elif metric == BALANCED:
+        whole, always = partial(balanced_accuracy, arrays["scores"], arrays["labels"], record.dev["threshold"]), [0]
     else:
         histogram = {k.removeprefix("histogram_"): v for k, v in arrays.items() if k.startswith("histogram_")}
         whole, always = lambda weights: metrics_from_histograms(histogram, weights)[metric], [0]

@@ -287,19 +287,19 @@ def judge_claims(study_name: str, store: RecordStore) -> list[claims.Judged]:
 
 def _intervals(judged: claims.Judged) -> tuple[str, str]:
     """Over seeds and over test images; one seed has none over seeds (that of other rows would stand in its place)."""
-    differences = 2 if judged.claim["kind"] == "order" else 1
+    differences = {"order": 2, "gain": 1}.get(judged.claim["kind"], 0)
 
     def text(found: stats.Interval | stats.Difference | None) -> str:
         if found is None or math.isnan(found.low):
             return "–"
-        low, high = within(judged.claim["metric"], found.low, found.high, differences)
-        return f"[{claims.signed(low)}, {claims.signed(high)}]"
+        ends = within(judged.claim["metric"], found.low, found.high, differences)
+        return "[{}, {}]".format(*(claims.signed(end) if differences else f"{end:.1f}" for end in ends))
 
     return text(judged.difference if judged.n > 1 else None), text(judged.images)
 
 
 def claims_table(study_name: str, profile: str, store: RecordStore | None = None) -> pd.DataFrame:
-    """The study's claims with what the recorded runs say: difference (a bound: the cost or ratio and its limit),
+    """The study's claims with what the recorded runs say: difference (a bound or level: the value and its limit),
     interval over seeds, over images, verdict."""
     lines = []
     for judged in judge_claims(study_name, store or record_store(profile)):
