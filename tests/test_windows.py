@@ -27,7 +27,15 @@ from defectlab.networks.windows import (
 )
 from defectlab.studies import windows as study
 from defectlab.training.cost_rows import NoData
-from defectlab.training.windows import Draw, Slid, WindowCostSettings, run_window_costs, run_windows, window_labels
+from defectlab.training.windows import (
+    Draw,
+    Slid,
+    WindowCostSettings,
+    _from_tiles,
+    run_window_costs,
+    run_windows,
+    window_labels,
+)
 
 
 def cloth(count_: int, height: int = 256, width: int = 256) -> torch.Tensor:
@@ -161,6 +169,15 @@ def test_labels_of_windows(split: FabricSplit) -> None:
     expected[3:, 0] = 1  # rows 96 and 128 of a defect at row 200, column 40: its margin ends 16 px before
     expected[3:, 1] = torch.where(torch.tensor([40 + 2 >= 32 + 16] * 2), 1, -1)
     assert torch.equal(labels[3], expected)
+
+
+def test_a_tile_whose_defect_is_in_the_margins_alone_teaches_nothing(split: FabricSplit) -> None:
+    masks = torch.zeros(3, 256, 256, dtype=torch.uint8)
+    masks[1, 0, 0] = masks[2, 200:203, 40:43] = 1
+    network = Frozen("resnet18", 128, pretrained=False)
+    images, generator = split.images[[0, 0, 3]], torch.Generator().manual_seed(0)
+    features, labels = _from_tiles(network, images, masks, WindowSettings(network="resnet18"), generator)
+    assert features.shape == (6, 256) and labels.tolist() == [0.0] * 4 + [1.0] * 2
 
 
 # --- Metrics ---------------------------------------------------------------------------------------------------------

@@ -133,18 +133,18 @@ def _fit(network: Frozen, draw: Draw, settings: WindowSettings, seed: int) -> No
 def _from_tiles(
     network: Frozen, images: Tensor, masks: Tensor, settings: WindowSettings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Features (n, channels) and labels (n,) of up to `PER_TILE` windows of each tile, those with the defect of a
-    defective one."""
+    """Features (n, channels) and labels (n,) of up to `PER_TILE` windows of each tile: any of a good one, of a
+    defective one those with the defect, which may be none."""
     every = settings.stride // network.step
     maps = network.pooled(images)[:, :, ::every, ::every].flatten(2)
     marked = window_labels(masks, settings).flatten(1)
     chosen = []
     for tile, labels in enumerate(marked):
-        fitting = (labels == labels.max()).nonzero()[:, 0]
+        fitting = (labels == labels.max().clamp(min=0)).nonzero()[:, 0]
         order = torch.randperm(len(fitting), generator=generator)[:PER_TILE].to(fitting.device)
         chosen += [(tile, window) for window in fitting[order].tolist()]
     tiles, windows = torch.tensor(chosen, device=images.device).T
-    return maps[tiles, :, windows], marked[tiles, windows].clamp(min=0).float()
+    return maps[tiles, :, windows], marked[tiles, windows].float()
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------

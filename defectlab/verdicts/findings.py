@@ -3,7 +3,8 @@
 A finding is a table `[[finding]]`:
 
 - text: a sentence with the rows of the study as fields: `{rd4ad.image_auroc:.1f}` is a mean over seeds, and
-  `{v8n[scratches].map50:.1f}` that of one defect type; `{cards[neu_seg][leaks]}` is an entry of a data card.
+  `{v8n[scratches].map50:.1f}` that of one defect type; `{cards[neu_seg][leaks]}` is an entry of a data card,
+  `{timed[yolo_dcf].latency_ms:.0f}` what `defectlab bench` measured.
 - when: the condition under which it may be said, an expression of the same names: `patchcore.aupro > rd4ad.aupro`.
 - notebooks: numbers of the notebooks that begin with it, such as ["20"]. readme: true for those that README shows.
 
@@ -24,7 +25,7 @@ from defectlab.data.cards import card
 from defectlab.files import project_root
 from defectlab.runs import RECORDED, Record
 from defectlab.studies import study
-from defectlab.verdicts.measured import value_of
+from defectlab.verdicts.measured import timings, value_of
 from defectlab.verdicts.tables import RecordStore, record_store
 
 
@@ -95,7 +96,7 @@ def findings(name: str, store: RecordStore | None = None) -> list[Finding]:
     listed = tomllib.loads(path.read_text(encoding="utf-8"))["finding"]
     of, store = study(name), store or record_store(RECORDED)
     rows = {row: RowValues(row, store.recorded_of(of, row)[0]) for row in of.rows[RECORDED]}
-    names = {**rows, "cards": Cards()}
+    names = {**rows, "cards": Cards(), "timed": timings(name)}
     found = []
     for number, one in enumerate(listed, 1):
         try:

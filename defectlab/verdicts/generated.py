@@ -123,15 +123,16 @@ def readme_markdown(store: tables.RecordStore) -> str:
             judged = next(j for j in tables.judge_claims(name, store) if j.claim["id"] == paper["claim"])
             (notebook,) = (project_root() / "notebooks").glob(f"{paper['notebook']}_*.ipynb")
             verdict = "no verdict" if "no verdict" in judged.verdict else judged.verdict
-            scale = f"{judged.profile}, {judged.n} seed{'s' * (judged.n > 1)}: {verdict}" if judged.n else ""
-            found = f"{claims.measured_text(judged)} points ({claims.compared(judged)})" if judged.n else judged.verdict
+            where = "timed" if judged.device else f"{judged.profile}, {judged.n} seed{'s' * (judged.n > 1)}"
+            unit = " points" if judged.difference else ""
+            found = f"{claims.measured_text(judged)}{unit} ({claims.compared(judged)})" if judged.n else judged.verdict
             lines.append(
                 {
                     "paper": paper["title"],
                     "it says": paper["says"],
                     "source at hand": paper["source"],
                     "what we found": found,
-                    "how sure": scale,
+                    "how sure": f"{where}: {verdict}" if judged.n else "",
                     "notebook": f"[{paper['notebook']}](notebooks/{notebook.name})",
                 }
             )
