@@ -5,6 +5,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 COMMA := ,
+ELPV := elpv_dataset-1.0.0.post1-py3-none-any.whl
+ELPV_PACKAGE := elpv-dataset==1.0.0.post1
 
 # the notebooks without the cells of one tag, outputs cleared, into runs/
 WITHOUT = $(PY) -m nbconvert --to notebook --log-level WARN --output-dir runs/$(2) --ClearOutputPreprocessor.enabled=True \
@@ -22,7 +24,8 @@ help:
 	@echo "make test        style, tests, and the notebooks once more with nbval"
 	@echo "make data        fetch the data sets, or unpack them: ARCHIVES=folder with magnetic-tile.zip, mvtec_metal_nut_512.zip,"
 	@echo "                   DeepPCB.tar.xz, NEU-DET.zip, NEU-Seg.zip, AITEX_768.zip, road_rgbd_320.zip,"
-	@echo "                   BSData_reduced.zip (the last five cannot be downloaded by a script)"
+	@echo "                   BSData_reduced.zip (the last five cannot be downloaded by a script), and, where it is there,"
+	@echo "                   $(ELPV) (pip download --no-deps $(ELPV_PACKAGE))"
 	@echo "make bench       time the networks of a study, side by side, on this idle machine: STUDY=yolo_dcf"
 	@echo "make report      write runs/PROFILE/index.html, results/tables and the verdicts in README.md from the records"
 	@echo "make clean       remove runs/smoke and caches; data, weights, quick and paper runs stay"
@@ -66,6 +69,8 @@ data: $(INSTALLED)
 	$(PY) data_scripts/aitex.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/AITEX_768.zip')
 	$(PY) data_scripts/road_depth.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/road_rgbd_320.zip')
 	$(PY) data_scripts/bsdata.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/BSData_reduced.zip')
+	@if [ -f '$(or $(ARCHIVES),.)/$(ELPV)' ]; then $(PY) data_scripts/elpv.py --archive '$(or $(ARCHIVES),.)/$(ELPV)'; \
+	  else echo "solar cells left out: $(PY) -m pip download --no-deps $(ELPV_PACKAGE) gets $(ELPV) for ARCHIVES"; fi
 
 bench: $(INSTALLED)
 	$(PY) -m defectlab bench $(or $(STUDY),yolo_dcf) $(if $(DEVICE),--device $(DEVICE))

@@ -1,7 +1,8 @@
-"""Count the committed data cards from the eight real sets in the data folder.
+"""Count the committed data cards from the nine real sets in the data folder.
 
     python data_scripts/cards.py               write results/data again; a few minutes
     python data_scripts/cards.py --out FOLDER  write below FOLDER instead, to compare
+    python data_scripts/cards.py --without elpv  leave a set out, whose card stays as it is
 
 A card says what a reader must know of the whole set: `defectlab.data.cards.card` lists what all cards say, the
 functions `card_of_` below what a set's card says besides.
@@ -23,6 +24,7 @@ from defectlab.data import fetch
 from defectlab.data.annotations import DUPLICATES, AnnotatedImage, read_deep_pcb, read_voc
 from defectlab.data.anomaly import AnomalyData, load_anomaly
 from defectlab.data.cards import SETS, SIDES
+from defectlab.data.cells import CLASSES, DEFECTIVE, KINDS, CellData, load_cells, read_labels
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionData, load_detection
 from defectlab.data.frames import LEFT_OUT, FrameData, FrameSplit, load_frames, position_of
 from defectlab.data.images import decode, in_threads, read_header
@@ -31,8 +33,9 @@ from defectlab.data.leaks import leak_threshold, near_duplicates
 from defectlab.data.splits import PARTS, read_list
 from defectlab.files import DataError, data_dir, project_root, write_json
 
-Data = AnomalyData | DetectionData | FrameData
+Data = AnomalyData | DetectionData | FrameData | CellData
 LEAK_SIZE = 128  # px: enough for the leak check
+MODULES = "the files do not say which module a cell is from, so any split may have cells of one module on both sides"
 
 
 def about(folder: str) -> fetch.DataSet:
@@ -46,7 +49,7 @@ def of_files(folder: str, root: Path) -> dict[str, Any]:
     """What the files say, whatever a reader makes of them."""
     of_set, manifest, contents = about(folder), fetch.read_manifest(root / folder, ""), defaultdict(list)
     for path, (_, sha256) in manifest.files.items():
-        if path.endswith(".jpg") or path.startswith(("train/", "test/")):  # no masks
+        if path.endswith(".jpg") or path.startswith(("train/", "test/", "images/")):  # no masks
             contents[sha256].append(path)
     return {name: getattr(of_set, name) for name in ("name", "page", "licence", "citation")} | {
         "command": of_set.command + ("" if of_set.sources else " --archive FILE"),
@@ -111,7 +114,7 @@ def card_of_anomalies(folder: str, root: Path) -> dict[str, Any]:
 
 def leaks(data: Data) -> dict[str, Any]:
     """Test images that show what a training image shows (also of those held out of training as dev), by the leak check:
-    how many, of each class of an anomaly set, and which pairs, the most alike first."""
+    how many, of each class of an anomaly set or of cells, and which pairs, the most alike first."""
     kinds_known, (train, dev, test) = isinstance(data, AnomalyData), (getattr(data, part) for part in PARTS)
     own = [i for i, name in enumerate(dev.names) if not (kinds_known and "+" in name)]  # not what was pasted
     names = [*train.names, *(dev.names[i] for i in own)]
@@ -134,6 +137,14 @@ def leaks(data: Data) -> dict[str, Any]:
         found |= {
             kind: {"seen": int(sum(map(at.__getitem__, seen))), "of": int(at.sum())} for kind, at in kinds.items()
         }
+    if isinstance(data, CellData):
+        found["rule"] += f"; {MODULES}"
+        apart = [abs(int(names[pair.first][4:]) - int(test.names[pair.second][4:])) for pair in best.values()]
+        if apart:
+            found["numbers_apart"] = {"median": float(np.median(apart)), "at_most_10": sum(n <= 10 for n in apart)}
+        for label, name in enumerate(CLASSES):
+            at = test.labels == label
+            found[name] = {"seen": int(at[sorted(seen)].sum()), "of": int(at.sum())}
     return found
 
 
@@ -180,6 +191,7 @@ def card_of_steel(folder: str, root: Path) -> dict[str, Any]:
 
 def card_of_masked_steel(folder: str, root: Path) -> dict[str, Any]:
     """Also the turned copies across the published parts, and the images that are NEU-DET's."""
+    fetch.quick_check(root / "neu_det", f"run `{about('neu_det').command} --archive FILE`")
     data = load_instances(folder, 32, root=root)
     groups = [line.split()[1:] for line in read_list(TURNS_LIST)]
     masks = dict(zip(*masks_of(root / folder, [name for group in groups for name in group]), strict=True))
@@ -263,6 +275,27 @@ def card_of_screws(folder: str, root: Path) -> dict[str, Any]:
     }
 
 
+def card_of_cells(folder: str, root: Path) -> dict[str, Any]:
+    """Also the cells of each probability and kind; "drawn": the leaks of a split that draws cells by their names."""
+    data = load_cells(folder, LEAK_SIZE, root=root)
+    counts = {
+        part: dict(zip(CLASSES, torch.bincount(getattr(data, part).labels, minlength=2).tolist(), strict=True))
+        for part in PARTS
+    }
+    labels = list(read_labels(root / folder / "labels.csv", "").values())
+    given = Counter((probability, kind) for _, probability, kind in labels)
+    sizes = [read_header(root / folder / path, "")[1::-1] for path, _, _ in labels]
+    defective = {kind: [probability > DEFECTIVE for _, probability, of in labels if of == kind] for kind in KINDS}
+    return common(folder, root, data, counts, sizes) | {
+        "cells": {
+            f"{value:.2f}": {kind: given[value, kind] for kind in KINDS} for value in sorted({p for p, _ in given})
+        },
+        "defective_share": {kind: round(float(np.mean(of)), 3) for kind, of in defective.items()},
+        "leaks": leaks(data),
+        "drawn": leaks(load_cells(folder, LEAK_SIZE, "drawn", root=root)),
+    }
+
+
 def best_iou(values: torch.Tensor, split: FrameSplit, index: int) -> float:
     """The largest IoU with the mask of what lies on one side of a threshold, of a hundred quantiles."""
     mask, best = split.masks[index] > 0, 0.0
@@ -281,6 +314,7 @@ CARDS = {
     "deep_pcb": card_of_boards,
     "road_depth": card_of_road,
     "bsdata": card_of_screws,
+    "elpv": card_of_cells,
 }
 
 
@@ -288,12 +322,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="instead of DEFECTLAB_DATA, or ./data")
     parser.add_argument("--out", type=Path, metavar="DIR", help="instead of results")
+    parser.add_argument("--without", nargs="+", choices=SETS, default=(), metavar="SET", help="leave these sets out")
     options = parser.parse_args(argv)
     root, out = options.data_dir or data_dir(), (options.out or project_root() / "results") / "data"
     try:
-        for folder in SETS:
+        sets = [folder for folder in SETS if folder not in options.without]
+        for folder in sets:
             fetch.quick_check(root / folder, f"run `{about(folder).command}`")
-        for folder in SETS:
+        for folder in sets:
             write_json(out / f"{folder.rpartition('/')[2]}.json", CARDS[folder](folder, root))
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

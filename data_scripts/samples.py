@@ -1,7 +1,8 @@
-"""Cut the committed samples from the eight real sets in the data folder.
+"""Cut the committed samples from the nine real sets in the data folder.
 
     python data_scripts/samples.py               write results/samples again; half a minute
     python data_scripts/samples.py --out FOLDER  write below FOLDER instead, to compare
+    python data_scripts/samples.py --without elpv  leave a set out, whose sample stays as it is
 
 A sample holds a few images of a set, cut out as results/samples/SOURCES.toml says, in the layout of the set and under
 their own names: the readers read it by the name `sample/<set>`, and a training image of a published list is a training
@@ -24,6 +25,7 @@ from PIL import Image
 from defectlab.data import fetch
 from defectlab.data.annotations import AnnotatedImage, read_deep_pcb, read_voc
 from defectlab.data.cards import SETS, card
+from defectlab.data.cells import read_labels
 from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES
 from defectlab.data.images import decode
 from defectlab.data.splits import read_list, samples_dir
@@ -125,6 +127,18 @@ def cut_road(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
     return len(listed["corners"])
 
 
+def cut_cells(folder: Path, out: Path, listed: Mapping[str, Any]) -> int:
+    """Whole cells, reduced; they are JPEG files here, so labels.csv names these."""
+    labels, lines = read_labels(folder / "labels.csv", "fetch the set again"), []
+    for name in listed["images"]:
+        image, probability, kind = labels[name]
+        small = decode(folder / image).resize((listed["side"], listed["side"]), Image.Resampling.LANCZOS)
+        save(small, out / f"images/{name}.jpg")
+        lines.append(f"images/{name}.jpg  {probability:<18}  {kind}\n")
+    write_text(out / "labels.csv", "".join(lines))
+    return len(listed["images"])
+
+
 def cut_part_nuts(folder: Path, out: Path, listed: Mapping[str, Any]) -> None:
     side = listed["side"]
     for part in ("good", "inspect"):
@@ -156,31 +170,39 @@ CUTS = {
     "deep_pcb": cut_boards,
     "road_depth": cut_road,
     "bsdata": partial(cut_pairs, image="images/{}.jpg", mask="masks/{}.png"),
+    "elpv": cut_cells,
+}
+OWN_PARTS = {  # for the walk through the commands for own images: set -> folder, what cuts it
+    "mvtec_ad/metal_nut": ("your_parts/nuts", cut_part_nuts),
+    "deep_pcb": ("your_parts/boards", cut_part_boards),
 }
 
 
-def write_samples(root: Path, out: Path) -> None:
+def write_samples(root: Path, out: Path, sets: Sequence[str]) -> None:
     listed = tomllib.loads((samples_dir() / "SOURCES.toml").read_text(encoding="utf-8"))
-    for folder in SETS:
+    for folder in sets:
         shutil.rmtree(out / folder, ignore_errors=True)
         count = CUTS[folder](root / folder, out / folder, listed[folder])
         note = f"sample of {count} images" + ", reduced" * ("reduced" in listed[folder]["here"])
         fetch.write_manifest(out / folder, listed[folder]["name"], "data_scripts/samples.py", note)
-    shutil.rmtree(out / "your_parts", ignore_errors=True)
-    cut_part_nuts(root / "mvtec_ad/metal_nut", out / "your_parts/nuts", listed["your_parts/nuts"])
-    cut_part_boards(root / "deep_pcb", out / "your_parts/boards", listed["your_parts/boards"])
+    for folder in OWN_PARTS.keys() & set(sets):
+        part, cut = OWN_PARTS[folder]
+        shutil.rmtree(out / part, ignore_errors=True)
+        cut(root / folder, out / part, listed[part])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="instead of DEFECTLAB_DATA, or ./data")
     parser.add_argument("--out", type=Path, metavar="DIR", help="instead of results")
+    parser.add_argument("--without", nargs="+", choices=SETS, default=(), metavar="SET", help="leave these sets out")
     options = parser.parse_args(argv)
     root, out = options.data_dir or data_dir(), (options.out or project_root() / "results") / "samples"
     try:
-        for folder in SETS:
+        sets = [folder for folder in SETS if folder not in options.without]
+        for folder in sets:
             fetch.quick_check(root / folder, f"run `{card(folder)['command']}`")
-        write_samples(root, out)
+        write_samples(root, out, sets)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

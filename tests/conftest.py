@@ -22,6 +22,7 @@ ARCHIVES = {  # folder of a real set: script, archive, options
     "road_depth": ("road_depth", "road_rgbd_320.zip"),
     "bsdata": ("bsdata", "BSData_reduced.zip"),
     "neu_seg": ("neu_seg", "NEU-Seg.zip"),
+    "elpv": ("elpv", "elpv_dataset-1.0.0.post1-py3-none-any.whl"),
 }
 
 

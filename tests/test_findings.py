@@ -22,9 +22,16 @@ def test_every_committed_finding_holds_and_is_told_somewhere(name: str) -> None:
     assert not missing and all(one.notebooks for one in found)
 
 
-def test_readme_shows_five_findings_and_four_papers() -> None:
-    assert sum(one.readme for name in STUDIES for one in findings(name)) == 5
-    assert len([paper for name in STUDIES for paper in papers_of(name)]) == 4
+def test_readme_shows_few_findings_and_every_paper() -> None:
+    """Five of the four papers and their baselines, one of each notebook of the field's history."""
+    assert sum(one.readme for name in STUDIES for one in findings(name)) == 5 + 1
+    assert len([paper for name in STUDIES for paper in papers_of(name)]) == 4 + 1
+
+
+def test_a_sentence_may_name_what_was_timed(toy: Project, one_finding) -> None:
+    toy.write_timings({"rd4ad": 20.0, "bsdrd": 30.0})
+    found = one_finding("{timed[bsdrd].latency_ms:.0f} ms.", "timed['bsdrd'].ratio[0] > 1.4")
+    assert found.holds and found.text == "30 ms."
 
 
 @pytest.fixture

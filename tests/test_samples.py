@@ -1,4 +1,7 @@
-"""Committed samples and data cards: the readers read the samples, and the real sets give the same again."""
+"""Committed samples and data cards: the readers read the samples, and the real sets give the same again.
+
+Where a real set is missing, or another copy of it lies there, the others are still drawn and compared.
+"""
 
 import json
 import tomllib
@@ -8,6 +11,7 @@ import pytest
 
 from defectlab.data import cards, fetch, splits
 from defectlab.data.anomaly import load_anomaly, plan_of
+from defectlab.data.cells import ELPV
 from defectlab.data.detection import load_detection, load_images
 from defectlab.data.frames import SPLITS, load_frames
 from defectlab.data.instances import load_instances
@@ -20,7 +24,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 SIZE = 64
 
 
-@pytest.mark.parametrize("name", [name for name in cards.SETS if name not in SPLITS])
+@pytest.mark.parametrize("name", [name for name in cards.SETS if name not in (*SPLITS, ELPV)])
 def test_a_sample_is_read_like_its_set(name: str) -> None:
     """Every class is seen, there is something of each part, and what trains is what the published list trains on."""
     card = cards.card(f"sample/{name}")
@@ -127,34 +131,55 @@ def test_a_set_without_a_card_is_said() -> None:
 
 
 @pytest.fixture(scope="module")
-def again(real_set, script, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Samples and cards, made anew. The sets may lie in two folders: links bring them together."""
-    root, out = tmp_path_factory.mktemp("all"), tmp_path_factory.mktemp("results")
+def again(real_set, script, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """Samples and cards, made anew, and the sets left out with the reason.
+
+    The sets may lie in two folders: links bring them together.
+    """
+    root, out, left_out = tmp_path_factory.mktemp("all"), tmp_path_factory.mktemp("results"), {}
     (root / "mvtec_ad").mkdir()
     for name in cards.SETS:
-        (root / name).symlink_to((real_set(name) / name).resolve(), target_is_directory=True)
+        try:
+            (root / name).symlink_to((real_set(name) / name).resolve(), target_is_directory=True)
+        except pytest.skip.Exception as missing:
+            left_out[name] = str(missing)
+            continue
         if fetch.read_manifest(root / name, "").fingerprint != cards.card(name)["fingerprint"]:
-            pytest.skip(f"another copy of {name} than that of the card lies here")
+            left_out[name] = f"another copy of {name} than that of the card lies here"
+    if "neu_det" in left_out:  # the card of NEU-Seg says which of its images are NEU-DET's
+        left_out.setdefault("neu_seg", left_out["neu_det"])
+    if len(left_out) == len(cards.SETS):
+        pytest.skip(left_out[cards.SETS[0]])
+    without = ["--without", *left_out] if left_out else []
     for name in ("samples", "cards"):
-        assert script(name).main(["--data-dir", str(root), "--out", str(out)]) == 0
-    return out
+        assert script(name).main(["--data-dir", str(root), "--out", str(out), *without]) == 0
+    return out, left_out
 
 
 @pytest.mark.real_data
-def test_the_real_sets_give_the_same_samples(again: Path) -> None:
+def test_the_real_sets_give_the_same_samples(again: tuple[Path, dict[str, str]], script) -> None:
+    out, left_out = again
+    parts = {name: part for name, (part, _) in script("samples").OWN_PARTS.items()}
+    unseen = tuple(f"{folder}/" for name in left_out for folder in (name, parts.get(name, name)))
+
     def contents(folder: Path) -> dict[str, bytes]:
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     committed = contents(RESULTS / "samples")
     del committed["SOURCES.toml"]
-    assert contents(again / "samples") == committed
+    assert contents(out / "samples") == {
+        path: content for path, content in committed.items() if not path.startswith(unseen)
+    }
 
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", cards.SETS)
-def test_the_real_sets_give_the_same_cards(name: str, again: Path) -> None:
+def test_the_real_sets_give_the_same_cards(name: str, again: tuple[Path, dict[str, str]]) -> None:
+    out, left_out = again
+    if name in left_out:
+        pytest.skip(left_out[name])
     file = f"{name.rpartition('/')[2]}.json"
-    assert json.loads((again / "data" / file).read_text()) == json.loads((RESULTS / "data" / file).read_text())
+    assert json.loads((out / "data" / file).read_text()) == json.loads((RESULTS / "data" / file).read_text())
 
 
 @pytest.mark.real_data

@@ -379,6 +379,7 @@ def test_agreement(toy: Project, recorded: tuple[float, ...], here: float, words
         ({"at_most": 10}, 3, "paper", "contradicts"),
         ({"at_least": 86}, 3, "paper", "no evidence"),
         ({"at_least": 10}, 1, "quick", "one seed: no verdict"),
+        ({"at_least": 10, "primary": False}, 3, "quick", "not primary: interval only"),
     ],
 )
 def test_a_level_is_judged_by_the_side_on_which_its_interval_lies(

@@ -15,7 +15,17 @@ import pandas as pd
 from defectlab.data.splits import PARTS, SAMPLE, folder_of
 from defectlab.files import DataError, project_root
 
-SETS = ("magnetic_tile", "mvtec_ad/metal_nut", "aitex", "neu_det", "neu_seg", "deep_pcb", "road_depth", "bsdata")
+SETS = (
+    "magnetic_tile",
+    "mvtec_ad/metal_nut",
+    "aitex",
+    "neu_det",
+    "neu_seg",
+    "deep_pcb",
+    "road_depth",
+    "bsdata",
+    "elpv",
+)
 SIDES = np.geomspace(0.01, 1, 31)  # edges of the histograms in "sides": side of a box / side of its image
 
 

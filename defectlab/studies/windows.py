@@ -72,7 +72,7 @@ def rows(profile: str) -> dict[str, Row]:
 METRICS = (
     ("balanced_accuracy", "image_auroc"),
     ("found", "false_alarms", "window_balanced_accuracy", "image_ap"),
-    ("windows", "parameters_m", "gflops", "latency_ms", "fps"),
+    ("windows", "parameters_m", "gflops", "latency_ms"),
 )
 STUDY = Study(
     "A patch at a time: window classifiers on cloth",

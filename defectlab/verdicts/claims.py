@@ -36,6 +36,7 @@ from defectlab.verdicts.measured import (
 )
 
 Claim = dict[str, Any]
+NOT_PRIMARY = "not primary: interval only"
 Found = Mapping[str, Mapping[str, list[Record]]]  # profile -> row -> its records, the best profile first
 
 
@@ -171,7 +172,9 @@ def _level(claim: Claim, records: list[Record], profile: str) -> Judged:
         return Judged(claim, len(records), "cannot be judged (the records lack the metric)", profile)
     found = bootstrap_level(records, claim["metric"])
     verdict = stats.verdict_allowed(len(records), profile)
-    if not verdict:
+    if not verdict and not claim["primary"]:
+        verdict = NOT_PRIMARY
+    elif not verdict:
         side = stats.judge_level(found, _limit(claim)[1])
         wanted = "above" if "at_least" in claim else "below"
         verdict = {"agrees": "no evidence", wanted: "supports"}.get(side, "contradicts")
@@ -217,7 +220,7 @@ def _with_verdicts(measured: list[Judged]) -> list[Judged]:
         adjusted = float(next(corrected)) if tested(m) else None
         verdict = stats.verdict_allowed(m.n, m.profile)
         if not verdict and not m.claim["primary"]:
-            verdict = "not primary: interval only"
+            verdict = NOT_PRIMARY
         elif not verdict and m.profile == "quick":  # a small experiment: the printed gain belongs to the paper's scale
             verdict = f"{stats.judge_reconstruction(m.difference, adjusted)}, at quick scale"
         elif not verdict and "printed" in m.claim:

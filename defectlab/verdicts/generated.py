@@ -115,7 +115,7 @@ def papers_of(name: str) -> list[dict[str, Any]]:
 
 
 def readme_markdown(store: tables.RecordStore) -> str:
-    """Five findings, and a table of the papers: what each says, what was found, how sure that is."""
+    """The findings marked for it, and a table of the papers: what each says, what was found, how sure that is."""
     sentences = [f"- {one.text}" for name in STUDIES for one in findings(name, store) if one.holds and one.readme]
     lines = []
     for name in STUDIES:

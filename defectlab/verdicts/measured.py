@@ -124,6 +124,10 @@ class Timing(NamedTuple):
     def value(self, metric: str) -> float:
         return self.latency_ms if metric == "latency_ms" else 1000 / self.latency_ms
 
+    @property
+    def seconds(self) -> float:
+        return self.latency_ms / 1000
+
     def shown(self, metric: str) -> str:
         """'74.46 (×1.22)': also how many times the time of the first network, where that is another."""
         of_first = "" if self.ratio[1:] == (1.0, 1.0) or metric == "fps" else f" (×{self.ratio[0]:.2f})"
