@@ -6,7 +6,7 @@
 No address is fetched by this script: `pip download --no-deps elpv-dataset==1.0.0.post1` gets the wheel, which is a zip.
 It holds images/cellNNNN.png (grey, 300 x 300 px) and labels.csv: image, probability, mono or poly, between spaces.
 What is pinned: the bytes of all images and of labels.csv. Which of the 44 modules a cell was cut from is not in it, so
-no split can keep the cells of a module together: see defectlab/data/cells.py.
+no split can be sure to keep the cells of a module together: see defectlab/data/cells.py.
 """
 
 import sys
