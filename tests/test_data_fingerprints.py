@@ -18,6 +18,7 @@ from defectlab.data import anomaly, fetch, instances, masks, splits
 from defectlab.data import synthetic as synthetic_sets
 from defectlab.data.anomaly import Sample, data_fingerprint, hold_out, paste_defect
 from defectlab.data.detection import detection_fingerprint
+from defectlab.data.fabric import fabric_fingerprint
 from defectlab.data.images import letterbox, letterbox_maps
 from defectlab.data.instances import instance_fingerprint
 from defectlab.data.masks import nut_mask, segmentation_fingerprint
@@ -30,6 +31,7 @@ PINNED = [  # function, its arguments: the set first, sha256
     (data_fingerprint, ("magnetic_tile_grouped",), "7368c66432da79cca7f4f2ee9c5e81fa4355bdd7b424bb95af7bd6345771936d"),
     (data_fingerprint, (METAL_NUT,), "18bc0d08674b016dcc2fbcfe0f4002633616df311d07d59c0b5e1ec4b6b98e33"),
     (data_fingerprint, ("aitex",), "dd7f27672076cbe8f8eb80ebaa4bd618739414acd8a21437a7d1c43d63946265"),
+    (fabric_fingerprint, ("aitex",), "f44ba9d9eb142709ae171e9a275c679884e52c2342ab7959c7aa9d8f548885e9"),
     (detection_fingerprint, ("neu_det",), "649d69a6216bda93fa75778bc54009c65f736c26b1295c7230fdac99c959eee8"),
     (detection_fingerprint, ("neu_det_index",), "d4def8c74c87c3d31e0e05f4ab18615d9073b8f84d7638f2cb504649255254d7"),
     (detection_fingerprint, ("deep_pcb",), "77d929b352bc060c5b21d85d6ca1b9d8e11a01eb00a764dabcdd42c76887628d"),
@@ -61,17 +63,19 @@ def test_identity_of_the_real_sets(function: Callable, arguments: tuple[str, ...
 
 
 def test_records_hold_these_identities() -> None:
-    by_set = {arguments: sha256 for _, arguments, sha256 in PINNED}
-    of_model = {"robustness": {by_set["neu_det",]}, "amam_two_stage": {by_set[METAL_NUT,]}}
+    by_set: dict[tuple[str, ...], set[str]] = {}
+    for _, arguments, sha256 in PINNED:
+        by_set.setdefault(arguments, set()).add(sha256)
+    of_model = {"robustness": "neu_det", "amam_two_stage": METAL_NUT, "light": "magnetic_tile_grouped"}
     compared = 0
     for path in sorted((project_root() / "results" / "runs").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         settings, found = record["settings"], record["fingerprints"]
         if "masks" in found:  # which nuts stage two sees
-            assert found["masks"] in {by_set[METAL_NUT, "nut", split] for split in ("paper", "good")}, path
+            assert found["masks"] in by_set[METAL_NUT, "nut", "paper"] | by_set[METAL_NUT, "nut", "good"], path
         if found.get("data", "none") != "none":
             key = tuple(settings[name] for name in ("dataset", "target", "split") if name in settings)
-            assert found["data"] in ({by_set[key]} if key else of_model[record["model"]]), path
+            assert found["data"] in by_set[key or (of_model[record["model"]],)], path
             compared += 1
     assert compared > 60
 
