@@ -132,19 +132,15 @@ def leaks(data: Data) -> dict[str, Any]:
             for pair in sorted(best.values(), key=lambda pair: -pair.similarity)[:20]
         ],
     }
-    if kinds_known:
-        kinds = {"good": test.labels == 0, "defective": test.labels == 1}
-        found |= {
-            kind: {"seen": int(sum(map(at.__getitem__, seen))), "of": int(at.sum())} for kind, at in kinds.items()
-        }
+    if kinds_known or isinstance(data, CellData):
+        for label, kind in enumerate(("good", "defective") if kinds_known else CLASSES):
+            at = test.labels == label
+            found[kind] = {"seen": int(at[sorted(seen)].sum()), "of": int(at.sum())}
     if isinstance(data, CellData):
         found["rule"] += f"; {MODULES}"
         apart = [abs(int(names[pair.first][4:]) - int(test.names[pair.second][4:])) for pair in best.values()]
         if apart:
             found["numbers_apart"] = {"median": float(np.median(apart)), "at_most_10": sum(n <= 10 for n in apart)}
-        for label, name in enumerate(CLASSES):
-            at = test.labels == label
-            found[name] = {"seen": int(at[sorted(seen)].sum()), "of": int(at.sum())}
     return found
 
 

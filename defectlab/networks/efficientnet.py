@@ -19,8 +19,6 @@ class Lite0(nn.Module):
     Its convolutions pad with zeros, as TensorFlow does, so a feature near the border depends on where the border is.
     """
 
-    channels, stride = 1280, 32
-
     def __init__(self, pretrained: bool = True):
         super().__init__()
         with torch.random.fork_rng(devices=[]):

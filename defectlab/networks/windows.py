@@ -95,10 +95,10 @@ class Frozen(WindowNetwork):
         super().__init__(window)
         teacher = "resnet18" if pretrained else "resnet18_random"
         self.backbone = Lite0(pretrained) if network == "lite0" else load_teacher(teacher)
-        self.channels, self.step = (1280, 32) if network == "lite0" else (256, 16)
+        channels, self.step = (1280, 32) if network == "lite0" else (256, 16)
         if window % self.step:
             raise ValueError(f"windows of {network} must be a multiple of {self.step} px, got {window}")
-        self.classifier = nn.Linear(self.channels, 1)
+        self.classifier = nn.Linear(channels, 1)
 
     def pooled(self, images: Tensor) -> Tensor:
         """(B, 1, H, W) uint8 -> (B, channels, h, w), the features of each window."""

@@ -1,4 +1,4 @@
-"""The field's history I (notebook 55, first part): magnetic tiles under light that training has not seen, and cures."""
+"""The field's history: magnetic tiles under light that training has not seen, and what may help."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def rows(profile: str) -> dict[str, Row]:
 
 
 STUDY = Study(
-    "Light, flutter, a second sensor: which cure works? (light)",
+    "Light, for real: magnetic tiles under exposures that training has not seen",
     {profile: rows(profile) for profile in SETTINGS},
     {"tiles": "PatchCore on magnetic tiles under another light than in training, no tile on two sides"},
     (*baselines.METRICS, ("found", "false_alarms")),
