@@ -11,7 +11,7 @@ from toy_runs import quiet
 
 from defectlab.data.anomaly import AnomalyData, load_anomaly
 from defectlab.files import DataError
-from defectlab.studies import light as study
+from defectlab.studies import cures as study
 from defectlab.training.light import DARK, LightSettings, lit, normalised, relit, run_light, under
 
 
@@ -86,7 +86,7 @@ def test_a_row_says_what_its_threshold_finds(synthetic: Path) -> None:
 
 def test_rows_are_the_same_in_every_profile_and_differ_in_light_alone() -> None:
     assert len({tuple(study.STUDY.rows[profile]) for profile in ("smoke", "quick", "paper")}) == 1
-    rows = {name: row.settings for name, row in study.STUDY.rows["quick"].items()}
+    rows = {name: row.settings for name, row in study.light_rows("quick").items()}
     assert {settings.of for settings in rows.values()} == {LightSettings().of}
     assert rows["to_bright_same"].learns == rows["to_bright_none"].tested == rows["to_dark_none"].learns
     assert len(set(rows.values())) == len(rows) == 10

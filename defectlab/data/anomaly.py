@@ -37,7 +37,7 @@ from defectlab.data.tile_groups import tile_groups
 from defectlab.files import DataError
 
 MAGNETIC_TILE = "magnetic_tile"
-SYNTHETIC_SETS = SYNTHETIC_TILE, SYNTHETIC_NUT = "synthetic_tile", "synthetic_nut"
+SYNTHETIC_SETS = SYNTHETIC_TILE, SYNTHETIC_NUT, SYNTHETIC_FABRIC = "synthetic_tile", "synthetic_nut", "synthetic_fabric"
 TILE_TYPES = KINDS
 TILES_GROUPED = "magnetic_tile_grouped"
 TILES = {MAGNETIC_TILE: "magnetic tiles", TILES_GROUPED: "magnetic tiles, grouped split"}  # name -> label
@@ -246,7 +246,7 @@ def _read_sample(sample: Sample, folder: Path, size: int, remedy: str) -> tuple[
     return to_square(image, size), resize_mask(mask), original
 
 
-def _read_split(samples: list[Sample], plan: Plan, size: int, device) -> AnomalySplit:
+def read_split(samples: list[Sample], plan: Plan, size: int, device) -> AnomalySplit:
     read = in_threads(partial(_read_sample, folder=plan.folder, size=size, remedy=plan.remedy), samples)
     images, masks, originals = zip(*read, strict=True)
     masks = torch.from_numpy(np.stack(masks))
@@ -260,7 +260,8 @@ def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -
     """Read a set, whole, as tensors on `device`.
 
     `name`: "magnetic_tile", "magnetic_tile_grouped" (no tile on two sides), "mvtec_ad/<category>", "aitex" (no strip on
-    two sides), "synthetic_tile" or "synthetic_nut"; "sample/" before the name of a real one: its committed sample.
+    two sides), "synthetic_tile", "synthetic_nut" or "synthetic_fabric"; "sample/" before the name of a real one: its
+    committed sample.
     `size`: side of the images in pixels. `root`: where data sets lie, by default `data_dir()`. Magnetic tiles train on
     the 761 images of DifferNet (WACV 2021), or on 763 in whole groups, AITEX as splits/aitex.txt says, the synthetic
     ones on 80 % of the normal ones, MVTec AD as published.
@@ -268,7 +269,7 @@ def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -
     """
     check_size(size)
     plan = plan_of(name, root)
-    parts = {part: _read_split(samples, plan, size, device) for part, samples in plan.parts.items()}
+    parts = {part: read_split(samples, plan, size, device) for part, samples in plan.parts.items()}
     return AnomalyData(name, plan.label, plan.type_names, **parts, fingerprint=plan.fingerprint)
 
 
@@ -291,7 +292,7 @@ def from_good_folder(folder: Path, size: int, device="cpu") -> AnomalyData:
         raise DataError(f"{folder} holds {len(paths)} images: training needs at least 20 good ones")
     parts = hold_out([Sample(path.relative_to(folder).as_posix()) for path in paths], TILE_TYPES)
     plan = Plan(folder, f"images of {folder.name}", "replace this image", None, type_names=("good", *TILE_TYPES))
-    train, dev = (_read_split(samples, plan, size, device) for samples in parts)
+    train, dev = (read_split(samples, plan, size, device) for samples in parts)
     content = hashlib.sha256()
     for path in paths:
         content.update(path.read_bytes())

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defectlab.data.anomaly import AITEX, AITEX_PIXELS, Sample, read_mask
+from defectlab.data.anomaly import AITEX, AITEX_PIXELS, SYNTHETIC_FABRIC, Sample, read_mask
 from defectlab.data.images import decode, in_threads
 from defectlab.data.splits import PARTS, Plan, draw_split, identity, locate, set_and_root
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.files import DataError
 
-SYNTHETIC_FABRIC = "synthetic_fabric"
 DEV_SHARE = 0.25  # of the good and of the defective tiles of the training part
 
 

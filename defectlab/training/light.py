@@ -87,16 +87,19 @@ def lit(data: AnomalyData, settings: LightSettings, seed: int) -> AnomalyData:
     if settings.cure == "normalise":
         found = {part: replace(split, images=normalised(split.images)) for part, split in found.items()}
     if settings.cure == "jitter":
-        found["train"] = _with_copies(found["train"], settings.copies, torch.Generator().manual_seed(seed))
+        generator, images = torch.Generator().manual_seed(seed), found["train"].images
+        found["train"] = with_copies(found["train"], [relit(images, generator) for _ in range(settings.copies)])
     return replace(data, **found)
 
 
-def _with_copies(split: AnomalySplit, copies: int, generator: torch.Generator) -> AnomalySplit:
-    times = 1 + copies
-    images = torch.cat([split.images, *(relit(split.images, generator) for _ in range(copies))])
+def with_copies(split: AnomalySplit, copies: list[Tensor]) -> AnomalySplit:
+    """Good images and changed copies of them (N, 3, S, S), one after the other."""
+    times = 1 + len(copies)
     others = (split.masks, split.labels, split.types, split.has_mask)
     repeated = (values.repeat(times, *[1] * (values.ndim - 1)) for values in others)
-    return AnomalySplit(images, *repeated, times * split.names, times * split.original_sizes)
+    return AnomalySplit(
+        torch.cat([split.images, *copies]), *repeated, times * split.names, times * split.original_sizes
+    )
 
 
 def run_light(settings: LightSettings, seed: int, data: AnomalyData, context: Context) -> Result:

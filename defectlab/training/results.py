@@ -20,9 +20,10 @@ def example_side(images: Tensor) -> int:
     return min(SIDE if images.shape[1] == 1 else COLOUR_SIDE, images.shape[-1])
 
 
-def shrunk(images: Tensor, side: int) -> np.ndarray:
+def shrunk(images: Tensor, side: int | tuple[int, int]) -> np.ndarray:
     """Means over areas of (K, C, H, W) in 0..255, uint8 in steps of `STEP`: (K, side, side), with several channels
-    (K, side, side, C)."""
-    small = interpolate(images.float(), (side, side), mode="area").movedim(1, -1).cpu()
+    (K, side, side, C); `side` may be height and width."""
+    size = (side, side) if isinstance(side, int) else side
+    small = interpolate(images.float(), size, mode="area").movedim(1, -1).cpu()
     stepped = ((small / STEP).round() * STEP).clamp(max=255).byte().numpy()
     return stepped[..., 0] if images.shape[1] == 1 else stepped

@@ -18,6 +18,7 @@ from defectlab.metrics import detection, segmentation
 from defectlab.metrics.anomaly import metrics_from_histograms
 from defectlab.metrics.ranking import auroc, average_precision
 from defectlab.metrics.robustness import robustness_statistic
+from defectlab.metrics.thresholds import f1_regret, missed_at, normal_threshold
 from defectlab.metrics.windows import balanced_accuracy
 from defectlab.runs import Record
 from defectlab.verdicts import stats
@@ -30,6 +31,8 @@ METRIC_NAMES = {
     "aupro": "AUPRO",
     "image_f1_dev": "image F1, dev threshold",
     "image_f1_oracle": "image F1 (oracle threshold)",
+    "f1_regret": "image F1 lost to the best threshold",
+    "missed_at_5": "defective missed at 5 % false alarms",
     "pixel_f1_oracle": "pixel F1 (oracle threshold)",
     "map50": "mAP50",
     "map50_95": "mAP50:95",
@@ -42,12 +45,17 @@ METRIC_NAMES = {
     "window_balanced_accuracy": "balanced accuracy of windows",
     "found": "defective found",
     "false_alarms": "good reported",
+    "found_small": "smallest third of defects found",
     "map50_blur": "mAP50 under blur",
     "map50_noise": "mAP50 under noise",
     "kept_blur": "mAP50 kept under blur",
     "kept_noise": "mAP50 kept under noise",
     "miou": "mIoU",
     "iou": "IoU of the foreground",
+    "iou_no_depth": "IoU, depth lost",
+    "iou_shift_4": "IoU, depth 4 px off",
+    "iou_shift_8": "IoU, depth 8 px off",
+    "iou_shift_16": "IoU, depth 16 px off",
     "dice": "Dice",
     "accuracy": "pixel accuracy",
     "mae": "MAE",
@@ -93,8 +101,11 @@ DETECTION = (*detection.METRIC_IOUS, *detection.MASK_IOUS)
 ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
 ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
 BALANCED = "balanced_accuracy"
+# No record has these among its metrics: they follow from its scores. The threshold of the first passes 5 % of the held-out good images.
+DERIVED, PASSED = ("f1_regret", "missed_at_5"), 0.05
 BOOTSTRAPPED = (
     *ANOMALY,
+    *DERIVED,
     BALANCED,
     *DETECTION,
     *ROBUSTNESS,
@@ -110,6 +121,9 @@ def is_timed(metric: str) -> bool:
 
 def value_of(record: Record, metric: str) -> float:
     """A metric in per cent, or a cost in its unit; NaN where the record has none."""
+    if metric in DERIVED:
+        arrays = record.arrays
+        return float(_derived(arrays, metric)(None)) if "dev_scores" in arrays else math.nan
     return math.nan if is_timed(metric) else (record.costs if metric in COSTS else record.metrics).get(metric, math.nan)
 
 
@@ -178,6 +192,8 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
     elif metric in ("image_auroc", "image_ap"):
         measure = auroc if metric == "image_auroc" else average_precision
         whole, always = partial(measure, arrays["scores"], arrays["labels"]), [0]
+    elif metric in DERIVED:
+        whole, always = _derived(arrays, metric), [0]
     elif metric == BALANCED:
         whole, always = partial(balanced_accuracy, arrays["scores"], arrays["labels"], record.dev["threshold"]), [0]
     else:
@@ -188,6 +204,15 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
     names = arrays["type_names"].tolist()
     members = [np.isin(arrays["types"], [names.index(t), *always]) for t in types]  # type 0: the normal images
     return lambda weights: float(np.mean([whole(weights * chosen) for chosen in members]))
+
+
+def _derived(arrays: dict[str, np.ndarray], metric: str) -> Callable[[np.ndarray | None], float]:
+    """(weight of each test image, None: 1 each) -> one of `DERIVED` in per cent."""
+    scores, labels = arrays["scores"], arrays["labels"]
+    if metric == "missed_at_5":
+        return lambda weights: missed_at(scores, labels, 0.05, weights)
+    threshold = normal_threshold(arrays["dev_scores"][arrays["dev_labels"] == 0], 1 - PASSED)
+    return lambda weights: f1_regret(scores, labels, threshold, weights)
 
 
 def over_images(statistic: Callable[[np.ndarray], float], arrays: dict[str, np.ndarray]) -> stats.Interval:

@@ -17,6 +17,7 @@ from pathlib import Path
 from defectlab.data.fetch import MANIFEST, Manifest, create_folder, quick_check, write_manifest
 from defectlab.data.synthetic.boards import write_board
 from defectlab.data.synthetic.fabric import write_fabric
+from defectlab.data.synthetic.road import write_road
 from defectlab.data.synthetic.steel import write_steel, write_steel_masks
 from defectlab.data.synthetic.tiles import write_magnetic_tile, write_mvtec
 
@@ -35,6 +36,7 @@ SYNTHETIC = {  # by the name that the readers take, which is the folder below th
     "synthetic_steel": Synthetic("synthetic steel", write_steel, "1f70049ab6bf50e0"),
     "synthetic_board": Synthetic("synthetic boards", write_board, "67d3f5cf7205496c"),
     "synthetic_steel_masks": Synthetic("synthetic steel with masks", write_steel_masks, "5a316204a3104b8e"),
+    "synthetic_road": Synthetic("synthetic road", write_road, "77b086e0bc2b3ca4"),
     "synthetic_fabric": Synthetic("synthetic fabric", write_fabric, "a8eefc53ab4f5ca7"),
 }
 
