@@ -6,7 +6,7 @@ from defectlab.studies.study import Row, Study
 
 __all__ = ["STUDIES", "Row", "Study", "study"]
 
-STUDIES = ("reverse_distillation", "bsdrd", "detector", "yolo_dcf", "d3n", "amam_kd", "windows", "cures")
+STUDIES = ("reverse_distillation", "bsdrd", "detector", "yolo_dcf", "d3n", "amam_kd", "windows", "rebuild", "cures")
 
 
 def study(name: str) -> Study:
