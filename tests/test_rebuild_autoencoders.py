@@ -1,4 +1,4 @@
-"""The L2 and SSIM autoencoders and GANomaly: structural similarity, networks, whose gradients go where, what is learnt."""
+"""The L2 and SSIM autoencoders and GANomaly: structural similarity, networks, who learns from which loss, and what."""
 
 from dataclasses import replace
 
@@ -23,11 +23,11 @@ SMALL_GAN = GANomalySettings(size=48, patch=32, stride=16, width=8, latent=16, d
 
 
 def stripes(count: int, size: int = 48, seed: int = 0) -> Tensor:
-    """uint8 (count, 3, size, size): upright stripes with a period of 8 px, at any phase, in some noise."""
+    """uint8 (count, 3, size, size): upright stripes with a period of 32 px, at any phase, in some noise."""
     generator = torch.Generator().manual_seed(seed)
-    phase = 8 * torch.rand(count, 1, 1, 1, generator=generator)
-    wave = 127 + 60 * torch.sin((torch.arange(size) + phase) * 2 * torch.pi / 8)
-    noise = 8 * torch.randn(count, 3, size, size, generator=generator)
+    phase = 32 * torch.rand(count, 1, 1, 1, generator=generator)
+    wave = 127 + 60 * torch.sin((torch.arange(size) + phase) * 2 * torch.pi / 32)
+    noise = 4 * torch.randn(count, 3, size, size, generator=generator)
     return (wave + noise).clamp(0, 255).to(torch.uint8)
 
 
@@ -69,9 +69,8 @@ def test_ssim_is_scikit_images_also_at_the_borders() -> None:
 def test_ssim_is_taken_in_float32_whatever_autocast_says() -> None:
     a, b = torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ssim_map(a, b), ssim_map(a, b.clone())) and ssim_map(a, b).dtype == torch.float32
         within = ssim_map(a, b)
-    assert torch.equal(within, ssim_map(a, b))
+    assert within.dtype == torch.float32 and torch.equal(within, ssim_map(a, b))
     assert torch.allclose(ssim_map(a, a), torch.ones(1, 16, 16))
 
 
@@ -98,15 +97,15 @@ def test_the_network_is_that_of_table_1() -> None:
     assert network.decoder(x).shape == (1, 3, 128, 128)
 
 
-@pytest.mark.parametrize(("loss", "steps"), [("l2", 120), ("ssim", 120)])
-def test_an_autoencoder_learns_stripes_and_stumbles_over_a_square(loss: str, steps: int) -> None:
-    network, losses = train(Autoencoder, replace(SMALL, loss=loss), steps, 0.002)
-    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+@pytest.mark.parametrize("loss", ["l2", "ssim"])
+def test_an_autoencoder_learns_stripes_and_stumbles_over_a_square(loss: str) -> None:
+    network, losses = train(Autoencoder, replace(SMALL, loss=loss), 150, 0.001)
+    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
     with torch.no_grad():
         good, bad = (network.maps(images) for images in (stripes(8, seed=2), defective(8)))
         assert bad.shape == (8, 256, 256) and bad.dtype == torch.float32
         assert network.scores(None, bad).min() > network.scores(None, good).max()
-    square = bad[:, 110:146, 110:146].mean()  # 18 to 30 px of 48 are 96 to 160 of 256
+    square = bad[:, 110:146, 110:146].mean()  # 18 to 30 px of 48 are 96 to 160 of 256; its inside
     assert square > 2 * bad[:, :64].mean()
 
 
@@ -142,8 +141,8 @@ def test_the_discriminators_loss_is_binary_cross_entropy() -> None:
 
 
 def test_ganomaly_learns_stripes_and_judges_by_the_worst_window() -> None:
-    network, losses = train(GANomaly, SMALL_GAN, 80, 0.002)
-    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    network, losses = train(GANomaly, SMALL_GAN, 100, 0.002)
+    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
     good, bad = stripes(8, seed=2), defective(8)
     with torch.no_grad():
         maps, scores = network.maps(bad), network.scores(bad, None)
