@@ -19,9 +19,11 @@ from defectlab.data import synthetic as synthetic_sets
 from defectlab.data.anomaly import Sample, data_fingerprint, hold_out, paste_defect
 from defectlab.data.detection import detection_fingerprint
 from defectlab.data.fabric import fabric_fingerprint
+from defectlab.data.frames import frames_fingerprint
 from defectlab.data.images import letterbox, letterbox_maps
 from defectlab.data.instances import instance_fingerprint
 from defectlab.data.masks import nut_mask, segmentation_fingerprint
+from defectlab.data.pooled import POOLS, pooled_fingerprint
 from defectlab.data.synthetic import SYNTHETIC, ensure_synthetic
 from defectlab.files import project_root
 
@@ -50,9 +52,27 @@ PINNED = [  # function, its arguments: the set first, sha256
         (METAL_NUT, "defect", "paper"),
         "06de86621268d6e42fe9b53d652ca2cd4fa8179d9335dfdbf4cbf551738c0ec8",
     ),
+    (
+        frames_fingerprint,
+        ("road_depth", "session_1"),
+        "b36a35874c480ef959e9294255175e9b3b63ae6c521500426f58f48b817aa2f0",
+    ),
+    (
+        frames_fingerprint,
+        ("road_depth", "session_2"),
+        "27daaf471745d27e30c923b143a2c2a5faf029b80f9de9bc43339d1bfc11d0e3",
+    ),
     (instance_fingerprint, ("neu_seg",), "671ce36e5ab5d6d5ac74e96fbfc5d33fef4327a6abe9f865048ede9ced555b6d"),
     (instance_fingerprint, ("neu_seg_published",), "958c8ab6703d0622a2157a05a3de921efe4524941c10fa7a8d326242650c51c4"),
 ]
+
+PINNED_POOL = "92ab016c4684379c2e057402d338e9958ba70720daaae1340ee9ac7146a1785b"
+
+
+@pytest.mark.real_data
+def test_identity_of_the_pooled_sets(real_set) -> None:
+    roots = {real_set(splits.folder_of(name)) for name in POOLS["pooled"]}
+    assert pooled_fingerprint("pooled", roots.pop()) == PINNED_POOL and not roots
 
 
 @pytest.mark.real_data
@@ -66,7 +86,13 @@ def test_records_hold_these_identities() -> None:
     by_set: dict[tuple[str, ...], set[str]] = {}
     for _, arguments, sha256 in PINNED:
         by_set.setdefault(arguments, set()).add(sha256)
-    of_model = {"robustness": "neu_det", "amam_two_stage": METAL_NUT, "light": "magnetic_tile_grouped"}
+    by_set["pooled",] = {PINNED_POOL}
+    of_model = {
+        "robustness": "neu_det",
+        "amam_two_stage": METAL_NUT,
+        "light": "magnetic_tile_grouped",
+        "flutter": "aitex",
+    }
     compared = 0
     for path in sorted((project_root() / "results" / "runs").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +100,8 @@ def test_records_hold_these_identities() -> None:
         if "masks" in found:  # which nuts stage two sees
             assert found["masks"] in by_set[METAL_NUT, "nut", "paper"] | by_set[METAL_NUT, "nut", "good"], path
         if found.get("data", "none") != "none":
-            key = tuple(settings[name] for name in ("dataset", "target", "split") if name in settings)
+            told = settings.get("colour", settings)  # of two networks, what the first one saw
+            key = tuple(told[name] for name in ("dataset", "target", "split") if name in told)
             assert found["data"] in by_set[key or (of_model[record["model"]],)], path
             compared += 1
     assert compared > 60

@@ -30,7 +30,7 @@ def test_perlin_noise_is_zero_at_the_corners_of_its_cells_and_smooth_between() -
     assert noise.shape == (3, 65, 65) and noise.abs().max() < 1
     fine = perlin_noise(1, 512, 4, seeded())[0]
     corners = fine[[0, 127, 128, 255, 256, 511]][:, [0, 127, 128, 255, 256, 511]]
-    assert corners.abs().max() < 0.01 < fine.abs().max() - 0.3
+    assert corners.abs().max() < 0.01 and fine.abs().max() > 0.31
     assert fine.diff(dim=0).abs().max() < 0.03 and fine.diff(dim=1).abs().max() < 0.03
     assert torch.equal(noise, perlin_noise(3, 65, 1, seeded())) and not torch.equal(noise[0], noise[1])
 
@@ -38,7 +38,7 @@ def test_perlin_noise_is_zero_at_the_corners_of_its_cells_and_smooth_between() -
 def test_masks_are_of_many_sizes() -> None:
     masks = perlin_masks(40, 64, (2, 32), seeded())
     assert masks.unique().tolist() == [0, 1]
-    assert 0.02 < masks.mean((1, 2)).min() and masks.mean((1, 2)).max() < 0.6
+    assert masks.mean((1, 2)).min() > 0.02 and masks.mean((1, 2)).max() < 0.6
     parts = [label(mask)[1] for mask in masks.numpy()]
     assert min(parts) <= 4 and max(parts) > 20
 

@@ -101,7 +101,8 @@ DETECTION = (*detection.METRIC_IOUS, *detection.MASK_IOUS)
 ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
 ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
 BALANCED = "balanced_accuracy"
-# No record has these among its metrics: they follow from its scores. The threshold of the first passes 5 % of the held-out good images.
+# No record has these among its metrics: they follow from its scores. Of the first the threshold is the one that this
+# share of the held-out good images passes.
 DERIVED, PASSED = ("f1_regret", "missed_at_5"), 0.05
 BOOTSTRAPPED = (
     *ANOMALY,

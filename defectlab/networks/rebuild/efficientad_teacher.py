@@ -1,8 +1,8 @@
-"""The teacher of EfficientAD (see `efficientad`, the same paper): a small network that describes patches of 33 x 33 px,
-distilled once from a large one; WACV 2024, arXiv 2303.14535, section 3.1 and appendix (from memory: not checked).
+"""The teacher of EfficientAD (the paper of `efficientad`, section 3.1 and appendix; from memory, not checked): a small
+network that describes patches of 33 x 33 px, distilled once from a large one.
 
-Ours: the large network is EfficientNet-Lite0 (the paper: WideResNet-101), the images are the training images of all data
-sets (the paper: ImageNet), the small one is narrower, starts from Kaiming's weights, and learns from crops.
+Ours: the large network is EfficientNet-Lite0 (the paper: WideResNet-101), the images are the training images of all
+data sets (the paper: ImageNet), the small one is narrower, starts from Kaiming's weights, and learns from crops.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class EfficientADTeacherSettings:
 
     dataset: str = "aitex"
     size: int = 256  # appendix: 256 for the PDN, 512 for the network that it learns from
-    width: float = 0.25  # ours, of all layers; table 6: 1.0, that is 384 features
+    width: float = 0.25  # ours, of all layers; the paper: 1.0, that is 384 features
     pretrained: bool = True  # False: Lite0 with random weights, for smoke
-    patch: int = 128  # ours: px a side of the crops; the paper: whole images
+    patch: int = 128  # ours: px a side of the crops, a multiple of 32; the paper: whole images
     draws: int = 1024
     epochs: int = 7  # appendix: 60,000 steps
     batch: int = 8  # appendix: 16
@@ -41,11 +41,16 @@ class EfficientADTeacherSettings:
     precision: str = "bf16"  # where the device is fast at it
 
 
-# --- Section 3.1: patch description networks -------------------------------------------------------------------------
+# --- Section 3.1: the patch description network -----------------------------------------------------------------------
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Images in 0..1 -> by ImageNet's mean and deviation, channels last in memory: twice as fast on a CPU."""
+    return normalize(images, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
 
 
 class PDN(nn.Sequential):
-    """PDN-S (table 6): images (B, 3, H, W) in 0..1 -> (B, outputs, H/4 - 8, W/4 - 8).
+    """PDN-S: images (B, 3, H, W) in 0..1 -> (B, outputs, H/4 - 8, W/4 - 8), sides a multiple of 4 px.
 
     Without padding: output i sees 33 px around pixel 4 i + 16 of the image.
     """
@@ -58,31 +63,34 @@ class PDN(nn.Sequential):
             *(nn.Conv2d(wide, wide, 3), nn.ReLU()),
             nn.Conv2d(wide, outputs, 4),
         )
-        for conv in list(self)[::3]:
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
-        self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):  # ours: PyTorch's smaller weights learn more slowly
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = normalize(images, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
-        return super().forward(images).float()
+        return super().forward(normalised(images)).float()
 
 
+# --- Appendix: what it learns -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
 def lite0_features(lite0: Lite0, images: Tensor, outputs: int) -> Tensor:
-    """What the teacher learns: uint8 images (B, 3, H, W) -> (B, outputs, H/4 - 8, W/4 - 8), at the places of the PDN.
+    """uint8 images (B, 3, H, W) -> (B, outputs, H/4 - 8, W/4 - 8), at the places of the PDN.
 
     As in the paper, the large network sees the image at twice the size, and its features are PatchCore's: two stages
-    (of stride 8 and 16), side by side; neighbouring channels are averaged, or repeated, to as many as there are outputs.
+    (of stride 8 and 16) side by side, whose neighbouring channels are averaged, or repeated, to `outputs`.
     """
     check_uint8(images)
     large = F.interpolate(images.float(), scale_factor=2, mode="bilinear", align_corners=False) / 127.5 - 1
     large = large.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        stages = lite0.net.forward_intermediates(large, indices=[1, 2, 3], intermediates_only=True, stop_early=True)
+    stages = lite0.net.forward_intermediates(large, indices=[1, 2, 3], intermediates_only=True, stop_early=True)
     features = F.adaptive_avg_pool1d(patch_features(stages).flatten(0, 1), outputs)  # (B h, w, outputs)
     features = features.unflatten(0, (len(images), -1)).permute(0, 3, 1, 2)
     rows, columns = (length // 4 - 8 for length in images.shape[-2:])
-    return features[:, :, 3 : 3 + rows, 3 : 3 + columns]  # feature k is centred at pixel 4 k + 3 (padding at one side)
+    return features[:, :, 3 : 3 + rows, 3 : 3 + columns]  # feature k is centred at pixel 4 k + 3: Lite0 pads one side
 
 
 def some(images: Tensor) -> Tensor:
@@ -123,7 +131,7 @@ class EfficientADTeacher(Normal):
         return (self.pdn(to_unit(images)) - target).square()
 
     def loss(self, prepared: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Appendix, algorithm 3; without its random grey images, since most are grey."""
+        """The mean squared error; the paper makes a tenth of the images grey, ours mostly are."""
         return {"loss": self.errors(crops(prepared, self.settings.patch, generator)).mean()}
 
     def maps(self, prepared: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class MSCDAE(Normal):
         self.register_buffer("deviation", torch.ones(levels))
 
     def begin(self, prepared: Tensor, foreign: Tensor | None = None) -> None:
-        """Ours: mean grey value and mean contrast of each level; cloth of low contrast is learnt many times faster so."""
+        """Ours: mean grey value and contrast of each level. Cloth of low contrast is learnt much faster so."""
         moments = [
             torch.stack([torch.stack([x.mean((1, 2, 3)), x.std((2, 3)).mean(1)]) for x in self.pyramid(images)])
             for images in prepared.split(self.settings.batch)

@@ -1,5 +1,5 @@
-"""SimpleNet: Liu, Zhou, Xu, Wang, "SimpleNet: A Simple Network for Image Anomaly Detection and Localization", CVPR 2023,
-arXiv 2303.15140.
+"""SimpleNet: Liu, Zhou, Xu, Wang, "SimpleNet: A Simple Network for Image Anomaly Detection and Localization", CVPR
+2023, arXiv 2303.15140.
 
 Frozen features of patches are adapted by one linear layer. The training makes anomalous features from the good ones by
 adding Gaussian noise, and a small discriminator learns to tell the two apart. Where it finds a feature of an image
