@@ -82,6 +82,9 @@ def test_half_of_the_images_stay_good() -> None:
     assert torch.equal(same, ~touched)
     assert torch.equal(changed, method.corrupted(images, seeded(1))[0])
     assert "textures" not in dict(method.named_buffers())
+    assert (method.textures[:, 0] != method.textures[:, 1]).any()  # the images have colour
+    method.begin(images[:, :1].expand(-1, 3, -1, -1), method.textures)
+    assert torch.equal(method.textures[:, 0], method.textures[:, 1])
 
 
 def test_it_learns_to_mark_a_blob_that_it_never_saw() -> None:

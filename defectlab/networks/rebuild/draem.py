@@ -69,12 +69,12 @@ def perlin_noise(count: int, side: int, cells: int, generator: torch.Generator) 
 
 def perlin_masks(count: int, side: int, cells: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Where defects are: (count, side, side) float 0 or 1. Each mask has its own cell size in either direction of the
-    noise; the noise, stretched to 0..1, is cut off at 0.5 (section 3.1)."""
+    noise; the noise, stretched to -1..1, is cut off at 0.5 (section 3.1)."""
     powers = [2**n for n in range(side.bit_length()) if cells[0] <= 2**n <= min(cells[1], side // 2)]
     chosen = torch.randint(len(powers), (count,), generator=generator).tolist()
     noise = torch.cat([perlin_noise(1, side, powers[which], generator) for which in chosen])
     low, high = noise.amin((1, 2), keepdim=True), noise.amax((1, 2), keepdim=True)
-    return ((noise - low) / (high - low) > 0.75).float()
+    return (2 * (noise - low) / (high - low) - 1 > 0.5).float()
 
 
 def make_defects(images: Tensor, textures: Tensor, masks: Tensor, opacity: Tensor) -> Tensor:
@@ -142,10 +142,12 @@ class DRAEM(Normal):
         self.textures: Tensor | None = None  # no buffer: they are not saved
 
     def begin(self, prepared: Tensor, foreign: Tensor | None = None) -> None:
-        """ValueError without images of other sets."""
+        """Textures for grey images are grey (ours): colour would give them away. ValueError without images of other
+        sets."""
         if foreign is None or not len(foreign):
             raise ValueError("DRAEM needs images of other data sets for its textures")
-        self.textures = foreign
+        grey = bool((prepared[:, :1] == prepared).all())
+        self.textures = foreign.float().mean(1, keepdim=True).to(foreign.dtype).expand_as(foreign) if grey else foreign
 
     def corrupted(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Good images (B, 3, P, P) in 0..1 -> the same with made-up defects, and their masks (B, 1, P, P)."""
