@@ -69,15 +69,15 @@ PAPER = {  # the papers' settings where they are known; ours where they would be
         "epochs": 160,
         "batch": 4,
     },
-    EfficientADTeacherSettings: {"width": 1.0, "patch": 256, "draws": 10_000, "epochs": 96, "learning_rate": 0.0001},
-    EfficientADSettings: {
+    EfficientADTeacherSettings: {
         "width": 1.0,
         "patch": 256,
+        "batch": 16,
         "draws": 10_000,
-        "epochs": 7,
-        "batch": 1,
+        "epochs": 96,
         "learning_rate": 0.0001,
     },
+    EfficientADSettings: {"width": 1.0, "draws": 10_000, "epochs": 14, "learning_rate": 0.0001},
     SIVTSettings: {"dim": 256, "depth": 4, "draws": 1152, "epochs": 200},
 }
 
@@ -147,7 +147,7 @@ def rows(profile: str) -> dict[str, Row]:
     found["efficientad_teacher"] = own(teacher, seeds=once)
     for kind, dataset in SETS[profile].items():
         methods = {name: at(profile, settings, dataset=dataset) for name, settings in METHODS_OF.items()}
-        pass
+        methods["efficientad"] = replace(methods["efficientad"], teacher=teacher)
         if kind == "nut" and profile == "quick":
             methods |= {name: replace(methods[name], size=size) for name, size in WHOLE.items()}
         found[f"contrast_{kind}"] = own(methods.pop("contrast"), seeds=once)

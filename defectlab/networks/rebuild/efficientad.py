@@ -21,7 +21,16 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from defectlab.networks.rebuild.base import Normal, to_unit
-from defectlab.networks.rebuild.efficientad_teacher import PDN, mean_and_deviation, normalised, some, to_pixels
+from defectlab.networks.rebuild.efficientad_teacher import (
+    PDN,
+    EfficientADTeacherSettings,
+    mean_and_deviation,
+    normalised,
+    some,
+    to_pixels,
+)
+
+TEACHER = EfficientADTeacherSettings()
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,13 @@ class EfficientADSettings:
     version: ClassVar[int] = 1
 
     dataset: str = "aitex"
+    teacher: EfficientADTeacherSettings = TEACHER  # the row that it learns from, of the same width
     size: int = 256  # section 4
-    width: float = 0.25  # of all layers, that of the teacher's row; the paper: 1.0
+    width: float = 0.25  # of all layers; the paper: 1.0
     hard: float = 0.999  # section 3.2: p_hard
-    draws: int = 250
-    epochs: int = 3  # appendix: 70,000 steps
-    batch: int = 1  # appendix
+    draws: int = 256
+    epochs: int = 5  # appendix: 70,000 steps
+    batch: int = 2  # appendix: 1
     learning_rate: float = 0.001  # appendix: 0.0001, divided by 10 for the last 5 %
     precision: str = "bf16"  # where the device is fast at it
 

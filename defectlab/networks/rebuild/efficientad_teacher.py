@@ -29,7 +29,7 @@ class EfficientADTeacherSettings:
     model: ClassVar[str] = "efficientad_teacher"
     version: ClassVar[int] = 1
 
-    dataset: str = "aitex"
+    dataset: str = "pooled"
     size: int = 256  # appendix: 256 for the PDN, 512 for the network that it learns from
     width: float = 0.25  # ours, of all layers; the paper: 1.0, that is 384 features
     pretrained: bool = True  # False: Lite0 with random weights, for smoke
