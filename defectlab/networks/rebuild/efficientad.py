@@ -179,4 +179,4 @@ class EfficientAD(Normal):
 
     def maps(self, prepared: Tensor) -> Tensor:
         low, high = self.quantiles.view(2, 2, 1, 1).unbind(1)  # (2, 1, 1) each
-        return to_pixels((0.1 * (self.two_maps(prepared) - low) / (high - low)).mean(1))
+        return to_pixels((0.1 * (self.two_maps(prepared) - low) / (high - low).clamp(min=1e-12)).mean(1))
