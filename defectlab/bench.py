@@ -30,6 +30,7 @@ from defectlab.provenance import pick_device, provenance
 from defectlab.runs import RECORDED
 from defectlab.studies import study
 from defectlab.training.cost_rows import CostSettings
+from defectlab.training.rebuild import Asked, RebuildCostSettings
 from defectlab.training.windows import Slid, WindowCostSettings
 
 CLASSES = 6  # as NEU-DET has them
@@ -46,6 +47,7 @@ BUILD: dict[type, Callable[[Any], nn.Module]] = {  # what is deployed: of a dete
     SegmentationSettings: segmentation.build,
     segmentation.Settings: segmentation.build,
     WindowCostSettings: Slid,
+    RebuildCostSettings: Asked,
 }
 
 

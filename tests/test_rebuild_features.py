@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import hinge_loss
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from defectlab.files import WeightsError
@@ -30,7 +30,7 @@ from defectlab.networks.rebuild.efficientad_teacher import (
 from defectlab.networks.rebuild.simplenet import SimpleNet, SimpleNetSettings, truncated_l1
 
 SIMPLE = SimpleNetSettings(
-    teacher="resnet18_random", size=64, hidden=64, positions=32, batch=4, learning_rate=0.002, precision="fp32"
+    teacher="resnet18_random", size=64, hidden=128, noise=0.3, positions=0, batch=4, learning_rate=0.002
 )
 TEACHER = EfficientADTeacherSettings(size=64, width=0.0625, pretrained=False, patch=64, batch=2, precision="fp32")
 STUDENT = EfficientADSettings(size=64, width=0.0625, batch=2, learning_rate=0.003, precision="fp32")
@@ -43,8 +43,10 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def cloth(count: int, seed: int, defect: bool = False) -> Tensor:
     """Grey stripes of 8 px with noise, (count, 3, 64, 64) uint8; a defect is a bright blob of 12 px around (40, 24)."""
-    stripes = 110 + 30 * torch.sin(2 * torch.pi * torch.arange(64) / 8)
-    images = stripes + 6 * torch.randn(count, 1, 64, 64, generator=seeded(seed))
+    generator = seeded(seed)
+    phases = torch.rand(count, 1, 1, 1, generator=generator)
+    images = 110 + 30 * torch.sin(2 * torch.pi * (torch.arange(64) / 8 + phases))
+    images = images + torch.randn(count, 1, 64, 64, generator=generator)
     if defect:
         images[:, :, 34:46, 18:30] = 220
     return images.clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
@@ -80,14 +82,6 @@ def ask(network: Normal, images: Tensor) -> tuple[Tensor, Tensor]:
     return maps, network.scores(prepared, maps)
 
 
-def check_separates(network: Normal) -> None:
-    """Scores of defects are above those of good images, and maps are highest at the defect: around (160, 96)."""
-    (_, good), (maps, bad) = ask(network, cloth(6, 1)), ask(network, cloth(6, 2, defect=True))
-    assert bad.min() > good.max()
-    for place in maps.flatten(1).argmax(1).tolist():
-        assert abs(place // 256 - 160) < 48 and abs(place % 256 - 96) < 48
-
-
 # --- SimpleNet --------------------------------------------------------------------------------------------------------
 
 
@@ -111,12 +105,20 @@ def test_simplenet_keeps_patch_features_in_half_precision() -> None:
         SimpleNet(replace(SIMPLE, teacher="resnet9"))
 
 
-def test_simplenet_learns_to_tell_noise_and_finds_a_blob() -> None:
+def test_simplenet_finds_a_feature_with_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of good images span 6 of 384 dimensions; in one place of an image, noise leaves them."""
+    basis = 0.1 * torch.randn(6, 384, generator=seeded(11))
+    good, unseen = (torch.randn(16, 8, 8, 6, generator=seeded(s)) @ basis for s in (0, 1))
+    bad = unseen.clone()
+    bad[:, 5, 2] += SIMPLE.noise * torch.randn(16, 384, generator=seeded(2))
+    monkeypatch.setattr(SimpleNet, "prepare", lambda network, features: features.half())
     torch.manual_seed(0)
     network = SimpleNet(SIMPLE)
-    losses = train(network, cloth(16, 0), 150)
-    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
-    check_separates(network)
+    train(network, good, 100)
+    (maps, scores), (_, usual) = ask(network, bad), ask(network, unseen)
+    assert scores.min() > usual.max()
+    for place in maps.flatten(1).argmax(1).tolist():
+        assert (place // 256, place % 256) == pytest.approx((5 * 255 / 7, 2 * 255 / 7), abs=8)
 
 
 def test_a_step_of_simplenet_sees_the_positions_asked_for_and_its_generator_alone() -> None:
@@ -126,10 +128,9 @@ def test_a_step_of_simplenet_sees_the_positions_asked_for_and_its_generator_alon
         network = SimpleNet(replace(SIMPLE, positions=positions))
         network.adaptor.register_forward_hook(lambda m, i, o, p=positions: seen.update({p: len(i[0])}))
         prepared = network.prepare(cloth(3, 0))
-        first = float(network.loss(prepared, seeded(4))["loss"])
-        torch.manual_seed(7)
-        assert float(network.loss(prepared, seeded(4))["loss"]) == first
-        assert float(network.loss(prepared, seeded(5))["loss"]) != first
+        first = network.loss(prepared, seeded(4))["loss"].item()
+        torch.manual_seed(7)  # the global generator plays no part
+        assert network.loss(prepared, seeded(4))["loss"].item() == first != network.loss(prepared, seeded(5))["loss"]
     assert seen == {0: 3 * 64, 5: 3 * 5}
 
 
@@ -148,7 +149,7 @@ def test_an_output_of_the_pdn_sees_33_px_around_its_place() -> None:
 
 def test_what_the_teacher_learns_lies_where_the_pdn_looks() -> None:
     plain = torch.full((1, 3, 128, 128), 90, dtype=torch.uint8)
-    lite0 = Lite0(pretrained=False)
+    lite0 = Lite0()  # its weights come with a package; random ones look to one side
     for y, x in ((64, 64), (60, 76)):
         blob = plain.clone()
         blob[:, :, y - 2 : y + 3, x - 2 : x + 3] = 200
@@ -212,7 +213,7 @@ def test_augmentations_are_torchvisions() -> None:
 @pytest.mark.parametrize("side", [64, 96, 256])
 def test_the_autoencoder_sees_the_whole_image_through_64_values(side: int) -> None:
     torch.manual_seed(0)
-    network = Autoencoder(0.0625, 24, side)
+    network = Autoencoder(0.25, 24, side)
     images = torch.rand(1, 3, side, side, generator=seeded(), requires_grad=True)
     features = network(images)
     assert features.shape == (1, 24, side // 4 - 8, side // 4 - 8)
@@ -226,13 +227,22 @@ def trained(teacher: EfficientADTeacher) -> EfficientAD:
     torch.manual_seed(0)
     network = EfficientAD(STUDENT)
     network.take_teacher(teacher.state_dict())
-    losses = train(network, cloth(16, 0), 150, foreign=FOREIGN)
-    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    train(network, cloth(16, 0), 150, foreign=FOREIGN)
     return network
 
 
-def test_efficientad_finds_a_blob(trained: EfficientAD) -> None:
-    check_separates(trained)
+def test_efficientad_learns_good_images_and_finds_a_blob(teacher: EfficientADTeacher, trained: EfficientAD) -> None:
+    torch.manual_seed(0)
+    fresh = EfficientAD(STUDENT)
+    fresh.take_teacher(teacher.state_dict())
+    train(fresh, cloth(16, 0), 1, foreign=FOREIGN)
+    with torch.no_grad():
+        before, after = (network.two_maps(cloth(6, 1)).mean((0, 2, 3)) for network in (fresh, trained))
+    assert (after < 0.6 * before).all()  # of both maps
+    (maps, bad), (_, good) = ask(trained, cloth(6, 2, defect=True)), ask(trained, cloth(6, 1))
+    assert bad.min() > good.max()
+    for place in maps.flatten(1).argmax(1).tolist():
+        assert (place // 256, place % 256) == pytest.approx((160, 96), abs=40)
 
 
 def test_efficientad_keeps_its_teacher_and_normalises_its_features(teacher, trained: EfficientAD) -> None:
@@ -262,7 +272,7 @@ def test_a_saved_efficientad_gives_the_same_maps(trained: EfficientAD) -> None:
 
 
 def test_a_step_of_efficientad_depends_on_its_generator_alone(trained: EfficientAD) -> None:
-    first, again, other = (float(trained.loss(cloth(2, 0), seeded(s))["loss"]) for s in (0, 0, 1))
+    first, again, other = (trained.loss(cloth(2, 0), seeded(s))["loss"].item() for s in (0, 0, 1))
     assert first == again != other
 
 
@@ -279,4 +289,3 @@ def test_what_cannot_be_is_refused(teacher: EfficientADTeacher) -> None:
         network.begin(images)
     with pytest.raises(ValueError, match="got 72"):
         EfficientAD(replace(STUDENT, size=72))
-    assert isinstance(network.student[-1], nn.Conv2d) and network.student[-1].out_channels == 48
