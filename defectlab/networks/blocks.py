@@ -22,3 +22,11 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) -> (B, outputs, H, W)."""
         return self.shortcut(x) + self.residual(x)
+
+
+def two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
+    """Two 3 x 3 convolutions, each with batch norm and ReLU: the block of a U-Net (Ronneberger et al., MICCAI 2015)."""
+    layers: list[nn.Module] = []
+    for before in (inputs, outputs):
+        layers += [nn.Conv2d(before, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers)

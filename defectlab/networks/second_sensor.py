@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from defectlab.networks.blocks import two_convolutions
+
 INPUTS = ("grey", "rgb", "depth", "early", "gated", "dropout")
 SPREAD = 40.0  # steps of disparity that stand for 1; ours: a pothole is 20 to 100 deep
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -37,20 +39,12 @@ class SensorSettings:
     precision: str = "bf16"
 
 
-def block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two 3 x 3 convolutions, each with norm and ReLU."""
-    layers: list[nn.Module] = []
-    for before in (inputs, outputs):
-        layers += [nn.Conv2d(before, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
 class Encoder(nn.Module):
     """(B, C, H, W) -> maps at full size, half, a quarter ..., H and W multiples of 2^(len(widths) - 1)."""
 
     def __init__(self, inputs: int, widths: tuple[int, ...]):
         super().__init__()
-        self.blocks = nn.ModuleList(block(a, b) for a, b in zip((inputs, *widths), widths, strict=False))
+        self.blocks = nn.ModuleList(two_convolutions(a, b) for a, b in zip((inputs, *widths), widths, strict=False))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         found = []
@@ -65,7 +59,9 @@ class Decoder(nn.Module):
 
     def __init__(self, widths: tuple[int, ...]):
         super().__init__()
-        self.blocks = nn.ModuleList(block(a + b, b) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True))
+        self.blocks = nn.ModuleList(
+            two_convolutions(a + b, b) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True)
+        )
         self.head = nn.Conv2d(widths[0], 1, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from defectlab.networks.blocks import two_convolutions
 from defectlab.networks.rebuild.autoencoder import ssim_map
 from defectlab.networks.rebuild.base import Normal, at_map_size, crops, to_unit
 from defectlab.precision import at_least_float32
@@ -86,14 +87,6 @@ def make_defects(images: Tensor, textures: Tensor, masks: Tensor, opacity: Tenso
 # --- Section 3.2: two networks ---------------------------------------------------------------------------------------
 
 
-def block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two 3 x 3 convolutions, each with batch norm and ReLU."""
-    layers: list[nn.Module] = []
-    for before in (inputs, outputs):
-        layers += [nn.Conv2d(before, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
 class EncoderDecoder(nn.Module):
     """(B, inputs, H, W) -> (B, outputs, H, W); H and W are multiples of 16. Channels double with each halving, at most
     to eight times `width`. `skips`: a U-Net, the decoder sees the encoder's maps; without, all passes the coarsest."""
@@ -102,9 +95,9 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         self.skips = skips
         widths = [width * min(2**n, 8) for n in range(LEVELS + 1)]
-        self.down = nn.ModuleList(block(a, b) for a, b in zip((inputs, *widths), widths, strict=False))
+        self.down = nn.ModuleList(two_convolutions(a, b) for a, b in zip((inputs, *widths), widths, strict=False))
         pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
-        self.up = nn.ModuleList(block(a + b if skips else a, b) for a, b in pairs)
+        self.up = nn.ModuleList(two_convolutions(a + b if skips else a, b) for a, b in pairs)
         self.head = nn.Conv2d(width, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
