@@ -158,7 +158,7 @@ def test_depth_is_learnt_and_its_loss_is_seen(road: FrameData) -> None:
     assert arrays["case_images"].shape == (8, 64 * 160 // 96, 160, 3) and arrays["case_maps"].shape[0] == 8
 
 
-def test_late_fusion_is_the_mean_of_two_finished_networks(road: FrameData, project: Path) -> None:
+def test_late_fusion_is_the_mean_of_two_finished_networks(road: FrameData, root: Path) -> None:
     of = {
         name: replace(SMALL, inputs=inputs, draws=48, learning_rate=0.01)
         for name, inputs in (("colour", "rgb"), ("depth", "depth"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from toy_runs import quiet, runs_of
 
+from defectlab import runs
 from defectlab.data.anomaly import AnomalyData, load_anomaly
 from defectlab.data.pooled import load_pooled
 from defectlab.metrics.thresholds import f1_regret, missed_at, normal_threshold
@@ -31,6 +32,7 @@ def data(synthetic: Path) -> dict[str, AnomalyData]:
 def run(synthetic: Path, data: dict[str, AnomalyData], monkeypatch: pytest.MonkeyPatch, project: Path):
     """run(settings, seed) -> record, with whatever that row needs run first."""
     monkeypatch.setenv("DEFECTLAB_DATA", str(synthetic))
+    monkeypatch.setattr(runs, "project_root", lambda: project)
 
     def load(settings, device: str) -> AnomalyData:
         return data.get(settings.dataset) or load_pooled(settings.dataset, settings.size, device, synthetic)
