@@ -58,7 +58,7 @@ test: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q
-	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+	$(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 
 data: $(INSTALLED)
 	$(PY) data_scripts/magnetic_tile.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/magnetic-tile.zip')
