@@ -12,7 +12,7 @@ from defectlab.data.anomaly import AnomalyData, load_anomaly
 from defectlab.data.frames import FrameData, load_frames
 from defectlab.networks.second_sensor import INPUTS, SensorNet, SensorSettings, levelled, standardised
 from defectlab.studies import cures as study
-from defectlab.training.flutter import fluttered, in_motion, run_flutter
+from defectlab.training.flutter import fluttered, in_motion, middle, run_flutter
 from defectlab.training.second_sensor import (
     LateSettings,
     ThresholdSettings,
@@ -47,15 +47,26 @@ def test_image_and_mask_move_together() -> None:
     assert torch.equal(moved, again[0]) and torch.equal(marked, again[1])
 
 
+def test_nothing_from_beyond_the_edge_is_in_the_middle(cloth: AnomalyData) -> None:
+    """White tiles with a black rim, which would be mirrored into the image: in the middle nothing of it is seen."""
+    split = cloth.train
+    images = torch.full((len(split), 3, 256, 256), 255, dtype=torch.uint8)
+    images[..., :1, :] = images[..., -1:, :] = images[..., :1] = images[..., -1:] = 0
+    moved, _ = fluttered(images, split.masks, torch.Generator().manual_seed(5))
+    assert moved.amin() < 128 and middle(replace(split, images=moved), 176).images.amin() > 250
+
+
 def test_what_flutters_is_what_the_row_says(cloth: AnomalyData) -> None:
     base = study.FLUTTER["smoke"]
     plain, moved = (in_motion(cloth, replace(base, fluttering=f), 0) for f in (False, True))
-    assert plain.test is cloth.test and moved.train is cloth.train and moved.dev is cloth.dev
-    assert not torch.equal(moved.test.images, cloth.test.images)
+    assert plain.test.images.shape[-1] == 96 and plain.test.names == moved.test.names
+    assert torch.equal(moved.train.images, plain.train.images) and torch.equal(moved.dev.images, plain.dev.images)
+    assert not torch.equal(moved.test.images, plain.test.images) and plain.test.has_mask.all()
+    assert 0 < len(plain.test) <= len(cloth.test) and plain.test.labels.unique().tolist() == [0, 1]
     other = in_motion(cloth, replace(base, augmented=True), 7)
     assert torch.equal(other.test.images, moved.test.images)  # whatever the seed
-    count = len(cloth.train)
-    assert len(other.train) == 3 * count and torch.equal(other.train.images[:count], cloth.train.images)
+    count = len(plain.train)
+    assert len(other.train) == 3 * count and torch.equal(other.train.images[:count], plain.train.images)
     assert other.train.labels.sum() == 0
 
 

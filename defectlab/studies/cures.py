@@ -20,7 +20,7 @@ LIGHT = {
     "paper": LightSettings(),
 }
 FLUTTER = {
-    "smoke": FlutterSettings(of=replace(CLOTH, dataset="synthetic_fabric", **baselines.SMALL)),
+    "smoke": FlutterSettings(of=replace(CLOTH, dataset="synthetic_fabric", **baselines.SMALL), side=96),
     "quick": FlutterSettings(),
     "paper": FlutterSettings(),
 }

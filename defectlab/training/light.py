@@ -57,6 +57,11 @@ def under(split: AnomalySplit, exposures: tuple[int, ...]) -> AnomalySplit:
     kept = [i for i, found in enumerate(told) if int(found[1]) in exposures]
     if not kept:
         raise DataError(f"no image under the exposures {exposures}: take the whole set of magnetic tiles")
+    return chosen(split, kept)
+
+
+def chosen(split: AnomalySplit, kept: list[int]) -> AnomalySplit:
+    """Some of the images."""
     index = torch.tensor(kept, device=split.images.device)
     tensors = (split.images, split.masks, split.labels, split.types, split.has_mask)
     names = (tuple(values[i] for i in kept) for values in (split.names, split.original_sizes))
