@@ -143,8 +143,8 @@ def _gain(claim: Claim, found: Mapping[str, list[Record]], profile: str) -> Judg
     """A gain or order without its verdict, or why it cannot be judged.
 
     The spread over seeds is pooled over all trained rows of the study on the claim's data and weights (PatchCore has
-    hardly any spread, and would make the others' look smaller than it is). Where these lack the metric (only rows that
-    look at finished networks have it), it is that of the two rows.
+    hardly any spread, and would make the others' look smaller than it is). Where none of these has two seeds with the
+    metric (only rows that look at finished networks have some), it is that of the two rows.
     """
     a, b = found[claim["a"]], found[claim["b"]]
     n, prints = min(len(a), len(b)), a[0].fingerprints
@@ -156,7 +156,7 @@ def _gain(claim: Claim, found: Mapping[str, list[Record]], profile: str) -> Judg
         return Judged(claim, n, "cannot be judged (the records lack the metric)", profile)
     trained = [rows for rows in found.values() if rows and rows[0].curve and _alike(rows[0].fingerprints, prints)]
     groups = [[v for v in map(value, rows) if not math.isnan(v)] for rows in trained]
-    difference = stats.pooled_difference(of_a, of_b, groups if any(groups) else [of_a, of_b])
+    difference = stats.pooled_difference(of_a, of_b, groups if any(len(g) > 1 for g in groups) else [of_a, of_b])
     return Judged(claim, n, "", profile, difference, bootstrap_difference(a, b, claim))
 
 
