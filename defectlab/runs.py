@@ -64,6 +64,20 @@ class Context:
         return self.deadline is not None and time.monotonic() > self.deadline
 
 
+class OfAnother:
+    """For settings with a field `of`, those of the row that they look at or build on: its data, its size of images."""
+
+    of: Any
+
+    @property
+    def dataset(self) -> str:
+        return self.of.dataset
+
+    @property
+    def size(self) -> int:
+        return self.of.size
+
+
 @dataclass
 class Result:
     """What a row's `run` returns.

@@ -27,7 +27,7 @@ from defectlab.networks.rebuild.simplenet import SimpleNetSettings
 from defectlab.networks.rebuild.sivt import SIVTSettings
 from defectlab.networks.resnet import fingerprint
 from defectlab.studies import reverse_distillation as baselines
-from defectlab.studies.study import FEW, ONCE, Row, Study
+from defectlab.studies.study import FEW, ONCE, Row, Study, changed_at_every_depth
 from defectlab.training.anomaly import run_rd4ad
 from defectlab.training.cost_rows import NoData
 from defectlab.training.feature_baselines import run_patchcore
@@ -55,7 +55,7 @@ METHODS_OF = {  # settings of quick; each method learns one set
 POOLED_METHODS = {"sivt": SIVTSettings(), "cnn_decoder": SIVTSettings(decoder="conv")}  # one model for all three sets
 WHOLE = {"ae_l2": 128, "ae_ssim": 128, "ganomaly": 64, "draem": 128}  # px at which a nut is seen as a whole, no crops
 LEVELS = (1, 2, 3)  # of MSCDAE's pyramid
-SMOKE = {"size": 128, "draws": 8, "epochs": 1, "batch": 4, "pretrained": False, "hidden": 32}
+SMOKE = {"size": 128, "draws": 8, "epochs": 1, "batch": 4, "hidden": 32}
 PAPER = {  # the papers' settings where they are known; ours where they would be those of another set
     AutoencoderSettings: {"draws": 10_000, "epochs": 200, "stride": 30, "learning_rate": 0.0002},
     GANomalySettings: {"width": 64, "epochs": 150, "batch": 64},
@@ -126,9 +126,8 @@ def at(profile: str, settings: Any, **changes: Any) -> Any:
     """The settings of quick as a profile has them."""
     names = {one.name for one in fields(settings)}
     if profile == "smoke":
+        settings = changed_at_every_depth(settings, untrained)
         changes = {name: value for name, value in SMOKE.items() if name in names} | changes
-        if isinstance(settings, SimpleNetSettings):
-            changes["teacher"] = "resnet18_random"
     if profile == "paper":
         changes = PAPER.get(type(settings), {}) | changes
     return replace(settings, **changes)
@@ -169,14 +168,17 @@ def rows(profile: str) -> dict[str, Row]:
     return found | cost_rows(profile)
 
 
+def untrained(name: str, value: Any) -> Any:
+    """A field of settings, for a network with random weights."""
+    return {"pretrained": False, "teacher": f"{value}_random"}.get(name, value)
+
+
 def cost_rows(profile: str) -> dict[str, Row]:
-    """What an image costs, with random weights: in smoke and quick the networks of quick."""
-    random = {"pretrained": False, "teacher": "resnet18_random" if profile != "paper" else "wide_resnet50_2_random"}
+    """What an image costs, with random weights; in smoke the networks of quick."""
 
     def own(settings: Any, part: str = "") -> Row:
-        names = {one.name for one in fields(settings) if isinstance(getattr(settings, one.name), bool | str)}
-        untrained = {name: value for name, value in random.items() if name in names}
-        whole = RebuildCostSettings(at("paper" if profile == "paper" else "quick", settings, **untrained), part)
+        of = at("quick" if profile == "smoke" else profile, settings)
+        whole = RebuildCostSettings(changed_at_every_depth(of, untrained), part)
         return Row(whole, run_rebuild_costs, lambda *_: NoData(), lambda _: {}, ONCE[profile])
 
     whole = ("contrast", "ae_l2", "ganomaly", "mscdae", "draem", "simplenet", "efficientad")

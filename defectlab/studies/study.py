@@ -68,7 +68,7 @@ def changed_at_every_depth(settings: Any, change: Callable[[str, Any], Any]) -> 
 
 
 def _untrained(name: str, value: Any) -> Any:
-    lacking = name in ("teacher", "encoder") and str(value).startswith(("resnet", "wide_resnet"))
+    lacking = name in ("teacher", "encoder") and value.startswith(("resnet", "wide_resnet"))
     return "resnet18_random" if lacking else value
 
 

@@ -17,7 +17,7 @@ from defectlab.metrics.thresholds import normal_threshold
 from defectlab.metrics.windows import shares
 from defectlab.networks.feature_baselines import PatchCoreSettings
 from defectlab.networks.reverse_distillation import gaussian_smooth
-from defectlab.runs import Context, Result
+from defectlab.runs import Context, OfAnother, Result
 from defectlab.training.feature_baselines import run_patchcore
 from defectlab.training.light import chosen, with_copies
 from defectlab.training.results import rounded
@@ -29,7 +29,7 @@ CLOTH = PatchCoreSettings(dataset="aitex")
 
 
 @dataclass(frozen=True)
-class FlutterSettings:
+class FlutterSettings(OfAnother):
     """PatchCore that remembers flat cloth, or fluttering cloth beside it, and is tested on one of them."""
 
     model: ClassVar[str] = "flutter"
@@ -39,17 +39,7 @@ class FlutterSettings:
     augmented: bool = False  # training images also as fluttering cloth
     fluttering: bool = True  # the test images
     copies: int = 2  # of each training image, fluttering
-    side: int = (
-        192  # px of 256: the middle that is seen; the farthest pixel of a warped one lies 127.2 px from the centre
-    )
-
-    @property
-    def dataset(self) -> str:
-        return self.of.dataset
-
-    @property
-    def size(self) -> int:
-        return self.of.size
+    side: int = 192  # px of 256: the middle that is seen, the largest into which no edge comes
 
 
 def fluttered(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -70,9 +60,8 @@ def fluttered(images: Tensor, masks: Tensor, generator: torch.Generator) -> tupl
 
     sharp = moved(images.float(), "bilinear")
     soft = [gaussian_smooth(image, max(BLUR * float(b), 0.1)) for image, b in zip(sharp, blur, strict=True)]
-    return torch.stack(soft).round().clamp(0, 255).to(torch.uint8), moved(masks[:, None].float(), "nearest")[:, 0].to(
-        masks.dtype
-    )
+    marks = moved(masks[:, None].float(), "nearest")[:, 0]
+    return torch.stack(soft).round().clamp(0, 255).to(torch.uint8), marks.to(masks.dtype)
 
 
 def middle(split: AnomalySplit, side: int) -> AnomalySplit:

@@ -16,7 +16,7 @@ from defectlab.data.anomaly import AnomalyData, AnomalySplit
 from defectlab.files import DataError
 from defectlab.metrics.windows import shares
 from defectlab.networks.feature_baselines import PatchCoreSettings
-from defectlab.runs import Context, Result
+from defectlab.runs import Context, OfAnother, Result
 from defectlab.training.feature_baselines import run_patchcore
 from defectlab.training.results import rounded
 
@@ -28,7 +28,7 @@ GROUPED = PatchCoreSettings(dataset="magnetic_tile_grouped")
 
 
 @dataclass(frozen=True)
-class LightSettings:
+class LightSettings(OfAnother):
     """PatchCore that remembers tiles under some exposures and is tested on tiles under others."""
 
     model: ClassVar[str] = "light"
@@ -39,14 +39,6 @@ class LightSettings:
     tested: tuple[int, ...] = BRIGHT
     cure: str = "none"  # "jitter": training images also under drawn light; "normalise": every image alike
     copies: int = 2  # of each training image, under drawn light
-
-    @property
-    def dataset(self) -> str:
-        return self.of.dataset
-
-    @property
-    def size(self) -> int:
-        return self.of.size
 
 
 def under(split: AnomalySplit, exposures: tuple[int, ...]) -> AnomalySplit:

@@ -21,7 +21,7 @@ from defectlab.networks.rebuild.mscdae import MSCDAE, MSCDAESettings
 from defectlab.networks.rebuild.simplenet import SimpleNet, SimpleNetSettings
 from defectlab.networks.rebuild.sivt import SIVT, SIVTSettings
 from defectlab.precision import autocast, full_float32, precision_of
-from defectlab.runs import Context, Result, load_weights
+from defectlab.runs import Context, OfAnother, Result, load_weights
 from defectlab.training.anomaly import evaluate
 from defectlab.training.cost_rows import NoData
 from defectlab.training.loop import Trained, adam, rate_per_epoch, train
@@ -37,7 +37,6 @@ METHODS: dict[type, type[Normal]] = {
     EfficientADSettings: EfficientAD,
     SIVTSettings: SIVT,
 }
-SIDE = 256  # px of an image whose FLOPs are counted
 
 
 def fresh(settings: Any) -> Normal:
@@ -120,7 +119,7 @@ def run_rebuild(settings: Any, seed: int, data: AnomalyData, context: Context) -
 
 
 @dataclass(frozen=True)
-class PartSettings:
+class PartSettings(OfAnother):
     """The finished network of another row, on one of its sets or one of its levels; nothing is trained."""
 
     model: ClassVar[str] = "rebuild_part"
@@ -129,10 +128,6 @@ class PartSettings:
     of: Any  # settings of the row whose network it is
     dataset: str = "aitex"
     level: int = 0  # of a pyramid, from 1; 0: as trained
-
-    @property
-    def size(self) -> int:
-        return self.of.size
 
 
 def run_part(settings: PartSettings, seed: int, data: AnomalyData, context: Context) -> Result:
@@ -150,7 +145,7 @@ def run_part(settings: PartSettings, seed: int, data: AnomalyData, context: Cont
 
 
 @dataclass(frozen=True)
-class RebuildCostSettings:
+class RebuildCostSettings(OfAnother):
     """What an image costs; no data are needed, the weights are random."""
 
     model: ClassVar[str] = "rebuild_costs"
@@ -160,35 +155,29 @@ class RebuildCostSettings:
     part: str = ""  # "backbone" or "decoder" of a network that has them; "": all of it
     dataset: str = "none"
 
-    @property
-    def size(self) -> int:
-        return self.of.size
-
 
 class Asked(nn.Module):
     """Images (B, 3, H, W) in 0..1 -> what a method, or a part of it, gives for them."""
 
     def __init__(self, settings: RebuildCostSettings):
         super().__init__()
-        self.part, self.network = settings.part, fresh(settings.of).eval().requires_grad_(False)
+        whole = fresh(settings.of).eval().requires_grad_(False)
+        self.part, self.network = settings.part, getattr(whole, settings.part) if settings.part else whole
         if self.part == "decoder":  # of features that the backbone gave, once
             images = torch.zeros(1, 3, settings.size, settings.size, dtype=torch.uint8)
-            self.register_buffer("features", self.network.prepare(images).float())
+            self.register_buffer("features", whole.prepare(images).float())
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         if self.part == "decoder":
-            return self.network.decoder(self.features)
-        kept = self.network.prepare((255 * images).to(torch.uint8))
-        return kept if self.part == "backbone" else self.network.maps(kept)
-
-    def counted(self) -> nn.Module:
-        return getattr(self.network, self.part) if self.part else self.network
+            return self.network(self.features)
+        images = (255 * images).to(torch.uint8)
+        return self.network(images) if self.part else self.network.maps(self.network.prepare(images))
 
 
 def run_rebuild_costs(settings: RebuildCostSettings, seed: int, data: NoData, context: Context) -> Result:
     """Parameters and GFLOPs of one image; no metrics. How long it takes, `defectlab.bench` measures."""
     asked = Asked(settings)
     one = flops(asked, torch.zeros(1, 3, settings.size, settings.size))
-    costs = {"parameters_m": round(parameters(asked.counted()) / 1e6, 4), "gflops": round(one / 1e9, 3)}
+    costs = {"parameters_m": round(parameters(asked) / 1e6, 4), "gflops": round(one / 1e9, 3)}
     return Result({}, {}, {}, {}, {}, {}, costs, "fp32")

@@ -11,14 +11,14 @@ from defectlab.data.detection import DetectionData, load_images
 from defectlab.metrics.detection import evaluate
 from defectlab.metrics.robustness import KINDS, pack_matches, summary
 from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.runs import Context, Result
+from defectlab.runs import Context, OfAnother, Result
 from defectlab.training.detection import Build, fresh, frozen, predict, rounded
 
 PLAIN = DetectorSettings()
 
 
 @dataclass(frozen=True)
-class RobustnessSettings:
+class RobustnessSettings(OfAnother):
     """The trained network of another row, on images that are blurred or noisy; nothing is trained."""
 
     model: ClassVar[str] = "robustness"
@@ -27,14 +27,6 @@ class RobustnessSettings:
     of: DetectorSettings = PLAIN  # the row whose network it is
     blur: tuple[int, ...] = (3, 6, 9, 12, 15)  # ours: px of the original image; the angle differs by image
     noise: tuple[int, ...] = (5, 10, 20, 30, 40)  # ours: standard deviation in grey levels of 255
-
-    @property
-    def dataset(self) -> str:
-        return self.of.dataset
-
-    @property
-    def size(self) -> int:
-        return self.of.size
 
 
 def run_robustness(

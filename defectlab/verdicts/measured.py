@@ -101,8 +101,8 @@ DETECTION = (*detection.METRIC_IOUS, *detection.MASK_IOUS)
 ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
 ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
 BALANCED = "balanced_accuracy"
-# No record has these among its metrics: they follow from its scores. Of the first the threshold is the one that this
-# share of the held-out good images passes.
+# No record has these among its metrics: they follow from its scores. The threshold is the one that this share of good
+# images passes, of the held-out ones for the first, of those of the test for the second.
 DERIVED, PASSED = ("f1_regret", "missed_at_5"), 0.05
 BOOTSTRAPPED = (
     *ANOMALY,
@@ -211,7 +211,7 @@ def _derived(arrays: dict[str, np.ndarray], metric: str) -> Callable[[np.ndarray
     """(weight of each test image, None: 1 each) -> one of `DERIVED` in per cent."""
     scores, labels = arrays["scores"], arrays["labels"]
     if metric == "missed_at_5":
-        return lambda weights: missed_at(scores, labels, 0.05, weights)
+        return lambda weights: missed_at(scores, labels, PASSED, weights)
     threshold = normal_threshold(arrays["dev_scores"][arrays["dev_labels"] == 0], 1 - PASSED)
     return lambda weights: f1_regret(scores, labels, threshold, weights)
 

@@ -75,7 +75,7 @@ def initialise(layer: nn.Module) -> None:
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, SLOPE)
     elif isinstance(layer, nn.ConvTranspose2d):  # torch names its fans the other way
-        nn.init.kaiming_normal_(layer.weight, SLOPE, "fan_out")  # torch swaps the fans of a transposed one
+        nn.init.kaiming_normal_(layer.weight, SLOPE, "fan_out")
 
 
 # --- Section 3.2: how an image and its reconstruction differ ----------------------------------------------------------
