@@ -155,6 +155,7 @@ def _gain(claim: Claim, found: Mapping[str, list[Record]], profile: str) -> Judg
     if not np.isfinite([*of_a, *of_b]).all():
         return Judged(claim, n, "cannot be judged (the records lack the metric)", profile)
     trained = [rows for rows in found.values() if _is_trained(rows) and _alike(rows[0].fingerprints, prints)]
+    trained = [rows for rows in trained if not math.isnan(value_of(rows[0], claim["metric"]))]
     groups = [[v for v in map(value, rows) if not math.isnan(v)] for rows in trained]
     difference = stats.pooled_difference(of_a, of_b, groups if any(len(g) > 1 for g in groups) else [of_a, of_b])
     return Judged(claim, n, "", profile, difference, bootstrap_difference(a, b, claim))
