@@ -142,9 +142,9 @@ def judge(
 def _gain(claim: Claim, found: Mapping[str, list[Record]], profile: str) -> Judged:
     """A gain or order without its verdict, or why it cannot be judged.
 
-    The spread over seeds is pooled over all rows of the study on the claim's data and weights whose network was
-    trained, for them or for a row that they look at (PatchCore has hardly any spread, and would make the others' look
-    smaller than it is). Where none of these has two seeds with the metric, it is that of the two rows.
+    The spread over seeds is pooled over all trained rows of the study on the claim's data and weights (PatchCore has
+    hardly any spread, and would make the others' look smaller than it is), and over the claim's own rows where they
+    look at trained networks. Where none of these has two seeds with the metric, it is that of the two rows.
     """
     a, b = found[claim["a"]], found[claim["b"]]
     n, prints = min(len(a), len(b)), a[0].fingerprints
@@ -154,16 +154,11 @@ def _gain(claim: Claim, found: Mapping[str, list[Record]], profile: str) -> Judg
     of_a, of_b = ([value(r) for r in side] for side in (a, b))
     if not np.isfinite([*of_a, *of_b]).all():
         return Judged(claim, n, "cannot be judged (the records lack the metric)", profile)
-    trained = [rows for rows in found.values() if _is_trained(rows) and _alike(rows[0].fingerprints, prints)]
-    trained = [rows for rows in trained if not math.isnan(value_of(rows[0], claim["metric"]))]
+    trained = [rows for rows in found.values() if rows and rows[0].curve and _alike(rows[0].fingerprints, prints)]
+    trained += [rows for rows in (a, b) if "of" in rows[0].content.get("notes", {})]
     groups = [[v for v in map(value, rows) if not math.isnan(v)] for rows in trained]
     difference = stats.pooled_difference(of_a, of_b, groups if any(len(g) > 1 for g in groups) else [of_a, of_b])
     return Judged(claim, n, "", profile, difference, bootstrap_difference(a, b, claim))
-
-
-def _is_trained(rows: list[Record]) -> bool:
-    """Whether a row has records, and a network that was trained: it has a curve, or says whose network it looked at."""
-    return bool(rows) and bool(rows[0].curve or "of" in rows[0].content.get("notes", {}))
 
 
 def _alike(a: dict[str, str], b: dict[str, str]) -> bool:
