@@ -237,6 +237,22 @@ def test_reconstruction_verdicts_with_three_seeds(toy: Project) -> None:
     assert line.over_seeds and (round(line.low, 3), round(line.high, 3)) == (round(6 - half, 3), round(6 + half, 3))
 
 
+def test_rows_that_look_at_trained_networks_bring_their_own_spread(toy: Project) -> None:
+    """A third row of one seed, trained on the same data, has no spread to lend; of three, its spread is pooled in."""
+    study = toy_study("bsdrd", "rd4ad", "other", metrics=(METRICS,))
+    toy.use(study)
+    toy.write_claims(claim("gain"))
+    looked = {"curve": {}, "notes": {"of": "a trained row"}}
+    write(toy, "rd4ad", {"image_auroc": around(80)}, **looked)
+    write(toy, "bsdrd", {"image_auroc": around(86)}, **looked)
+    write(toy, "other", {"image_auroc": (70.0,)})
+    (one,) = toy.judged()
+    assert (one.verdict, one.difference.df) == ("supports", 4)
+    write(toy, "other", {"image_auroc": around(70, 3.0)})
+    (wider,) = toy.judged()
+    assert wider.difference.df == 6 and wider.difference.high > one.difference.high + 1
+
+
 def test_printed_gain_gets_a_gains_verdict(toy: Project) -> None:
     toy.write_claims(claim("near", printed=6.2), claim("far", printed=20.0), claim("little", printed=1.0))
     write(toy, "rd4ad", all_metrics(80))
