@@ -5,8 +5,9 @@
     python data_scripts/deep_pcb.py --verify         check every file
 
 Kept are the inspected images NAME_test.jpg, their boxes NAME.txt, the official lists trainval.txt and test.txt, and
-the defect-free templates NAME_temp.jpg, one of them (90100034) without an inspected image. The detectors of this
-study do not use the templates. The inspected image 44000020 (test list) has its boxes and class names painted in.
+the defect-free templates NAME_temp.jpg, one of them (90100034) without an inspected image. The set "deep_pcb" is read
+without the templates, "deep_pcb_pair" with them. The inspected image 44000020 (test list) has its boxes and class names
+painted in.
 
 What is pinned: the fingerprint of those 4,503 files, computed from the archive whose sha256 is in `archive_sha256`;
 every fetched archive must give it. The zip that the public address serves was not fetched for this study.

@@ -1,4 +1,4 @@
-"""Fluttering cloth and a second sensor: what is done to images, the networks, their rows."""
+"""Fluttering cloth, a second sensor, a template: what is done to images, the networks, their rows."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,9 @@ import torch
 from toy_runs import quiet, runs_of
 
 from defectlab.data.anomaly import AnomalyData, load_anomaly
+from defectlab.data.detection import DetectionData, load_detection
 from defectlab.data.frames import FrameData, load_frames
+from defectlab.metrics.detection import located_statistic
 from defectlab.networks.second_sensor import INPUTS, SensorNet, SensorSettings, levelled, standardised
 from defectlab.studies import cures as study
 from defectlab.training.flutter import fluttered, in_motion, middle, run_flutter
@@ -22,6 +24,7 @@ from defectlab.training.second_sensor import (
     run_threshold,
     shifted,
 )
+from defectlab.training.template import DifferenceSettings, regions, run_difference, widened
 
 SMALL = study.SENSOR["smoke"]
 
@@ -186,3 +189,35 @@ def test_rows_of_cures() -> None:
     assert rows["net_late"].settings.depth == rows["net_depth"].settings
     assert rows["net_early"].settings.split == "session_2" != rows["net_early_other"].settings.split
     assert SensorSettings() == rows["net_early"].settings
+    rows = study.board_rows("quick")
+    assert rows["board_alone"].settings == replace(rows["board_template"].settings, dataset="deep_pcb", colours=True)
+
+
+# --- A template ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def boards(synthetic: Path) -> DetectionData:
+    return load_detection("synthetic_board_pair", 640, root=synthetic)
+
+
+def test_what_differs_from_the_template_is_found_without_learning(boards: DetectionData) -> None:
+    result = run_difference(DifferenceSettings("synthetic_board_pair"), 0, boards, quiet())
+    assert result.notes["margin"] == "0 px" and not result.curve  # these boxes are exact
+    assert result.metrics["f1_dev"] > 90 and result.metrics["recall_dev"] > 90
+    assert located_statistic(result.predictions)(None) > 90
+    assert "map50" not in result.metrics  # it names no type
+    blind = replace(boards, test=replace(boards.test, images=0 * boards.test.images))
+    assert run_difference(DifferenceSettings("synthetic_board_pair"), 0, blind, quiet()).metrics["recall_dev"] == 0
+
+
+def test_regions_of_a_difference() -> None:
+    plane = np.zeros((40, 40), np.uint8)
+    plane[4:10, 6:12], plane[4:10, 15:20], plane[30, :], plane[20:30, 30:40] = 255, 200, 255, 127
+    boxes, areas = regions(plane, 128, opening=3, closing=0)
+    assert boxes.tolist() == [[6, 4, 12, 10], [15, 4, 20, 10]] and areas.tolist() == [36, 30]
+    boxes, areas = regions(plane, 128, opening=3, closing=5)  # 3 px apart: one defect
+    assert boxes.tolist() == [[6, 4, 20, 10]] and areas.tolist() == [84]
+    assert len(regions(plane, 128, opening=1, closing=0)[0]) == 3 and regions(0 * plane, 128, 3, 9)[0].shape == (0, 4)
+    (wide,) = widened([(torch.tensor([[2.0, 4, 30, 39]]), torch.ones(1))], torch.tensor([[40, 36]]), 3)
+    assert wide["boxes"].tolist() == [[0, 1, 33, 40]]

@@ -177,6 +177,24 @@ def test_board_colour_is_read_as_grey(copies: Path, tmp_path: Path) -> None:
     assert load_detection("deep_pcb", SIZE, root=tmp_path).test.images.shape[1] == 1
 
 
+def test_board_beside_its_template(copies: Path, tmp_path: Path) -> None:
+    alone, pair = (load_detection(name, SIZE, root=copies) for name in ("deep_pcb", "deep_pcb_pair"))
+    assert pair.label == "DeepPCB with its templates" and pair.fingerprint == alone.fingerprint
+    assert torch.equal(pair.test.boxes, alone.test.boxes) and pair.test.names == alone.test.names
+    assert pair.test.images.shape[1] == 3 and torch.equal(pair.test.images[:, :1], alone.test.images)
+    differs = pair.test.images[:, 2].float()
+    for image, boxes in zip(differs, pair.test.ground_truth(), strict=True):
+        x1, y1, x2, y2 = (boxes["boxes"][0] * SIZE / 160).round().int().tolist()
+        assert image[y1:y2, x1:x2].mean() > 10 * image.mean()
+    assert torch.equal(load_images("deep_pcb_pair", "dev", SIZE, root=copies), pair.dev.images)
+    shutil.copytree(copies / "deep_pcb", tmp_path / "deep_pcb")
+    template = next((tmp_path / "deep_pcb").rglob("*_temp.jpg"))
+    Image.new("L", (150, 160)).save(template)
+    manifest(tmp_path / "deep_pcb")
+    with pytest.raises(DataError, match=r"its template differ in size, \(160, 160\) and \(150, 160\): run `python"):
+        load_detection("deep_pcb_pair", SIZE, root=tmp_path)
+
+
 @pytest.mark.parametrize(("name", "counts"), [("synthetic_steel", [86, 10, 24]), ("synthetic_board", [43, 5, 12])])
 def test_synthetic(synthetic: Path, name: str, counts: list[int]) -> None:
     data = load_detection(name, SIZE, root=synthetic)

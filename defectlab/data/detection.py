@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from defectlab.data.annotations import DUPLICATES, AnnotatedImage, Annotations, read_deep_pcb, read_voc
@@ -119,25 +120,27 @@ class _Set:
     strata: str  # matches its images; group 1 is the stratum
     read: Callable[[Path, Sequence[str]], Annotations]
     test: Callable[[Plan, Mapping[str, str]], list[str]]  # (plan, image -> stratum) -> images
-    grey: bool = False  # read colour as grey
+    planes: str = "colour"  # what an image is read as, see `_read_image`
 
 
 def _steel(folder: str, label: str, test: Callable) -> _Set:
     return _Set(folder, label, NEU_CLASSES, r"IMAGES/(.+)_\d+\.jpg", read_voc, test)
 
 
-def _board(folder: str, label: str) -> _Set:
+def _board(folder: str, label: str, planes: str = "grey") -> _Set:
     """Grey, because one inspected image of DeepPCB (44000020, in the test list) has its boxes painted in colour."""
     strata = r"PCBData/(group\d+)/\d+/\d+_test\.jpg"
-    return _Set(folder, label, DEEP_PCB_CLASSES, strata, read_deep_pcb, _board_lists, grey=True)
+    return _Set(folder, label, DEEP_PCB_CLASSES, strata, read_deep_pcb, _board_lists, planes)
 
 
 _SETS = {
     "neu_det": _steel("neu_det", "NEU-DET", _steel_list),
     "neu_det_index": _steel("neu_det", "NEU-DET, index split", _above_240),
     "deep_pcb": _board("deep_pcb", "DeepPCB"),
+    "deep_pcb_pair": _board("deep_pcb", "DeepPCB with its templates", "pair"),
     "synthetic_steel": _steel("synthetic_steel", SYNTHETIC["synthetic_steel"].label, _last_fifth),
     "synthetic_board": _board("synthetic_board", SYNTHETIC["synthetic_board"].label),
+    "synthetic_board_pair": _board("synthetic_board", SYNTHETIC["synthetic_board"].label + " with templates", "pair"),
 }
 
 
@@ -178,19 +181,20 @@ def load_detection(dataset: str, size: int, device="cpu", root: Path | None = No
 
     `dataset`: "neu_det" (our test split, a fifth: splits/neu_det_test.txt), "neu_det_index" (test = numbers 241-300
     of each class), "deep_pcb" (the official lists), "synthetic_steel" or "synthetic_board"; "sample/" before the
-    name of a real one: its committed sample. `size`: side of the square images in pixels. `root`: where data sets lie,
+    name of a real one: its committed sample; "_pair" after that of boards: three planes, the inspected image, its
+    template and how much they differ. `size`: side of the square images in pixels. `root`: where data sets lie,
     by default `data_dir()`. Raises DataError naming the file and the remedy; ValueError for a size below 1.
     """
     plan, chosen = _plan(dataset, root), _SETS[dataset.removeprefix(SAMPLE)]
     annotations = chosen.read(plan.folder, chosen.class_names)
-    return to_data(dataset, plan, annotations, size, device, chosen.grey)
+    return to_data(dataset, plan, annotations, size, device, chosen.planes)
 
 
 def load_images(dataset: str, part: str, size: int, device="cpu", root: Path | None = None) -> Tensor:
     """The images of one part alone: as `load_detection`'s, in its order, without boxes."""
     check_size(size)
-    plan, grey = _plan(dataset, root), _SETS[dataset.removeprefix(SAMPLE)].grey
-    read = in_threads(partial(_read_image, size=size, remedy=plan.remedy, grey=grey), _paths(plan, part))
+    plan, planes = _plan(dataset, root), _SETS[dataset.removeprefix(SAMPLE)].planes
+    read = in_threads(partial(_read_image, size=size, remedy=plan.remedy, planes=planes), _paths(plan, part))
     return _stacked([pixels for pixels, _, _ in read], device)
 
 
@@ -198,9 +202,17 @@ def _paths(plan: Plan, part: str) -> list[Path]:
     return [plan.folder / name for name in plan.parts[part]]
 
 
-def _read_image(path: Path, size: int, remedy: str, grey: bool) -> tuple[np.ndarray, float, tuple[float, float]]:
+def _read_image(path: Path, size: int, remedy: str, planes: str) -> tuple[np.ndarray, float, tuple[float, float]]:
+    """`planes`: "colour"; "grey"; "pair": an inspected board, its template, and the difference of the two, in grey."""
     image = decode(path, remedy)
-    return letterbox(image.convert("L") if grey else image, size)
+    if planes != "colour":
+        image = image.convert("L")
+    if planes == "pair":
+        template = decode(path.with_name(path.name.replace("_test.", "_temp.")), remedy).convert("L")
+        if template.size != image.size:
+            raise DataError(f"{path} and its template differ in size, {image.size} and {template.size}: {remedy}")
+        image = Image.merge("RGB", (image, template, ImageChops.difference(image, template)))
+    return letterbox(image, size)
 
 
 def _stacked(images: Sequence[np.ndarray], device, channels: int | None = None) -> Tensor:
@@ -211,16 +223,16 @@ def _stacked(images: Sequence[np.ndarray], device, channels: int | None = None) 
 
 
 def to_data(
-    name: str, plan: Plan, annotations: Annotations, size: int, device="cpu", grey: bool = False
+    name: str, plan: Plan, annotations: Annotations, size: int, device="cpu", planes: str = "colour"
 ) -> DetectionData:
     """Decode the images that `plan.parts` names by their paths in `plan.folder`, and scale their boxes.
 
-    `name`: of the result. Others, and errors, as `load_detection`. `grey`: read colour as grey.
+    `name`: of the result. Others, and errors, as `load_detection`. `planes`: what an image is read as.
     """
     check_size(size)
     by_path = {image.path: image for image in annotations.images}
     groups = {part: [by_path[path] for path in _paths(plan, part)] for part in PARTS}
-    one = partial(_read_image, size=size, remedy=plan.remedy, grey=grey)
+    one = partial(_read_image, size=size, remedy=plan.remedy, planes=planes)
     read = {part: in_threads(one, _paths(plan, part)) for part in PARTS}
     channels = max(len(pixels) for part in PARTS for pixels, _, _ in read[part])
     splits = {part: _to_split(groups[part], read[part], plan.parts[part], channels, device) for part in PARTS}

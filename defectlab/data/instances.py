@@ -178,7 +178,7 @@ def load_instances(dataset: str, size: int, device="cpu", root: Path | None = No
     images = tuple(
         AnnotatedImage(plan.folder / name, width, height, boxes, labels) for name, (boxes, labels, _, _) in read.items()
     )
-    data = to_data(dataset, plan, Annotations(CLASSES, images), size, device, grey=True)
+    data = to_data(dataset, plan, Annotations(CLASSES, images), size, device, planes="grey")
     report = f"{data.report}\nspecks left out (under {SPECK} px): {sum(specks for *_, specks in read.values())}"
     splits = {part: _with_maps(getattr(data, part), read, size) for part in PARTS}
     return InstanceData(**vars(data) | splits | {"report": report})

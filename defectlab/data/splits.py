@@ -58,8 +58,8 @@ def set_and_root(name: str, root: Path | None) -> tuple[str, Path | None]:
 
 
 def folder_of(name: str) -> str:
-    """The folder of a set, also by the name of its sample or of another split of it."""
-    return re.sub("_(index|published|grouped)$", "", name.removeprefix(SAMPLE))
+    """The folder of a set, also by the name of its sample, of another split or of another form of it."""
+    return re.sub("_(index|published|grouped|pair)$", "", name.removeprefix(SAMPLE))
 
 
 def here_or_sample(name: str) -> str:

@@ -6,11 +6,13 @@ from typing import Any
 
 from defectlab.data.frames import FrameData, frames_fingerprint, load_frames
 from defectlab.networks.second_sensor import INPUTS, SensorSettings
+from defectlab.studies import detector
 from defectlab.studies import reverse_distillation as baselines
 from defectlab.studies.study import FEW, ONCE, Row, Study
 from defectlab.training.flutter import CLOTH, FlutterSettings, run_flutter
 from defectlab.training.light import BRIGHT, DARK, LightSettings, run_light
 from defectlab.training.second_sensor import LateSettings, ThresholdSettings, run_late, run_sensor, run_threshold
+from defectlab.training.template import DifferenceSettings, run_difference
 
 EVERY = (1, 2, 3, 4, 5, 6)  # exposures
 CHANGES = {"to_bright": (DARK, BRIGHT), "to_dark": (BRIGHT, DARK)}  # light to learn from, light of the test
@@ -28,6 +30,12 @@ SENSOR = {
     "smoke": SensorSettings(dataset="synthetic_road", widths=(4, 8), draws=8, epochs=1),
     "quick": SensorSettings(),
     "paper": SensorSettings(widths=(32, 64, 128, 256), epochs=200),
+}
+BOARD = {
+    "smoke": detector.SETTINGS["smoke"],
+    # chosen on dev, see results/tried.md
+    "quick": replace(detector.SETTINGS["quick"], size=320, epochs=20, batch=8, mosaic=0.0, close_mosaic=0),
+    "paper": detector.SETTINGS["paper"],
 }
 SPLITS = {"": "session_2", "_other": "session_1"}  # of the second sensor: what its rows' names end with
 
@@ -97,10 +105,21 @@ def sensor_rows(profile: str) -> dict[str, Row]:
     return found
 
 
+def board_rows(profile: str) -> dict[str, Row]:
+    few, alone = FEW[profile], replace(BOARD[profile], dataset=detector.on("deep_pcb", profile))
+    pair = f"{alone.dataset}_pair"
+    return {
+        "board_difference": detector.row(DifferenceSettings(pair), run_difference, seeds=ONCE[profile], primary=True),
+        "board_alone": detector.row(alone, seeds=few, primary=True),
+        "board_template": detector.row(replace(alone, dataset=pair, colours=False), seeds=few, primary=True),
+    }
+
+
 def rows(profile: str) -> dict[str, Row]:
-    return light_rows(profile) | flutter_rows(profile) | sensor_rows(profile)
+    return light_rows(profile) | flutter_rows(profile) | sensor_rows(profile) | board_rows(profile)
 
 
+BOXES = ("map50", "map50_95", "located50")
 SHIFTED = ("iou", "iou_no_depth", "iou_shift_4", "iou_shift_8", "iou_shift_16")
 STUDY = Study(
     "Which cure works? Other light, fluttering cloth, a second sensor",
@@ -109,6 +128,7 @@ STUDY = Study(
         "tiles": "PatchCore on magnetic tiles under another light than in training, no tile on two sides",
         "cloth": "PatchCore on AITEX fabric, flat or fluttering (a synthetic change), no strip on two sides",
         "road": "potholes by colour, depth or both, trained on one drive and tested on the others",
+        "boards": "circuit boards alone, beside their template, and by what differs from it alone",
     },
-    (*baselines.METRICS, ("found", "false_alarms", "found_small"), SHIFTED),
+    (*baselines.METRICS, ("found", "false_alarms", "found_small"), SHIFTED, BOXES),
 )

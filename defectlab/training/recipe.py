@@ -21,7 +21,8 @@ Loss = Callable[[Batch], dict[str, Tensor]]
 
 def augmentation_of(settings: DetectorSettings) -> Augmentation:
     shared = {name: getattr(settings, name) for name in ("mosaic", "degrees", "translate", "flip_up_down")}
-    return Augmentation(**shared, scale=settings.zoom)
+    changes = {} if settings.colours else {"hue": 0.0, "saturation": 0.0}
+    return Augmentation(**shared, scale=settings.zoom, **changes)
 
 
 def make_optimizer(parts: nn.Module, settings: DetectorSettings) -> torch.optim.Optimizer:

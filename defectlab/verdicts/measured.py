@@ -37,6 +37,7 @@ METRIC_NAMES = {
     "map50": "mAP50",
     "map50_95": "mAP50:95",
     "map33": "mAP33 (IoU 0.33)",
+    "located50": "AP50, types ignored",
     "precision_dev": "precision, dev threshold",
     "recall_dev": "recall, dev threshold",
     "f1_dev": "F1, dev threshold",
@@ -101,9 +102,9 @@ DETECTION = (*detection.METRIC_IOUS, *detection.MASK_IOUS)
 ROBUSTNESS = ("map50_blur", "kept_blur", "map50_noise", "kept_noise")
 ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
 BALANCED = "balanced_accuracy"
-# No record has these among its metrics: they follow from its scores. The threshold is the one that this share of good
-# images passes, of the held-out ones for the first, of those of the test for the second.
-DERIVED, PASSED = ("f1_regret", "missed_at_5"), 0.05
+# No record has these among its metrics: they follow from its scores, or from its boxes. The threshold is the one that
+# this share of good images passes, of the held-out ones for the first, of those of the test for the second.
+DERIVED, PASSED = {"f1_regret": "dev_scores", "missed_at_5": "dev_scores", "located50": "prediction_boxes"}, 0.05
 BOOTSTRAPPED = (
     *ANOMALY,
     *DERIVED,
@@ -124,7 +125,7 @@ def value_of(record: Record, metric: str) -> float:
     """A metric in per cent, or a cost in its unit; NaN where the record has none."""
     if metric in DERIVED:
         arrays = record.arrays
-        return float(_derived(arrays, metric)(None)) if "dev_scores" in arrays else math.nan
+        return float(_derived(arrays, metric)(None)) if DERIVED[metric] in arrays else math.nan
     return math.nan if is_timed(metric) else (record.costs if metric in COSTS else record.metrics).get(metric, math.nan)
 
 
@@ -209,6 +210,8 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
 
 def _derived(arrays: dict[str, np.ndarray], metric: str) -> Callable[[np.ndarray | None], float]:
     """(weight of each test image, None: 1 each) -> one of `DERIVED` in per cent."""
+    if metric == "located50":
+        return detection.located_statistic(arrays)
     scores, labels = arrays["scores"], arrays["labels"]
     if metric == "missed_at_5":
         return lambda weights: missed_at(scores, labels, PASSED, weights)

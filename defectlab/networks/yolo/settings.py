@@ -32,6 +32,7 @@ class DetectorSettings:
     translate: float = 0.1  # of the side
     degrees: float = 0.0
     flip_up_down: float = 0.0  # probability
+    colours: bool = True  # False: the three planes are no colours, hue and saturation stay
     close_mosaic: int = 10  # last epochs without mosaic
     anchors: str = "coco"  # v5 only: "coco" or "kmeans" on the training boxes
     precision: str = "bf16"  # where the device is fast at it, else fp32
