@@ -96,7 +96,7 @@ def test_odd_labels_and_requests_are_named(root: Path) -> None:
         fetch.write_manifest(root / "elpv", "ELPV", "a test")
 
     for name, split in (("cells", "blocks"), ("elpv", "modules")):
-        with pytest.raises(DataError, match="choose elpv or sample/elpv, split blocks or drawn"):
+        with pytest.raises(DataError, match="choose elpv, sample/elpv or synthetic_cell, split blocks or drawn"):
             load_cells(name, split=split, root=root)
     odd = {
         r"line 2: 'images/cell0002.png  0\.5  poly' is no image, probability": "images/cell0002.png  0.5  poly",
@@ -124,6 +124,19 @@ def test_the_sample_has_each_label_and_a_pair() -> None:
     assert {round(value, 2) for value in given} == {0, 0.33, 0.67, 1} and "sample of 10 images" in data.label
     names = {name for part in PARTS for name in getattr(data, part).names}
     assert [pair for pair in cards.card("elpv")["drawn"]["pairs"] if {*pair[:2]} <= names]
+
+
+@pytest.mark.parametrize("split", ["blocks", "drawn"])
+def test_synthetic_cells_show_what_their_label_says(split: str, synthetic: Path) -> None:
+    data = load_cells("synthetic_cell", 100, split, root=synthetic)
+    assert data.label == "synthetic solar cells" and data.train.images.shape[1:] == (1, 100, 100)
+    for part in PARTS:
+        found = getattr(data, part)
+        assert set(found.kind.tolist()) == {0, 1} and set(found.labels.tolist()) == {0, 1}, part
+    parts = [getattr(data, part) for part in PARTS]
+    images, labels = torch.cat([p.images for p in parts])[:, 0], torch.cat([p.labels for p in parts])
+    dark = torch.stack([(image < image.float().median() - 35).float().mean() for image in images])
+    assert dark[labels == 1].median() > 2 * dark[labels == 0].median()
 
 
 @pytest.mark.real_data

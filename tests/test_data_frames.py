@@ -132,6 +132,20 @@ def test_larger_frames_are_reduced_with_their_masks(tmp_path: Path) -> None:
     assert not data.test.masks[0, :229].any() and data.test.masks[0, 231:, :1098].all()
 
 
+def test_on_a_synthetic_screw_a_pit_grows_from_frame_to_frame(synthetic: Path) -> None:
+    data = load_frames("synthetic_screw", "zones", root=synthetic)
+    assert [len(getattr(data, part)) for part in PARTS] == [20, 10, 15] and data.label == "synthetic ball screws"
+    areas = {}
+    for part in PARTS:
+        for name, mask in zip(getattr(data, part).names, getattr(data, part).masks, strict=True):
+            areas.setdefault(position_of(name), []).append(int(mask.sum()))
+    assert len(areas) == 9 and all(found[-1] > 3 * found[0] > 0 for found in areas.values())
+    frames, marked = data.test.images.float().mean(1), data.test.masks > 0
+    assert frames[marked].mean() < frames[~marked].mean() - 20
+    with pytest.raises(DataError, match="no set 'synthetic_screw' with a split 'official'"):
+        load_frames("synthetic_screw", "official", root=synthetic)
+
+
 @pytest.mark.real_data
 def test_real_screws(real_set) -> None:
     root = real_set("bsdata")

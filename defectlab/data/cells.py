@@ -27,9 +27,10 @@ from torch import Tensor
 
 from defectlab.data.images import check_size, decode, in_threads, to_square
 from defectlab.data.splits import PARTS, SAMPLE, Plan, draw_split, identity, locate, set_and_root, with_dev
+from defectlab.data.synthetic import SYNTHETIC
 from defectlab.files import DataError
 
-ELPV = "elpv"
+ELPV, SYNTHETIC_CELL = "elpv", "synthetic_cell"
 KINDS = ("mono", "poly")
 CLASSES = ("functional", "defective")
 DEFECTIVE = 0.5  # a cell is defective from this probability on: 2/3 and 1 are, 0 and 1/3 are not; ours
@@ -85,10 +86,11 @@ def _within(cell: str, blocks: tuple[tuple[int, int], ...]) -> bool:
 
 def _plan(name: str, split: str, root: Path | None) -> tuple[Plan, dict[str, tuple[str, float, str]]]:
     own_name, root = set_and_root(name, root)
-    if own_name != ELPV or split not in SPLITS:
-        choices = f"{ELPV} or {SAMPLE}{ELPV}, split {' or '.join(SPLITS)}"
+    if own_name not in (ELPV, SYNTHETIC_CELL) or split not in SPLITS:
+        choices = f"{ELPV}, {SAMPLE}{ELPV} or {SYNTHETIC_CELL}, split {' or '.join(SPLITS)}"
         raise DataError(f"there is no set of cells {name!r} with a split {split!r}: choose {choices}")
-    plan = locate(ELPV, "solar cells", f"{ELPV}.py --archive FILE", root)
+    label = "solar cells" if own_name == ELPV else SYNTHETIC[own_name].label
+    plan = locate(own_name, label, f"{ELPV}.py --archive FILE", root)
     cells = read_labels(plan.folder / "labels.csv", plan.remedy)
     images = {path for path in plan.manifest.files if path.startswith("images/")}
     if odd := images.symmetric_difference(path for path, _, _ in cells.values()):
@@ -118,8 +120,8 @@ def load_cells(
 ) -> CellData:
     """Read the cells as tensors on `device`, resized to `size` x `size` px.
 
-    `name`: "elpv", or "sample/elpv", its committed sample. `split`: one of `SPLITS`. `root`: where data sets lie, by
-    default `data_dir()`.
+    `name`: "elpv", "sample/elpv", its committed sample, or "synthetic_cell". `split`: one of `SPLITS`. `root`: where
+    data sets lie, by default `data_dir()`.
     Raises DataError naming the file and the remedy; ValueError for a size below 1.
     """
     check_size(size)

@@ -26,11 +26,18 @@ from torch import Tensor
 
 from defectlab.data.images import decode, in_threads, opened
 from defectlab.data.splits import PARTS, Plan, identity, locate, read_list, set_and_root, with_dev
+from defectlab.data.synthetic import SYNTHETIC
 from defectlab.files import DataError
 
-ROAD, BALL_SCREWS, SYNTHETIC_ROAD = "road_depth", "bsdata", "synthetic_road"
+ROAD, SYNTHETIC_ROAD = "road_depth", "synthetic_road"
+BALL_SCREWS, SYNTHETIC_SCREW = "bsdata", "synthetic_screw"
 SESSIONS = ("session_1", "session_2", "session_3")
-SPLITS = {ROAD: SESSIONS, SYNTHETIC_ROAD: SESSIONS, BALL_SCREWS: ("zones", "official")}
+SPLITS = {
+    ROAD: SESSIONS,
+    SYNTHETIC_ROAD: SESSIONS,
+    BALL_SCREWS: ("zones", "official"),
+    SYNTHETIC_SCREW: ("zones",),
+}
 FRAMES = {  # of each session of the road
     session: tuple(f"{number:02}" for number in range(1, count + 1)) for session, count in {1: 22, 2: 40, 3: 5}.items()
 }
@@ -105,8 +112,9 @@ def _plan(name: str, split: str, root: Path | None) -> Plan:
         raise DataError(f"there is no set {name!r} with a split {split!r}: choose {choices}")
     label, command, parts_of = {
         ROAD: ("potholes with depth", "road_depth.py", _road_parts),
-        SYNTHETIC_ROAD: ("synthetic road", "", _road_parts),
+        SYNTHETIC_ROAD: (SYNTHETIC[SYNTHETIC_ROAD].label, "", _road_parts),
         BALL_SCREWS: ("ball screws", "bsdata.py", _screw_parts),
+        SYNTHETIC_SCREW: (SYNTHETIC[SYNTHETIC_SCREW].label, "", _screw_parts),
     }[own_name]
     plan = locate(own_name, label, f"{command} --archive FILE", root)
     parts = dict(zip(PARTS, parts_of(plan, split), strict=True))
@@ -130,11 +138,11 @@ def frames_fingerprint(name: str, split: str, root: Path | None = None) -> str:
 def load_frames(name: str, split: str, device="cpu", root: Path | None = None) -> FrameData:
     """Read the frames, whole, as tensors on `device`.
 
-    `name`: "road_depth", "synthetic_road" or "bsdata"; "sample/" before a real one: its committed sample. `split`: one
-    of `SPLITS`. `root`: where data sets lie, by default `data_dir()`. Raises DataError naming the file and the remedy.
+    `name`: one of `SPLITS`; "sample/" before a real one: its committed sample. `split`: one of those of the set.
+    `root`: where data sets lie, by default `data_dir()`. Raises DataError naming the file and the remedy.
     """
     plan = _plan(name, split, root)
-    read = _read_screw if set_and_root(name, root)[0] == BALL_SCREWS else _read_road
+    read = _read_screw if set_and_root(name, root)[0] in (BALL_SCREWS, SYNTHETIC_SCREW) else _read_road
     found = {part: in_threads(partial(read, plan=plan), names) for part, names in plan.parts.items()}
     masks = [frame["masks"] for frames in found.values() for frame in frames]
     size = [-(-max(mask.shape[axis] for mask in masks) // MULTIPLE) * MULTIPLE for axis in (0, 1)]

@@ -4,8 +4,9 @@ Nothing measured on these images says anything about the real sets. What is imit
 Yuan, "Surface defect saliency of magnetic tile", The Visual Computer 36, 2020), MVTec AD metal_nut (Bergmann et al.,
 CVPR 2019), NEU-DET (He et al., "An end-to-end steel surface defect detection approach via fusing multiple hierarchical
 features", IEEE TIM 69, 2020), NEU-Seg (its images, of three classes, with masks), DeepPCB (Tang et al., "Online PCB
-defect detector on a new PCB defect dataset", arXiv 1902.06197) and AITEX (Silvestre-Blanes et al., AUTEX Research
-Journal 19, 2019). The same seed writes the same bytes (with the same
+defect detector on a new PCB defect dataset", arXiv 1902.06197), AITEX (Silvestre-Blanes et al., AUTEX Research Journal
+19, 2019), a road with potholes (Fan et al., IEEE TIP 29, 2020), ball screws (Schlagenhauf and Landwehr, Data in Brief
+39, 2021) and solar cells (Deitsch et al., Solar Energy 185, 2019). The same seed writes the same bytes (with the same
 versions of numpy, scipy and pillow).
 """
 
@@ -16,8 +17,10 @@ from pathlib import Path
 
 from defectlab.data.fetch import MANIFEST, Manifest, create_folder, quick_check, write_manifest
 from defectlab.data.synthetic.boards import write_board
+from defectlab.data.synthetic.cells import write_cells
 from defectlab.data.synthetic.fabric import write_fabric
 from defectlab.data.synthetic.road import write_road
+from defectlab.data.synthetic.screws import write_screws
 from defectlab.data.synthetic.steel import write_steel, write_steel_masks
 from defectlab.data.synthetic.tiles import write_magnetic_tile, write_mvtec
 
@@ -37,6 +40,8 @@ SYNTHETIC = {  # by the name that the readers take, which is the folder below th
     "synthetic_board": Synthetic("synthetic boards", write_board, "67d3f5cf7205496c"),
     "synthetic_steel_masks": Synthetic("synthetic steel with masks", write_steel_masks, "5a316204a3104b8e"),
     "synthetic_road": Synthetic("synthetic road", write_road, "77b086e0bc2b3ca4"),
+    "synthetic_screw": Synthetic("synthetic ball screws", write_screws, "9fdf9ae76b0ddd46"),
+    "synthetic_cell": Synthetic("synthetic solar cells", write_cells, "4fe42b3bc66bf82e"),
     "synthetic_fabric": Synthetic("synthetic fabric", write_fabric, "a8eefc53ab4f5ca7"),
 }
 
