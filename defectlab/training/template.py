@@ -76,24 +76,23 @@ def run_difference(settings: DifferenceSettings, seed: int, data: DetectionData,
         part: [t | {"labels": torch.zeros_like(t["labels"])} for t in getattr(data, part).ground_truth()]
         for part in ("dev", "test")
     }
-    best, chosen = -1.0, {}
+    tried = {}
     for opening, closing in product(settings.openings, settings.closings):
         found = find(data.dev, settings.level, opening, closing)
         for margin in settings.margins:
             boxes = widened(found, data.dev.sizes, margin)
             matches = match(boxes, ground_truth["dev"], (0.5,), 1)
-            f1 = float(f1_curve(matches.scores, matches.right[:, 0], int(matches.ground_truth.sum())).max(initial=0.0))
-            if f1 > best:
-                best, chosen = f1, {"opening": opening, "closing": closing, "margin": margin}
-                dev = boxes
+            f1 = f1_curve(matches.scores, matches.right[:, 0], int(matches.ground_truth.sum())).max(initial=0.0)
+            tried[opening, closing, margin] = f1, boxes
+    opening, closing, margin = chosen = max(tried, key=lambda names: tried[names][0])
+    dev = tried[chosen][1]
     threshold = best_f1_threshold(dev, ground_truth["dev"])
-    found = find(data.test, settings.level, chosen["opening"], chosen["closing"])
-    test = widened(found, data.test.sizes, chosen["margin"])
+    test = widened(find(data.test, settings.level, opening, closing), data.test.sizes, margin)
     parts = {"dev": dev, "test": test}
     measured = {p: evaluate(boxes, ground_truth[p], ("defect",), threshold)[0] for p, boxes in parts.items()}
     metrics = {p: {k: v for k, v in m.items() if not k.startswith("map")} for p, m in measured.items()}
     arrays = pack(test, ground_truth["test"], data.test.names, ("defect",))
     arrays |= example_arrays(data.test, test, ground_truth["test"])
     result = result_of((metrics["test"], {}), metrics["dev"], threshold, arrays, torch.nn.Identity())
-    result.notes = {name: f"{value} px" for name, value in chosen.items()}
+    result.notes = {"opening": f"{opening} px", "closing": f"{closing} px", "margin": f"{margin} px"}
     return result
