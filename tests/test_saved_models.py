@@ -55,6 +55,7 @@ def with_setting(**values: Any) -> Callable[[dict[str, Any], dict[str, Tensor]],
     [
         *(("bsdrd", with_setting(size=value)) for value in (7, 128.5, None, 1_000_000, "64", True)),
         ("detector", with_setting(size=-64)),
+        ("yolo_dcf", with_setting(colours=False)),
         *(("bsdrd", with_setting(teacher=value)) for value in ("resnet99", 18)),
         *(("bsdrd", with_setting(students=value)) for value in (["struct", "tutor"], "struct")),
         *(("bsdrd", with_setting(low_channels=value)) for value in (10**7, -1)),

@@ -48,6 +48,8 @@ def detect(options: argparse.Namespace) -> int:
 def read_detector(path: Path, device: str) -> tuple[Detector, tuple[str, ...], saved.Saved]:
     """-> (detector for inference, not yet fused; names of its classes; what the file says). DataError as `saved`'s."""
     model = saved.read(path, SETTINGS, REMEDY)
+    if not model.settings.colours:
+        raise DataError(f"{path} looks at boards beside their templates, which a folder of images lacks: {REMEDY}")
     names = model.header.get("class_names") or CLASS_NAMES.get(model.settings.dataset, ())
     detector = model.build(lambda: BUILD[model.settings.model](model.settings, len(names)))  # with the anchors of v5
     return detector.to(device, memory_format=torch.channels_last).eval(), tuple(names), model
