@@ -59,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, text: str, profile: str | None = "quick") -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         if name in ("run", "status", "record"):
-            command.add_argument("study", choices=list(STUDIES), nargs=None if name == "run" else "?")
+            studies = [*STUDIES, batch.ALL] if name == "run" else list(STUDIES)
+            command.add_argument("study", choices=studies, nargs=None if name == "run" else "?")
             command.add_argument("--rows", type=names, metavar="A,B", help="rows of the study; default: all")
             command.add_argument("--seeds", type=seeds, metavar="0,1", help="default: as the study plans them")
         if profile:
@@ -123,13 +124,20 @@ def parser() -> argparse.ArgumentParser:
 def chosen(options: argparse.Namespace, log: Callable[[str], None] | None = None) -> list[Task]:
     """The tasks that --rows and --seeds or --tasks name. ValueError where there are none. `log`: see `batch.tasks`."""
     if getattr(options, "tasks", None):
-        pairs = [pair.partition(":")[::2] for pair in options.tasks]
-        if not all(seed.isdigit() for _, seed in pairs):
-            raise ValueError(f"--tasks takes ROW:SEED,ROW:SEED,..., got {','.join(options.tasks)}")
-        wanted = [(row, int(seed)) for row, seed in pairs]
-        rows, numbered = (list(dict.fromkeys(values)) for values in zip(*wanted, strict=True))
-        listed = {(t.name, t.seed): t for t in tasks(options.study, options.profile, rows, numbered, log)}
-        return [listed[pair] for pair in wanted]
+        form = "STUDY/ROW:SEED" if options.study == batch.ALL else "ROW:SEED"
+        wanted = []
+        for pair in options.tasks:
+            where, _, seed = pair.rpartition(":")
+            of, _, row = where.rpartition("/")
+            if not seed.isdigit() or bool(of) != (options.study == batch.ALL) or of not in ("", *STUDIES):
+                raise ValueError(f"--tasks takes {form},{form},..., got {','.join(options.tasks)}")
+            wanted.append((of or options.study, row, int(seed)))
+        listed = {}
+        for of in dict.fromkeys(name for name, _, _ in wanted):
+            own = [(row, seed) for name, row, seed in wanted if name == of]
+            rows, numbered = (list(dict.fromkeys(values)) for values in zip(*own, strict=True))
+            listed |= {(of, t.name, t.seed): t for t in tasks(of, options.profile, rows, numbered, log)}
+        return [listed[task] for task in wanted]
     listed = tasks(options.study, options.profile, options.rows, options.seeds, log)
     if unplanned := batch.unplanned(options.rows, listed):
         raise ValueError(f"{', '.join(unplanned)}: {batch.unplanned_note(options.profile)}")
@@ -140,8 +148,8 @@ def run(options: argparse.Namespace) -> int:
     batch.end_with_parent()
     listed, device = chosen(options, print), pick_device(options.device)
     if options.jobs > 1:
-        return batch.run_parallel(options.study, listed, options.profile, device, options.minutes, options.jobs)
-    batch.run_tasks(options.study, listed, options.profile, device, options.minutes)
+        return batch.run_parallel(listed, options.profile, device, options.minutes, options.jobs)
+    batch.run_tasks(listed, options.profile, device, options.minutes)
     return 0
 
 

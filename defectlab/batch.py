@@ -19,7 +19,7 @@ from defectlab import runs
 from defectlab.files import Busy, disk_full, locked, writable
 from defectlab.provenance import CHILD, JOBS, peak_memory_mb, pick_device, provenance, reset_peak_memory
 from defectlab.runs import Context, OutOfTime, Record, first_line
-from defectlab.studies import Row, Study, study
+from defectlab.studies import STUDIES, Row, Study, study
 from defectlab.verdicts.measured import COSTS, value_of, written
 from defectlab.verdicts.tables import record_store
 
@@ -96,11 +96,14 @@ def seconds_before(checkpoint: Path) -> float:
 
 # --- Batches ---------------------------------------------------------------------------------------------------------
 
+ALL = "all"  # in place of a study's name: every study
+
 
 @dataclass(frozen=True)
 class Task:
     """One row and seed of a study, and whether it is recorded (committed) or has been run here."""
 
+    study: str
     name: str  # of the row
     seed: int
     row: Row
@@ -117,14 +120,18 @@ def tasks(
 ) -> list[Task]:
     """Rows x seeds in the order in which to run them: the first seed of every row, then the second, and so on, so
     that a batch that is cut short has touched the headline rows first. `seeds` None: as the study plans them.
+    `name` "all": of every study, the headline rows of all before any other, a row that two studies share once.
     Its optional rows (further data sets and weights) that cannot be run here are listed only where named.
     ValueError for a record that cannot be read; with `log` it is named there, and the tasks are listed without it."""
+    if name == ALL and rows:
+        raise ValueError(f"rows belong to a study: name it in place of {ALL!r} to choose among its rows")
     if seeds is not None and (len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0):
         raise ValueError(f"seeds must be different and not negative, got {seeds}")
-    chosen = study(name).pick(profile, rows)
     recorded, here = (runs.read_records(folder, log) for folder in (runs.recorded_dir(), runs.runs_dir(profile)))
     listed = []
-    for position, (row_name, row) in enumerate(chosen.items()):
+    names = STUDIES if name == ALL else [name]
+    chosen = [(of, *item) for of in names for item in study(of).pick(profile, rows).items()]
+    for position, (of, row_name, row) in enumerate(chosen):
         identity = runs.row_identity(row.settings, profile)
         prints = row.fingerprints_here()
         if prints is None and not rows and row.optional:
@@ -132,13 +139,17 @@ def tasks(
         mine = {r.seed for r in here if r.row == identity and prints in (None, r.fingerprints)}
         kept = {r.seed for r in recorded if r.row == identity}
         for turn, seed in enumerate(range(row.seeds) if seeds is None else seeds):
-            task = Task(row_name, seed, row, seed in kept, seed in mine)
-            listed.append(((not row.primary, turn, position), task))
-    return [task for _, task in sorted(listed, key=lambda item: item[0])]
+            task = Task(of, row_name, seed, row, seed in kept, seed in mine)
+            run = (identity, json.dumps(prints, sort_keys=True), seed) if name == ALL else (row_name, seed)
+            listed.append(((not row.primary, turn, position), run, task))
+    first: dict[tuple, Task] = {}
+    for _, run, task in sorted(listed, key=lambda item: item[0]):
+        first.setdefault(run, task)
+    return list(first.values())
 
 
 def run_tasks(
-    name: str, listed: list[Task], profile: str, device: str, minutes: float | None, log: Callable[[str], None] = print
+    listed: list[Task], profile: str, device: str, minutes: float | None, log: Callable[[str], None] = print
 ) -> list[Record]:
     """Run what `runs/<profile>/` lacks, one after the other; stops cleanly when the minutes are used up.
 
@@ -157,9 +168,9 @@ def run_tasks(
             log(f"{minutes:g} minutes are used up: {len(left)} of {len(listed)} left; run again to go on")
             break
         number, task = left.pop(0)
-        log(f"[{number}/{len(listed)}] {name} {task.name} seed {task.seed} ({profile}, {device})")
+        log(f"[{number}/{len(listed)}] {task.study} {task.name} seed {task.seed} ({profile}, {device})")
         try:
-            record = run_row(study(name), task.row, task.seed, profile, replace(context, wait=busy >= len(left)))
+            record = run_row(study(task.study), task.row, task.seed, profile, replace(context, wait=busy >= len(left)))
         except Busy as other:
             log(f"  {other}: left for later")
             left.append((number, task))
@@ -172,11 +183,12 @@ def run_tasks(
             if disk_full(error):  # for the other rows, too
                 raise
             kind = type(error).__name__
-            failed.append(f"{task.name} seed {task.seed} ({kind}): {first_line(error)}")
+            failed.append(f"{task.study} {task.name} seed {task.seed} ({kind}): {first_line(error)}")
             log(f"  failed ({kind}): {first_line(error)}")
         else:
             finished.append(record)
-            log(f"  {headline(record, name)}  ({record.seconds:.0f} s; {time.monotonic() - started:.0f} s so far)")
+            so_far = time.monotonic() - started
+            log(f"  {headline(record, task.study)}  ({record.seconds:.0f} s; {so_far:.0f} s so far)")
         busy = 0
     if failed:
         raise RowsFailed("; ".join(failed))
@@ -217,23 +229,25 @@ def trained(
             seeds_of = ", ".join(str(record.seed) for record in records)
             print(f"{row}: " + (f"recorded in {at}, seed {seeds_of}" if records else "not recorded yet"))
         return {row: records for row, (records, _) in found.items()}
-    finished = run_tasks(name, tasks(name, profile, rows, seeds, print), profile, pick_device(device), minutes)
+    finished = run_tasks(tasks(name, profile, rows, seeds, print), profile, pick_device(device), minutes)
     print(f"trained here ({profile}): {len({record.key for record in finished})} runs, all finished")
     return {row: runs.find(finished, one.settings, profile) for row, one in chosen.items()}
 
 
-def run_parallel(name: str, listed: list[Task], profile: str, device: str, minutes: float | None, jobs: int) -> int:
+def run_parallel(listed: list[Task], profile: str, device: str, minutes: float | None, jobs: int) -> int:
     """The same in `jobs` processes, tasks dealt in turn (rows of small networks share one GPU well). -> exit code.
 
     Their records say how many runs shared the device.
     """
     writable(runs.runs_dir(profile))
     jobs = min(jobs, len(listed))
+    studies = {task.study for task in listed}
+    name = ALL if len(studies) > 1 else studies.pop()
     reading, writing = os.pipe()  # closed with this process, however it ends: see `end_with_parent`
 
     def start(mine: list[Task]) -> subprocess.Popen:
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        pairs = ",".join(f"{t.name}:{t.seed}" for t in mine)
+        pairs = ",".join(f"{t.study}/{t.name}:{t.seed}" if name == ALL else f"{t.name}:{t.seed}" for t in mine)
         command = [sys.executable, "-m", "defectlab", "run", name, "--tasks", pairs]
         command += ["--profile", profile, "--device", device]
         if minutes is not None:

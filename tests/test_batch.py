@@ -57,7 +57,7 @@ def test_a_row_that_fails_is_named_with_the_kind_and_the_others_run(fake: FakeSt
     assert sorted(record.seed for record in runs.read_records(runs.runs_dir("quick"))) == [0, 2]
     said, kind = capsys.readouterr(), type(error).__name__
     reason = (str(error) or kind).splitlines()[0]
-    assert said.err == f"error: rd4ad seed 1 ({kind}): {reason}\n"
+    assert said.err == f"error: bsdrd rd4ad seed 1 ({kind}): {reason}\n"
     assert f"  failed ({kind}): {reason}\n" in said.out
 
 
@@ -103,7 +103,7 @@ def test_a_stale_checkpoint_does_not_stop_the_batch(fake: FakeStudy, capsys, con
     assert call("run bsdrd --rows rd4ad --seeds 0,1 --device cpu") == 1
     assert fake.computed == [("rd4ad", 1)]
     said = capsys.readouterr().err
-    assert re.search(r"error: rd4ad seed 0 \(ValueError\): .*does not continue this training .*: delete it", said)
+    assert re.search(r"error: bsdrd rd4ad seed 0 \(ValueError\): .*does not continue this training .*: delete it", said)
 
 
 def test_an_unreadable_record_fails_its_own_row_alone(fake: FakeStudy, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +115,7 @@ def test_an_unreadable_record_fails_its_own_row_alone(fake: FakeStudy, capsys: p
     assert call("run bsdrd --rows rd4ad --seeds 1,0,2 --device cpu") == 1
     assert fake.computed[1:] == [("rd4ad", 1), ("rd4ad", 2)]
     said = capsys.readouterr()
-    assert said.err.startswith(f"error: rd4ad seed 0 (ValueError): {path} is not a readable record")
+    assert said.err.startswith(f"error: bsdrd rd4ad seed 0 (ValueError): {path} is not a readable record")
     assert all(f"left out: {one} is not" in said.out for one in (path, path.parent / "foreign.json"))
 
 
@@ -170,7 +170,7 @@ def test_a_row_that_another_process_computes_comes_last(fake: FakeStudy, asked_b
     fake.run = needs_a_teacher
     Path(lock.lock_file).parent.mkdir(parents=True)
     lock.acquire()
-    batch.run_tasks("bsdrd", batch.tasks("bsdrd", "quick", [asked_by], [0, 1, 2]), "quick", "cpu", None, log)
+    batch.run_tasks(batch.tasks("bsdrd", "quick", [asked_by], [0, 1, 2]), "quick", "cpu", None, log)
     assert fake.computed[2:] == [("rd4ad", 0), ("bsdrd", 0)][: 1 + (asked_by == "bsdrd")]
     assert lines[1] == f"  another process is at locks/{key}: left for later"
     assert sum(key in line for line in lines) == 2
@@ -200,6 +200,12 @@ def test_jobs_share_the_tasks(fake: FakeStudy, children: SimpleNamespace) -> Non
     assert sorted(",".join(given).split(",")) == ["bsdrd:0", "bsdrd:1", "rd4ad:0", "rd4ad:1"]
     assert len(given) == 3 and children.shared == ["3"] * 3
     assert set(children.given("--minutes")) == {"7.0"} and set(children.given("--device")) == {"cpu"}
+
+
+def test_jobs_share_the_tasks_of_all_studies(fake: FakeStudy, children: SimpleNamespace) -> None:
+    assert call("run all --profile smoke --device cpu --jobs 2") == 0
+    given = ",".join(children.given("--tasks")).split(",")
+    assert {"bsdrd/rd4ad:0", "cures/flat:0"} < set(given) and len(given) == len(batch.tasks("all", "smoke"))
 
 
 @pytest.mark.parametrize("code", [1, 2, -9])

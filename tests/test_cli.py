@@ -16,6 +16,7 @@ from toy_study import FakeStudy, call
 from defectlab import batch, reproduce, runs
 from defectlab.files import DataError
 from defectlab.runs import Context, OutOfTime, Result
+from defectlab.studies import STUDIES
 
 
 @pytest.fixture
@@ -68,6 +69,9 @@ def test_arguments_that_cannot_be_understood(line: str, message: str, capsys: py
         ("status bsdrd --rows rd5ad", "unknown row 'rd5ad'"),
         ("run bsdrd --tasks rd5ad:0", "unknown row 'rd5ad'"),
         ("run bsdrd --tasks rd4ad", "--tasks takes ROW:SEED"),
+        ("run bsdrd --tasks bsdrd/rd4ad:0", "--tasks takes ROW:SEED"),
+        ("run all --tasks rd4ad:0", "--tasks takes STUDY/ROW:SEED"),
+        ("run all --rows rd4ad", "rows belong to a study"),
         ("run bsdrd --device tpu", "device 'tpu' is not available here: use auto, cpu"),
         ("record --rows rd4ad", "--rows and --seeds need a study"),
     ],
@@ -232,6 +236,24 @@ def test_run_computes_what_is_missing_headline_rows_first(fake: FakeStudy, capsy
     assert fake.computed[6:] == [("bsdrd", 2)]
     assert call("run bsdrd --tasks gate_equal:3,bsdrd:4 --device cpu") == 0
     assert fake.computed[7:] == [("gate_equal", 3), ("bsdrd", 4)]  # as listed
+
+
+def test_all_means_every_study_and_a_shared_row_once(root: Path, synthetic: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DEFECTLAB_DATA", str(synthetic))
+    listed = batch.tasks("all", "smoke")
+    primary = [task.row.primary for task in listed]
+    assert {task.study for task in listed} == set(STUDIES) and primary == sorted(primary, reverse=True)
+    known = {(runs.row_identity(t.row.settings, "smoke"), t.seed) for t in listed}
+    alone = [task for name in STUDIES for task in batch.tasks(name, "smoke")]
+    assert len(known) == len(listed) < len(alone)
+    assert known == {(runs.row_identity(t.row.settings, "smoke"), t.seed) for t in alone}
+    with pytest.raises(ValueError, match="rows belong to a study: name it in place of 'all'"):
+        batch.tasks("all", "smoke", ["rd4ad"])
+
+
+def test_tasks_of_all_are_named_by_study(fake: FakeStudy) -> None:
+    assert call("run all --tasks bsdrd/gate_equal:3,bsdrd/bsdrd:4 --device cpu") == 0
+    assert fake.computed == [("gate_equal", 3), ("bsdrd", 4)]
 
 
 def test_no_minutes_stop_cleanly(fake: FakeStudy, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
 
 def test_it_is_run_recorded_and_shown(study: Study) -> None:
     row = study.rows["quick"]["cost_t"]
-    (record,) = batch.run_tasks("costs", batch.tasks("costs", "quick"), "quick", "cpu", None, lambda line: None)
+    (record,) = batch.run_tasks(batch.tasks("costs", "quick"), "quick", "cpu", None, lambda line: None)
     assert record.key.startswith("detector_costs-none-quick-s0-")
     assert record.data_label == NoData().label == "none (no data needed)"
     assert record.metrics == {} and record.arrays == {} and not record.path.with_suffix(".safetensors").exists()
