@@ -242,7 +242,7 @@ def run_parallel(listed: list[Task], profile: str, device: str, minutes: float |
     writable(runs.runs_dir(profile))
     jobs = min(jobs, len(listed))
     studies = {task.study for task in listed}
-    name = ALL if len(studies) > 1 else studies.pop()
+    name = studies.pop() if len(studies) == 1 else ALL
     reading, writing = os.pipe()  # closed with this process, however it ends: see `end_with_parent`
 
     def start(mine: list[Task]) -> subprocess.Popen:
