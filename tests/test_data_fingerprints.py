@@ -37,6 +37,7 @@ PINNED = [  # function, its arguments: the set first, sha256
     (detection_fingerprint, ("neu_det",), "649d69a6216bda93fa75778bc54009c65f736c26b1295c7230fdac99c959eee8"),
     (detection_fingerprint, ("neu_det_index",), "d4def8c74c87c3d31e0e05f4ab18615d9073b8f84d7638f2cb504649255254d7"),
     (detection_fingerprint, ("deep_pcb",), "77d929b352bc060c5b21d85d6ca1b9d8e11a01eb00a764dabcdd42c76887628d"),
+    (detection_fingerprint, ("deep_pcb_pair",), "77d929b352bc060c5b21d85d6ca1b9d8e11a01eb00a764dabcdd42c76887628d"),
     (
         segmentation_fingerprint,
         (METAL_NUT, "nut", "paper"),
