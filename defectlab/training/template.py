@@ -55,7 +55,7 @@ def find(split: DetectionSplit, level: int, opening: int, closing: int) -> list[
     found = []
     for plane, scale, offset in zip(split.images[:, 2].cpu().numpy(), split.scale, split.offset, strict=True):
         boxes, areas = regions(plane, level, opening, closing)
-        areas = torch.from_numpy(areas).float() / scale**2
+        areas = torch.from_numpy(areas).float() / scale**2  # to 0..1 below: only their order counts
         found.append(((torch.from_numpy(boxes).float() - offset.repeat(2)) / scale, areas / (areas + 100)))
     return found
 

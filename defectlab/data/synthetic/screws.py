@@ -7,7 +7,7 @@ import numpy as np
 from defectlab.data.images import save_image
 from defectlab.data.synthetic.pasted import ellipse_distance, smooth_field
 
-HEIGHT, WIDTH = 128, 64  # px, a tenth of the area of the real frames
+HEIGHT, WIDTH = 128, 64  # px; the real frames are some 1130 px wide and 460 high
 PLACES = (320, 335, 400, 430, 470, 500, 570, 600, 640)  # mm along the screw, of a camera each
 MOMENTS = 5  # frames of each place, while its pit grows
 _BROWN = np.array([1.0, 0.86, 0.62])  # of the steel and its oil
