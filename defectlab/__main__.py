@@ -72,7 +72,10 @@ def parser() -> argparse.ArgumentParser:
 
     run = add("run", "run rows and seeds that this machine has not run yet")
     run.add_argument("--minutes", type=minutes, help="stop cleanly after so many; the same command goes on")
-    run.add_argument("--jobs", type=positive, default=1, help="processes side by side")
+    run.add_argument("--workers", type=positive, help="rows side by side: processes here, each with one GPU; jobs")
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a running Dask cluster, instead of --workers")
+    where.add_argument("--slurm", metavar="partition=gpu,gpus=1,hours=8", help="start --workers jobs of Slurm")
     run.add_argument("--tasks", type=names, metavar="ROW:SEED,...", help="exactly these, instead of --rows and --seeds")
 
     add("status", "which rows and seeds are recorded, run here, missing, in the order in which to run them")
@@ -145,11 +148,23 @@ def chosen(options: argparse.Namespace, log: Callable[[str], None] | None = None
 
 
 def run(options: argparse.Namespace) -> int:
-    batch.end_with_parent()
-    listed, device = chosen(options, print), pick_device(options.device)
-    if options.jobs > 1:
-        return batch.run_parallel(listed, options.profile, device, options.minutes, options.jobs)
-    batch.run_tasks(listed, options.profile, device, options.minutes)
+    listed = chosen(options, print)
+    if not (options.workers or options.scheduler or options.slurm):
+        batch.run_tasks(listed, options.profile, pick_device(options.device), options.minutes)
+        return 0
+    if options.workers and options.scheduler:
+        raise ValueError("--workers starts workers, a cluster at --scheduler has its own: give one of the two")
+    try:
+        from defectlab.batch import cluster, machines
+    except ModuleNotFoundError as error:
+        remedy = "python -m pip install -c constraints.txt -e '.[cluster]'"
+        raise ValueError(f"workers need Dask, and {error.name} is not installed: {remedy}") from error
+    elsewhere = options.scheduler or options.slurm  # there the device is looked for, not here
+    device = options.device if elsewhere else pick_device(options.device)
+    writable(runs.runs_dir(options.profile))
+    with machines.cluster(options.profile, device, options.workers or 1, options.scheduler, options.slurm) as client:
+        kind = device.partition(":")[0]  # a worker sees one GPU
+        cluster.run_on(client, listed, options.profile, kind, options.minutes)
     return 0
 
 

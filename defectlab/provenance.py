@@ -22,7 +22,6 @@ PACKAGES = (
     *("torchmetrics", "faster-coco-eval", "diffusers"),
 )
 JOBS = "DEFECTLAB_JOBS"  # environment: how many runs share the device
-CHILD = "DEFECTLAB_CHILD"  # environment: set where another run started this one, which holds the other end of its stdin
 
 
 def pick_device(name: str) -> str:

@@ -49,6 +49,7 @@ class Context:
         run here: a teacher, or the network that a row looks at. `batch.run_row` gives it, and `load`.
     load: settings of another row -> its data.
     wait: for a row that another process computes; False: `files.Busy`.
+    stopped: whether whoever asked for the run no longer wants it; then it ends as at the deadline.
     """
 
     device: str = "cpu"
@@ -59,9 +60,11 @@ class Context:
     load: Callable[[Any], Any] | None = None
     every_seconds: float = 60.0  # between two checkpoints
     wait: bool = True
+    stopped: Callable[[], bool] | None = None
 
     def out_of_time(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        return late or (self.stopped is not None and self.stopped())
 
 
 class OfAnother:

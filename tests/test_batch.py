@@ -1,19 +1,11 @@
-"""Batches of rows: what fails, what another process computes, and processes side by side."""
+"""Batches of rows: what fails, and what another process computes."""
 
 import errno
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -21,7 +13,7 @@ from PIL import UnidentifiedImageError
 from safetensors import SafetensorError
 from toy_study import FakeStudy, call, fake_result, raising
 
-from defectlab import batch, provenance, runs
+from defectlab import batch, runs
 from defectlab.files import DataError, WeightsError, write_atomically
 from defectlab.metrics.ranking import auroc
 from defectlab.runs import Context, NonFiniteLoss, Result
@@ -168,89 +160,10 @@ def test_a_row_that_another_process_computes_comes_last(fake: FakeStudy, asked_b
             lock.release()
 
     fake.run = needs_a_teacher
+    fake.needs = lambda of, seed: [(settings, 0)] if of != settings and seed == 0 else []
     Path(lock.lock_file).parent.mkdir(parents=True)
     lock.acquire()
     batch.run_tasks(batch.tasks("bsdrd", "quick", [asked_by], [0, 1, 2]), "quick", "cpu", None, log)
     assert fake.computed[2:] == [("rd4ad", 0), ("bsdrd", 0)][: 1 + (asked_by == "bsdrd")]
     assert lines[1] == f"  another process is at locks/{key}: left for later"
     assert sum(key in line for line in lines) == 2
-
-
-# --- Processes side by side ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def children(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Processes that end at once: `given(option)` of each, `shared`: what each was told of how many run at once."""
-    commands, shared, codes = [], [], [0] * 5
-
-    def start(command: list[str], env: dict[str, str], stdin: int) -> SimpleNamespace:
-        commands.append(command)
-        shared.append(env[provenance.JOBS])
-        return SimpleNamespace(wait=lambda: codes.pop(0))
-
-    monkeypatch.setattr(batch.subprocess, "Popen", start)
-    given = lambda option: [command[command.index(option) + 1] for command in commands]  # noqa: E731
-    return SimpleNamespace(given=given, shared=shared, codes=codes)
-
-
-def test_jobs_share_the_tasks(fake: FakeStudy, children: SimpleNamespace) -> None:
-    assert call("run bsdrd --rows rd4ad,bsdrd --seeds 0,1 --device cpu --jobs 3 --minutes 7") == 0
-    given = children.given("--tasks")
-    assert sorted(",".join(given).split(",")) == ["bsdrd:0", "bsdrd:1", "rd4ad:0", "rd4ad:1"]
-    assert len(given) == 3 and children.shared == ["3"] * 3
-    assert set(children.given("--minutes")) == {"7.0"} and set(children.given("--device")) == {"cpu"}
-
-
-def test_jobs_share_the_tasks_of_all_studies(fake: FakeStudy, children: SimpleNamespace) -> None:
-    assert call("run all --profile smoke --device cpu --jobs 2") == 0
-    given = ",".join(children.given("--tasks")).split(",")
-    assert {"bsdrd/rd4ad:0", "cures/flat:0"} < set(given) and len(given) == len(batch.tasks("all", "smoke"))
-
-
-@pytest.mark.parametrize("code", [1, 2, -9])
-def test_a_job_that_failed_or_was_killed_is_no_success(fake: FakeStudy, children, capsys, code: int) -> None:
-    children.codes[:] = [0, code]
-    assert call("run bsdrd --jobs 2 --device cpu") != 0
-    assert ("a process was ended by signal 9 (out of memory?)" in capsys.readouterr().err) == (code == -9)
-
-
-ENDLESS = """
-import os, time
-from pathlib import Path
-from types import SimpleNamespace
-from defectlab.runs import PROFILES
-from defectlab.studies import Row, Study
-from toy_rows import Fake
-
-def run(settings, seed, data, context):
-    Path(f"computing-{seed}").touch()
-    time.sleep(600)
-
-row = Row(Fake(), run, lambda *_: SimpleNamespace(label="toy"), lambda _: {}, seeds=2)
-STUDY = Study("Endless", {profile: {"row": row} for profile in PROFILES}, {}, ())
-"""
-
-
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_no_process_outlives_the_command(tmp_path: Path, sign: signal.Signals) -> None:
-    """In a copy of the package with a study that never ends."""
-    package = Path(batch.__file__).parent
-    shutil.copytree(package, tmp_path / "defectlab", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "defectlab" / "studies" / "bsdrd.py").write_text(ENDLESS)
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
-    options = ["run", "bsdrd", "--profile", "smoke", "--device", "cpu", "--jobs", "2"]
-    command, environment = [sys.executable, "-m", "defectlab", *options], os.environ | {"PYTHONPATH": path}
-    with (tmp_path / "log").open("w") as log:
-        parent = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("computing-*"))) < 2:
-            assert time.monotonic() < deadline and parent.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.1)
-        children = psutil.Process(parent.pid).children()
-    finally:
-        parent.send_signal(sign)
-        parent.wait(60)
-    assert len(children) == 2
-    assert psutil.wait_procs(children, timeout=20)[1] == []

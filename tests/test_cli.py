@@ -42,7 +42,7 @@ def fake(root: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStudy:
         *((f"run bsdrd --{option}=", f"argument --{option}: invalid") for option in ("rows", "seeds", "tasks")),
         ("reproduce --notebooks=", "argument --notebooks: invalid"),
         ("reproduce --notebooks ,", "argument --notebooks: invalid"),
-        ("run bsdrd --jobs 0", "argument --jobs: invalid"),
+        ("run bsdrd --workers 0", "argument --workers: invalid"),
         ("run", "the following arguments are required: study"),
         ("nonsense", "invalid choice: 'nonsense'"),
         ("", "the following arguments are required: COMMAND"),
@@ -173,7 +173,7 @@ def test_what_a_terminal_cannot_print_is_no_error(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "line", ["run bsdrd", "run bsdrd --jobs 2", "report --profile quick", "reproduce --profile quick"]
+    "line", ["run bsdrd", "run bsdrd --workers 2", "report --profile quick", "reproduce --profile quick"]
 )
 def test_a_read_only_checkout_is_one_error(fake: FakeStudy, root: Path, monkeypatch, capsys, line: str) -> None:
     """Before any work, with the folder and the remedy."""
@@ -190,6 +190,7 @@ def test_a_read_only_checkout_is_one_error(fake: FakeStudy, root: Path, monkeypa
 
 
 WINDOWS = """
+import distributed  # of other people: on Linux it needs them
 import importlib, pkgutil, sys
 sys.modules["fcntl"] = sys.modules["resource"] = None
 import defectlab

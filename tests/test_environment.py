@@ -16,8 +16,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DEV = PROJECT["optional-dependencies"]["dev"]
-DIRECT = [canonicalize_name(Requirement(text).name) for text in [*PROJECT["dependencies"], *DEV]]
+EXTRAS = PROJECT["optional-dependencies"]
+EXTRA = [*EXTRAS["dev"], *EXTRAS["cluster"]]
+DIRECT = [canonicalize_name(Requirement(text).name) for text in [*PROJECT["dependencies"], *EXTRA]]
 LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 PINS = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LINES)}
 PLATFORM = re.compile(r"nvidia-|cuda-|triton$")  # torch pins these itself, where there are any
@@ -58,8 +59,8 @@ def test_everything_needed_is_pinned():
 
 # --- What the package imports ----------------------------------------------------------------------------------------
 
-# a reader's, what torchmetrics and torch import, and the script of the page's tables
-TOOLS = {"jupyterlab", "ipykernel", "ipywidgets", "itables", "faster-coco-eval", "onnx"}
+# a reader's, Dask's dashboard, what torchmetrics and torch import, and the script of the page's tables
+TOOLS = {"jupyterlab", "bokeh", "ipykernel", "ipywidgets", "itables", "faster-coco-eval", "onnx"}
 
 
 def imported(nodes: Iterator[ast.AST]) -> set[str]:
@@ -80,7 +81,7 @@ def test_what_is_imported_is_declared_and_the_reverse():
     names = set().union(*(imported(ast.walk(tree)) for tree in MODULES.values())) - sys.stdlib_module_names
     owners = metadata.packages_distributions()
     used = {canonicalize_name(owner) for name in names for owner in owners[name]}
-    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"] + EXTRAS["cluster"]}
     assert names and not {name for name in names if not {canonicalize_name(o) for o in owners[name]} & declared}
     assert not declared - used - TOOLS
 
@@ -95,7 +96,7 @@ def test_conda_environment_is_made_of_the_same_files():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["name"] == PROJECT["name"]
     *packages, pip = environment["dependencies"]
-    assert pip == {"pip": ["-c constraints.txt", "-e .[dev]"]}
+    assert pip == {"pip": ["-c constraints.txt", "-e .[dev,cluster]"]}
     python, _, version = packages[0].partition("=")
     assert (python, packages[1:]) == ("python", ["pip"])
     assert f"{version}.0" in SpecifierSet(PROJECT["requires-python"])

@@ -125,7 +125,8 @@ def test_seconds_of_a_required_row_are_its_own(root: Path, monkeypatch: pytest.M
         return fake_result(seed)
 
     load = lambda settings, device: SimpleNamespace(label="tiles")  # noqa: E731
-    teacher, student = (Row(Fake(width=width), compute, load, lambda settings: PRINTS) for width in (8, 4))
+    needs = lambda settings, seed: [(Fake(), 0)] if settings.width == 4 else []  # noqa: E731
+    teacher, student = (Row(Fake(width=w), compute, load, lambda settings: PRINTS, needs=needs) for w in (8, 4))
     study = Study("fakes", {"quick": {"teacher": teacher, "student": student}}, {}, ())
     assert batch.run_row(study, student, 0, "quick", Context(log=lambda line: None)).seconds == 7
     assert len(runs.read_records(runs.runs_dir("quick"))) == 2

@@ -21,6 +21,7 @@ class FakeStudy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.computed: list[tuple[str, int]] = []
         self.run = lambda settings, seed, data, context: fake_result(seed)  # what tests put another in place of
+        self.needs = lambda settings, seed: []
         self.prints = lambda settings: {"data": "d", "weights": "w"}
         self.rows = {p: {name: self.row(name, row) for name, row in rows.items()} for p, rows in REAL.rows.items()}
         self.study = dataclasses.replace(REAL, rows=self.rows)
@@ -33,7 +34,13 @@ class FakeStudy:
             return result
 
         load = lambda settings, device: SimpleNamespace(label="pretended tiles")  # noqa: E731
-        return dataclasses.replace(row, run=run, load=load, fingerprints=lambda settings: self.prints(settings))
+        return dataclasses.replace(
+            row,
+            run=run,
+            load=load,
+            fingerprints=lambda settings: self.prints(settings),
+            needs=lambda *of: self.needs(*of),
+        )
 
 
 def fake_result(seed: int) -> Result:

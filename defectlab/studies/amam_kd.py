@@ -149,11 +149,16 @@ def fingerprints_of_both(settings: TwoStageSettings) -> dict[str, str]:
 
 
 run_stage_one = partial(run_segmentation, build=segmentation.build)
-KINDS = {  # of settings: how such a row is run, loaded and fingerprinted
+KINDS = {  # of settings: how such a row is run, loaded and fingerprinted, and what it needs
     Settings: (run_stage_one, load_masks, fingerprints_of_masks),
     SegmentationSettings: (run_stage_one, load_masks, fingerprints_of_masks),
     DistillationSettings: (run_distillation, baselines.load, baselines.fingerprints),
-    TwoStageSettings: (run_two_stage, baselines.load, fingerprints_of_both),
+    TwoStageSettings: (
+        run_two_stage,
+        baselines.load,
+        fingerprints_of_both,
+        lambda settings, seed: [(settings.segmenter, seed)],
+    ),
     RD4ADSettings: (run_rd4ad, baselines.load, baselines.fingerprints),
     PatchCoreSettings: (run_patchcore, baselines.load, baselines.fingerprints),
     PaDiMSettings: (run_padim, baselines.load, baselines.fingerprints),

@@ -8,7 +8,7 @@ from defectlab.data.frames import FrameData, frames_fingerprint, load_frames
 from defectlab.networks.second_sensor import INPUTS, SensorSettings
 from defectlab.studies import detector
 from defectlab.studies import reverse_distillation as baselines
-from defectlab.studies.study import FEW, ONCE, Row, Study
+from defectlab.studies.study import FEW, ONCE, Needs, Row, Study
 from defectlab.training.flutter import CLOTH, FlutterSettings, run_flutter
 from defectlab.training.light import BRIGHT, DARK, LightSettings, run_light
 from defectlab.training.second_sensor import LateSettings, ThresholdSettings, run_late, run_sensor, run_threshold
@@ -88,20 +88,24 @@ def flutter_rows(profile: str) -> dict[str, Row]:
     }
 
 
+def needs_of_late(settings: LateSettings, seed: int) -> list[tuple[Any, int]]:
+    return [(settings.colour, seed), (settings.depth, seed)]
+
+
 def sensor_rows(profile: str) -> dict[str, Row]:
     found = {}
     for end, split in SPLITS.items():
         base = replace(SENSOR[profile], split=split)
         networks = {name: replace(base, inputs=name) for name in INPUTS}
 
-        def own(settings: Any, run: Any, seeds: int = FEW[profile], primary: bool = end == "") -> Row:
-            return Row(settings, run, load_road, road_fingerprints, seeds, primary)
+        def own(settings: Any, run: Any, seeds: int = FEW[profile], primary: bool = end == "", **needs: Needs) -> Row:
+            return Row(settings, run, load_road, road_fingerprints, seeds, primary, **needs)
 
         for inputs in ("grey", "depth"):
             settings = ThresholdSettings(base.dataset, split, inputs)
             found[f"threshold_{inputs}{end}"] = own(settings, run_threshold, ONCE[profile])
         found |= {f"net_{name}{end}": own(settings, run_sensor) for name, settings in networks.items()}
-        found[f"net_late{end}"] = own(LateSettings(networks["rgb"], networks["depth"]), run_late)
+        found[f"net_late{end}"] = own(LateSettings(networks["rgb"], networks["depth"]), run_late, needs=needs_of_late)
     return found
 
 

@@ -194,12 +194,26 @@ def fingerprints(settings: Any) -> dict[str, str]:
     return baselines.fingerprints(settings)
 
 
-KINDS = {  # of settings: how such a row is run, loaded and fingerprinted
+def needs_of_stages(settings: CompressionSettings) -> list[tuple[Any, int]]:
+    return [(settings.ddpm, 0), (settings, 0)]  # ours: one run of each stage serves all seeds of what follows
+
+
+def needs_of_student(settings: StudentSettings, seed: int) -> list[tuple[Any, int]]:
+    teacher_seed = seed if settings.teacher_seed is None else settings.teacher_seed
+    return [*needs_of_stages(settings.teacher.compression), (settings.teacher, teacher_seed)]
+
+
+KINDS = {  # of settings: how such a row is run, loaded and fingerprinted, and what it needs
     DiffusionSettings: (run_ddpm, load, fingerprints),
-    CompressionSettings: (run_compression, load_for_compression, fingerprints),
+    CompressionSettings: (
+        run_compression,
+        load_for_compression,
+        fingerprints,
+        lambda settings, seed: [(settings.ddpm, 0)],
+    ),
     DetectorSettings: (run_detector, load, fingerprints),
-    HybridSettings: (run_hybrid, load, fingerprints),
-    StudentSettings: (run_student, load, fingerprints),
+    HybridSettings: (run_hybrid, load, fingerprints, lambda settings, seed: needs_of_stages(settings.compression)),
+    StudentSettings: (run_student, load, fingerprints, needs_of_student),
     InstanceSettings: (run_with_masks, load, fingerprints),
     TorchvisionSettings: (run_torchvision, load, fingerprints),
     CostSettings: (

@@ -27,7 +27,7 @@ from defectlab.networks.rebuild.simplenet import SimpleNetSettings
 from defectlab.networks.rebuild.sivt import SIVTSettings
 from defectlab.networks.resnet import fingerprint
 from defectlab.studies import reverse_distillation as baselines
-from defectlab.studies.study import FEW, ONCE, Row, Study, changed_at_every_depth
+from defectlab.studies.study import FEW, ONCE, Row, Study, changed_at_every_depth, needs_nothing, needs_of
 from defectlab.training.anomaly import run_rd4ad
 from defectlab.training.cost_rows import NoData
 from defectlab.training.feature_baselines import run_patchcore
@@ -137,7 +137,7 @@ def rows(profile: str) -> dict[str, Row]:
     few, once = FEW[profile], ONCE[profile]
     pool = {"smoke": SYNTHETIC_POOLED}.get(profile, POOLED)
 
-    def own(settings: Any, run: Callable = run_rebuild, seeds: int = few, **marks: bool) -> Row:
+    def own(settings: Any, run: Callable = run_rebuild, seeds: int = few, **marks: Any) -> Row:
         return Row(settings, run, load, fingerprints, seeds, **marks)
 
     shared = {name: at(profile, settings, dataset=pool) for name, settings in POOLED_METHODS.items()}
@@ -155,17 +155,23 @@ def rows(profile: str) -> dict[str, Row]:
             optional = name == "simplenet"  # ResNet's weights come with no package
             row_name = f"{name}_{kind}" if name != "mscdae_no_noise" else f"mscdae_{kind}_no_noise"
             primary = name in ("ae_l2", "ae_ssim", "mscdae")
-            found[row_name] = own(settings, seeds=here, primary=primary, optional=optional)
+            needs = needs_of_efficientad if name == "efficientad" else needs_nothing
+            found[row_name] = own(settings, seeds=here, primary=primary, optional=optional, needs=needs)
         for level in LEVELS:
             part = PartSettings(methods["mscdae"], dataset, level)
-            found[f"mscdae_{kind}_level_{level}"] = own(part, run_part, here, primary=kind == "cloth")
+            found[f"mscdae_{kind}_level_{level}"] = own(part, run_part, here, primary=kind == "cloth", needs=needs_of)
         for name, settings in shared.items():
-            found[f"{name}_{kind}"] = own(PartSettings(settings, dataset), run_part, here, primary=True)
+            part = PartSettings(settings, dataset)
+            found[f"{name}_{kind}"] = own(part, run_part, here, primary=True, needs=needs_of)
         older = {"patchcore": (baselines.PATCHCORE, run_patchcore), "rd4ad": (baselines.RD4AD, run_rd4ad)}
         for name, (of, run) in older.items():
             settings = replace(of[profile], dataset=dataset)
             found[f"{name}_{kind}"] = baselines.row(settings, run, seeds=here, primary=True, optional=True)
     return found | cost_rows(profile)
+
+
+def needs_of_efficientad(settings: Any, seed: int) -> list[tuple[Any, int]]:
+    return [(settings.teacher, 0)]  # one serves all sets and seeds
 
 
 def untrained(name: str, value: Any) -> Any:

@@ -14,6 +14,18 @@ PAPER_ONLY = {"smoke": 1, "quick": 0, "paper": 3}  # of rows that would take a n
 ONCE = {"smoke": 1, "quick": 1, "paper": 1}  # of stages and teachers that serve all seeds of what follows
 
 
+Needs = Callable[[Any, int], list[tuple[Any, int]]]
+
+
+def needs_nothing(settings: Any, seed: int) -> list[tuple[Any, int]]:
+    return []
+
+
+def needs_of(settings: Any, seed: int) -> list[tuple[Any, int]]:
+    """For a row that looks at another one's network, of the same seed."""
+    return [(settings.of, seed)]
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a study at one profile: what is computed, how, from what, and how often.
@@ -21,7 +33,8 @@ class Row:
     run: (settings, seed, data, context) -> result. load: (settings, device) -> data, which has a `label`.
     fingerprints: settings -> what the row is computed from, by name ("data", "weights"); DataError or WeightsError
     where that is not on this machine. seeds: how many the profile plans. primary: comes first in a batch. optional:
-    left out of a batch where its data or weights are not on this machine.
+    left out of a batch where its data or weights are not on this machine. needs: (settings, seed) -> settings and seed
+    of each other row of the study at the same profile whose result it reads.
     """
 
     settings: Any
@@ -31,6 +44,7 @@ class Row:
     seeds: int = 1
     primary: bool = False
     optional: bool = False
+    needs: Needs = needs_nothing
 
     def fingerprints_here(self) -> dict[str, str] | None:
         """What the row would be computed from on this machine; None where data or weights are not there, or cannot
@@ -43,16 +57,18 @@ class Row:
 
 def rows_by_kind(
     settings: Mapping[str, Any],
-    kinds: Mapping[type, tuple[Callable, Callable, Callable]],
+    kinds: Mapping[type, tuple[Callable, ...]],
     seeds_of: Callable[[str, Any], int],
     primary: Collection[str],
     optional: Collection[str],
 ) -> dict[str, Row]:
-    """Name -> row, for settings by name. `kinds`: run, load and fingerprints by the type of the settings."""
+    """Name -> row, for settings by name. `kinds`: run, load, fingerprints and, where it needs any, needs by
+    the type of the settings."""
 
     def row(name: str, of: Any) -> Row:
-        marks = {"primary": name in primary, "optional": name in optional}
-        return Row(of, *kinds[type(of)], seeds=seeds_of(name, of), **marks)
+        run, load, fingerprints, *needs = kinds[type(of)]
+        marks = {"primary": name in primary, "optional": name in optional} | ({"needs": needs[0]} if needs else {})
+        return Row(of, run, load, fingerprints, seeds=seeds_of(name, of), **marks)
 
     return {name: row(name, of) for name, of in settings.items()}
 

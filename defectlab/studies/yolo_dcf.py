@@ -7,7 +7,7 @@ from defectlab.networks.yolo.model import build_detector
 from defectlab.papers.yolo_dcf import Settings, build, teacher_settings
 from defectlab.studies import detector as baselines
 from defectlab.studies.detector import row
-from defectlab.studies.study import FEW, MORE, ONCE, Row, Study
+from defectlab.studies.study import FEW, MORE, ONCE, Row, Study, needs_of
 from defectlab.training.robustness import RobustnessSettings, run_robustness
 from defectlab.training.yolo_dcf import run_yolo_dcf
 
@@ -21,6 +21,10 @@ SETTINGS = {
 STRONGER = {"smoke": "t", "quick": "s", "paper": "s"}  # scale of the teacher
 
 
+def needs_of_teacher(settings: Settings, seed: int) -> list[tuple[Settings, int]]:
+    return [(teacher_settings(settings), settings.teacher_seed)] if settings.teacher_scale else []
+
+
 def rows(profile: str) -> dict[str, Row]:
     plain, base = baselines.SETTINGS[profile], SETTINGS[profile]
     whole = replace(base, teacher_scale=STRONGER[profile], **DISTILLED)
@@ -28,7 +32,7 @@ def rows(profile: str) -> dict[str, Row]:
     more, few, once = ({"seeds": seeds[profile]} for seeds in (MORE, FEW, ONCE))
 
     def own(settings: Settings, **options) -> Row:
-        return row(settings, run_yolo_dcf, **options)
+        return row(settings, run_yolo_dcf, needs=needs_of_teacher, **options)
 
     steel = {
         "baseline": row(plain, **more, primary=True),
@@ -49,9 +53,12 @@ def rows(profile: str) -> dict[str, Row]:
         "pcb_yolo_dcf": own(replace(whole, **board), **few, primary=True),
         "pcb_teacher": own(teacher_settings(replace(whole, **board)), **once),
     }
+    looks = {"needs": needs_of}
     robustness = {
-        "baseline_robustness": row(RobustnessSettings(of=plain), partial(run_robustness, build=build_detector), **more),
-        "yolo_dcf_robustness": row(RobustnessSettings(of=whole), partial(run_robustness, build=build), **more),
+        "baseline_robustness": row(
+            RobustnessSettings(of=plain), partial(run_robustness, build=build_detector), **looks, **more
+        ),
+        "yolo_dcf_robustness": row(RobustnessSettings(of=whole), partial(run_robustness, build=build), **looks, **more),
     }
     return steel | boards | robustness
 

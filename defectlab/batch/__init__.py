@@ -3,10 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from defectlab import runs
 from defectlab.files import Busy, disk_full, locked, writable
-from defectlab.provenance import CHILD, JOBS, peak_memory_mb, pick_device, provenance, reset_peak_memory
+from defectlab.provenance import peak_memory_mb, pick_device, provenance, reset_peak_memory
 from defectlab.runs import Context, OutOfTime, Record, first_line
 from defectlab.studies import STUDIES, Row, Study, study
 from defectlab.verdicts.measured import COSTS, value_of, written
@@ -38,15 +34,15 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
     all calls, without those of other rows, which have records of their own.
     """
     folder, settings = runs.runs_dir(profile), row.settings
-    prints = row.fingerprints(settings)
-    identity = runs.row_identity(settings, profile)
-    key = runs.make_key(settings.model, settings.dataset, profile, seed, identity, prints)
+    key, prints = key_and_prints(row, seed, profile)
     path, checkpoint = folder / f"{key}.json", folder / "checkpoints" / f"{key}.safetensors"
     made = provenance(context.device)
     elsewhere = 0.0  # seconds spent on other rows
 
     def require(other: Any, its_seed: int) -> Record:
         nonlocal elsewhere
+        if (other, its_seed) not in row.needs(settings, seed):
+            raise LookupError(f"{key} asks for a row that its study does not say it needs: {other}, seed {its_seed}")
         began = time.monotonic()
         found = run_row(of, of.row_with(other, profile), its_seed, profile, context)
         elsewhere += time.monotonic() - began
@@ -56,10 +52,17 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
     def load(other: Any) -> Any:
         return of.row_with(other, profile).load(other, context.device)
 
-    with locked(folder / "locks" / key, context.log, context.wait):
-        if path.exists():
-            record = runs.read_record(path)
-            runs.check_settings(record, settings)
+    def finished() -> Record | None:
+        if not path.exists():
+            return None
+        record = runs.read_record(path)
+        runs.check_settings(record, settings)
+        return record
+
+    if record := finished():
+        return record
+    with locked(lock_of(key, profile), context.log, context.wait):
+        if record := finished():  # by another process, meanwhile
             return record
         reset_peak_memory(context.device)
         earlier, started = seconds_before(checkpoint), time.monotonic()
@@ -83,6 +86,18 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
         record = runs.write_run(path, described | made, result)
         checkpoint.unlink(missing_ok=True)
     return record
+
+
+def key_and_prints(row: Row, seed: int, profile: str) -> tuple[str, dict[str, str]]:
+    """The key of a row and seed on this machine, and the fingerprints of what it is computed from. Errors of
+    `row.fingerprints`."""
+    settings, prints = row.settings, row.fingerprints(row.settings)
+    identity = runs.row_identity(settings, profile)
+    return runs.make_key(settings.model, settings.dataset, profile, seed, identity, prints), prints
+
+
+def lock_of(key: str, profile: str) -> Path:
+    return runs.runs_dir(profile) / "locks" / key
 
 
 def seconds_before(checkpoint: Path) -> float:
@@ -232,54 +247,6 @@ def trained(
     finished = run_tasks(tasks(name, profile, rows, seeds, print), profile, pick_device(device), minutes)
     print(f"trained here ({profile}): {len({record.key for record in finished})} runs, all finished")
     return {row: runs.find(finished, one.settings, profile) for row, one in chosen.items()}
-
-
-def run_parallel(listed: list[Task], profile: str, device: str, minutes: float | None, jobs: int) -> int:
-    """The same in `jobs` processes, tasks dealt in turn (rows of small networks share one GPU well). -> exit code.
-
-    Their records say how many runs shared the device.
-    """
-    writable(runs.runs_dir(profile))
-    jobs = min(jobs, len(listed))
-    studies = {task.study for task in listed}
-    name = studies.pop() if len(studies) == 1 else ALL
-    reading, writing = os.pipe()  # closed with this process, however it ends: see `end_with_parent`
-
-    def start(mine: list[Task]) -> subprocess.Popen:
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        pairs = ",".join(f"{t.study}/{t.name}:{t.seed}" if name == ALL else f"{t.name}:{t.seed}" for t in mine)
-        command = [sys.executable, "-m", "defectlab", "run", name, "--tasks", pairs]
-        command += ["--profile", profile, "--device", device]
-        if minutes is not None:
-            command += ["--minutes", str(minutes)]
-        environment = {"OMP_NUM_THREADS": threads} | os.environ | {JOBS: str(jobs), CHILD: "1"}
-        return subprocess.Popen(command, env=environment, stdin=reading)
-
-    try:
-        children = [start(listed[job::jobs]) for job in range(jobs)]
-        codes = [child.wait() for child in children]
-    finally:
-        os.close(reading)
-        os.close(writing)
-    lowest = min(codes, default=0)
-    if lowest < 0:
-        raise RowsFailed(f"a process was ended by signal {-lowest} (out of memory?): the same command goes on")
-    return max(codes, default=0)
-
-
-def end_with_parent() -> None:
-    """A process of `run_parallel` ends with the one that started it, however that ends: then its stdin does, too."""
-    if not os.environ.pop(CHILD, None):
-        return
-    pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)  # no process that this one starts waits for the pipe
-    os.close(nothing)
-
-    def watch() -> None:
-        os.read(pipe, 1)  # nobody writes: it returns at the end
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def unplanned(rows: list[str] | None, listed: list[Task]) -> list[str]:
