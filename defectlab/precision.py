@@ -1,4 +1,4 @@
-"""Number formats: where bf16 pays, and where a computation has to stay in float32."""
+"""Number formats: where bf16 pays, and where a computation has to stay in float32; and the way to the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +52,11 @@ def float32_on_cpu(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return function(x)
     with torch.autocast("cpu", enabled=False):
         return function(at_least_float32(x))
+
+
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on the training device; the host does not wait for the copy."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
 def check_uint8(images: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch.nn.functional import conv2d, grid_sample, interpolate, pad
 
 from defectlab.data.images import GROUND
 from defectlab.geometry import _grid, enclose
-from defectlab.precision import full_float32
+from defectlab.precision import full_float32, sent
 
 MIN_SIDE = 2.0  # px: boxes that are narrower or lower after clipping are dropped
 MAX_ASPECT = 100.0  # longer side over shorter side, above which a box is dropped
@@ -192,7 +192,7 @@ def _scale_shift(scale: float, shift: float) -> Tensor:
 def _to_device(drawn: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The same tensors (B, ...) as float32 on the device, brought over in a single transfer."""
     flat = [tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None] for tensor in drawn.values()]
-    moved = torch.cat([tensor.float() for tensor in flat], 1).to(device, non_blocking=True)
+    moved = sent(torch.cat([tensor.float() for tensor in flat], 1), device)
     parts = moved.split([tensor.shape[1] for tensor in flat], 1)
     return {name: part.reshape(tensor.shape) for (name, tensor), part in zip(drawn.items(), parts, strict=True)}
 

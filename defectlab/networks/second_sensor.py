@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defectlab.networks.blocks import two_convolutions
+from defectlab.precision import sent
 
 INPUTS = ("grey", "rgb", "depth", "early", "gated", "dropout")
 SPREAD = 40.0  # steps of disparity that stand for 1; ours: a pothole is 20 to 100 deep
@@ -116,7 +117,8 @@ class SensorNet(nn.Module):
 
 
 def _grey(colour: Tensor) -> Tensor:
-    return (colour * colour.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)
+    weights = sent(torch.tensor(GREY, dtype=colour.dtype).view(3, 1, 1), colour.device)
+    return (colour * weights).sum(1, keepdim=True)
 
 
 def standardised(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from defectlab.metrics.ranking import best_f1_threshold
 from defectlab.networks import resnet as teachers
 from defectlab.networks import reverse_distillation as rd4ad
 from defectlab.networks.reverse_distillation import RD4ADSettings, gaussian_smooth, image_scores, initialise
-from defectlab.precision import autocast, precision_of
+from defectlab.precision import autocast, precision_of, sent
 from defectlab.runs import Context, Result
 from defectlab.training.loop import Trained, adam, rate_per_epoch, train
 from defectlab.training.results import example_side, rounded, shrunk
@@ -125,7 +125,7 @@ def train_student(
 
     def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> list[Tensor]:
         if settings.flips:
-            which = torch.randint(1 + len(FLIPS), (len(indices),), generator=generator).to(indices.device)
+            which = sent(torch.randint(1 + len(FLIPS), (len(indices),), generator=generator), indices.device)
             indices = which * len(data.train) + indices
         return [f[indices] for f in features]
 

@@ -13,7 +13,7 @@ from defectlab.data.detection import DetectionData
 from defectlab.metrics.costs import parameters
 from defectlab.networks import diffusion
 from defectlab.networks.diffusion import DiffusionSettings, as_inputs, build_unet, check_size, noise_schedule
-from defectlab.precision import autocast, precision_of
+from defectlab.precision import autocast, precision_of, sent
 from defectlab.runs import Context, Record, Result
 from defectlab.training.detection import frozen
 from defectlab.training.loop import MovingAverage, Trained, adam, rate_per_epoch, train
@@ -30,7 +30,7 @@ ERROR_TIMESTEPS, ERROR_IMAGES, SAMPLES, EXAMPLES = 20, 120, 16, 6
 def random_flips(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each of (B, C, H, W) flipped upside down or left to right or both or not, with equal probability."""
     for axis in (-2, -1):
-        flipped = (torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5).to(images.device)
+        flipped = sent(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, images.device)
         images = torch.where(flipped, images.flip(axis), images)
     return images
 
@@ -54,7 +54,7 @@ def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, context: 
             clean = random_flips(clean, generator)
         timesteps = torch.randint(settings.steps, (len(indices),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        return [clean, timesteps.to(device), noise.to(device)]
+        return [clean, sent(timesteps, device), sent(noise, device)]
 
     def step(batch: list[Tensor]) -> dict[str, Tensor]:
         with autocast(device, precision):

@@ -20,7 +20,7 @@ from defectlab.networks.rebuild.ganomaly import GANomaly, GANomalySettings
 from defectlab.networks.rebuild.mscdae import MSCDAE, MSCDAESettings
 from defectlab.networks.rebuild.simplenet import SimpleNet, SimpleNetSettings
 from defectlab.networks.rebuild.sivt import SIVT, SIVTSettings
-from defectlab.precision import autocast, full_float32, precision_of
+from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, OfAnother, Result, load_weights
 from defectlab.training.anomaly import evaluate
 from defectlab.training.cost_rows import NoData
@@ -76,7 +76,7 @@ def learn(settings: Any, seed: int, data: AnomalyData, context: Context) -> tupl
 def _train(network: Normal, images: Tensor, settings: Any, seed: int, context: Context, precision: str) -> Trained:
     def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> tuple[Tensor, torch.Generator]:
         chosen = torch.randint(len(images), (len(indices),), generator=generator)  # with repetition
-        return images[chosen.to(images.device)], generator
+        return images[sent(chosen, images.device)], generator
 
     def step(batch: tuple[Tensor, torch.Generator]) -> dict[str, Tensor]:
         with autocast(images.device, precision):

@@ -13,7 +13,7 @@ from defectlab.metrics.costs import parameters
 from defectlab.metrics.segmentation import best_threshold, segmentation_metrics
 from defectlab.networks.second_sensor import SensorNet, SensorSettings, levelled, standardised
 from defectlab.networks.segmentation import segmentation_loss
-from defectlab.precision import autocast, full_float32, precision_of
+from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, Result, load_weights
 from defectlab.training.loop import adam, rate_per_epoch, train
 from defectlab.training.results import rounded, shrunk
@@ -99,9 +99,9 @@ def run_sensor(settings: SensorSettings, seed: int, data: FrameData, context: Co
 
 def drawn(split: FrameSplit, count: int, generator: torch.Generator) -> list[Tensor]:
     """Frames at random, mirrored left to right at random, their colour lighter or darker: images, depth, masks."""
-    chosen = torch.randint(len(split), (count,), generator=generator).to(split.images.device)
-    across = (torch.rand(count, generator=generator) < 0.5).to(chosen.device)
-    gain = 1 - GAIN + 2 * GAIN * torch.rand(count, 1, 1, 1, generator=generator).to(chosen.device)
+    chosen = sent(torch.randint(len(split), (count,), generator=generator), split.images.device)
+    across = sent(torch.rand(count, generator=generator) < 0.5, chosen.device)
+    gain = sent(1 - GAIN + 2 * GAIN * torch.rand(count, 1, 1, 1, generator=generator), chosen.device)
     found = [flip(x[chosen], across, torch.zeros_like(across)) for x in (split.images, split.depth, split.masks)]
     found[0] = (found[0].float() * gain).round().clamp(0, 255).to(torch.uint8)
     return found

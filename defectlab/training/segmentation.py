@@ -11,7 +11,7 @@ from defectlab.data.masks import SegmentationData, SegmentationSplit, subset
 from defectlab.metrics.costs import model_costs
 from defectlab.metrics.segmentation import best_threshold, segmentation_metrics
 from defectlab.networks.segmentation import SegmentationSettings, Segmenter, segmentation_loss
-from defectlab.precision import autocast, full_float32, precision_of
+from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, Record, Result, load_weights
 from defectlab.training.loop import adam, rate_per_epoch, train
 from defectlab.training.results import example_side, rounded, shrunk
@@ -31,7 +31,7 @@ def draw_flipped(split: SegmentationSplit, indices: Tensor, generator: torch.Gen
 
     The decisions come from the CPU generator, so that every device sees the same images.
     """
-    across, down = (torch.rand(2, len(indices), generator=generator) < 0.5).to(indices.device)
+    across, down = sent(torch.rand(2, len(indices), generator=generator) < 0.5, indices.device)
     return [flip(x[indices], across, down) for x in (split.images, split.masks)]
 
 

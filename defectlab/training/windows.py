@@ -16,7 +16,7 @@ from defectlab.metrics.costs import flops, parameters
 from defectlab.metrics.ranking import auroc, average_precision
 from defectlab.metrics.windows import balanced_accuracy, best_balanced_threshold, shares
 from defectlab.networks.windows import FORMS, Frozen, WindowNetwork, WindowSettings, build, count, to_pixels
-from defectlab.precision import autocast, full_float32, precision_of
+from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, Result
 from defectlab.training.cost_rows import NoData
 from defectlab.training.loop import adam, rate_per_epoch, train
@@ -72,8 +72,8 @@ class Draw:
 
 def varied(images: Tensor, generator: torch.Generator, *more: Tensor) -> list[Tensor]:
     """uint8 images (B, 1, H, W) of another brightness, mirrored at random; masks (B, H, W) mirrored alike."""
-    gain = 1 - GAIN + 2 * GAIN * torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
-    across, down = (torch.rand(2, len(images), generator=generator) < 0.5).to(images.device)
+    gain = sent(1 - GAIN + 2 * GAIN * torch.rand(len(images), 1, 1, 1, generator=generator), images.device)
+    across, down = sent(torch.rand(2, len(images), generator=generator) < 0.5, images.device)
     images = (images.float() * gain).round().clamp(0, 255).to(torch.uint8)
     return [flip(x, across, down) for x in (images, *more)]
 

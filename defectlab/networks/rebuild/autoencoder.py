@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from defectlab.networks.rebuild.base import Normal, at_map_size, crops, over_windows, to_unit
-from defectlab.precision import at_least_float32, check_uint8
+from defectlab.precision import at_least_float32, check_uint8, sent
 
 # Table 1: output channels, kernel, stride; padding is 1. A patch of 128 px ends as 64, 32, 32, 16, 16, 8, 8, 8 px
 LAYERS = ((32, 4, 2), (32, 4, 2), (32, 3, 1), (64, 4, 2), (64, 3, 1), (128, 4, 2), (64, 3, 1), (32, 3, 1))
@@ -106,7 +106,7 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
     """
     a, b = at_least_float32(a), at_least_float32(b)
     with torch.autocast(a.device.type, enabled=False):
-        down, across = (gaussian_matrix(length).to(a) for length in a.shape[-2:])
+        down, across = (sent(gaussian_matrix(length).to(a.dtype), a.device) for length in a.shape[-2:])
         mean_a, mean_b, squares, product = down @ torch.stack([a, b, a**2 + b**2, a * b]) @ across.mT
     square_means, mean_product = mean_a**2 + mean_b**2, mean_a * mean_b
     luminance = (2 * mean_product + C1) / (square_means + C1)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from defectlab.networks.blocks import two_convolutions
 from defectlab.networks.rebuild.autoencoder import ssim_map
 from defectlab.networks.rebuild.base import Normal, at_map_size, crops, to_unit
-from defectlab.precision import at_least_float32
+from defectlab.precision import at_least_float32, sent
 
 SCORE_WINDOW = 21  # section 3.3: px a side of the mean whose maximum is the image's score
 GAMMA = 2.0  # section 3.2: of the focal loss
@@ -146,14 +146,14 @@ class DRAEM(Normal):
         """Good images (B, 3, P, P) in 0..1 -> the same with made-up defects, and their masks (B, 1, P, P)."""
         count, side = len(images), images.shape[-1]
         chosen = torch.randint(len(self.textures), (count,), generator=generator)
-        textures = to_unit(crops(self.textures[chosen.to(self.textures.device)], side, generator))
+        textures = to_unit(crops(self.textures[sent(chosen, self.textures.device)], side, generator))
         turns = torch.randint(4, (), generator=generator)
         textures = textures.rot90(int(turns), (-2, -1))
         masks = perlin_masks(count, side, self.settings.cells, generator)[:, None]
         spared = torch.rand(count, 1, 1, 1, generator=generator) < self.settings.good
         low, high = self.settings.opacity
         opacity = low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator)
-        masks, opacity = (masks * ~spared).to(images.device), opacity.to(images.device)
+        masks, opacity = sent(masks * ~spared, images.device), sent(opacity, images.device)
         return make_defects(images, textures, masks, opacity), masks
 
     def seen(self, images: Tensor) -> tuple[Tensor, Tensor]:

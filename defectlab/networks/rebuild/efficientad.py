@@ -29,6 +29,7 @@ from defectlab.networks.rebuild.efficientad_teacher import (
     some,
     to_pixels,
 )
+from defectlab.precision import sent
 
 TEACHER = EfficientADTeacherSettings()
 
@@ -94,8 +95,8 @@ class Autoencoder(nn.Module):
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Another brightness, contrast or saturation, by a factor of 0.8 to 1.2, for each image (B, 3, H, W) in 0..1."""
-    kinds = torch.randint(3, (len(images), 1, 1, 1), generator=generator).to(images.device)
-    factors = (0.8 + 0.4 * torch.rand(len(images), 1, 1, 1, generator=generator)).to(images.device)
+    kinds = sent(torch.randint(3, (len(images), 1, 1, 1), generator=generator), images.device)
+    factors = sent(0.8 + 0.4 * torch.rand(len(images), 1, 1, 1, generator=generator), images.device)
     grey = rgb_to_grayscale(images)
     other = torch.where(kinds == 0, 0.0, torch.where(kinds == 1, grey.mean((2, 3), keepdim=True), grey))
     return (other + factors * (images - other)).clamp(0, 1)
@@ -150,7 +151,7 @@ class EfficientAD(Normal):
     def loss(self, prepared: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Appendix, algorithm 1; as many foreign images as good ones."""
         images = to_unit(prepared)
-        chosen = torch.randint(len(self.others), (len(images),), generator=generator).to(self.others.device)
+        chosen = sent(torch.randint(len(self.others), (len(images),), generator=generator), self.others.device)
         foreign = to_unit(self.others[chosen]).to(images.device)
         changed = augment(images, generator)
 

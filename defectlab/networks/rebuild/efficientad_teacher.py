@@ -11,13 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import normalize
 
 from defectlab.networks.efficientnet import Lite0
 from defectlab.networks.feature_baselines import patch_features
 from defectlab.networks.rebuild.base import Normal, at_map_size, crops, to_unit
 from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD
-from defectlab.precision import check_uint8
+from defectlab.precision import check_uint8, sent
 
 STATISTICS = 64  # ours: images of which means, deviations and quantiles are taken; the paper: all
 
@@ -46,7 +45,9 @@ class EfficientADTeacherSettings:
 
 def normalised(images: Tensor) -> Tensor:
     """Images in 0..1 -> by ImageNet's mean and deviation, channels last in memory: twice as fast on a CPU."""
-    return normalize(images, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
+    values = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=images.dtype)[..., None, None]
+    mean, deviation = sent(values, images.device)
+    return ((images - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
 class PDN(nn.Sequential):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from defectlab.networks.rebuild.base import Normal, at_map_size, crops, to_unit
 from defectlab.networks.reverse_distillation import gaussian_smooth
-from defectlab.precision import at_least_float32
+from defectlab.precision import at_least_float32, sent
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class MSCDAESettings:
 def reduce_by_two(images: Tensor) -> Tensor:
     """Burt and Adelson 1983: a binomial blur, mirrored at the borders, and every second pixel: (B, C, H, W) ->
     (B, C, H/2, W/2)."""
-    kernel = images.new_tensor([1, 4, 6, 4, 1]) / 16
+    kernel = sent(torch.tensor([1, 4, 6, 4, 1], dtype=images.dtype) / 16, images.device)
     channels = images.shape[1]
     across = kernel.view(1, 1, 1, 5).expand(channels, -1, -1, -1)
     blurred = F.conv2d(F.pad(images, (2, 2, 2, 2), "reflect"), across, stride=(1, 2), groups=channels)
@@ -72,7 +72,7 @@ def gaussian_pyramid(images: Tensor, levels: int) -> list[Tensor]:
 
 def salt_and_pepper(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Images (B, C, H, W) in 0..1, of whose pixels this share is black or white, half of it each, in all channels."""
-    chance = torch.rand(len(images), 1, *images.shape[-2:], generator=generator).to(images.device)
+    chance = sent(torch.rand(len(images), 1, *images.shape[-2:], generator=generator), images.device)
     return torch.where(chance < share, (chance < share / 2).to(images), images)
 
 

@@ -20,7 +20,7 @@ from defectlab.networks.feature_baselines import patch_features
 from defectlab.networks.rebuild.base import Normal
 from defectlab.networks.resnet import load_teacher
 from defectlab.networks.reverse_distillation import gaussian_smooth, upsample
-from defectlab.precision import at_least_float32, check_uint8
+from defectlab.precision import at_least_float32, check_uint8, sent
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class SimpleNet(Normal):
         features = prepared.flatten(1, 2)  # (B, P, C)
         if self.settings.positions:
             shape = len(features), self.settings.positions
-            places = torch.randint(features.shape[1], shape, generator=generator).to(features.device)
+            places = sent(torch.randint(features.shape[1], shape, generator=generator), features.device)
             features = features[torch.arange(len(features), device=features.device)[:, None], places]
         adapted = at_least_float32(self.adaptor(features.flatten(0, 1).float()))  # (N, C)
-        noise = self.settings.noise * torch.randn(adapted.shape, generator=generator).to(adapted.device)
+        noise = self.settings.noise * sent(torch.randn(adapted.shape, generator=generator), adapted.device)
         # together, so that batch norm sees one batch of both: official code
         good, noisy = self.discriminator(torch.cat([adapted, adapted + noise]))[:, 0].float().chunk(2)
         found = (good > 0).float().mean() / 2 + (noisy < 0).float().mean() / 2

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from defectlab.networks.efficientnet import Lite0
 from defectlab.networks.rebuild.base import Normal
 from defectlab.networks.reverse_distillation import gaussian_smooth, per_position_discrepancy, upsample
-from defectlab.precision import at_least_float32, check_uint8, full_float32
+from defectlab.precision import at_least_float32, check_uint8, full_float32, sent
 
 CHANNELS = {4: 24, 8: 40, 16: 112, 32: 320}  # of Lite0's maps, by their stride
 CELL = 16  # px a side of a position of the grid
@@ -81,7 +81,7 @@ class Descriptors(nn.Module):
 
 def jittered(features: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """(B, C, h, w) plus Gaussian noise, of a deviation of strength / C times the norm of the position."""
-    noise = torch.randn(features.shape, generator=generator).to(features)
+    noise = sent(torch.randn(features.shape, generator=generator).to(features.dtype), features.device)
     return features + noise * features.norm(dim=1, keepdim=True) * strength / features.shape[1]
 
 
