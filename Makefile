@@ -13,7 +13,7 @@ WITHOUT = $(PY) -m nbconvert --to notebook --log-level WARN --output-dir runs/$(
   --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=$(1) notebooks/*.ipynb
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce notebooks students test data bench report clean
+.PHONY: help setup reproduce notebooks students test data bench gpu-check report clean
 
 help:
 	@echo "make setup       install everything into .venv (once; again when pyproject.toml or constraints.txt change)"
@@ -27,6 +27,7 @@ help:
 	@echo "                   BSData_reduced.zip (the last five cannot be downloaded by a script), and, where it is there,"
 	@echo "                   $(ELPV) (pip download --no-deps $(ELPV_PACKAGE))"
 	@echo "make bench       time the networks of a study, side by side, on this idle machine: STUDY=yolo_dcf"
+	@echo "make gpu-check   train each kind of row for a moment: is the GPU used right, how fast, how much memory"
 	@echo "make report      write runs/PROFILE/index.html, results/tables and the verdicts in README.md from the records"
 	@echo "make clean       remove runs/smoke and caches; data, weights, quick and paper runs stay"
 
@@ -74,6 +75,9 @@ data: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PY) -m defectlab bench $(or $(STUDY),yolo_dcf) $(if $(DEVICE),--device $(DEVICE))
+
+gpu-check: $(INSTALLED)
+	$(PY) -m defectlab gpu-check $(if $(DEVICE),--device $(DEVICE))
 
 report: $(INSTALLED)
 	$(PY) -m defectlab report --profile $(PROFILE)

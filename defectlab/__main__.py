@@ -1,4 +1,4 @@
-"""The command line, without Jupyter: `python -m defectlab run|status|record|report|score|detect|reproduce|bench`."""
+"""The command line, without Jupyter: `python -m defectlab run|status|record|report|...`, see --help."""
 
 import argparse
 import importlib
@@ -20,6 +20,7 @@ MODULES = {  # of the commands that have one, imported when it is asked for
     "score": "defectlab.own.score",
     "detect": "defectlab.own.detect",
     "bench": "defectlab.bench",
+    "gpu-check": "defectlab.gpu_check",
 }
 
 
@@ -121,6 +122,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("study", choices=list(STUDIES))
     bench.add_argument("--repeats", type=positive, default=30, help="rounds; default: 30, which is the least")
     bench.add_argument("--busy", action="store_true", help="go on where other work uses the machine; it is recorded")
+
+    check = add("gpu-check", "is this GPU used right, how fast is it, what would the paper profile take", None)
+    check.add_argument("--kinds", type=names, metavar="A,B", help="of rows; default: all")
+    check.add_argument("--minutes", type=minutes, default=5, help="begin no other kind after so many; default: 5")
     return top
 
 
@@ -155,14 +160,16 @@ def run(options: argparse.Namespace) -> int:
     if options.workers and options.scheduler:
         raise ValueError("--workers starts workers, a cluster at --scheduler has its own: give one of the two")
     try:
-        from defectlab.batch import cluster, machines
+        from defectlab.batch import cluster, machines, sizes
     except ModuleNotFoundError as error:
         remedy = "python -m pip install -c constraints.txt -e '.[cluster]'"
         raise ValueError(f"workers need Dask, and {error.name} is not installed: {remedy}") from error
     elsewhere = options.scheduler or options.slurm  # there the device is looked for, not here
     device = options.device if elsewhere else pick_device(options.device)
     writable(runs.runs_dir(options.profile))
-    with machines.cluster(options.profile, device, options.workers or 1, options.scheduler, options.slurm) as client:
+    peak = max((sizes.peak_gb(task.row, sizes.measured_here()) for task in listed), default=0.0)
+    workers = machines.fitting(options.workers or 1, device, peak if options.profile == "paper" else 0.0)
+    with machines.cluster(options.profile, device, workers, options.scheduler, options.slurm) as client:
         kind = device.partition(":")[0]  # a worker sees one GPU
         cluster.run_on(client, listed, options.profile, kind, options.minutes)
     return 0
@@ -208,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         action = {"run": run, "status": status, "record": record, "report": report}.get(options.command)
-        action = action or getattr(importlib.import_module(MODULES[options.command]), options.command)
+        action = action or getattr(importlib.import_module(MODULES[options.command]), options.command.replace("-", "_"))
         return action(options)
     except (DataError, WeightsError, NonFiniteLoss, RowsFailed, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

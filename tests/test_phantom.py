@@ -7,21 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from defectlab.studies import STUDIES, study
+from defectlab.gpu_check import kinds
 
 TESTS = Path(__file__).parent
-ON_THE_CPU = ("costs",)  # kinds that count a network's operations
-
-
-def kinds() -> dict[tuple[str, str], str]:
-    """A row of each kind of settings that smoke trains, and of each that looks at another's network."""
-    found: dict[tuple[str, str], str] = {}
-    for name in STUDIES:
-        for row_name, row in study(name).rows["smoke"].items():
-            model, of = row.settings.model, getattr(row.settings, "of", None)
-            if row.seeds and not row.optional and not model.endswith(ON_THE_CPU):
-                found.setdefault((model, getattr(of, "model", "")), f"{name}/{row_name}:0")
-    return found
 
 
 def run(root: Path, *command: str) -> subprocess.CompletedProcess:
@@ -38,7 +26,16 @@ def test_a_row_of_each_kind_runs_on_a_gpu_without_a_wait_in_a_step(tmp_path: Pat
     chosen = kinds()
     assert len(chosen) > 25
     shutil.copytree(TESTS.parent / "defectlab", tmp_path / "defectlab")  # with runs of its own
-    options = ["run", "all", "--profile", "smoke", "--device", "cuda", "--tasks", ",".join(chosen.values())]
+    options = [
+        "run",
+        "all",
+        "--profile",
+        "smoke",
+        "--device",
+        "cuda",
+        "--tasks",
+        ",".join(f"{study}/{row}:0" for study, row in chosen.values()),
+    ]
     done = run(tmp_path, str(TESTS / "phantom.py"), *options)
     assert done.returncode == 0, done.stderr
     waits = [line for line in done.stdout.splitlines() if line.startswith("wait ")]

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from defectlab import runs
+from defectlab.batch.sizes import hours, measured_here, peak_gb
 from defectlab.files import Busy, disk_full, locked, writable
 from defectlab.provenance import peak_memory_mb, pick_device, provenance, reset_peak_memory
 from defectlab.runs import Context, OutOfTime, Record, first_line
@@ -27,13 +28,14 @@ class RowsFailed(RuntimeError):
 # --- One row ---------------------------------------------------------------------------------------------------------
 
 
-def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> Record:
-    """Compute one row and seed unless `runs/<profile>/` has it already, and keep the result there.
+def run_row(of: Study, row: Row, seed: int, profile: str, context: Context, folder: Path | None = None) -> Record:
+    """Compute one row and seed unless `runs/<profile>/` (or `folder`) has it already, and keep the result there.
 
     An interrupted training leaves a checkpoint and is continued by the next call. `seconds` of the record are those of
     all calls, without those of other rows, which have records of their own.
     """
-    folder, settings = runs.runs_dir(profile), row.settings
+    settings, given = row.settings, folder
+    folder = given or runs.runs_dir(profile)
     key, prints = key_and_prints(row, seed, profile)
     path, checkpoint = folder / f"{key}.json", folder / "checkpoints" / f"{key}.safetensors"
     made = provenance(context.device)
@@ -44,7 +46,7 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
         if (other, its_seed) not in row.needs(settings, seed):
             raise LookupError(f"{key} asks for a row that its study does not say it needs: {other}, seed {its_seed}")
         began = time.monotonic()
-        found = run_row(of, of.row_with(other, profile), its_seed, profile, context)
+        found = run_row(of, of.row_with(other, profile), its_seed, profile, context, given)
         elsewhere += time.monotonic() - began
         reset_peak_memory(context.device)
         return found
@@ -61,7 +63,7 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context) -> R
 
     if record := finished():
         return record
-    with locked(lock_of(key, profile), context.log, context.wait):
+    with locked(folder / "locks" / key, context.log, context.wait):
         if record := finished():  # by another process, meanwhile
             return record
         reset_peak_memory(context.device)
@@ -94,10 +96,6 @@ def key_and_prints(row: Row, seed: int, profile: str) -> tuple[str, dict[str, st
     settings, prints = row.settings, row.fingerprints(row.settings)
     identity = runs.row_identity(settings, profile)
     return runs.make_key(settings.model, settings.dataset, profile, seed, identity, prints), prints
-
-
-def lock_of(key: str, profile: str) -> Path:
-    return runs.runs_dir(profile) / "locks" / key
 
 
 def seconds_before(checkpoint: Path) -> float:
@@ -249,6 +247,16 @@ def trained(
     return {row: runs.find(finished, one.settings, profile) for row, one in chosen.items()}
 
 
+def sizes_of_rows(name: str, profile: str, rows: Collection[str]) -> tuple[str, dict[str, str]]:
+    """Where GB and hours of the rows of paper are from, and these; none of other profiles."""
+    if profile != "paper":
+        return "", {}
+    measured, of = measured_here(), study(name).rows[profile]
+    told = {row: (peak_gb(of[row], measured), hours(of[row], measured)) for row in rows}
+    texts = {row: f"  {gb:4.0f}  {'?' if math.isnan(time) else f'{time:.1f}'}" for row, (gb, time) in told.items()}
+    return "gpu-check here" if measured else "computed; for hours: gpu-check", texts
+
+
 def unplanned(rows: list[str] | None, listed: list[Task]) -> list[str]:
     """The named rows that have no task: the profile plans no seed of them."""
     return [row for row in rows or [] if row not in {task.name for task in listed}]
@@ -267,10 +275,11 @@ def status_lines(name: str, profile: str, rows: list[str] | None = None, seeds: 
         columns = by_row.setdefault(task.name, [[], [], []])
         for column, stands in zip(columns, (task.recorded, task.here, not (task.recorded or task.here)), strict=True):
             column += [str(task.seed)] if stands else []
-    texts = {"row": "recorded  here      missing"}
+    measured, sizes = sizes_of_rows(name, profile, by_row)
+    texts = {"row": "recorded  here      missing" + (f"    GB  hours a seed ({measured})" if sizes else "")}
     for row, columns in by_row.items():
         recorded, here, missing = (",".join(column) or "-" for column in columns)
-        texts[row] = f"{recorded:8}  {here:8}  {missing}"
+        texts[row] = f"{recorded:8}  {here:8}  {missing:{9 if sizes else 0}}{sizes.get(row, '')}"
     texts |= {row: unplanned_note(profile) for row in unplanned(rows, listed)}
     width = max(map(len, texts))
     start = f"{name} ({profile}): "

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -38,6 +39,30 @@ def cards_of(device: str) -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     cards = named.split(",") if named else [str(card) for card in range(torch.cuda.device_count())]
     return [cards[int(index)]] if index else cards
+
+
+def fitting(workers: int, device: str, peak_gb: float, log: Callable = print) -> int:
+    """How many of so many workers fit on the cards, where the largest row needs so much; a line where it is fewer."""
+    cards = cards_of(device)
+    if not cards:
+        return workers
+    most, reason = workers, ""
+    if peak_gb:
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        most, reason = len(cards) * max(1, int(memory // peak_gb)), f"a row needs up to {peak_gb:g} GB of {memory:.0f}"
+    if _exclusive():
+        most, reason = min(most, len(cards)), "the cards are in exclusive compute mode, one process each"
+    if most < workers:
+        log(f"{most} workers in place of {workers}: {reason}")
+    return min(workers, most)
+
+
+def _exclusive() -> bool:
+    """Whether nvidia-smi says so; it says nothing where it is not there."""
+    query = ["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return "Exclusive" in subprocess.run(query, capture_output=True, text=True, timeout=30).stdout
+    return False
 
 
 def worker_environments(workers: int, device: str) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 from distributed import get_worker, rejoin, secede
 
 from defectlab import runs
-from defectlab.batch import key_and_prints, lock_of, run_row
+from defectlab.batch import key_and_prints, run_row
 from defectlab.files import Busy, DataError, disk_full, locked, project_root, write_atomically
 from defectlab.provenance import pick_device
 from defectlab.runs import Context, OutOfTime, Record, first_line
@@ -87,7 +87,7 @@ def run_to_end(of: Any, row: Row, job: Job, context: Context) -> Record:
             return run_row(of, row, job.seed, job.profile, context)
         except Busy:
             secede()
-            with locked(lock_of(job.key, job.profile), context.log):
+            with locked(runs.runs_dir(job.profile) / "locks" / job.key, context.log):
                 pass
             rejoin()
 

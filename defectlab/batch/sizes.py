@@ -1,0 +1,55 @@
+"""Memory and time that rows of the paper profile need on a GPU: as `gpu-check` measured here, else as computed."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from defectlab.files import project_root
+from defectlab.runs import runs_dir
+from defectlab.studies import Row
+
+# peak of a step in the paper's size and batch, GB, computed from the shapes of its tensors before a GPU was at hand: of
+# YOLO-DCF's teacher, the largest of all, and a bound of the others
+COMPUTED_GB, OTHERS_GB = {"yolo_dcf": 20.0}, 14.0
+
+
+def kind_of(settings: Any) -> str:
+    """What is trained alike: the model, and that of the row whose network it looks at."""
+    of = getattr(settings, "of", None)
+    return settings.model + (f" of {of.model}" if dataclasses.is_dataclass(of) else "")
+
+
+def check_path() -> Path:
+    return runs_dir("paper").parent / "gpu-check.json"
+
+
+def measured_here() -> dict[str, dict[str, Any]]:
+    """Kind -> what the last `gpu-check` of this machine measured in the papers' sizes; {} before the first."""
+    path = check_path()
+    return json.loads(path.read_text(encoding="utf-8"))["kinds"] if path.exists() else {}
+
+
+def peak_gb(row: Row, measured: dict[str, dict[str, Any]]) -> float:
+    kind = kind_of(row.settings)
+    return measured.get(kind, {}).get("gb") or COMPUTED_GB.get(kind, OTHERS_GB)
+
+
+def images_an_epoch(settings: Any) -> int:
+    """What a row draws, or the training images that its set's card counts; 0 where there is no card."""
+    if draws := getattr(settings, "draws", 0):
+        return draws
+    name = settings.dataset.split("/")[-1].removesuffix("_grouped").removesuffix("_pair").removesuffix("_index")
+    path = project_root() / "results" / "data" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["parts"]["train"]["images"] if path.exists() else 0
+
+
+def hours(row: Row, measured: dict[str, dict[str, Any]]) -> float:
+    """Of one seed of a row on the machine that was measured; NaN where it cannot be told. A row that trains nothing
+    counts as nothing."""
+    epochs = getattr(row.settings, "epochs", 0)
+    if not epochs:
+        return 0.0
+    images, speed = images_an_epoch(row.settings), measured.get(kind_of(row.settings), {}).get("images_per_second")
+    return epochs * images / speed / 3600 if images and speed else math.nan
