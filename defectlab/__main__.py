@@ -167,8 +167,11 @@ def run(options: argparse.Namespace) -> int:
     elsewhere = options.scheduler or options.slurm  # there the device is looked for, not here
     device = options.device if elsewhere else pick_device(options.device)
     writable(runs.runs_dir(options.profile))
-    peak = max((sizes.peak_gb(task.row, sizes.measured_here()) for task in listed), default=0.0)
-    workers = machines.fitting(options.workers or 1, device, peak if options.profile == "paper" else 0.0)
+    workers = options.workers or 1
+    if not elsewhere:
+        measured = sizes.measured_here()
+        peak = max((sizes.peak_gb(task.row, measured) for task in listed), default=0.0)
+        workers = machines.fitting(workers, device, peak if options.profile == "paper" else 0.0)
     with machines.cluster(options.profile, device, workers, options.scheduler, options.slurm) as client:
         kind = device.partition(":")[0]  # a worker sees one GPU
         cluster.run_on(client, listed, options.profile, kind, options.minutes)

@@ -1,6 +1,7 @@
 """Batches of rows: what fails, and what another process computes."""
 
 import errno
+import graphlib
 import re
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,6 +18,7 @@ from defectlab import batch, runs
 from defectlab.files import DataError, WeightsError, write_atomically
 from defectlab.metrics.ranking import auroc
 from defectlab.runs import Context, NonFiniteLoss, Result
+from defectlab.studies import STUDIES, study
 from defectlab.training.loop import resume
 
 
@@ -167,3 +169,26 @@ def test_a_row_that_another_process_computes_comes_last(fake: FakeStudy, asked_b
     assert fake.computed[2:] == [("rd4ad", 0), ("bsdrd", 0)][: 1 + (asked_by == "bsdrd")]
     assert lines[1] == f"  another process is at locks/{key}: left for later"
     assert sum(key in line for line in lines) == 2
+
+
+# --- What rows need of each other ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_row_that_is_needed_is_one_of_the_study_and_none_needs_itself(name: str) -> None:
+    of = study(name)
+    for profile in runs.PROFILES:
+        graph = {}
+        for row in of.rows[profile].values():
+            for seed in (0, 2):
+                needed = [(of.row_with(other, profile).settings, own) for other, own in row.needs(row.settings, seed)]
+                graph[row.settings, seed] = needed
+        graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_a_row_reads_no_result_that_its_study_does_not_name(fake: FakeStudy, capsys) -> None:
+    teacher = fake.rows["quick"]["rd4ad"].settings
+    fake.run = lambda settings, seed, data, context: context.require(teacher, seed)
+    assert call("run bsdrd --rows bsdrd --seeds 0 --device cpu") == 1
+    assert "(LookupError): bsdrd-magnetic_tile-quick-s0" in (said := capsys.readouterr().err)
+    assert "asks for a row that its study does not say it needs" in said
