@@ -73,10 +73,16 @@ def parser() -> argparse.ArgumentParser:
 
     run = add("run", "run rows and seeds that this machine has not run yet")
     run.add_argument("--minutes", type=minutes, help="stop cleanly after so many; the same command goes on")
-    run.add_argument("--workers", type=positive, help="rows side by side: processes here, each with one GPU; jobs")
+    run.add_argument(
+        "--workers", type=positive, help="rows side by side, in processes here (one GPU each, or a share of one)"
+    )
     where = run.add_mutually_exclusive_group()
-    where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a running Dask cluster, instead of --workers")
-    where.add_argument("--slurm", metavar="partition=gpu,gpus=1,hours=8", help="start --workers jobs of Slurm")
+    where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="on the workers of a running Dask cluster")
+    where.add_argument(
+        "--slurm",
+        metavar="partition=gpu,gpus=1,hours=8",
+        help="in as many jobs of Slurm; also account, cores (4), memory (16GB)",
+    )
     run.add_argument("--tasks", type=names, metavar="ROW:SEED,...", help="exactly these, instead of --rows and --seeds")
 
     add("status", "which rows and seeds are recorded, run here, missing, in the order in which to run them")
@@ -169,8 +175,8 @@ def run(options: argparse.Namespace) -> int:
     writable(runs.runs_dir(options.profile))
     workers = options.workers or 1
     if not elsewhere:
-        measured = sizes.measured_here()
-        peak = max((sizes.peak_gb(task.row, measured) for task in listed), default=0.0)
+        measured, rows = sizes.measured_here(), [task.row for task in listed]
+        peak = max((max(sizes.peak_gb(row, measured), sizes.bound_gb(row)) for row in rows), default=0.0)
         workers = machines.fitting(workers, device, peak if options.profile == "paper" else 0.0)
     with machines.cluster(options.profile, device, workers, options.scheduler, options.slurm) as client:
         kind = device.partition(":")[0]  # a worker sees one GPU

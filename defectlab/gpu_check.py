@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from defectlab.batch import run_row
-from defectlab.batch.sizes import check_path, hours, kind_of
+from defectlab.batch.sizes import check_path, hours, kind_of, measured_here
 from defectlab.files import write_json
 from defectlab.precision import fast_bf16
 from defectlab.provenance import device_name, pick_device, provenance
@@ -78,13 +78,15 @@ def shortened(of: Study) -> Study:
 
 
 @contextmanager
-def utilisation() -> Iterator[list[float]]:
+def utilisation(device: str) -> Iterator[list[float]]:
     """Per cent, twice a second, as nvidia-smi says; none where it is not there."""
     found: list[float] = []
     if not shutil.which("nvidia-smi"):
         yield found
         return
-    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "500"]
+    card = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = ["-i", f"GPU-{card}"] if card else []
+    query = ["nvidia-smi", *which, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "500"]
     with subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             yield found
@@ -124,7 +126,7 @@ def difference(cpu: Record, gpu: Record) -> str:
         apart = abs(one - other) / max(abs(one), 1e-9)
         return "" if apart <= most else f"loss of the first epoch {one:.4g} and {other:.4g} (tolerance {most:.0%})"
     for name, value in cpu.metrics.items():
-        if abs(value - gpu.metrics.get(name, math.nan)) > METRIC_TOLERANCE:
+        if not abs(value - gpu.metrics.get(name, math.nan)) <= METRIC_TOLERANCE:
             return f"{name} {value:.1f} and {gpu.metrics.get(name, math.nan):.1f} (tolerance {METRIC_TOLERANCE:g})"
     return ""
 
@@ -150,7 +152,7 @@ def gpu_check(options: argparse.Namespace) -> int:
         for kind, (name, row_name) in chosen.items():
             of, line = study(name), found.setdefault(kind, {"row": f"{name} {row_name}"})
             if time.monotonic() > ends:
-                line["problem"] = f"not reached in {options.minutes:g} minutes"
+                line["note"] = f"not reached in {options.minutes:g} minutes: --minutes gives it more"
                 continue
             try:
                 cpu = run(of, row_name, "smoke", "cpu")
@@ -159,7 +161,7 @@ def gpu_check(options: argparse.Namespace) -> int:
                     gpu = run(of, row_name, "smoke", device)
                     line["problem"] = difference(cpu, gpu)
                     if row_name in (long := shortened(of)).rows["paper"]:
-                        with utilisation() as used:
+                        with utilisation(device) as used:
                             record = run(long, row_name, "paper", device)
                         line |= {"gb": round(record.peak_memory_mb / 1024, 2), "seconds": record.seconds}
                         line["images_per_second"] = record.costs.get("train_images_per_second", 0.0)
@@ -169,7 +171,9 @@ def gpu_check(options: argparse.Namespace) -> int:
             print(shown(kind, line), flush=True)
     told = machine(device)
     if on_gpu and not options.kinds:
-        write_json(check_path(), {"machine": told, "kinds": found})
+        earlier = {kind: line for kind, line in measured_here().items() if "gb" in line}
+        kept = {kind: line if "gb" in line else earlier.get(kind, line) for kind, line in found.items()}
+        write_json(check_path(), {"machine": told, "kinds": kept})
     print(report(told, found, on_gpu))
     return int(any(line.get("problem") for line in found.values()))
 
@@ -177,7 +181,7 @@ def gpu_check(options: argparse.Namespace) -> int:
 def shown(kind: str, line: dict[str, Any]) -> str:
     values = {"GB": line.get("gb"), "images/s": line.get("images_per_second"), "% used": line.get("utilisation")}
     told = ", ".join(f"{value:g} {unit}" for unit, value in values.items() if value is not None)
-    return f"{kind}: {line.get('problem') or told or 'runs'}"
+    return f"{kind}: {line.get('problem') or line.get('note') or told or 'runs'}"
 
 
 def report(told: dict[str, str], found: dict[str, dict[str, Any]], on_gpu: bool) -> str:

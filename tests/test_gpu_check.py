@@ -66,6 +66,9 @@ def test_what_trains_nothing_is_compared_by_its_metrics() -> None:
     cpu, near, far = (SimpleNamespace(curve={}, metrics={"aupro": v}, precision="fp32") for v in (70, 70.9, 71.1))
     assert gpu_check.difference(cpu, near) == ""
     assert gpu_check.difference(cpu, far) == "aupro 70.0 and 71.1 (tolerance 1)"
+    assert gpu_check.difference(cpu, SimpleNamespace(curve={}, metrics={}, precision="fp32")).startswith(
+        "aupro 70.0 and nan"
+    )
 
 
 def test_rows_in_the_papers_size_need_no_real_data_and_end_soon() -> None:
@@ -92,7 +95,7 @@ def test_hours_and_memory_are_those_that_were_measured(root: Path, capsys: pytes
     assert call("status windows --profile paper --rows cnn") == 0
     assert "hours a seed (computed; for hours: gpu-check)" in capsys.readouterr().out
     sizes.check_path().parent.mkdir()
-    sizes.check_path().write_text(json.dumps({"kinds": measured}))
+    sizes.check_path().write_text(json.dumps({"machine": {"device": "a GPU"}, "kinds": measured}))
     assert call("status windows --profile paper --rows cnn") == 0
     said = capsys.readouterr().out.splitlines()
     assert "hours a seed (gpu-check here)" in said[0] and said[1].split()[-2:] == ["4", "0.2"]

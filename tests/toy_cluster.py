@@ -56,7 +56,7 @@ def result(value: float, weights: dict | None = None) -> Result:
 
 
 def learn(settings: Toy, seed: int, data: Any, context: Context) -> Result:
-    """40 epochs of 0.1 s, with a checkpoint after each."""
+    """Epochs of 0.1 s, with a checkpoint after each."""
     torch.manual_seed(seed)
     network, images = torch.nn.Linear(3, 1), torch.arange(24.0).reshape(8, 3) / 24
     context = Context(**vars(context) | {"every_seconds": 0.0})
@@ -115,6 +115,7 @@ ROWS = {
     "looks": row(Looks(LEARNS), look, 2, primary=True, needs=needs_of),
     "learns": row(LEARNS, learn, 2),
     "sleeps": row(Toy("sleeps", 5), sleep, 4),
+    "long": row(Toy("long", 100), learn, 0),
     "fails": row(Toy("fails"), fail, 0),
     "looks_at_failed": row(Looks(Toy("fails")), look, 0, needs=needs_of),
     "dies": row(Toy("dies"), die, 0),

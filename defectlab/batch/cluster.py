@@ -7,52 +7,62 @@ is one, a row goes on from its checkpoint, and two batches do not compute the sa
 a cluster in a network that you trust.
 """
 
+import graphlib
 import time
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field, replace
 
-from distributed import Client, Future, as_completed
+from distributed import Client, Future, wait
 from distributed.scheduler import KilledWorker
 from tqdm import tqdm
 
 from defectlab import runs
 from defectlab.batch import RowsFailed, Task, headline, key_and_prints
 from defectlab.batch.machines import TRIES
-from defectlab.batch.worker import EVENTS, Job, compute, read_files, write_files
-from defectlab.files import disk_full
+from defectlab.batch.worker import EVENTS, Done, Job, compute, digest, read_files, write_files
+from defectlab.files import DataError, disk_full
+from defectlab.provenance import provenance
 from defectlab.runs import Record, first_line
 from defectlab.studies import Row, study
+
+BUSY_SECONDS = 2  # before a row that another process computes is asked for again
+SILENT_SECONDS = 60  # between two lines that say that there is no worker
 
 # --- The graph -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Node:
-    """A row and seed of the graph; `needs`: keys of others. `reason`: why it cannot be computed."""
+    """A row and seed of the graph; `needs`: keys of others."""
 
     job: Job
     needs: list[str] = field(default_factory=list)
     record: Record | None = None  # of a run that is finished
-    reason: str = ""
+    reason: str = ""  # why it cannot be computed
+    send: bool = False  # the files of what it needs: a worker lacked them
+    after: float = 0.0  # not before this time (`time.monotonic()`)
 
 
 def graph(listed: list[Task], profile: str, device: str, ends: float | None) -> dict[str, Node]:
     """Key -> node, in the order of the list, each after those that it needs."""
     nodes: dict[str, Node] = {}
+    commit = provenance("cpu")["commit"]
 
     def add(name: str, row_name: str, row: Row, seed: int) -> str:
         try:
             key, prints = key_and_prints(row, seed, profile)
         except Exception as error:  # data or weights that are not here
             key = f"{name} {row_name} {seed}"
-            job = Job(name, row_name, seed, profile, device, key, {}, ends)
+            job = Job(name, row_name, seed, profile, device, key, {}, ends, commit)
             nodes[key] = Node(job, reason=told(error))
             return key
         if key in nodes:
             return key
-        node = Node(Job(name, row_name, seed, profile, device, key, prints, ends))
+        node = Node(Job(name, row_name, seed, profile, device, key, prints, ends, commit))
         path = runs.runs_dir(profile) / f"{key}.json"
         try:
             if path.exists():
@@ -61,10 +71,11 @@ def graph(listed: list[Task], profile: str, device: str, ends: float | None) -> 
         except ValueError as error:
             node.reason = told(error)
         if not (node.record or node.reason):
-            rows = study(name).rows[profile]
+            of = study(name)
             for settings, its_seed in row.needs(row.settings, seed):
-                other = next(n for n, r in rows.items() if r.settings == settings)
-                node.needs.append(add(name, other, rows[other], its_seed))
+                needed = of.row_with(settings, profile)
+                other = next(one for one, known in of.rows[profile].items() if known is needed)
+                node.needs.append(add(name, other, needed, its_seed))
         return nodes.setdefault(key, node).job.key
 
     for task in listed:
@@ -74,7 +85,7 @@ def graph(listed: list[Task], profile: str, device: str, ends: float | None) -> 
 
 def told(error: BaseException) -> str:
     if isinstance(error, KilledWorker):
-        return f"its worker died {TRIES} times (out of memory?)"
+        return f"its worker died {error.allowed_failures + 1} times (out of memory?)"
     return f"({type(error).__name__}): {first_line(error)}"
 
 
@@ -85,67 +96,146 @@ def run_on(
     client: Client, listed: list[Task], profile: str, device: str, minutes: float | None, log: Callable = print
 ) -> list[Record]:
     """What `batch.run_tasks` does, on the workers of a cluster. A row that failed three times is named at the end."""
-    nodes = graph(listed, profile, device, None if minutes is None else time.time() + 60 * minutes)
-    futures = submitted(client, nodes)
-    running, total = {}, len(futures)  # running: row -> worker
-    with tqdm(total=total, unit="row", disable=None) as bar:
-
-        def say(line: str) -> None:
-            (bar.write if not bar.disable else log)(line)
-
-        def begun(event: tuple[float, dict[str, str]]) -> None:
-            running[event[1]["row"]] = event[1]["name"]
-            bar.set_postfix_str(", ".join(f"{row} on {worker}" for row, worker in running.items()))
-
-        client.subscribe_topic(EVENTS, begun)
-        try:
-            for future in as_completed(list(futures.values())):
-                key = future.key.rpartition("-")[0]
-                node, number = nodes[key], total - len(futures) + 1
-                where = running.pop(str(node.job), "")
-                if future.status == "finished":
-                    if files := future.result():
-                        write_files(files, runs.runs_dir(profile))
-                        node.record = runs.read_record(runs.runs_dir(profile) / f"{key}.json")
-                        said = f"{headline(node.record, node.job.study)}  ({node.record.seconds:.0f} s"
-                        say(f"[{number}/{total}] {node.job}  {said}{where and f' on {where}'})")
-                else:
-                    error = future.exception() if future.status == "error" else RuntimeError(future.status)
-                    if disk_full(error):
-                        raise error
-                    broken = [other for other in node.needs if nodes[other].reason]
-                    node.reason = f"needs {nodes[broken[0]].job}, which failed" if broken else told(error)
-                    say(f"[{number}/{total}] {node.job} failed {node.reason}")
-                del futures[key]  # a result that nobody asks for any more leaves its worker
-                bar.update()
-        finally:
-            client.cancel(list(futures.values()))  # what still runs stops at the end of its epoch
-            client.unsubscribe_topic(EVENTS)
-    open_rows = sum(not (node.record or node.reason) for node in nodes.values())
-    if open_rows:
-        log(f"{minutes:g} minutes are used up: {open_rows} of {len(nodes)} left; run again to go on")
-    if failed := [f"{node.job} {node.reason}" for node in nodes.values() if node.reason]:
+    batch = Batch(client, graph(listed, profile, device, None if minutes is None else time.time() + 60 * minutes), log)
+    batch.run()
+    left = sum(not (node.record or node.reason) for node in batch.nodes.values())
+    if left:
+        log(f"{minutes or 0:g} minutes are used up: {left} of {len(batch.nodes)} left; run again to go on")
+    if failed := [f"{node.job} {node.reason}" for node in batch.nodes.values() if node.reason]:
         raise RowsFailed("; ".join(failed))
-    return [node.record for node in nodes.values() if node.record]
+    return [node.record for node in batch.nodes.values() if node.record]
 
 
-def submitted(client: Client, nodes: dict[str, Node]) -> dict[str, Future]:
-    """Key -> future of each row that is to be computed. The first of the list come first."""
-    batch = uuid.uuid4().hex[:8]  # two batches on one cluster keep their own tasks
-    futures: dict[str, Future] = {}
-    sent: dict[str, Future] = {}
-    for key, node in nodes.items():
-        broken = [other for other in node.needs if nodes[other].reason]
-        if broken and not node.reason:
-            node.reason = f"needs {nodes[broken[0]].job}, which failed"
-        if node.reason or node.record:
-            continue
-        for other in node.needs:
-            if nodes[other].record and other not in sent:
-                with warnings.catch_warnings():  # weights in a message are meant
-                    warnings.filterwarnings("ignore", message="Sending large graph")
-                    sent[other] = client.submit(dict, read_files(nodes[other].record), pure=False)
-        needed = [futures.get(other) or sent[other] for other in node.needs]
-        options = {"key": f"{key}-{batch}", "retries": TRIES - 1, "priority": -len(futures), "pure": False}
-        futures[key] = client.submit(compute, node.job, *needed, **options)
-    return futures
+class Batch:
+    """As many rows at once as there are workers: a death then counts against the row that ran, not against all that
+    wait. Files of needed rows go out with a row where its worker lacks them, so all see the same weights."""
+
+    def __init__(self, client: Client, nodes: dict[str, Node], log: Callable):
+        self.client, self.nodes, self.log = client, nodes, log
+        self.sorter = graphlib.TopologicalSorter({key: node.needs for key, node in nodes.items()})
+        self.sorter.prepare()
+        self.open = [node for node in nodes.values() if not (node.record or node.reason)]
+        self.ready: list[str] = []
+        self.futures: dict[Future, str] = {}  # -> key
+        self.tries: Counter[str] = Counter()
+        self.refused: dict[str, str] = {}  # address of a worker that computes something else -> why
+        self.running: dict[str, str] = {}  # row -> worker
+        self.spoken = time.monotonic()
+        self.bar = tqdm(total=len(self.open), unit="row", disable=None)
+
+    def say(self, line: str) -> None:
+        (self.log if self.bar.disable else self.bar.write)(line)
+
+    def begun(self, event: tuple[float, dict[str, str]]) -> None:
+        self.running[event[1]["row"]] = event[1]["name"]
+        self.bar.set_postfix_str(", ".join(f"{row} on {worker}" for row, worker in self.running.items()))
+
+    def run(self) -> None:
+        self.client.subscribe_topic(EVENTS, self.begun)
+        try:
+            with self.bar:
+                while self.step():
+                    pass
+        finally:
+            self.client.cancel(list(self.futures))  # what still runs stops at the end of its epoch
+            self.client.unsubscribe_topic(EVENTS)
+
+    def step(self) -> bool:
+        """Hand out what can be computed, and take what comes back within a second; -> whether anything is left."""
+        while keys := self.sorter.get_ready():
+            for key in keys:
+                node = self.nodes[key]
+                if broken := [other for other in node.needs if self.nodes[other].reason]:
+                    node.reason = node.reason or f"needs {self.nodes[broken[0]].job}, which failed"
+                if node.record or node.reason:
+                    self.sorter.done(key)
+                else:
+                    self.ready.append(key)
+        ends = next(iter(self.nodes.values())).job.ends if self.nodes else None
+        late = ends is not None and time.time() > ends
+        there = self.workers()
+        if self.refused and not there:  # nobody is left who would compute what is asked for
+            for key in self.ready:
+                self.nodes[key].reason = next(iter(self.refused.values()))
+                self.finish(key, f"failed: {self.nodes[key].reason}")
+        if late or (self.refused and not there):
+            self.ready.clear()
+        if not (self.ready or self.futures) or (late and not there):
+            return False
+        order = {key: place for place, key in enumerate(self.nodes)}
+        now = time.monotonic()
+        for key in sorted(self.ready, key=lambda key: (self.nodes[key].after, order[key])):
+            if len(self.futures) < len(there) and self.nodes[key].after <= now:
+                self.ready.remove(key)
+                self.submit(key, there)
+        if not there and now - self.spoken > SILENT_SECONDS:
+            self.spoken = now
+            self.say("no worker has come yet")
+        if not self.futures:
+            time.sleep(0.2)
+            return True
+        try:
+            done = wait(list(self.futures), timeout=1, return_when="FIRST_COMPLETED").done
+        except TimeoutError:
+            done = set()
+        except CancelledError as error:
+            raise DataError("the scheduler is gone; finished rows are kept: start it and this command again") from error
+        for future in done:
+            self.take(future, self.futures.pop(future))
+        return True
+
+    def workers(self) -> list[str]:
+        """Addresses of those that may be given rows. DataError where the scheduler is gone, or all were refused."""
+        try:
+            there = list(self.client.nthreads())
+        except OSError as error:
+            raise DataError(f"the scheduler does not answer any more ({first_line(error)}): start it again") from error
+        return [address for address in there if address not in self.refused]
+
+    def submit(self, key: str, there: list[str]) -> None:
+        node = self.nodes[key]
+        needed = [self.nodes[other].record for other in node.needs]
+        hashes = tuple((record.path.name, digest(record.path.read_bytes())) for record in needed)
+        files = [read_files(record) for record in needed] if node.send else []
+        with warnings.catch_warnings():  # weights in a message are meant
+            warnings.filterwarnings("ignore", message="Sending large graph")
+            job, name = replace(node.job, needs=hashes), f"{key}-{uuid.uuid4().hex[:8]}"
+            only = {"workers": there} if self.refused else {}  # a worker that died comes back under another address
+            future = self.client.submit(compute, job, files, key=name, pure=False, **only)
+        self.futures[future] = key
+
+    def take(self, future: Future, key: str) -> None:
+        """What became of a row that was handed out. One that failed is tried again, up to three times in all."""
+        node, where = self.nodes[key], self.running.pop(str(self.nodes[key].job), "")
+        try:
+            done: Done = future.result()
+            if done.files:
+                folder = runs.runs_dir(node.job.profile)
+                write_files(done.files, folder)
+                node.record = runs.read_record(folder / f"{key}.json")
+        except Exception as error:
+            if disk_full(error):
+                raise
+            self.tries[key] += 1
+            if self.tries[key] < TRIES and not isinstance(error, KilledWorker):
+                self.ready.append(key)
+                return
+            node.reason = told(error)
+            self.finish(key, f"failed {node.reason}")
+            return
+        if node.record:
+            seconds = f"{node.record.seconds:.0f} s on {where or done.worker}"
+            self.finish(key, f"{headline(node.record, node.job.study)}  ({seconds})")
+        elif done.reason != "late":
+            node.send |= done.reason == "missing"
+            node.after = time.monotonic() + (BUSY_SECONDS if done.reason == "busy" else 0)
+            self.ready.append(key)
+            if done.refused:
+                self.refused[done.address] = done.refused
+                self.say(f"{done.refused}; it gets no more rows")
+
+    def finish(self, key: str, line: str) -> None:
+        self.sorter.done(key)
+        self.bar.update()
+        finished = sum(bool(node.record or node.reason) for node in self.open)
+        self.say(f"[{finished}/{len(self.open)}] {self.nodes[key].job}  {line}")

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,7 +124,8 @@ def slurm_options(text: str) -> dict[str, Any]:
         "memory": of["memory"],
         "walltime": f"{minutes // 60:02d}:{minutes % 60:02d}:00",
         "job_extra_directives": [f"--gres=gpu:{of['gpus']}"] if of["gpus"] != "0" else [],
-        "worker_extra_args": ["--memory-limit", "0"],  # Slurm's limit holds
+        # Slurm's own limit of memory holds; a worker that leaves before its hours are over is not one that died
+        "worker_extra_args": ["--memory-limit", "0", "--lifetime", f"{max(minutes - 5, minutes / 2):g}m"],
         "job_script_prologue": [f'export {name}="{value}"' for name, value in variables.items()],
         "python": sys.executable,
     }
@@ -131,6 +133,8 @@ def slurm_options(text: str) -> dict[str, Any]:
 
 def slurm_jobs(options: dict[str, Any], profile: str) -> Any:
     """A cluster without workers yet; what they print goes to `runs/<profile>/logs`."""
+    if not shutil.which("sbatch"):
+        raise DataError("sbatch is not installed here: give --slurm on a login node of the cluster")
     handler = signal.getsignal(signal.SIGINT)
     from dask_jobqueue import SLURMCluster  # on import it makes Ctrl-C an exit without a word
 
@@ -144,7 +148,7 @@ def cluster(
     profile: str, device: str, workers: int = 1, scheduler: str = "", slurm: str = "", log: Callable = print
 ) -> Iterator[Client]:
     """A client of a running cluster (`scheduler`, as in tcp://host:8786), of `workers` jobs of Slurm, or of as many
-    processes here. DataError where the cluster does not answer."""
+    processes here. DataError where the cluster does not answer, or there is no Slurm."""
     options = slurm_options(slurm) if slurm else {}
     warnings.filterwarnings("ignore", message="Port 8787 is already in use")  # the address is printed
     with contextlib.ExitStack() as stack, dask.config.set(CONFIG):

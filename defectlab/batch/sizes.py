@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from defectlab.files import project_root
 from defectlab.runs import runs_dir
 from defectlab.studies import Row
@@ -26,14 +28,22 @@ def check_path() -> Path:
 
 
 def measured_here() -> dict[str, dict[str, Any]]:
-    """Kind -> what the last `gpu-check` of this machine measured in the papers' sizes; {} before the first."""
+    """Kind -> what the last `gpu-check` measured in the papers' sizes on such a GPU; {} before the first."""
     path = check_path()
-    return json.loads(path.read_text(encoding="utf-8"))["kinds"] if path.exists() else {}
+    if not path.exists():
+        return {}
+    checked = json.loads(path.read_text(encoding="utf-8"))
+    other = torch.cuda.is_available() and checked["machine"]["device"] != torch.cuda.get_device_name()
+    return {} if other else checked["kinds"]
 
 
 def peak_gb(row: Row, measured: dict[str, dict[str, Any]]) -> float:
-    kind = kind_of(row.settings)
-    return measured.get(kind, {}).get("gb") or COMPUTED_GB.get(kind, OTHERS_GB)
+    return measured.get(kind_of(row.settings), {}).get("gb") or bound_gb(row)
+
+
+def bound_gb(row: Row) -> float:
+    """What a row is not above, by computation: measured is one row of each kind, on few images."""
+    return COMPUTED_GB.get(kind_of(row.settings), OTHERS_GB)
 
 
 def images_an_epoch(settings: Any) -> int:

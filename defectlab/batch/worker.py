@@ -1,17 +1,17 @@
 """What a worker of a cluster does with a row: compute it in its own checkout, and hand back the files of the run."""
 
 import errno
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from distributed import get_worker, rejoin, secede
+from distributed import get_worker
 
 from defectlab import runs
 from defectlab.batch import key_and_prints, run_row
-from defectlab.files import Busy, DataError, disk_full, locked, project_root, write_atomically
-from defectlab.provenance import pick_device
+from defectlab.files import Busy, disk_full, project_root, write_atomically
+from defectlab.provenance import pick_device, provenance
 from defectlab.runs import Context, OutOfTime, Record, first_line
 from defectlab.studies import Row, study
 
@@ -23,7 +23,8 @@ Files = dict[str, bytes]  # the files of a run by name
 
 @dataclass(frozen=True)
 class Job:
-    """A row and seed, the key that its record must have, and when to stop (`time.time()`)."""
+    """A row and seed, the key that its record must have, and when to stop (`time.time()`). needs: name of the record of
+    each row that it needs -> its hash. commit: of the code."""
 
     study: str
     name: str
@@ -33,44 +34,60 @@ class Job:
     key: str
     prints: dict[str, str]
     ends: float | None
+    commit: str
+    needs: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.study} {self.name} seed {self.seed}"
 
 
-def compute(job: Job, *needed: Files | None) -> Files | None:
-    """The files of the row's run; None where time is up, or was for a row that it needs.
+@dataclass(frozen=True)
+class Done:
+    """What became of a job: the files of its run, or "busy" (another process computes it), "late" (time is up),
+    "missing" (files of a needed row are not here, and were not sent), or why this worker would compute something else
+    than the batch asks for. worker: its name and address."""
 
-    DataError where data, weights or code of this worker are others than those of the batch.
-    """
-    if None in needed:
-        return None
+    worker: str
+    address: str
+    files: Files | None = None
+    reason: str = ""
+    refused: str = ""
+
+
+def compute(job: Job, sent: list[Files]) -> Done:
+    """One row and seed. `sent`: the files of the rows that it needs, where they do not lie here."""
     worker = get_worker()
-    task = worker.get_current_task()
-    if worker.state.nthreads != 1:
-        raise DataError(f"worker {worker.name} takes {worker.state.nthreads} rows at once: start it with --nthreads 1")
-    worker.log_event(EVENTS, {"row": str(job), "name": str(worker.name)})
-    for files in needed:
-        write_files(files, runs.runs_dir(job.profile))
-    of = study(job.study)
-    row = of.pick(job.profile, [job.name])[job.name]
-    check_same(job, row)
+    task, me = worker.get_current_task(), (str(worker.name), worker.address)
+    row = study(job.study).pick(job.profile, [job.name])[job.name]
+    if refused := difference(job, row):
+        return Done(*me, refused=f"worker {me[0]} ({project_root()}) {refused}")
+    worker.log_event(EVENTS, {"row": str(job), "name": me[0]})
+    folder = runs.runs_dir(job.profile)
+    for files in sent:
+        write_files(files, folder)
+    for name, wanted in job.needs:
+        if not (folder / name).exists():
+            return Done(*me, reason="missing")
+        if digest((folder / name).read_bytes()) != wanted:
+            return Done(*me, refused=f"worker {me[0]} has another run of a row that is needed: delete {folder / name}")
 
     def unwanted() -> bool:
         """Whether the batch was stopped: its tasks are no longer anybody's."""
         known = worker.state.tasks.get(task)
         return known is None or known.state == "cancelled"
 
-    lines = runs.runs_dir(job.profile) / "logs" / f"{job.key}.log"
+    lines = folder / "logs" / f"{job.key}.log"
     lines.parent.mkdir(parents=True, exist_ok=True)
     deadline = None if job.ends is None else time.monotonic() + job.ends - time.time()
     with lines.open("a", encoding="utf-8", buffering=1) as file:
         log = lambda line: print(line, file=file)  # noqa: E731
         context = Context(pick_device(job.device), None, deadline, log, wait=False, stopped=unwanted)
         try:
-            return read_files(run_to_end(of, row, job, context))
+            return Done(*me, read_files(run_row(study(job.study), row, job.seed, job.profile, context)))
         except OutOfTime:
-            return None
+            return Done(*me, reason="late")
+        except Busy:
+            return Done(*me, reason="busy")
         except Exception as error:
             log(f"failed ({type(error).__name__}): {error}")
             if disk_full(error):  # what it was raised from does not travel
@@ -78,30 +95,26 @@ def compute(job: Job, *needed: Files | None) -> Files | None:
             raise
 
 
-def run_to_end(of: Any, row: Row, job: Job, context: Context) -> Record:
-    """`run_row`; while another process computes this row, the worker takes another."""
-    while True:
-        try:
-            if context.out_of_time():
-                raise OutOfTime("no time is left")
-            return run_row(of, row, job.seed, job.profile, context)
-        except Busy:
-            secede()
-            with locked(runs.runs_dir(job.profile) / "locks" / job.key, context.log):
-                pass
-            rejoin()
-
-
-def check_same(job: Job, row: Row) -> None:
-    """DataError where a worker would compute something else than the batch asks for."""
-    key, prints = key_and_prints(row, job.seed, job.profile)
+def difference(job: Job, row: Row) -> str:
+    """Why this worker would compute something else than the batch asks for; "" where it would not."""
+    if (rows := get_worker().state.nthreads) != 1:
+        return f"takes {rows} rows at once: start it with --nthreads 1"
+    try:
+        key, prints = key_and_prints(row, job.seed, job.profile)
+    except Exception as error:  # data or weights are not there
+        return f"cannot compute this row: {first_line(error)}"
     for name in sorted(prints.keys() | job.prints.keys()):
         here, there = prints.get(name), job.prints.get(name)
         if here != there:
-            where = f"{get_worker().name} ({project_root()})"
-            raise DataError(f"worker {where} has other {name} than the batch: fingerprint {here}, not {there}")
-    if key != job.key:
-        raise DataError(f"worker {get_worker().name} has other code than the batch: {key} for {job}, not {job.key}")
+            return f"has other {name} than the batch: fingerprint {here}, not {there}"
+    commit = provenance("cpu")["commit"]
+    if key != job.key or commit != job.commit:
+        return f"has other code than the batch (commit {commit}, not {job.commit}): start it again"
+    return ""
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_files(record: Record) -> Files:
@@ -110,8 +123,9 @@ def read_files(record: Record) -> Files:
 
 
 def write_files(files: Files, folder: Path) -> None:
-    """Those that are not there, the record last: with it the run is whole."""
-    for name in sorted(files, key=lambda name: ENDINGS.index(Path(name).suffix)):
-        content = files[name]
-        if not (folder / name).exists():
-            write_atomically(folder / name, lambda aside, content=content: aside.write_bytes(content))
+    """The files of a run, the record last: with it the run is whole. One that is whole here already stays."""
+    ordered = sorted(files, key=lambda name: ENDINGS.index(Path(name).suffix))
+    if (folder / ordered[-1]).exists():
+        return
+    for name in ordered:
+        write_atomically(folder / name, lambda aside, content=files[name]: aside.write_bytes(content))
