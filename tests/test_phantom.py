@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 
 
 def run(root: Path, *command: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{TESTS.parent}", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=1200)
 
 
