@@ -286,11 +286,9 @@ def test_a_stopped_batch_frees_the_worker(project: Project, scheduler: str, work
     assert 5 < sum(kind == "learns" for kind, *_ in seen(far.root)) < 80
 
 
-def test_no_scheduler_is_one_error(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machines, "CONNECT_SECONDS", 1)
-        assert call("run bsdrd --profile smoke --device cpu --scheduler tcp://127.0.0.1:9") == 1
-    assert "no Dask scheduler answers at tcp://127.0.0.1:9" in capsys.readouterr().err
+def test_no_scheduler_is_one_error(project: Project) -> None:
+    code, said = project.run("--scheduler tcp://127.0.0.1:9")
+    assert code == 1 and "error: no Dask scheduler answers at tcp://127.0.0.1:9" in said and "Traceback" not in said
 
 
 # --- Slurm -----------------------------------------------------------------------------------------------------------

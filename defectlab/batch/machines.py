@@ -23,7 +23,7 @@ from defectlab.provenance import JOBS
 from defectlab.runs import first_line
 
 TRIES = 3  # of a row, before it has failed
-CONNECT_SECONDS = 30
+CONNECT_SECONDS = 10
 CONFIG = {
     "distributed.scheduler.allowed-failures": TRIES - 1,
     "distributed.comm.timeouts.connect": "60s",
