@@ -1,7 +1,7 @@
 """A batch of rows on several workers at once: the GPUs of one machine, a running Dask cluster, or jobs of Slurm.
 
-A row is a task of a graph, after the rows that it needs (`Row.needs`); Dask (distributed, dask-jobqueue: the extra
-"cluster") orders the tasks and gives those of a dead worker to another. A worker computes in `runs/<profile>/` of its
+A row comes after the rows that it needs (`Row.needs`); Dask (distributed, dask-jobqueue: the extra "cluster") keeps the
+workers and gives the row of a dead one to another. A worker computes in `runs/<profile>/` of its
 own checkout, and the files of a finished row travel to whoever needs them: no shared file system is needed. Where there
 is one, a row goes on from its checkpoint, and two batches do not compute the same row. Dask's messages are pickles: use
 a cluster in a network that you trust.
