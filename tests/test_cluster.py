@@ -235,7 +235,8 @@ def test_a_worker_that_would_compute_something_else_is_refused(
     project: Project, scheduler: str, worker, given: dict, said: str
 ) -> None:
     far = worker(**given)
-    code, found = project.run(f"--tasks learns:0 --scheduler {scheduler}")
+    code, found = project.run(f"--tasks looks:0 --scheduler {scheduler}")
+    assert "bsdrd looks seed 0 needs bsdrd learns seed 0, which failed" in found
     assert code == 1 and said in found and "error: bsdrd learns seed 0 worker far (" in found
     assert seen(far.root) == [] and project.records() == {}
     if "data" in given:

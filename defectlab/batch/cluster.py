@@ -99,8 +99,8 @@ def run_on(
     batch = Batch(client, graph(listed, profile, device, None if minutes is None else time.time() + 60 * minutes), log)
     batch.run()
     left = sum(not (node.record or node.reason) for node in batch.nodes.values())
-    if left:
-        log(f"{minutes or 0:g} minutes are used up: {left} of {len(batch.nodes)} left; run again to go on")
+    if left and minutes is not None:
+        log(f"{minutes:g} minutes are used up: {left} of {len(batch.nodes)} left; run again to go on")
     if failed := [f"{node.job} {node.reason}" for node in batch.nodes.values() if node.reason]:
         raise RowsFailed("; ".join(failed))
     return [node.record for node in batch.nodes.values() if node.record]
@@ -155,10 +155,13 @@ class Batch:
         late = ends is not None and time.time() > ends
         there = self.workers()
         if self.refused and not there:  # nobody is left who would compute what is asked for
-            for key in self.ready:
+            for key in (failed := self.ready):
                 self.nodes[key].reason = next(iter(self.refused.values()))
                 self.finish(key, f"failed: {self.nodes[key].reason}")
-        if late or (self.refused and not there):
+            self.ready = []
+            if failed:
+                return True  # what needs these is told so
+        if late:
             self.ready.clear()
         if not (self.ready or self.futures) or (late and not there):
             return False
@@ -185,7 +188,7 @@ class Batch:
         return True
 
     def workers(self) -> list[str]:
-        """Addresses of those that may be given rows. DataError where the scheduler is gone, or all were refused."""
+        """Addresses of those that may be given rows. DataError where the scheduler is gone."""
         try:
             there = list(self.client.nthreads())
         except OSError as error:
