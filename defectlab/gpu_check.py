@@ -10,13 +10,16 @@ import argparse
 import dataclasses
 import math
 import platform
+import re
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ EPOCHS, DRAWS = 8, 4  # of a row in the paper's size; batches of an epoch, where
 FROM_SMOKE = ("dataset", "teacher", "encoder", "pretrained", "split")  # synthetic images, random weights
 # CPU against GPU: loss of the first epoch in fp32, and with TF32 or bf16 on one side; metrics of what trains nothing
 LOSS_TOLERANCE, METRIC_TOLERANCE = {"fp32": 0.01, "lower": 0.05}, 1.0
+COMPILED = ("detector", ("inductor", "graphs"))  # a kind whose settings have `compile`, and what is tried of it
 COUNTING = "costs"  # kinds that end so count operations
 
 
@@ -131,6 +135,10 @@ def difference(cpu: Record, gpu: Record) -> str:
     return ""
 
 
+def quiet(line: str) -> None:
+    """For what a row would log."""
+
+
 # --- The check -------------------------------------------------------------------------------------------------------
 
 
@@ -145,8 +153,8 @@ def gpu_check(options: argparse.Namespace) -> int:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
 
-        def run(of: Study, name: str, profile: str, where: str) -> Record:
-            context = Context(where, log=lambda line: None)
+        def run(of: Study, name: str, profile: str, where: str, log: Callable[[str], None] = quiet) -> Record:
+            context = Context(where, log=log)
             return run_row(of, of.rows[profile][name], 0, profile, context, Path(scratch) / where.replace(":", "-"))
 
         for kind, (name, row_name) in chosen.items():
@@ -161,11 +169,15 @@ def gpu_check(options: argparse.Namespace) -> int:
                     gpu = run(of, row_name, "smoke", device)
                     line["problem"] = difference(cpu, gpu)
                     if row_name in (long := shortened(of)).rows["paper"]:
+                        lines: list[str] = []
                         with utilisation(device) as used:
-                            record = run(long, row_name, "paper", device)
+                            record = run(long, row_name, "paper", device, lines.append)
                         line |= {"gb": round(record.peak_memory_mb / 1024, 2), "seconds": record.seconds}
                         line["images_per_second"] = record.costs.get("train_images_per_second", 0.0)
                         line["utilisation"] = round(statistics.mean(used), 1) if used else None
+                        if kind == COMPILED[0]:
+                            line["compiled"] = {"": f"{settled(lines):.0f} images/s"}
+                            line["compiled"] |= compiled(long, row_name, record, partial(run, where=device))
             except Exception as error:  # the other kinds are checked all the same
                 line["problem"] = f"{type(error).__name__}: {first_line(error)}"
             print(shown(kind, line), flush=True)
@@ -176,6 +188,29 @@ def gpu_check(options: argparse.Namespace) -> int:
         write_json(check_path(), {"machine": told, "kinds": kept})
     print(report(told, found, on_gpu))
     return int(any(line.get("problem") for line in found.values()))
+
+
+def settled(lines: list[str]) -> float:
+    """Images/s from what a training logs at each epoch's end, the mean so far: the median of the later epochs alone,
+    since the first ones compile and warm up. NaN for fewer than three epochs."""
+    rates = [float(found[1]) for line in lines if (found := re.search(r"([\d.]+) images/s$", line))]
+    ends = [number / rate for number, rate in enumerate(rates, 1)]  # seconds, were there one image an epoch
+    return statistics.median(1 / (after - before) for before, after in pairwise(ends[1:])) if ends[2:] else math.nan
+
+
+def compiled(of: Study, name: str, plain: Record, run: Callable[..., Record]) -> dict[str, str]:
+    """A row of `of` in the paper's size, whose record is `plain`, with each other setting of `compile` -> what it
+    came to."""
+    found: dict[str, str] = {}
+    for how in COMPILED[1]:
+        row, lines = of.rows["paper"][name], []
+        row = dataclasses.replace(row, settings=dataclasses.replace(row.settings, compile=how))
+        try:
+            record = run(dataclasses.replace(of, rows={"paper": {name: row}}), name, "paper", log=lines.append)
+            found[how] = f"{settled(lines):.0f} images/s, " + (difference(plain, record) or "same loss")
+        except Exception as error:  # a compiler that does not work here is no fault of the rows
+            found[how] = f"{type(error).__name__}: {first_line(error)}"
+    return found
 
 
 def shown(kind: str, line: dict[str, Any]) -> str:
@@ -193,6 +228,10 @@ def report(told: dict[str, str], found: dict[str, dict[str, Any]], on_gpu: bool)
     for kind, line in found.items():
         values = ("" if line.get(name) is None else f"{line[name]}" for name in names)
         lines.append(f"| {kind} | {' | '.join(values)} |")
+    for kind, line in found.items():
+        if told := line.get("compiled"):
+            lines += ["", f"| `compile` of {kind} | later epochs |", "|---|---|"]
+            lines += [f'| `"{how}"` | {came} |' for how, came in told.items()]
     if not on_gpu:
         return "\n".join([*lines, "", "No GPU: images/s, memory and agreement are left out."])
     lines += ["", "| study | hours of paper, one GPU |", "|---|---|"]

@@ -1,5 +1,6 @@
 """Training a detector: schedule, decay and moving average by hand, the loop, resuming to the last bit."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +14,8 @@ from toy_detection import SHORT, equal, fit, toy_data, toy_split
 from toy_runs import one_sitting, quiet
 
 from defectlab.data.augment import augment
+from defectlab.networks.torchvision_detectors import TorchvisionSettings
+from defectlab.networks.yolo.blocks import ConvBlock
 from defectlab.networks.yolo.model import Detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.runs import Context, OutOfTime
@@ -219,3 +222,49 @@ def test_further_weights_of_the_loss_are_trained_and_resumed(tmp_path: Path) -> 
     assert stopped == 3
     assert all(equal(one, other) for one, other in zip(whole, parts, strict=True))
     assert set(whole[1].state_dict()) == {"weight", "bias"}  # nothing of the adapter
+
+
+# --- Compiled parts --------------------------------------------------------------------------------------------------
+
+
+def test_compile_is_for_gpus_and_for_own_detectors() -> None:
+    asked = replace(SHORT, compile="graphs")
+    assert training.compile_of(asked, torch.device("cuda", 1)) == "graphs"
+    assert training.compile_of(asked, torch.device("cpu")) == "" == training.compile_of(SHORT, torch.device("cuda"))
+    assert training.compile_of(TorchvisionSettings(), torch.device("cuda")) == ""
+    with pytest.raises(ValueError, match="unknown compile 'jit': use inductor, graphs or nothing"):
+        training.compile_parts(nn.Identity(), "jit")
+
+
+@pytest.mark.parametrize("family", ["v8", "v5"])
+def test_compiled_parts_compute_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and split by torch as on a GPU, run without generated code, which takes minutes to build."""
+    modes, real = [], nn.Module.compile
+
+    def traced(part: nn.Module, *, mode: str, dynamic: bool) -> None:
+        modes.append(mode)
+        real(part, backend="aot_eager", dynamic=dynamic)
+
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    torch.manual_seed(0)
+    plain = Detector(family, "t", 2)
+    compiled = copy.deepcopy(plain)
+    training.compile_parts(nn.ModuleList([compiled]), "graphs")
+    assert modes == ["reduce-overhead"] * 3 and list(compiled.state_dict()) == list(plain.state_dict())
+    images = torch.rand(2, 3, 64, 64)
+    for detector in (plain, compiled):
+        sum(level.square().mean() for level in detector(images)).backward()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert equal(plain, compiled)  # running statistics, too
+    assert compiled.neck._compiled_call_impl and copy.deepcopy(compiled).neck._compiled_call_impl is None
+
+
+def test_a_block_with_generated_code_computes_the_same() -> None:
+    plain = ConvBlock(3, 4, 3, 2)
+    compiled = copy.deepcopy(plain)
+    compiled.compile(mode="reduce-overhead", dynamic=False)
+    for block in (plain, compiled):
+        torch.manual_seed(1)
+        block(torch.rand(2, 3, 16, 16)).square().sum().backward()
+    torch.testing.assert_close(plain.conv.weight.grad, compiled.conv.weight.grad, rtol=0.01, atol=0.001)

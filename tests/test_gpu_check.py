@@ -71,6 +71,30 @@ def test_what_trains_nothing_is_compared_by_its_metrics() -> None:
     )
 
 
+def test_images_per_second_are_those_of_the_later_epochs() -> None:
+    lines = ["starts", *(f"  epoch {k}/4  loss 1.0  {100 * k / (10 + k - 1):.1f} images/s" for k in (1, 2, 3, 4))]
+    assert gpu_check.settled(lines) == pytest.approx(100, rel=0.01)  # the first of 10 s, the others of 1 s
+    assert math.isnan(gpu_check.settled(lines[:3]))
+
+
+def test_compiled_forms_of_a_row_are_tried_and_compared() -> None:
+    def run(of, name, profile, log):
+        settings = of.rows[profile][name].settings
+        if settings.compile == "graphs":
+            raise RuntimeError("no compiler\nand more")
+        for line in ("9 images/s", "50.0 images/s", "50.0 images/s"):
+            log(line)
+        return SimpleNamespace(curve={"loss": [1.2]}, precision="bf16")
+
+    of = gpu_check.shortened(study("detector"))
+    plain = SimpleNamespace(curve={"loss": [1.0]}, precision="bf16")
+    found = gpu_check.compiled(of, "v8n", plain, run)
+    assert found["graphs"] == "RuntimeError: no compiler" and list(found) == ["inductor", "graphs"]
+    assert found["inductor"].endswith(" images/s, loss of the first epoch 1 and 1.2 (tolerance 5%)")
+    told = gpu_check.report({}, {"detector": {"row": "detector v8n", "compiled": found}}, True)
+    assert '| `"graphs"` | RuntimeError: no compiler |' in told.splitlines()
+
+
 def test_rows_in_the_papers_size_need_no_real_data_and_end_soon() -> None:
     for name in STUDIES:
         of = study(name)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from defectlab.data.augment import Augmentation, Batch, augment
 from defectlab.data.detection import DetectionSplit
+from defectlab.networks.yolo.model import Detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.precision import autocast, precision_of
 from defectlab.runs import Context
@@ -52,6 +53,24 @@ def learning_rate(step: int, steps_per_epoch: int, settings: DetectorSettings) -
     return settings.learning_rate * warm * (settings.final_rate + (1 - settings.final_rate) * left)
 
 
+def compile_of(settings: DetectorSettings, device: torch.device) -> str:
+    """What the settings say, on a GPU; "" elsewhere (on a CPU compiling takes minutes and does not pay), and for
+    torchvision's detectors, whose settings say nothing."""
+    return getattr(settings, "compile", "") if device.type == "cuda" else ""
+
+
+def compile_parts(network: nn.Module, how: str) -> None:
+    """Have torch compile backbone, neck and head of each detector in `network`, at their first call: "inductor" fuses
+    operations, "graphs" launches each part's kernels at once, as a CUDA graph, too. Weights and their names stay; what
+    is computed differs in rounding. ValueError for another `how`."""
+    modes = {"inductor": "default", "graphs": "reduce-overhead"}
+    if how not in modes:
+        raise ValueError(f"unknown compile {how!r}: use {', '.join(modes)} or nothing")
+    for detector in [m for m in network.modules() if isinstance(m, Detector)]:
+        for part in (detector.backbone, detector.neck, detector.head):
+            part.compile(mode=modes[how], dynamic=False)  # an epoch's last batch, which is smaller, has its own code
+
+
 def train_detector(
     detector: nn.Module,
     loss: Loss,
@@ -64,6 +83,8 @@ def train_detector(
 ) -> tuple[nn.Module, Trained]:
     """Train `detector` through `loss`, which runs it. -> (its moving average, curve and speed).
 
+    On a GPU its parts are compiled as the settings say; the moving average is not.
+
     Args:
         extra: further weights that the loss trains and that are not saved (adapters of a distillation).
         probe: asked for scalars of the moving average, as in `train`, which has the errors, too.
@@ -73,6 +94,8 @@ def train_detector(
     whole = augmentation_of(settings)
     closed = replace(whole, mosaic=0.0)
     device = split.images.device
+    if compiled := compile_of(settings, device):
+        compile_parts(detector, compiled)
     boxes, labels = split.boxes.cpu(), split.labels.cpu()  # so that no step waits for the device
 
     def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> Batch:
@@ -81,6 +104,8 @@ def train_detector(
         return replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
 
     def step(batch: Batch) -> dict[str, Tensor]:
+        if compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         with autocast(device, precision_of(settings, device)):
             return loss(batch)
 

@@ -37,3 +37,4 @@ class DetectorSettings:
     anchors: str = "coco"  # v5 only: "coco" or "kmeans" on the training boxes
     precision: str = "bf16"  # where the device is fast at it, else fp32
     separate_streams: bool = False  # False in every row so far: order and augmentation start from one generator state
+    compile: str = ""  # on a GPU: "inductor" (torch.compile) or "graphs" (its kernels as CUDA graphs); see `gpu-check`
