@@ -34,7 +34,7 @@ from defectlab.runs import Context, Record, first_line
 from defectlab.studies import STUDIES, Study, study
 
 EPOCHS, DRAWS = 8, 4  # of a row in the paper's size; batches of an epoch, where an epoch is not the whole set
-FROM_SMOKE = ("dataset", "teacher", "encoder", "pretrained", "split")  # synthetic images, random weights
+FROM_SMOKE = ("dataset", "teacher", "encoder", "pretrained", "split")  # synthetic images
 # CPU against GPU: loss of the first epoch in fp32, and with TF32 or bf16 on one side; metrics of what trains nothing
 LOSS_TOLERANCE, METRIC_TOLERANCE = {"fp32": 0.01, "lower": 0.05}, 1.0
 COMPILED = ("detector", ("inductor", "graphs"))  # a kind whose settings have `compile`, and what is tried of it
@@ -52,12 +52,14 @@ def kinds(profile: str = "smoke") -> dict[str, tuple[str, str]]:
 
 
 def in_papers_size(paper: Any, smoke: Any) -> Any:
-    """Settings of a row of paper on smoke's data, with smoke's weights, for a few epochs."""
+    """Settings of a row of paper on smoke's data, with random weights of the same networks, for a few epochs."""
     changes = {}
     for field in dataclasses.fields(paper):
         value, small = getattr(paper, field.name), getattr(smoke, field.name)
         if dataclasses.is_dataclass(value) and dataclasses.is_dataclass(small):
             changes[field.name] = in_papers_size(value, small)
+        elif field.name in ("teacher", "encoder") and str(value).startswith(("resnet", "wide_resnet")):
+            changes[field.name] = f"{value.removesuffix('_random')}_random"
         elif field.name in FROM_SMOKE:
             changes[field.name] = small
         elif field.name == "epochs":

@@ -295,6 +295,11 @@ def test_no_scheduler_is_one_error(project: Project) -> None:
 # --- Slurm -----------------------------------------------------------------------------------------------------------
 
 SBATCH = """#!/bin/sh
+if [ "$1" = --test-only ]; then
+  grep -q -- "-p gpu$" && exit
+  echo "allocation failure: Invalid partition name specified" >&2
+  exit 1
+fi
 cp "$1" {root}/job.sh
 setsid sh {root}/job.sh > {root}/job.log 2>&1 &
 echo "Submitted batch job $!"
@@ -312,6 +317,9 @@ def test_jobs_of_slurm_compute_the_rows(project: Project, undisturbed: dict[str,
         path.write_text(text.format(root=project.root))
         path.chmod(0o755)
     project.environment["PATH"] = f"{project.root / 'bin'}:{os.environ['PATH']}"
+    code, said = project.run("--tasks looks:0 --slurm partition=cpu")
+    refused = "sbatch refuses such a job (allocation failure: Invalid partition name specified): change --slurm"
+    assert code == 1 and said == f"error: {refused}\n"
     code, said = project.run("--tasks looks:0 --slurm partition=gpu,gpus=1,hours=1.5,cores=3")
     assert code == 0, said
     assert project.found(2, undisturbed)

@@ -132,7 +132,8 @@ def slurm_options(text: str) -> dict[str, Any]:
 
 
 def slurm_jobs(options: dict[str, Any], profile: str) -> Any:
-    """A cluster without workers yet; what they print goes to `runs/<profile>/logs`."""
+    """A cluster without workers yet; what they print goes to `runs/<profile>/logs`. DataError where Slurm would not
+    take its jobs: later no one would hear of it."""
     if not shutil.which("sbatch"):
         raise DataError("sbatch is not installed here: give --slurm on a login node of the cluster")
     handler = signal.getsignal(signal.SIGINT)
@@ -140,7 +141,12 @@ def slurm_jobs(options: dict[str, Any], profile: str) -> Any:
 
     signal.signal(signal.SIGINT, handler)
     logs = str(runs.runs_dir(profile) / "logs")
-    return SLURMCluster(**options, log_directory=logs, silence_logs=logging.CRITICAL)
+    jobs = SLURMCluster(**options, log_directory=logs, silence_logs=logging.CRITICAL)
+    tried = subprocess.run(["sbatch", "--test-only"], input=jobs.job_script(), capture_output=True, text=True)
+    if tried.returncode:
+        jobs.close()
+        raise DataError(f"sbatch refuses such a job ({tried.stderr.strip() or tried.returncode}): change --slurm")
+    return jobs
 
 
 @contextlib.contextmanager

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from defectlab.files import project_root
-from defectlab.runs import runs_dir
+from defectlab.runs import row_identity, runs_dir
 from defectlab.studies import Row
 
-# peak of a step in the paper's size and batch, GB, computed from the shapes of its tensors before a GPU was at hand: of
-# YOLO-DCF's teacher, the largest of all, and a bound of the others
-COMPUTED_GB, OTHERS_GB = {"yolo_dcf": 20.0}, 14.0
+OTHERS_GB = 14.0  # a bound of the rows whose memory is not computed: no training, or shapes that depend on numbers
+CUDA_GB = 1.0  # of each process: CUDA itself and what cuDNN takes for its work
 
 
 def kind_of(settings: Any) -> str:
@@ -37,13 +36,25 @@ def measured_here() -> dict[str, dict[str, Any]]:
     return {} if other else checked["kinds"]
 
 
+def memory_path() -> Path:
+    """What `tests/fake_memory.py` computed from the shapes of a step's tensors, in the paper's size and batch."""
+    return project_root() / "results" / "memory.json"
+
+
+def computed_gb() -> dict[str, float]:
+    """Identity of a row of paper -> peak of its tensors."""
+    path = memory_path()
+    studies = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {one["row"]: one["gb"] for rows in studies.values() for one in rows.values()}
+
+
 def peak_gb(row: Row, measured: dict[str, dict[str, Any]]) -> float:
     return measured.get(kind_of(row.settings), {}).get("gb") or bound_gb(row)
 
 
 def bound_gb(row: Row) -> float:
-    """What a row is not above, by computation: measured is one row of each kind, on few images."""
-    return COMPUTED_GB.get(kind_of(row.settings), OTHERS_GB)
+    """By computation: what is measured is one row of each kind, on few images."""
+    return computed_gb().get(row_identity(row.settings, "paper"), OTHERS_GB) + CUDA_GB
 
 
 def images_an_epoch(settings: Any) -> int:
