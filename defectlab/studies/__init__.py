@@ -6,7 +6,18 @@ from defectlab.studies.study import Row, Study
 
 __all__ = ["STUDIES", "Row", "Study", "study"]
 
-STUDIES = ("reverse_distillation", "bsdrd", "detector", "yolo_dcf", "d3n", "amam_kd", "windows", "rebuild", "cures")
+STUDIES = (
+    "reverse_distillation",
+    "bsdrd",
+    "detector",
+    "yolo_dcf",
+    "d3n",
+    "amam_kd",
+    "windows",
+    "rebuild",
+    "cures",
+    "nms_free",
+)
 
 
 def study(name: str) -> Study:

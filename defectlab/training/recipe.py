@@ -60,14 +60,14 @@ def compile_of(settings: DetectorSettings, device: torch.device) -> str:
 
 
 def compile_parts(network: nn.Module, how: str) -> None:
-    """Have torch compile backbone, neck and head of each detector in `network`, at their first call: "inductor" fuses
+    """Have torch compile backbone, neck and heads of each detector in `network`, at their first call: "inductor" fuses
     operations, "graphs" launches each part's kernels at once, as a CUDA graph, too. Weights and their names stay; what
     is computed differs in rounding. ValueError for another `how`."""
     modes = {"inductor": "default", "graphs": "reduce-overhead"}
     if how not in modes:
         raise ValueError(f"unknown compile {how!r}: use {', '.join(modes)} or nothing")
     for detector in [m for m in network.modules() if isinstance(m, Detector)]:
-        for part in (detector.backbone, detector.neck, detector.head):
+        for part in detector.children():
             part.compile(mode=modes[how], dynamic=False)  # an epoch's last batch, which is smaller, has its own code
 
 

@@ -38,6 +38,8 @@ METRIC_NAMES = {
     "map50_95": "mAP50:95",
     "map33": "mAP33 (IoU 0.33)",
     "located50": "AP50, types ignored",
+    "duplicates": "boxes too many per object found, score 0.25",
+    "duplicates_all": "the same, of all scores",
     "precision_dev": "precision, dev threshold",
     "recall_dev": "recall, dev threshold",
     "f1_dev": "F1, dev threshold",
@@ -113,7 +115,12 @@ BOOTSTRAPPED = (
     *ROBUSTNESS,
     *segmentation.METRICS,
 )  # a record's arrays give these again
-UNITS = {"kl": "nats", "compression_ratio": "ratio"}  # of the metrics that are not in per cent
+UNITS = {
+    "kl": "nats",
+    "compression_ratio": "ratio",
+    "duplicates": "boxes",
+    "duplicates_all": "boxes",
+}  # of the metrics that are not in per cent
 BEYOND_100 = ("kept_blur", "kept_noise", "noise_error", "unexplained")  # per cent of what can be exceeded
 
 

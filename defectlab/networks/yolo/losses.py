@@ -57,11 +57,12 @@ def check_channels(raw: Sequence[Tensor], channels: int) -> None:
 
 
 class AnchorFreeLoss(nn.Module):
-    """The v8 generation's loss: 7.5 box + 0.5 cls + 1.5 dfl, see `terms`."""
+    """The v8 generation's loss: 7.5 box + 0.5 cls + 1.5 dfl, see `terms`. `metric`: `topk`, `alpha`, `beta` of
+    `task_aligned`, where they are not its own."""
 
-    def __init__(self, classes: int, strides: Sequence[int] = STRIDES, bins: int = BINS):
+    def __init__(self, classes: int, strides: Sequence[int] = STRIDES, bins: int = BINS, **metric: float):
         super().__init__()
-        self.classes, self.strides, self.bins = classes, tuple(strides), bins
+        self.classes, self.strides, self.bins, self.metric = classes, tuple(strides), bins, metric
         self.gains = {"box": 7.5, "cls": 0.5, "dfl": 1.5}
 
     @torch.no_grad()
@@ -70,7 +71,7 @@ class AnchorFreeLoss(nn.Module):
         check_channels(raw, 4 * self.bins + self.classes)
         predicted, scores = decode_anchor_free(raw, self.strides, self.bins)
         centres, _ = anchor_centres([m.shape[-2:] for m in raw], self.strides, raw[0].device)
-        return task_aligned(scores, predicted, centres, boxes, labels)
+        return task_aligned(scores, predicted, centres, boxes, labels, **self.metric)
 
     def forward(self, raw: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Maps (B, 4 * bins + classes, h, w), boxes (B, M, 4) px, labels (B, M) -> {"loss", "box", "cls", "dfl"}."""
