@@ -12,7 +12,7 @@ from toy_detection import SHORT, equal, lively, toy_data
 from toy_runs import quiet, recorded, runs_of
 
 from defectlab import runs
-from defectlab.metrics.detection import duplicates
+from defectlab.metrics.duplicates import duplicates
 from defectlab.networks.yolo.decode import suppress
 from defectlab.networks.yolo.losses import AnchorFreeLoss
 from defectlab.networks.yolo.model import Detector

@@ -45,6 +45,8 @@ LOWER_IS_BETTER |= {
     "false_alarms",
     "f1_regret",
     "missed_at_5",
+    "duplicates",
+    "duplicates_all",
 }
 
 
@@ -82,7 +84,7 @@ def test_a_study_shows_its_tables_rows_and_known_metrics_each_once(name: str) ->
     assert shown and set(shown) <= set(METRIC_NAMES) and len(set(shown)) == len(shown)
 
 
-@pytest.mark.parametrize("name", ["bsdrd", "yolo_dcf", "d3n", "amam_kd", "windows", "rebuild", "cures"])
+@pytest.mark.parametrize("name", ["bsdrd", "yolo_dcf", "d3n", "amam_kd", "windows", "rebuild", "cures", "nms_free"])
 def test_claims_are_complete(name: str) -> None:
     claims, rows = claims_of(name), study(name).rows
     quick = tomllib.loads((PAPERS / name / "claims.toml").read_text())["quick"]

@@ -27,7 +27,6 @@ METRIC_IOUS = {"map50": (0.5,), "map50_95": COCO_IOUS, "map33": (0.33,)}  # 0.33
 MASK_IOUS = {"mask_map50": (0.5,), "mask_map50_95": COCO_IOUS}  # of masks, where a record has them
 RECALLS = np.linspace(0, 1, 101)
 MAX_DETECTIONS = 100  # COCO's: per image and class
-DUPLICATE_SCORES = (0.25, 0.0)
 PACKED_PREDICTIONS, PACKED_SCORE = 12_000, 0.01  # what `pack` keeps at most, and from which score on
 
 
@@ -126,30 +125,6 @@ def greedy_match(overlap: np.ndarray, ious: Sequence[float]) -> np.ndarray:
         right[index, hit] = True
         free[hit, best[hit]] = False
     return right
-
-
-def duplicates(predictions: Boxes, ground_truth: Boxes, iou: float = 0.5) -> dict[str, float]:
-    """How many boxes too many a found object has, on average: "duplicates" of boxes with a score of at least 0.25,
-    "duplicates_all" of all that are given.
-
-    A box counts for the ground-truth box of its class that it overlaps most, if by at least `iou`; an object is found
-    where one counts for it. NaN where none is found.
-    """
-    _check(predictions, ground_truth, None)
-    extra, objects = np.zeros(2), np.zeros(2)
-    for predicted, truth in zip(predictions, ground_truth, strict=True):
-        overlap = box_iou(predicted["boxes"].double(), truth["boxes"].double()).numpy()  # (n, m)
-        overlap[predicted["labels"].numpy()[:, None] != truth["labels"].numpy()] = -1.0
-        if not overlap.size:
-            continue
-        near = overlap.max(1) >= iou
-        for at, least in enumerate(DUPLICATE_SCORES):
-            kept = near & (predicted["scores"].numpy() >= least)
-            count = np.bincount(overlap.argmax(1)[kept], minlength=overlap.shape[1])
-            extra[at] += (count - 1).clip(min=0).sum()
-            objects[at] += (count > 0).sum()
-    values = np.divide(extra, objects, out=np.full(2, math.nan), where=objects > 0)
-    return dict(zip(("duplicates", "duplicates_all"), values.tolist(), strict=True))
 
 
 def average_precision(matches: Matches, weights: np.ndarray | None = None) -> np.ndarray:

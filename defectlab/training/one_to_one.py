@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from defectlab.data.detection import DetectionData, DetectionSplit
-from defectlab.metrics.detection import Boxes, duplicates
+from defectlab.metrics.detection import Boxes
+from defectlab.metrics.duplicates import duplicates
 from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.one_to_one import OneToOneLoss, OneToOneSettings, TwoHeads, build
 from defectlab.networks.yolo.settings import DetectorSettings

@@ -88,8 +88,8 @@ def tables_markdown(name: str, store: tables.RecordStore) -> str:
     parts.append(tables.NOTE)
     judged = tables.claims_table(name, RECORDED, store)
     if len(judged):
-        waiting = judged[judged["n"] == "–"]
-        parts += ["## Claims", markdown(judged[judged["n"] != "–"])]
+        waiting, run = judged[judged["n"] == "–"], judged[judged["n"] != "–"]
+        parts += ["## Claims", *([markdown(run)] if len(run) else [])]
         if len(waiting):
             parts.append(_not_run(list(waiting["claim"])))
     for table, caption in of.tables.items():
