@@ -195,3 +195,4 @@ def test_a_toy_set_is_learnt_and_its_objects_have_one_box() -> None:
     many = evaluated(detector.many().eval(), data, unsuppressed).metrics
     assert result.metrics["map50"] > max(95, many["map50"])
     assert result.metrics["duplicates"] < 1 < 2 < many["duplicates"]
+    assert 1 < result.metrics["candidates"] < many["candidates"] < many["candidates_all"] <= 2 * 189  # 189 cells

@@ -47,6 +47,8 @@ LOWER_IS_BETTER |= {
     "missed_at_5",
     "duplicates",
     "duplicates_all",
+    "candidates",
+    "candidates_all",
 }
 
 

@@ -7,7 +7,7 @@ from torchvision.ops import box_iou
 
 from defectlab.metrics.detection import Boxes
 
-SCORES = (0.25, 0.0)  # from which on boxes count
+SURE = 0.25  # a score from which on boxes are shown
 
 
 def duplicates(predictions: Boxes, ground_truth: Boxes, iou: float = 0.5) -> dict[str, float]:
@@ -24,7 +24,7 @@ def duplicates(predictions: Boxes, ground_truth: Boxes, iou: float = 0.5) -> dic
         if not overlap.size:
             continue
         near = overlap.max(1) >= iou
-        for at, least in enumerate(SCORES):
+        for at, least in enumerate((SURE, 0.0)):
             kept = near & (predicted["scores"].numpy() >= least)
             count = np.bincount(overlap.argmax(1)[kept], minlength=overlap.shape[1])
             extra[at] += (count - 1).clip(min=0).sum()

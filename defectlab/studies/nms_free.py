@@ -59,5 +59,5 @@ STUDY = Study(
         "steel": "one box for each object on NEU-DET, with and without suppression",
         "boards": "one box for each object on DeepPCB, with and without suppression",
     },
-    (*detector.METRICS, ("duplicates", "duplicates_all")),
+    (*detector.METRICS, ("duplicates", "duplicates_all"), ("candidates", "candidates_all")),
 )

@@ -10,7 +10,8 @@ from torch import nn
 
 from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.metrics.detection import Boxes
-from defectlab.metrics.duplicates import duplicates
+from defectlab.metrics.duplicates import SURE, duplicates
+from defectlab.networks.yolo.decode import CANDIDATES
 from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.one_to_one import OneToOneLoss, OneToOneSettings, TwoHeads, build
 from defectlab.networks.yolo.settings import DetectorSettings
@@ -45,10 +46,14 @@ class OtherEndSettings(OfAnother):
 
 
 def evaluated(detector: nn.Module, data: DetectionData, find: Find) -> Result:
-    """`evaluate_found`, and how often an object of the test images is found more than once (`duplicates`)."""
+    """`evaluate_found`, how often an object of the test images is found more than once (`duplicates`), and how many
+    boxes an image has before any is suppressed."""
     found = {part: find(detector, getattr(data, part)) for part in ("dev", "test")}
     result = evaluate_found(found, data, detector)
     result.metrics |= rounded(duplicates(found["test"], data.test.ground_truth()))
+    scores = [one["scores"] for one in predict(detector, data.test, iou=NOTHING, most=CANDIDATES)]
+    counts = {"candidates": sum(int((s >= SURE).sum()) for s in scores), "candidates_all": sum(map(len, scores))}
+    result.metrics |= rounded({name: count / len(scores) for name, count in counts.items()})
     return result
 
 

@@ -39,7 +39,9 @@ METRIC_NAMES = {
     "map33": "mAP33 (IoU 0.33)",
     "located50": "AP50, types ignored",
     "duplicates": "boxes too many per object found, score 0.25",
-    "duplicates_all": "the same, of all scores",
+    "duplicates_all": "boxes too many per object found, any score",
+    "candidates": "boxes before suppression, score 0.25",
+    "candidates_all": "boxes before suppression, score 0.001",
     "precision_dev": "precision, dev threshold",
     "recall_dev": "recall, dev threshold",
     "f1_dev": "F1, dev threshold",
@@ -115,12 +117,8 @@ BOOTSTRAPPED = (
     *ROBUSTNESS,
     *segmentation.METRICS,
 )  # a record's arrays give these again
-UNITS = {
-    "kl": "nats",
-    "compression_ratio": "ratio",
-    "duplicates": "boxes",
-    "duplicates_all": "boxes",
-}  # of the metrics that are not in per cent
+UNITS = {"kl": "nats", "compression_ratio": "ratio"}  # of the metrics that are not in per cent
+UNITS |= dict.fromkeys(("duplicates", "duplicates_all", "candidates", "candidates_all"), "boxes")
 BEYOND_100 = ("kept_blur", "kept_noise", "noise_error", "unexplained")  # per cent of what can be exceeded
 
 
