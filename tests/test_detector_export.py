@@ -11,8 +11,9 @@ import torch
 from toy_detection import lively
 
 from defectlab.networks.yolo.blocks import fused
-from defectlab.networks.yolo.decode import decode
+from defectlab.networks.yolo.decode import decode, select
 from defectlab.networks.yolo.model import Detector, build_detector
+from defectlab.networks.yolo.one_to_one import TwoHeads
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.own import export
 from defectlab.own.export import to_onnx
@@ -54,6 +55,27 @@ def test_exported_detector_equals_torch(name: str, tmp_path: Path) -> None:
         wanted = decode(detector, detector(noise))  # not fused
     np.testing.assert_allclose(boxes, wanted[0], atol=1e-3)
     np.testing.assert_allclose(scores, wanted[1], atol=1e-5)
+
+
+def test_a_detector_without_suppression_is_exported_to_its_end(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    detector, path = lively(TwoHeads("t", CLASSES)), tmp_path / "detector.onnx"
+    for branch in detector.one.classes:
+        torch.nn.init.normal_(branch[-1].weight)  # so that scores differ
+    difference = to_onnx(detector, path, SIZE)
+    assert 0 <= difference["boxes"] < 1e-3 and 0 <= difference["scores"] < 1e-5
+    noise = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    boxes, scores, labels = session.run(["boxes", "scores", "labels"], {"images": noise.numpy()})
+    with torch.no_grad():
+        wanted = select(*decode(detector, detector(noise)), SIZE, confidence=0.0, iou=1.0)
+    for image, found in enumerate(wanted):
+        assert len(found["scores"]) == scores.shape[1] == 300
+        np.testing.assert_allclose(scores[image], found["scores"], atol=1e-5)
+        sure = export.clear(torch.from_numpy(scores))[image].numpy()
+        assert sure.sum() > 100
+        np.testing.assert_array_equal(labels[image][sure], found["labels"][sure])
+        np.testing.assert_allclose(boxes[image][sure].clip(0, SIZE), found["boxes"][sure], atol=1e-3)
 
 
 def test_the_difference_is_that_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

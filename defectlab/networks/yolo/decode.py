@@ -115,7 +115,7 @@ class Kept(NamedTuple):
 
 @torch.no_grad()
 def suppress(boxes: Tensor, scores: Tensor, confidence: float, iou: float, most: int) -> list[Kept]:
-    """Non-maximum suppression within each class and image, on the device of the boxes.
+    """Non-maximum suppression within each class and image, on the device of the boxes; none where `iou` is 1.
 
     boxes (B, A, 4), scores (B, A, C) 0..1. A box counts for every class whose score is above `confidence`; the 3000
     best pairs of an image enter, at most `most` leave. ValueError where a box or score is not finite.
@@ -132,9 +132,18 @@ def suppress(boxes: Tensor, scores: Tensor, confidence: float, iou: float, most:
     found = []
     for own, values, chosen, count in zip(boxes, best, pairs, counts, strict=True):
         values, anchors, labels = values[:count], chosen[:count] // classes, chosen[:count] % classes
-        kept = batched_nms(own[anchors], values, labels, iou)[:most]
+        kept = (batched_nms(own[anchors], values, labels, iou) if iou < 1 else torch.arange(count))[:most]
         found.append(Kept(anchors[kept], labels[kept], values[kept]))
     return found
+
+
+def best(boxes: Tensor, scores: Tensor, most: int = 300) -> tuple[Tensor, Tensor, Tensor]:
+    """What an image is answered where nothing is suppressed: boxes (B, A, 4), scores (B, A, C) -> the boxes (B, k, 4),
+    scores (B, k), descending, and labels (B, k) int64 of the k = min(`most`, A C) best pairs of anchor and class."""
+    classes = scores.shape[2]
+    values, pairs = scores.flatten(1).topk(min(most, scores.shape[1] * classes), dim=1)
+    anchors = torch.div(pairs, classes, rounding_mode="floor")
+    return boxes.gather(1, anchors[..., None].expand(-1, -1, 4)), values, pairs % classes
 
 
 def select(
