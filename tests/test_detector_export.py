@@ -61,7 +61,8 @@ def test_a_detector_without_suppression_is_exported_to_its_end(tmp_path: Path) -
     torch.manual_seed(0)
     detector, path = lively(TwoHeads("t", CLASSES)), tmp_path / "detector.onnx"
     for branch in detector.one.classes:
-        torch.nn.init.normal_(branch[-1].weight)  # so that scores differ
+        torch.nn.init.normal_(branch[-1].weight, std=0.2)  # so that scores differ
+        torch.nn.init.zeros_(branch[-1].bias)
     difference = to_onnx(detector, path, SIZE)
     assert 0 <= difference["boxes"] < 1e-3 and 0 <= difference["scores"] < 1e-5
     noise = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
@@ -73,7 +74,7 @@ def test_a_detector_without_suppression_is_exported_to_its_end(tmp_path: Path) -
         assert len(found["scores"]) == scores.shape[1] == 300
         np.testing.assert_allclose(scores[image], found["scores"], atol=1e-5)
         sure = export.clear(torch.from_numpy(scores))[image].numpy()
-        assert sure.sum() > 100
+        assert sure.sum() > 50
         np.testing.assert_array_equal(labels[image][sure], found["labels"][sure])
         np.testing.assert_allclose(boxes[image][sure].clip(0, SIZE), found["boxes"][sure], atol=1e-3)
 
