@@ -18,8 +18,10 @@ from defectlab.files import project_root, write_json
 from defectlab.metrics.costs import parameters, synchronise
 from defectlab.networks.reverse_distillation import RD4AD, RD4ADSettings
 from defectlab.networks.segmentation import SegmentationSettings
+from defectlab.networks.yolo import one_to_one
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.model import Detector, build_detector
+from defectlab.networks.yolo.one_to_one import OneToOneSettings
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers import bsdrd, yolo_dcf
 from defectlab.papers.amam_kd import segmentation
@@ -38,6 +40,7 @@ LEAST_REPEATS, WARM_UP = 30, 3
 BUSY = 10.0  # per cent of the whole machine that others may use
 BUILD: dict[type, Callable[[Any], nn.Module]] = {  # what is deployed: of a detector all but decoding and suppression
     DetectorSettings: lambda settings: fused(build_detector(settings, CLASSES)),
+    OneToOneSettings: lambda settings: fused(one_to_one.build(settings, CLASSES)),
     yolo_dcf.Settings: lambda settings: fused(yolo_dcf.build(settings, CLASSES)),
     CostSettings: lambda settings: fused(Detector(settings.family, settings.scale, settings.classes)),
     RD4ADSettings: RD4AD,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_detector_learns import TOY
@@ -12,13 +13,14 @@ from toy_detection import SHORT, equal, lively, toy_data
 from toy_runs import quiet, recorded, runs_of
 
 from defectlab import runs
-from defectlab.metrics.duplicates import duplicates
+from defectlab.metrics.detection import pack
+from defectlab.metrics.per_image import duplicates, recall_statistic
 from defectlab.networks.yolo.decode import suppress
 from defectlab.networks.yolo.losses import AnchorFreeLoss
 from defectlab.networks.yolo.model import Detector
 from defectlab.networks.yolo.one_to_one import OneToOneLoss, OneToOneSettings, build
 from defectlab.runs import Record
-from defectlab.studies import nms_free
+from defectlab.studies import v8_v10
 from defectlab.training.detection import run_detector
 from defectlab.training.one_to_one import (
     NOTHING,
@@ -29,7 +31,7 @@ from defectlab.training.one_to_one import (
     unsuppressed,
 )
 
-BOTH = nms_free.one_to_one(SHORT)
+BOTH = v8_v10.one_to_one(SHORT)
 
 
 # --- Heads -----------------------------------------------------------------------------------------------------------
@@ -138,6 +140,24 @@ def test_duplicates_by_hand() -> None:
     assert all(math.isnan(value) for value in duplicates([nothing], truth).values())
 
 
+def test_recall_at_a_tenth_of_a_false_box_by_hand() -> None:
+    """Ten images, so one false box is allowed; three objects, found at 0.9, 0.7 and 0.5, false boxes at 0.8 and 0.6."""
+    place = torch.tensor([[0.0, 0, 10, 10]])
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    truth = [{"boxes": place, "labels": torch.tensor([0])}] * 3 + [empty] * 7
+    scores = [[0.9], [0.7], [0.5], [0.8], [0.6]] + [[]] * 5
+    found = [
+        {"boxes": place.repeat(len(s), 1), "scores": torch.tensor(s), "labels": torch.zeros(len(s), dtype=torch.long)}
+        for s in scores
+    ]
+    recall = recall_statistic(pack(found, truth, [str(i) for i in range(10)], ("defect",)))
+    assert recall(None) == pytest.approx(100 * 2 / 3)
+    weights = np.ones(10)
+    weights[3] = 2  # the first false box counts twice among eleven: only what is surer than it counts
+    assert recall(weights) == pytest.approx(100 / 3)
+    assert math.isnan(recall(np.array([0.0] * 3 + [1.0] * 7)))
+
+
 # --- Rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -148,9 +168,10 @@ def differing(first, second) -> set[str]:
 
 @pytest.mark.parametrize("profile", runs.PROFILES)
 def test_rows(profile: str) -> None:
-    rows = {name: row.settings for name, row in nms_free.STUDY.rows[profile].items()}
+    rows = {name: row.settings for name, row in v8_v10.STUDY.rows[profile].items()}
     on_each = ["many", "many_unsuppressed", "one", "both", "both_suppressed", "both_many"]
-    assert list(rows) == [*on_each, "inconsistent", "attached", *(f"board_{name}" for name in on_each)]
+    attention = ["se", "cbam", "many_no_mosaic", "se_no_mosaic", "cbam_no_mosaic"]
+    assert list(rows) == [*on_each, "inconsistent", "attached", *attention, *(f"board_{name}" for name in on_each)]
     own = {"heads", "alpha", "beta", "detached"}
     for start in ("", "board_"):
         many, one, both = (rows[start + name] for name in ("many", "one", "both"))
@@ -160,6 +181,11 @@ def test_rows(profile: str) -> None:
         assert rows[f"{start}many_unsuppressed"] == OtherEndSettings(many, "many", False)
     assert differing(rows["inconsistent"], rows["both"]) == {"beta"}
     assert differing(rows["attached"], rows["both"]) == {"detached"}
+    of_paper = {"fusion", "block", "teacher_scale", "teacher_seed", "relation", "channel", "temperature", "grid"}
+    for kind in ("se", "cbam"):
+        assert rows[kind].fusion == kind and rows[kind].block == "plain"
+        assert differing(rows[kind], rows["many"]) - of_paper <= {"epochs"} and rows[kind].epochs <= rows["many"].epochs
+        assert differing(rows[kind], rows[f"{kind}_no_mosaic"]) == {"mosaic", "close_mosaic"}
 
 
 RUNS = {OneToOneSettings: run_one_to_one, OtherEndSettings: run_other_end}
@@ -188,7 +214,7 @@ def test_a_toy_set_is_learnt_and_its_objects_have_one_box() -> None:
     """Seeds 0 to 2, measured once on one thread. Of the head that answers, not suppressed: mAP50 99.1, 98.7, 99.8,
     boxes too many at score 0.25: 0.26, 0.16, 0.13. Of the other head, not suppressed: 92.9, 91.4, 90.7 and 3.5, 3.6,
     3.6."""
-    data, both = toy_data(96, (64, 2, 48)), nms_free.one_to_one(TOY)
+    data, both = toy_data(96, (64, 2, 48)), v8_v10.one_to_one(TOY)
     result = run_one_to_one(both, 0, data, quiet())
     detector = build(both, 2)
     detector.load_state_dict(result.model)

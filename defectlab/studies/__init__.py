@@ -16,7 +16,7 @@ STUDIES = (
     "windows",
     "rebuild",
     "cures",
-    "nms_free",
+    "v8_v10",
 )
 
 

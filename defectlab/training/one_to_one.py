@@ -10,7 +10,7 @@ from torch import nn
 
 from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.metrics.detection import Boxes
-from defectlab.metrics.duplicates import SURE, duplicates
+from defectlab.metrics.per_image import SURE, duplicates
 from defectlab.networks.yolo.decode import CANDIDATES
 from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.one_to_one import OneToOneLoss, OneToOneSettings, TwoHeads, build

@@ -16,6 +16,7 @@ import numpy as np
 from defectlab.files import project_root
 from defectlab.metrics import detection, segmentation
 from defectlab.metrics.anomaly import metrics_from_histograms
+from defectlab.metrics.per_image import recall_statistic
 from defectlab.metrics.ranking import auroc, average_precision
 from defectlab.metrics.robustness import robustness_statistic
 from defectlab.metrics.thresholds import f1_regret, missed_at, normal_threshold
@@ -38,6 +39,7 @@ METRIC_NAMES = {
     "map50_95": "mAP50:95",
     "map33": "mAP33 (IoU 0.33)",
     "located50": "AP50, types ignored",
+    "recall_at_01": "recall at 0.1 false boxes an image",
     "duplicates": "boxes too many per object found, score 0.25",
     "duplicates_all": "boxes too many per object found, any score",
     "candidates": "boxes before suppression, score 0.25",
@@ -108,7 +110,8 @@ ANOMALY = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
 BALANCED = "balanced_accuracy"
 # No record has these among its metrics: they follow from its scores, or from its boxes. The threshold is the one that
 # this share of good images passes, of the held-out ones for the first, of those of the test for the second.
-DERIVED, PASSED = {"f1_regret": "dev_scores", "missed_at_5": "dev_scores", "located50": "prediction_boxes"}, 0.05
+DERIVED, PASSED = {"f1_regret": "dev_scores", "missed_at_5": "dev_scores"}, 0.05
+DERIVED |= dict.fromkeys(("located50", "recall_at_01"), "prediction_boxes")
 BOOTSTRAPPED = (
     *ANOMALY,
     *DERIVED,
@@ -217,6 +220,8 @@ def _derived(arrays: dict[str, np.ndarray], metric: str) -> Callable[[np.ndarray
     """(weight of each test image, None: 1 each) -> one of `DERIVED` in per cent."""
     if metric == "located50":
         return detection.located_statistic(arrays)
+    if metric == "recall_at_01":
+        return recall_statistic(arrays)
     scores, labels = arrays["scores"], arrays["labels"]
     if metric == "missed_at_5":
         return lambda weights: missed_at(scores, labels, PASSED, weights)

@@ -1,17 +1,22 @@
-"""The field's history II (notebook 52): what does a detector gain by dropping non-maximum suppression?"""
+"""The field's history II (notebook 52): what does a detector gain by dropping non-maximum suppression, what by
+attention?"""
 
 from dataclasses import fields, replace
 from typing import Any
 
 from defectlab.networks.yolo.one_to_one import OneToOneSettings
 from defectlab.networks.yolo.settings import DetectorSettings
+from defectlab.papers.yolo_dcf import Settings
 from defectlab.studies import detector
 from defectlab.studies.cures import BOARD
 from defectlab.studies.detector import row
 from defectlab.studies.study import FEW, Row, Study, needs_of
 from defectlab.training.one_to_one import OtherEndSettings, run_one_to_one, run_other_end
+from defectlab.training.yolo_dcf import run_yolo_dcf
 
 PROFILES = ("smoke", "quick", "paper")
+# Attention makes an image dearer (SE x1.06, CBAM x1.10 as deployed, results/costs/yolo_dcf-cpu.json): fewer epochs
+SHARE = {"se": 1 / 1.06, "cbam": 1 / 1.10}
 
 
 def one_to_one(plain: DetectorSettings, **changes: Any) -> OneToOneSettings:
@@ -40,6 +45,20 @@ def rows_on(plain: DetectorSettings, profile: str, start: str = "") -> dict[str,
     return {start + name: one for name, one in found.items()}
 
 
+def attention_rows(plain: DetectorSettings, profile: str) -> dict[str, Row]:
+    """Attention at the four places where the neck joins maps, with and without mosaic, in the time of a plain one."""
+    few = {"seeds": FEW[profile]}
+    found = {}
+    for end, closed in (("", {}), ("_no_mosaic", {"mosaic": 0.0, "close_mosaic": 0})):
+        recipe = {one.name: getattr(plain, one.name) for one in fields(plain)} | closed
+        if closed:
+            found[f"many{end}"] = row(DetectorSettings(**recipe), **few)
+        for kind, share in SHARE.items():
+            settings = Settings(**recipe | {"epochs": round(share * plain.epochs), "fusion": kind, "block": "plain"})
+            found[kind + end] = row(settings, run_yolo_dcf, **few, primary=not closed)
+    return found
+
+
 def rows(profile: str) -> dict[str, Row]:
     steel = detector.SETTINGS[profile]
     board = replace(BOARD[profile], dataset=detector.on("deep_pcb", profile))
@@ -49,15 +68,16 @@ def rows(profile: str) -> dict[str, Row]:
         "inconsistent": row(one_to_one(steel, beta=2.0), run_one_to_one, **few),
         "attached": row(one_to_one(steel, detached=False), run_one_to_one, **few),
     }
-    return rows_on(steel, profile) | parts | rows_on(board, profile, "board_")
+    return rows_on(steel, profile) | parts | attention_rows(steel, profile) | rows_on(board, profile, "board_")
 
 
 STUDY = Study(
-    "Without suppression: a head that learns one box for each object (YOLOv10, 2024)",
+    "v8 or v10? One box for each object without suppression, and attention",
     {profile: rows(profile) for profile in PROFILES},
     {
         "steel": "one box for each object on NEU-DET, with and without suppression",
         "boards": "one box for each object on DeepPCB, with and without suppression",
+        "attention": "SE and CBAM with and without mosaic on NEU-DET, in equal time",
     },
-    (*detector.METRICS, ("duplicates", "duplicates_all"), ("candidates", "candidates_all")),
+    (*detector.METRICS, ("recall_at_01",), ("duplicates", "duplicates_all"), ("candidates", "candidates_all")),
 )

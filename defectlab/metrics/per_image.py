@@ -1,13 +1,15 @@
-"""How often a detector finds the same object: what non-maximum suppression is there to prevent."""
+"""What an inspector counts: boxes too many for an object, objects found at so many false boxes an image."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from torchvision.ops import box_iou
 
-from defectlab.metrics.detection import Boxes
+from defectlab.metrics.detection import Boxes, match, unpack
 
 SURE = 0.25  # a score from which on boxes are shown
+FALSE_BOXES = 0.1  # of an image, on average
 
 
 def duplicates(predictions: Boxes, ground_truth: Boxes, iou: float = 0.5) -> dict[str, float]:
@@ -31,3 +33,20 @@ def duplicates(predictions: Boxes, ground_truth: Boxes, iou: float = 0.5) -> dic
             objects[at] += (count > 0).sum()
     values = np.divide(extra, objects, out=np.full(2, math.nan), where=objects > 0)
     return dict(zip(("duplicates", "duplicates_all"), values.tolist(), strict=True))
+
+
+def recall_statistic(arrays: dict[str, np.ndarray]) -> Callable[[np.ndarray | None], float]:
+    """(weight of each image, None: 1 each) -> share of the ground-truth boxes that are found (IoU 0.5, right class), in
+    per cent, at the lowest score that leaves at most `FALSE_BOXES` false boxes an image; from what `pack` gave."""
+    predictions, ground_truth, _, class_names = unpack(arrays)
+    matches = match(predictions, ground_truth, (0.5,), len(class_names))
+    right, wanted = matches.right[:, 0], matches.ground_truth.sum(1)
+
+    def recall(weights: np.ndarray | None) -> float:
+        weights = np.ones(len(wanted)) if weights is None else weights
+        of_box = weights[matches.images]
+        kept = np.cumsum(of_box * ~right) <= FALSE_BOXES * weights.sum() + 1e-9
+        total = float(weights @ wanted)
+        return 100 * float(of_box[kept & right].sum()) / total if total else math.nan
+
+    return recall
