@@ -175,8 +175,8 @@ def run(options: argparse.Namespace) -> int:
     writable(runs.runs_dir(options.profile))
     workers = options.workers or 1
     if not elsewhere:
-        measured, rows = sizes.measured_here(), [task.row for task in listed]
-        peak = max((max(sizes.peak_gb(row, measured), sizes.bound_gb(row)) for row in rows), default=0.0)
+        measured = sizes.measured_here()
+        peak = max((sizes.bound_gb(row, measured) for row in batch.with_needed(listed, options.profile)), default=0.0)
         workers = machines.fitting(workers, device, peak if options.profile == "paper" else 0.0)
     with machines.cluster(options.profile, device, workers, options.scheduler, options.slurm) as client:
         kind = device.partition(":")[0]  # a worker sees one GPU

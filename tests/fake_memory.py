@@ -1,8 +1,10 @@
 """Peak memory of the rows of paper, without a GPU and without the memory: two training steps on tensors that have a
 shape and no numbers (torch's FakeTensorMode), every storage counted from its making to its end.
 
-A row is prepared as `gpu-check` does it, on a few synthetic images in the paper's size, on the CPU; a network that it
-needs of another row stands in untrained. What is left out: CUDA itself and what cuDNN takes for its work.
+Where a row asks for bf16 it has it, as on a GPU of today. A row is prepared as `gpu-check` does it, on a few synthetic
+images in the paper's size, on the CPU; a network that it needs of another row stands in untrained. What is left out:
+CUDA itself and what cuDNN takes for its work, and rows that build on a diffusion model's features, since these would
+have to be computed.
 
     python tests/fake_memory.py [STUDY ...]     writes results/memory.json, which `status --profile paper` shows
 """
@@ -24,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from defectlab import runs
+from defectlab import precision, runs
 from defectlab.batch import run_row
 from defectlab.batch.sizes import images_an_epoch, memory_path
 from defectlab.files import write_json
@@ -165,7 +167,7 @@ def peak_bytes(of: Study, row: Row, images: int, scratch: Path) -> int | None:
 
     context = Context(log=lambda line: None, require=require, load=lambda other: load(of.row_with(other, "paper")))
     data = load(row)
-    with in_place_of_train(measuring(images)):
+    with in_place_of_train(measuring(images)), mock.patch.object(precision, "fast_bf16", lambda device: True):
         try:
             row.run(row.settings, 0, data, context)
         except Measured as end:
@@ -173,36 +175,45 @@ def peak_bytes(of: Study, row: Row, images: int, scratch: Path) -> int | None:
     return None
 
 
+def builds_on(of: Study, row: Row, model: str) -> bool:
+    """Whether a row needs one of such a model, or one that does."""
+    needed = [of.row_with(settings, "paper") for settings, _ in row.needs(row.settings, 0)]
+    return any(other.settings.model == model or builds_on(of, other, model) for other in needed)
+
+
 def load(row: Row) -> Any:
     return row.load(row.settings, "cpu")
 
 
+def computable(of: Study) -> dict[str, Row]:
+    """The rows of `shortened(study)` whose training is looked at; optional ones need images that nobody may have."""
+    rows = {name: row for name, row in of.rows["paper"].items() if getattr(row.settings, "epochs", 0)}
+    return {name: row for name, row in rows.items() if not row.optional and not builds_on(of, row, "ddpm")}
+
+
 def main(names: list[str]) -> None:
-    """Rows that differ in their data set alone are computed once, and those of no name keep what the file says."""
-    path = memory_path()
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Rows that differ in their data set alone are computed once."""
     for name in names or STUDIES:
-        of, short, alike = study(name), shortened(study(name)), {}
-        kept[name] = {}
+        of, short, alike, told = study(name), shortened(study(name)), {}, {}
         with tempfile.TemporaryDirectory() as scratch:
-            trained = {at: row for at, row in short.rows["paper"].items() if getattr(row.settings, "epochs", 0)}
-            for row_name, row in trained.items():
-                settings, images = (
-                    of.rows["paper"][row_name].settings,
-                    images_an_epoch(of.rows["paper"][row_name].settings),
-                )
+            for row_name, row in computable(short).items():
+                settings = of.rows["paper"][row_name].settings
                 key = repr(dataclasses.replace(settings, dataset="")) if "dataset" in vars(settings) else repr(settings)
                 if key not in alike:
                     try:
-                        alike[key] = peak_bytes(short, row, images, Path(scratch))
+                        alike[key] = peak_bytes(short, row, images_an_epoch(settings), Path(scratch))
                     except Exception as error:  # a step whose shapes depend on numbers
                         print(f"{name} {row_name}: {type(error).__name__}: {first_line(error)}", flush=True)
                         alike[key] = None
                 if alike[key] is not None:
-                    gb = round(alike[key] / 2**30, 2)
-                    kept[name][row_name] = {"row": runs.row_identity(settings, "paper"), "gb": gb}
-                    print(f"{name} {row_name}: {gb} GB", flush=True)
-        write_json(path, kept)
+                    told[row_name] = {
+                        "row": runs.row_identity(settings, "paper"),
+                        "gb": round(alike[key] / 2**30, 2),
+                    }
+                    print(f"{name} {row_name}: {told[row_name]['gb']} GB", flush=True)
+        path = memory_path()
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_json(path, kept | {name: told})
 
 
 if __name__ == "__main__":

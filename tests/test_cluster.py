@@ -196,8 +196,10 @@ def worker(tmp_path: Path, scheduler: str) -> Iterator[Callable[..., Project]]:
     """Start a worker from a copy of its own: no file is shared with the batch but what travels."""
     processes = []
 
-    def start(data: str = "images", threads: int = 1, name: str = "far") -> Project:
+    def start(data: str = "images", threads: int = 1, name: str = "far", added: str = "") -> Project:
         own = Project(tmp_path / name, data)
+        with (own.root / "defectlab" / "__init__.py").open("a") as file:
+            file.write(added)
         command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", str(threads)]
         processes.append(own.start(*command, "--name", name, "--no-dashboard"))
         return own
@@ -225,23 +227,35 @@ def test_no_file_system_is_shared(project: Project, scheduler: str, worker, undi
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "given, options, said",
     [
-        ({"data": "other images"}, "has other data than the batch: fingerprint "),
-        ({"threads": 2}, "takes 2 rows at once: start it with --nthreads 1"),
+        ({"data": "other images"}, "", "has other data than the batch: fingerprint "),
+        ({"threads": 2}, "", "takes 2 rows at once: start it with --nthreads 1"),
+        ({"added": "# a line\n"}, "", "has other code than the batch: bring both to the same files"),
+        ({}, "--device cuda", "cannot compute this row: device 'cuda' is not available here"),
     ],
+    ids=["data", "threads", "code", "device"],
 )
 def test_a_worker_that_would_compute_something_else_is_refused(
-    project: Project, scheduler: str, worker, given: dict, said: str
+    project: Project, scheduler: str, worker, given: dict, options: str, said: str
 ) -> None:
     far = worker(**given)
-    code, found = project.run(f"--tasks looks:0 --scheduler {scheduler}")
+    code, found = project.run(f"--tasks looks:0 --scheduler {scheduler} {options}")
     assert "bsdrd looks seed 0 needs bsdrd learns seed 0, which failed" in found
     assert code == 1 and said in found and "error: bsdrd learns seed 0 worker far (" in found
     assert seen(far.root) == [] and project.records() == {}
     if "data" in given:
         own, other = (toy_cluster.hashlib.sha256(text.encode()).hexdigest()[:8] for text in ("images", "other images"))
         assert f"fingerprint {other}, not {own}" in found
+
+
+def test_a_good_worker_that_dies_beside_a_bad_one_comes_back(project: Project, scheduler: str, worker) -> None:
+    """Its row is not left to an address that nobody has any more, and its absence is not the end of the others."""
+    bad, good = worker("other images", name="bad"), worker(name="good")
+    code, said = project.run(f"--tasks sleeps:0,dies:0,sleeps:1,sleeps:2 --scheduler {scheduler}")
+    assert code == 1 and "error: bsdrd dies seed 0 its worker died 3 times (out of memory?)\n" in said
+    assert len(project.records()) == 3 and seen(bad.root) == []
+    assert 1 <= sum(kind == "dies" for kind, *_ in seen(good.root)) <= 4
 
 
 def test_a_bad_worker_does_not_take_the_rows_of_a_good_one(project: Project, scheduler: str, worker) -> None:

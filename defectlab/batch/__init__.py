@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from defectlab import runs
-from defectlab.batch.sizes import hours, measured_here, peak_gb
+from defectlab.batch.sizes import CUDA_GB, OTHERS_GB, hours, measured_here, peak_gb
 from defectlab.files import Busy, disk_full, locked, writable
 from defectlab.provenance import peak_memory_mb, pick_device, provenance, reset_peak_memory
 from defectlab.runs import Context, OutOfTime, Record, first_line
@@ -161,6 +161,22 @@ def tasks(
     return list(first.values())
 
 
+def with_needed(listed: list[Task], profile: str) -> list[Row]:
+    """The rows of tasks, and those that they need."""
+    found: dict[str, Row] = {}
+
+    def add(of: Study, row: Row, seed: int) -> None:
+        identity = runs.row_identity(row.settings, profile)
+        if identity not in found:
+            found[identity] = row
+            for settings, its_seed in row.needs(row.settings, seed):
+                add(of, of.row_with(settings, profile), its_seed)
+
+    for task in listed:
+        add(study(task.study), task.row, task.seed)
+    return list(found.values())
+
+
 def run_tasks(
     listed: list[Task], profile: str, device: str, minutes: float | None, log: Callable[[str], None] = print
 ) -> list[Record]:
@@ -253,7 +269,11 @@ def sizes_of_rows(name: str, profile: str, rows: Collection[str]) -> tuple[str, 
         return "", {}
     measured, of = measured_here(), study(name).rows[profile]
     told = {row: (peak_gb(of[row], measured), hours(of[row], measured)) for row in rows}
-    texts = {row: f"  {gb:4.0f}  {'?' if math.isnan(time) else f'{time:.1f}'}" for row, (gb, time) in told.items()}
+    bound = f"≤{OTHERS_GB + CUDA_GB:.0f}"
+    texts = {
+        row: f"  {bound if math.isnan(gb) else f'{gb:.0f}':>4}  {'?' if math.isnan(time) else f'{time:.1f}'}"
+        for row, (gb, time) in told.items()
+    }
     return "gpu-check here" if measured else "computed; for hours: gpu-check", texts
 
 

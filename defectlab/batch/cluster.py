@@ -8,6 +8,7 @@ a cluster in a network that you trust.
 """
 
 import graphlib
+import math
 import time
 import uuid
 import warnings
@@ -23,14 +24,15 @@ from tqdm import tqdm
 from defectlab import runs
 from defectlab.batch import RowsFailed, Task, headline, key_and_prints
 from defectlab.batch.machines import TRIES
-from defectlab.batch.worker import EVENTS, Done, Job, compute, digest, read_files, write_files
+from defectlab.batch.worker import CODE, EVENTS, Done, Job, compute, digest, read_files, write_files
 from defectlab.files import DataError, disk_full
-from defectlab.provenance import provenance
 from defectlab.runs import Record, first_line
 from defectlab.studies import Row, study
 
 BUSY_SECONDS = 2  # before a row that another process computes is asked for again
 SILENT_SECONDS = 60  # between two lines that say that there is no worker
+DIED = "its worker died {} times (out of memory?)"
+GRACE_SECONDS = 30  # in which a worker that died may come back
 
 # --- The graph -------------------------------------------------------------------------------------------------------
 
@@ -50,19 +52,18 @@ class Node:
 def graph(listed: list[Task], profile: str, device: str, ends: float | None) -> dict[str, Node]:
     """Key -> node, in the order of the list, each after those that it needs."""
     nodes: dict[str, Node] = {}
-    commit = provenance("cpu")["commit"]
 
     def add(name: str, row_name: str, row: Row, seed: int) -> str:
         try:
             key, prints = key_and_prints(row, seed, profile)
         except Exception as error:  # data or weights that are not here
             key = f"{name} {row_name} {seed}"
-            job = Job(name, row_name, seed, profile, device, key, {}, ends, commit)
+            job = Job(name, row_name, seed, profile, device, key, {}, ends, CODE)
             nodes[key] = Node(job, reason=told(error))
             return key
         if key in nodes:
             return key
-        node = Node(Job(name, row_name, seed, profile, device, key, prints, ends, commit))
+        node = Node(Job(name, row_name, seed, profile, device, key, prints, ends, CODE))
         path = runs.runs_dir(profile) / f"{key}.json"
         try:
             if path.exists():
@@ -85,7 +86,7 @@ def graph(listed: list[Task], profile: str, device: str, ends: float | None) -> 
 
 def told(error: BaseException) -> str:
     if isinstance(error, KilledWorker):
-        return f"its worker died {error.allowed_failures + 1} times (out of memory?)"
+        return DIED.format(error.allowed_failures + 1)
     return f"({type(error).__name__}): {first_line(error)}"
 
 
@@ -114,11 +115,14 @@ class Batch:
         self.client, self.nodes, self.log = client, nodes, log
         self.sorter = graphlib.TopologicalSorter({key: node.needs for key, node in nodes.items()})
         self.sorter.prepare()
+        self.names = {str(node.job) for node in nodes.values()}
         self.open = [node for node in nodes.values() if not (node.record or node.reason)]
         self.ready: list[str] = []
         self.futures: dict[Future, str] = {}  # -> key
         self.tries: Counter[str] = Counter()
         self.refused: dict[str, str] = {}  # address of a worker that computes something else -> why
+        self.met: dict[str, float] = {}  # address of a worker -> when it was last there
+        self.only: dict[Future, list[str]] = {}  # the workers that may compute it, where not all may
         self.running: dict[str, str] = {}  # row -> worker
         self.spoken = time.monotonic()
         self.bar = tqdm(total=len(self.open), unit="row", disable=None)
@@ -127,6 +131,8 @@ class Batch:
         (self.log if self.bar.disable else self.bar.write)(line)
 
     def begun(self, event: tuple[float, dict[str, str]]) -> None:
+        if event[1]["row"] not in self.names:  # another batch's
+            return
         self.running[event[1]["row"]] = event[1]["name"]
         self.bar.set_postfix_str(", ".join(f"{row} on {worker}" for row, worker in self.running.items()))
 
@@ -145,16 +151,18 @@ class Batch:
         while keys := self.sorter.get_ready():
             for key in keys:
                 node = self.nodes[key]
-                if broken := [other for other in node.needs if self.nodes[other].reason]:
+                broken = [other for other in node.needs if self.nodes[other].reason]
+                if broken:
                     node.reason = node.reason or f"needs {self.nodes[broken[0]].job}, which failed"
                 if node.record or node.reason:
                     self.sorter.done(key)
+                    self.bar.update(bool(broken))
                 else:
                     self.ready.append(key)
         ends = next(iter(self.nodes.values())).job.ends if self.nodes else None
         late = ends is not None and time.time() > ends
         there = self.workers()
-        if self.refused and not there:  # nobody is left who would compute what is asked for
+        if self.refused and not there and not self.awaited():  # nobody is left who would compute what is asked for
             for key in (failed := self.ready):
                 self.nodes[key].reason = next(iter(self.refused.values()))
                 self.finish(key, f"failed: {self.nodes[key].reason}")
@@ -174,6 +182,7 @@ class Batch:
         if not there and now - self.spoken > SILENT_SECONDS:
             self.spoken = now
             self.say("no worker has come yet")
+        self.give_back(there)
         if not self.futures:
             time.sleep(0.2)
             return True
@@ -193,7 +202,33 @@ class Batch:
             there = list(self.client.nthreads())
         except OSError as error:
             raise DataError(f"the scheduler does not answer any more ({first_line(error)}): start it again") from error
+        self.met |= dict.fromkeys(there, time.monotonic())
         return [address for address in there if address not in self.refused]
+
+    def awaited(self) -> bool:
+        """Whether a worker that is not refused was there a moment ago: it comes back under another address."""
+        last = max((seen for address, seen in self.met.items() if address not in self.refused), default=-math.inf)
+        return time.monotonic() - last < GRACE_SECONDS
+
+    def give_back(self, there: list[str]) -> None:
+        """Take back the rows that only workers may compute that are gone."""
+        for future, addresses in list(self.only.items()):
+            if future.done() or set(addresses) & set(there):
+                continue
+            del self.only[future]
+            key = self.futures.pop(future)
+            self.client.cancel([future])
+            self.running.pop(str(self.nodes[key].job), "")
+            self.try_again(key, DIED.format(TRIES))
+
+    def try_again(self, key: str, why: str) -> None:
+        """Up to three times in all."""
+        self.tries[key] += 1
+        if self.tries[key] < TRIES:
+            self.ready.append(key)
+            return
+        self.nodes[key].reason = why
+        self.finish(key, f"failed {why}")
 
     def submit(self, key: str, there: list[str]) -> None:
         node = self.nodes[key]
@@ -206,10 +241,13 @@ class Batch:
             only = {"workers": there} if self.refused else {}  # a worker that died comes back under another address
             future = self.client.submit(compute, job, files, key=name, pure=False, **only)
         self.futures[future] = key
+        if only:
+            self.only[future] = there
 
     def take(self, future: Future, key: str) -> None:
         """What became of a row that was handed out. One that failed is tried again, up to three times in all."""
         node, where = self.nodes[key], self.running.pop(str(self.nodes[key].job), "")
+        self.only.pop(future, None)
         try:
             done: Done = future.result()
             if done.files:
@@ -219,12 +257,9 @@ class Batch:
         except Exception as error:
             if disk_full(error):
                 raise
-            self.tries[key] += 1
-            if self.tries[key] < TRIES and not isinstance(error, KilledWorker):
-                self.ready.append(key)
-                return
-            node.reason = told(error)
-            self.finish(key, f"failed {node.reason}")
+            if isinstance(error, KilledWorker):
+                self.tries[key] = TRIES
+            self.try_again(key, told(error))
             return
         if node.record:
             seconds = f"{node.record.seconds:.0f} s on {where or done.worker}"

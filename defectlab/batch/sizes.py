@@ -10,9 +10,10 @@ import torch
 
 from defectlab.files import project_root
 from defectlab.runs import row_identity, runs_dir
-from defectlab.studies import Row
+from defectlab.studies import STUDIES, Row, study
 
 OTHERS_GB = 14.0  # a bound of the rows whose memory is not computed: no training, or shapes that depend on numbers
+OF_A_NETWORK = ("family", "scale", "teacher", "encoder", "network")  # settings that make it another network
 CUDA_GB = 1.0  # of each process: CUDA itself and what cuDNN takes for its work
 
 
@@ -48,13 +49,25 @@ def computed_gb() -> dict[str, float]:
     return {one["row"]: one["gb"] for rows in studies.values() for one in rows.values()}
 
 
+def measured_of(row: Row, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What was measured of a network like the row's: of its kind, family, scale and backbone; {} where nothing was."""
+    found = measured.get(kind_of(row.settings), {})
+    name, _, row_name = found.get("row", "").partition(" ")
+    seen = study(name).rows["paper"].get(row_name) if name in STUDIES else None
+    same = seen and all(getattr(seen.settings, of, "") == getattr(row.settings, of, "") for of in OF_A_NETWORK)
+    return found if same else {}
+
+
 def peak_gb(row: Row, measured: dict[str, dict[str, Any]]) -> float:
-    return measured.get(kind_of(row.settings), {}).get("gb") or bound_gb(row)
+    """The larger of what was computed and what was measured on few images; NaN where neither was."""
+    known = (measured_of(row, measured).get("gb"), computed_gb().get(row_identity(row.settings, "paper")))
+    return max((gb for gb in known if gb), default=math.nan) + CUDA_GB
 
 
-def bound_gb(row: Row) -> float:
-    """By computation: what is measured is one row of each kind, on few images."""
-    return computed_gb().get(row_identity(row.settings, "paper"), OTHERS_GB) + CUDA_GB
+def bound_gb(row: Row, measured: dict[str, dict[str, Any]]) -> float:
+    """What a row is not above."""
+    gb = peak_gb(row, measured)
+    return OTHERS_GB + CUDA_GB if math.isnan(gb) else gb
 
 
 def images_an_epoch(settings: Any) -> int:
@@ -72,5 +85,5 @@ def hours(row: Row, measured: dict[str, dict[str, Any]]) -> float:
     epochs = getattr(row.settings, "epochs", 0)
     if not epochs:
         return 0.0
-    images, speed = images_an_epoch(row.settings), measured.get(kind_of(row.settings), {}).get("images_per_second")
+    images, speed = images_an_epoch(row.settings), measured_of(row, measured).get("images_per_second")
     return epochs * images / speed / 3600 if images and speed else math.nan

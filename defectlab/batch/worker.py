@@ -11,12 +11,26 @@ from distributed import get_worker
 from defectlab import runs
 from defectlab.batch import key_and_prints, run_row
 from defectlab.files import Busy, disk_full, project_root, write_atomically
-from defectlab.provenance import pick_device, provenance
+from defectlab.provenance import pick_device
 from defectlab.runs import Context, OutOfTime, Record, first_line
 from defectlab.studies import Row, study
 
 ENDINGS = (".safetensors", ".npz", ".json")  # of a run's files, in the order in which they are written
 EVENTS = "defectlab"  # Dask's topic on which workers say what they begin
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def code() -> str:
+    """Hash of the package's files."""
+    files = sorted((project_root() / "defectlab").rglob("*.py"))
+    return digest(b"".join(digest(path.read_bytes()).encode() for path in files))
+
+
+CODE = code()  # as it was when this process began to use it
+
 
 Files = dict[str, bytes]  # the files of a run by name
 
@@ -24,7 +38,7 @@ Files = dict[str, bytes]  # the files of a run by name
 @dataclass(frozen=True)
 class Job:
     """A row and seed, the key that its record must have, and when to stop (`time.time()`). needs: name of the record of
-    each row that it needs -> its hash. commit: of the code."""
+    each row that it needs -> its hash. code: hash of the package (`CODE`)."""
 
     study: str
     name: str
@@ -34,7 +48,7 @@ class Job:
     key: str
     prints: dict[str, str]
     ends: float | None
-    commit: str
+    code: str
     needs: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
@@ -58,9 +72,9 @@ def compute(job: Job, sent: list[Files]) -> Done:
     """One row and seed. `sent`: the files of the rows that it needs, where they do not lie here."""
     worker = get_worker()
     task, me = worker.get_current_task(), (str(worker.name), worker.address)
-    row = study(job.study).pick(job.profile, [job.name])[job.name]
-    if refused := difference(job, row):
+    if refused := difference(job):
         return Done(*me, refused=f"worker {me[0]} ({project_root()}) {refused}")
+    row = row_of(job)
     worker.log_event(EVENTS, {"row": str(job), "name": me[0]})
     folder = runs.runs_dir(job.profile)
     for files in sent:
@@ -91,30 +105,30 @@ def compute(job: Job, sent: list[Files]) -> Done:
         except Exception as error:
             log(f"failed ({type(error).__name__}): {error}")
             if disk_full(error):  # what it was raised from does not travel
-                raise OSError(errno.ENOSPC, first_line(error)) from None
+                raise OSError(errno.ENOSPC, f"{first_line(error)} (worker {me[0]})") from None
             raise
 
 
-def difference(job: Job, row: Row) -> str:
-    """Why this worker would compute something else than the batch asks for; "" where it would not."""
+def row_of(job: Job) -> Row:
+    return study(job.study).pick(job.profile, [job.name])[job.name]
+
+
+def difference(job: Job) -> str:
+    """Why this worker would compute something else than the batch asks for, or nothing; "" where it would not."""
+    if job.code != CODE:
+        return "has other code than the batch: bring both to the same files and start it again"
     if (rows := get_worker().state.nthreads) != 1:
         return f"takes {rows} rows at once: start it with --nthreads 1"
     try:
-        key, prints = key_and_prints(row, job.seed, job.profile)
-    except Exception as error:  # data or weights are not there
+        pick_device(job.device)
+        key, prints = key_and_prints(row_of(job), job.seed, job.profile)
+    except Exception as error:  # device, data or weights are not there
         return f"cannot compute this row: {first_line(error)}"
     for name in sorted(prints.keys() | job.prints.keys()):
         here, there = prints.get(name), job.prints.get(name)
         if here != there:
             return f"has other {name} than the batch: fingerprint {here}, not {there}"
-    commit = provenance("cpu")["commit"]
-    if key != job.key or commit != job.commit:
-        return f"has other code than the batch (commit {commit}, not {job.commit}): start it again"
-    return ""
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return "" if key == job.key else f"makes another key of the same row ({key}): start it again"
 
 
 def read_files(record: Record) -> Files:
