@@ -74,7 +74,7 @@ def test_a_detector_without_suppression_is_exported_to_its_end(tmp_path: Path) -
         assert len(found["scores"]) == scores.shape[1] == 300
         np.testing.assert_allclose(scores[image], found["scores"], atol=1e-5)
         sure = export.clear(torch.from_numpy(scores))[image].numpy()
-        assert sure.sum() > 50
+        assert sure.sum() > 30
         np.testing.assert_array_equal(labels[image][sure], found["labels"][sure])
         np.testing.assert_allclose(boxes[image][sure].clip(0, SIZE), found["boxes"][sure], atol=1e-3)
 

@@ -17,7 +17,7 @@ from defectlab.networks.yolo.one_to_one import TwoHeads
 PACKAGES = ("onnx", "onnxruntime")
 TRACED, CHECKED = 2, (1, 3)  # images: traced with one batch, compared at others, since the batch is to be free
 OUTPUTS = ("boxes", "scores")
-NEAR = 1e-5  # scores that are as near as this may change places
+NEAR = 1e-6  # scores as near as this may change places
 
 
 class Decoded(nn.Module):

@@ -3,8 +3,9 @@
 Wang et al., "YOLOv10: Real-Time End-to-End Object Detection", NeurIPS 2024, arXiv 2405.14458, section 3.1. Two heads
 look at the same maps. One learns from many anchors for each object, as before; the other from a single anchor. At
 inference the second one answers alone, and its boxes are taken as they are. Both choose their anchors by one metric,
-score^alpha * iou^beta. Where the two have the same exponents, the second one's anchor is the first one's best: they are
-"consistent". The paper's other parts (a lighter classification head, blocks, attention) are not here.
+score^alpha * iou^beta. With the same exponents the second one's anchor is the first one's best, as long as both give
+the same scores and boxes: they are "consistent". The paper's other parts (a lighter classification head, blocks,
+attention) are not here.
 """
 
 import copy
@@ -29,7 +30,7 @@ class OneToOneSettings(DetectorSettings):
     version: ClassVar[int] = 1
 
     heads: str = "both"  # "both" are trained, or "one": the one-to-one head alone
-    alpha: float = 0.5  # of the one-to-one head's metric; paper section 3.1: as the other's, TOOD's 0.5 and 6
+    alpha: float = 0.5  # of the one-to-one head's metric; paper section 3.1: as the other's, YOLOv8's 0.5 and 6
     beta: float = 6.0
     detached: bool = True  # authors' code: the one-to-one head's gradient ends at the maps; the paper does not say it
 
