@@ -102,6 +102,7 @@ def test_records_hold_these_identities() -> None:
             assert found["masks"] in by_set[METAL_NUT, "nut", "paper"] | by_set[METAL_NUT, "nut", "good"], path
         if found.get("data", "none") != "none":
             told = settings.get("colour", settings)  # of two networks, what the first one saw
+            told = told["of"] if record["model"] == "other_end" else told
             key = tuple(told[name] for name in ("dataset", "target", "split") if name in told)
             assert found["data"] in by_set[key or (of_model[record["model"]],)], path
             compared += 1
