@@ -26,23 +26,32 @@ JOBS = "DEFECTLAB_JOBS"  # environment: how many runs share the device
 
 def pick_device(name: str) -> str:
     """'auto' -> 'cuda' where there is one, else 'cpu', with a warning where torch cannot use an NVIDIA GPU that is
-    there. ValueError for a device that is not there."""
+    there. ValueError for a device that is not there, with torch's reason."""
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
-        if shutil.which("nvidia-smi") and not hidden:  # it comes with the driver
-            try:
-                torch.cuda.init()
-            except (AssertionError, RuntimeError) as error:  # torch without CUDA; a driver that is too old, no GPU
-                reason = str(error).partition("\n")[0]
-                warnings.warn(f"computing on the CPU, since torch cannot use the GPU: {reason}", stacklevel=2)
+        if reason := why_no_gpu():
+            warnings.warn(f"computing on the CPU, since torch cannot use the GPU: {reason}", stacklevel=2)
         return "cpu"
     kind, _, index = name.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
     if (index and not index.isdigit()) or int(index or 0) >= there:
-        raise ValueError(f"device {name!r} is not available here: use auto, cpu or (with a GPU) cuda")
+        reason = why_no_gpu() if kind == "cuda" and not there else ""
+        because = f" ({reason})" if reason else ""
+        raise ValueError(f"device {name!r} is not available here{because}: use auto, cpu or (with a GPU) cuda")
     return name
+
+
+def why_no_gpu() -> str:
+    """Why torch cannot use an NVIDIA GPU whose driver is there (torch without CUDA, a driver that is too old); "" where
+    there is no driver, or the GPUs are hidden on purpose."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if shutil.which("nvidia-smi") and not hidden:
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:
+            return str(error).partition("\n")[0]
+    return ""
 
 
 def device_name(device: str | torch.device) -> str:

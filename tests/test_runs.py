@@ -231,3 +231,8 @@ def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, driver, visible, reaso
     start = "computing on the CPU, since torch cannot use the GPU: "
     expected = [start + str(reason).splitlines()[0]] if reason else []
     assert [str(one.message) for one in said] == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    because = f" ({str(reason).splitlines()[0]})" if reason else ""
+    with pytest.raises(ValueError) as error:
+        provenance.pick_device("cuda")
+    assert str(error.value).startswith(f"device 'cuda' is not available here{because}: use auto, cpu")
