@@ -277,8 +277,8 @@ def _copied(func, args, kwargs, asked):
 
 
 def _pinned(tensor) -> bool:
-    """Memory that was not pinned is staged: the host may go on, but only once the copy into the stage is done."""
-    return type(tensor) is not PhantomTensor  # pageable host memory: cudaMemcpyAsync returns when it has been staged
+    """Whether it is the host's. CUDA wants it pinned, too; that is not seen here, and `precision.sent` does it."""
+    return type(tensor) is not PhantomTensor
 
 
 def _check_copy(args):
