@@ -56,7 +56,6 @@ TRAINING = (
     windows,
 )  # they call `train`
 BLOCK = 512  # bytes: what CUDA's allocator rounds up to
-Key = tuple[str, str, str]
 
 
 class Measured(Exception):

@@ -2,6 +2,7 @@
 attention?"""
 
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from defectlab.networks.yolo.one_to_one import OneToOneSettings
@@ -14,15 +15,16 @@ from defectlab.studies.study import FEW, Row, Study, needs_of
 from defectlab.training.one_to_one import OtherEndSettings, run_one_to_one, run_other_end
 from defectlab.training.yolo_dcf import run_yolo_dcf
 
-PROFILES = ("smoke", "quick", "paper")
-# Attention makes an image dearer (SE x1.06, CBAM x1.10 as deployed, results/costs/yolo_dcf-cpu.json): fewer epochs
+# With attention an image takes longer (SE x1.06, CBAM x1.10 as deployed, results/costs/yolo_dcf-cpu.json): fewer epochs
 SHARE = {"se": 1 / 1.06, "cbam": 1 / 1.10}
 
 
-def one_to_one(plain: DetectorSettings, **changes: Any) -> OneToOneSettings:
-    """The recipe of a plain detector, for one whose boxes are not suppressed."""
-    recipe = {one.name: getattr(plain, one.name) for one in fields(plain)}
-    return OneToOneSettings(**recipe | changes)
+def like(plain: DetectorSettings, kind: type, **changes: Any) -> Any:
+    """Settings of another kind of detector with the recipe of a plain one."""
+    return kind(**{one.name: getattr(plain, one.name) for one in fields(plain)} | changes)
+
+
+one_to_one = partial(like, kind=OneToOneSettings)
 
 
 def rows_on(plain: DetectorSettings, profile: str, start: str = "") -> dict[str, Row]:
@@ -49,13 +51,12 @@ def attention_rows(plain: DetectorSettings, profile: str) -> dict[str, Row]:
     """Attention at the four places where the neck joins maps, with and without mosaic, in the time of a plain one."""
     few = {"seeds": FEW[profile]}
     found = {}
-    for end, closed in (("", {}), ("_no_mosaic", {"mosaic": 0.0, "close_mosaic": 0})):
-        recipe = {one.name: getattr(plain, one.name) for one in fields(plain)} | closed
-        if closed:
-            found[f"many{end}"] = row(DetectorSettings(**recipe), **few)
+    for end, base in (("", plain), ("_no_mosaic", replace(plain, mosaic=0.0, close_mosaic=0))):
+        if end:
+            found[f"many{end}"] = row(base, **few)
         for kind, share in SHARE.items():
-            settings = Settings(**recipe | {"epochs": round(share * plain.epochs), "fusion": kind, "block": "plain"})
-            found[kind + end] = row(settings, run_yolo_dcf, **few, primary=not closed)
+            settings = like(base, Settings, epochs=round(share * base.epochs), fusion=kind, block="plain")
+            found[kind + end] = row(settings, run_yolo_dcf, **few, primary=not end)
     return found
 
 
@@ -73,7 +74,7 @@ def rows(profile: str) -> dict[str, Row]:
 
 STUDY = Study(
     "v8 or v10? One box for each object without suppression, and attention",
-    {profile: rows(profile) for profile in PROFILES},
+    {profile: rows(profile) for profile in detector.SETTINGS},
     {
         "steel": "one box for each object on NEU-DET, with and without suppression",
         "boards": "one box for each object on DeepPCB, with and without suppression",
