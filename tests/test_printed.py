@@ -86,7 +86,9 @@ def test_a_study_shows_its_tables_rows_and_known_metrics_each_once(name: str) ->
     assert shown and set(shown) <= set(METRIC_NAMES) and len(set(shown)) == len(shown)
 
 
-@pytest.mark.parametrize("name", ["bsdrd", "yolo_dcf", "d3n", "amam_kd", "windows", "rebuild", "cures", "v8_v10"])
+@pytest.mark.parametrize(
+    "name", ["bsdrd", "yolo_dcf", "d3n", "amam_kd", "windows", "rebuild", "cures", "v8_v10", "ten_pictures"]
+)
 def test_claims_are_complete(name: str) -> None:
     claims, rows = claims_of(name), study(name).rows
     quick = tomllib.loads((PAPERS / name / "claims.toml").read_text())["quick"]

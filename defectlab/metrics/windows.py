@@ -1,4 +1,5 @@
-"""Metrics of a classifier with two classes and one threshold: what it finds, what it reports falsely."""
+"""Metrics of classifiers: with two classes and one threshold, what is found and what reported falsely; with several,
+how many are right."""
 
 import numpy as np
 
@@ -35,3 +36,16 @@ def best_balanced_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     gain[:-1][ranked[:-1] == ranked[1:]] = -1.0  # no threshold divides equal scores
     best = int(gain.argmax())
     return float((ranked[best] + ranked[best + 1]) / 2) if best + 1 < len(ranked) else float(ranked[best])
+
+
+def class_accuracy(answers: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Answered and true classes (n,), weights (n,) non-negative -> the mean over the classes of the share of each that
+    is right, in per cent; NaN where a class has no weight."""
+    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, float)
+    right = weights * (answers == labels)
+    with np.errstate(invalid="ignore"):
+        return float(100 * np.mean([np.divide(right[own].sum(), weights[own].sum()) for own in _members(labels)]))
+
+
+def _members(labels: np.ndarray) -> list[np.ndarray]:
+    return [labels == label for label in np.unique(labels)]

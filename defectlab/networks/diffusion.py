@@ -78,19 +78,25 @@ def q_sample(clean: Tensor, timesteps: Tensor, noise: Tensor, alpha_hat: Tensor)
 
 
 def noise_loss(
-    unet: nn.Module, clean: Tensor, timesteps: Tensor, noise: Tensor, alpha_hat: Tensor
+    unet: nn.Module,
+    clean: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+    alpha_hat: Tensor,
+    labels: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """{"loss"}: mean squared error of the predicted noise (1 where it predicts none), Ho et al. eq. 14. Arguments as of
-    `q_sample`."""
-    predicted = unet(q_sample(clean, timesteps, noise, alpha_hat), timesteps).sample  # (B, C, H, W)
+    `q_sample`; labels (B,) int64 of a network with classes."""
+    predicted = unet(q_sample(clean, timesteps, noise, alpha_hat), timesteps, labels).sample  # (B, C, H, W)
     return {"loss": functional.mse_loss(predicted.to(noise.dtype), noise)}
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------
 
 
-def build_unet(settings: DiffusionSettings, colours: int) -> UNet2DModel:
-    """A U-Net of three levels, images (B, colours, size, size) and timesteps (B,) -> .sample of the same shape.
+def build_unet(settings: DiffusionSettings, colours: int, classes: int | None = None) -> UNet2DModel:
+    """A U-Net of three levels, images (B, colours, size, size) and timesteps (B,) -> .sample of the same shape; with
+    `classes` it takes labels (B,), too, whose learnt vectors are added to those of the timesteps.
 
     ValueError for channels, attention or a size that do not fit.
     """
@@ -115,6 +121,7 @@ def build_unet(settings: DiffusionSettings, colours: int) -> UNet2DModel:
         attention_head_dim=None,  # one head, as Ho et al.
         norm_num_groups=math.gcd(32, *(c // 4 for c in settings.channels)),  # of 4 channels or more
         num_train_timesteps=settings.steps,
+        num_class_embeds=classes,
     )
 
 
@@ -135,9 +142,15 @@ def check_size(images: Tensor, size: int) -> None:
 
 @torch.no_grad()
 def sample_ddim(
-    unet: UNet2DModel, count: int, seed: int, inference_steps: int = 50, device: str | torch.device = "cpu"
+    unet: UNet2DModel,
+    count: int,
+    seed: int,
+    inference_steps: int = 50,
+    device: str | torch.device = "cpu",
+    labels: Tensor | None = None,
 ) -> Tensor:
-    """Images from noise by DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma 0), uint8 (count, C, S, S).
+    """Images from noise by DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma 0), uint8 (count, C, S, S);
+    labels (count,) int64 of a network with classes, on the device.
 
     The first noise is drawn on the CPU from the seed. The caller's autocast sets the precision.
     """
@@ -150,7 +163,7 @@ def sample_ddim(
     shape = (count, config.in_channels, config.sample_size, config.sample_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     for timestep in scheduler.timesteps:
-        noise = unet(images, timestep).sample.float()
+        noise = unet(images, timestep, labels).sample.float()
         images = scheduler.step(noise, timestep, images).prev_sample
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 

@@ -17,6 +17,7 @@ STUDIES = (
     "rebuild",
     "cures",
     "v8_v10",
+    "ten_pictures",
 )
 
 

@@ -95,7 +95,7 @@ def _load(dataset: str, size: int, device: str) -> AnomalyData:
 
 
 @lru_cache(maxsize=2)
-def _lite0(pretrained: bool) -> str:
+def lite0_fingerprint(pretrained: bool) -> str:
     return fingerprint(Lite0(pretrained))
 
 
@@ -107,7 +107,7 @@ def _weights(settings: Any) -> str:
     """Of what is frozen; "random": all is learnt, or nothing."""
     if isinstance(settings, SimpleNetSettings):
         return baselines.weights_fingerprint(settings.teacher)
-    return _lite0(settings.pretrained) if hasattr(settings, "pretrained") else "random"
+    return lite0_fingerprint(settings.pretrained) if hasattr(settings, "pretrained") else "random"
 
 
 def fingerprints(settings: Any) -> dict[str, str]:

@@ -35,8 +35,17 @@ def random_flips(images: Tensor, generator: torch.Generator) -> Tensor:
     return images
 
 
-def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, context: Context) -> tuple[UNet2DModel, Trained]:
+def train_ddpm(
+    images: Tensor,
+    settings: DiffusionSettings,
+    seed: int,
+    context: Context,
+    labels: Tensor | None = None,
+    classes: int | None = None,
+) -> tuple[UNet2DModel, Trained]:
     """Train on uint8 images (N, C, size, size), on their device. -> (moving average of the U-Net, curve and speed).
+
+    labels (N,) int64 below `classes`: the network is told each image's class.
 
     Timesteps, noise and flips of a step are drawn on the CPU from seed and epoch alone: the same on every device, and
     in a training that was interrupted. Raises ValueError for images of another size, and as `train`.
@@ -45,20 +54,20 @@ def train_ddpm(images: Tensor, settings: DiffusionSettings, seed: int, context: 
     device, precision = images.device, precision_of(settings, images.device)
     alpha_hat = noise_schedule(settings.steps).to(device)
     torch.manual_seed(seed)
-    unet = build_unet(settings, images.shape[1]).to(device, memory_format=torch.channels_last)
+    unet = build_unet(settings, images.shape[1], classes).to(device, memory_format=torch.channels_last)
     average = MovingAverage(unet, settings.average, settings.average_ramp, counted=1)
 
-    def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> list[Tensor]:
+    def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> tuple[list[Tensor], Tensor | None]:
         clean = as_inputs(images[indices])
         if settings.flips:
             clean = random_flips(clean, generator)
         timesteps = torch.randint(settings.steps, (len(indices),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        return [clean, sent(timesteps, device), sent(noise, device)]
+        return [clean, sent(timesteps, device), sent(noise, device)], None if labels is None else labels[indices]
 
-    def step(batch: list[Tensor]) -> dict[str, Tensor]:
+    def step(batch: tuple[list[Tensor], Tensor | None]) -> dict[str, Tensor]:
         with autocast(device, precision):
-            return diffusion.noise_loss(unet, *batch, alpha_hat)
+            return diffusion.noise_loss(unet, *batch[0], alpha_hat, batch[1])
 
     optimizer = adam(unet, settings.learning_rate)
     rate = rate_per_epoch(settings.learning_rate, "cosine", settings.epochs, settings.final_rate)

@@ -20,7 +20,7 @@ from defectlab.metrics.per_image import recall_statistic
 from defectlab.metrics.ranking import auroc, average_precision
 from defectlab.metrics.robustness import robustness_statistic
 from defectlab.metrics.thresholds import f1_regret, missed_at, normal_threshold
-from defectlab.metrics.windows import balanced_accuracy
+from defectlab.metrics.windows import balanced_accuracy, class_accuracy
 from defectlab.runs import Record
 from defectlab.verdicts import stats
 
@@ -75,6 +75,11 @@ METRIC_NAMES = {
     "unexplained": "fraction of variance unexplained",
     "kl": "KL (nats per latent value)",
     "compression_ratio": "compression ratio",
+    "class_accuracy": "accuracy, mean of the classes",
+    "copies": "made images that copy a given one",
+    "copies_held_out": "held-out images taken for copies",
+    "episode_accuracy": "accuracy, 5 images a class",
+    "episode_accuracy_1": "accuracy, 1 image a class",
     "windows": "windows",
     "parameters_m": "parameters (M)",
     "gflops": "GFLOPs",
@@ -84,6 +89,10 @@ METRIC_NAMES = {
 }
 METRIC_NAMES |= {f"{m}_nonempty": f"{METRIC_NAMES[m]} of non-empty images" for m in segmentation.OF_IMAGES}
 METRIC_NAMES |= {f"{m}_crop": f"{METRIC_NAMES[m]}, crop only" for m in ("image_auroc", "pixel_auroc", "aupro")}
+SHOTS = (1, 2, 4, 8, 16)  # good images, in the names of metrics
+METRIC_NAMES |= {
+    f"{m}_{k}": f"{METRIC_NAMES[m]}, {k} good" for m in ("image_auroc", "pixel_auroc", "aupro") for k in SHOTS
+}
 METRIC_NAMES |= {f"mask_{m}": f"mask {METRIC_NAMES[m]}" for m in ("map50", "map50_95", "precision_dev", "recall_dev")}
 
 
@@ -112,8 +121,13 @@ BALANCED = "balanced_accuracy"
 # this share of good images passes, of the held-out ones for the first, of those of the test for the second.
 DERIVED, PASSED = {"f1_regret": "dev_scores", "missed_at_5": "dev_scores"}, 0.05
 DERIVED |= dict.fromkeys(("located50", "recall_at_01"), "prediction_boxes")
+EPISODES = {"episode_accuracy": "accuracies", "episode_accuracy_1": "accuracies_1"}  # a record's array, by episode
+FEW_NORMALS = {f"image_auroc_{k}": f"scores_{k}" for k in SHOTS}
 BOOTSTRAPPED = (
     *ANOMALY,
+    *EPISODES,
+    *FEW_NORMALS,
+    "class_accuracy",
     *DERIVED,
     BALANCED,
     *DETECTION,
@@ -202,6 +216,12 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
     elif metric in ("image_auroc", "image_ap"):
         measure = auroc if metric == "image_auroc" else average_precision
         whole, always = partial(measure, arrays["scores"], arrays["labels"]), [0]
+    elif metric in FEW_NORMALS:
+        whole, always = partial(auroc, arrays[FEW_NORMALS[metric]], arrays["labels"]), [0]
+    elif metric in EPISODES:
+        return partial(np.average, arrays[EPISODES[metric]], None)
+    elif metric == "class_accuracy":
+        return partial(class_accuracy, arrays["answers"], arrays["labels"])
     elif metric in DERIVED:
         whole, always = _derived(arrays, metric), [0]
     elif metric == BALANCED:
@@ -230,8 +250,10 @@ def _derived(arrays: dict[str, np.ndarray], metric: str) -> Callable[[np.ndarray
 
 
 def over_images(statistic: Callable[[np.ndarray], float], arrays: dict[str, np.ndarray]) -> stats.Interval:
-    """Bootstrap over the test images of a record's arrays; where they have types (anomaly), in their proportions."""
-    return stats.paired_bootstrap(statistic, len(arrays["names"]), arrays.get("types"), BOOTSTRAP_REPEATS)
+    """Bootstrap over the test images of a record's arrays, or its episodes; where images have types (anomaly), in their
+    proportions."""
+    count = len(arrays["accuracies" if "accuracies" in arrays else "names"])
+    return stats.paired_bootstrap(statistic, count, arrays.get("types"), BOOTSTRAP_REPEATS)
 
 
 def bootstrap_level(records: list[Record], metric: str, kind: str | None = None) -> stats.Interval:

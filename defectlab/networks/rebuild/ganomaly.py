@@ -9,6 +9,7 @@ Adam treats each parameter alone); the discriminator never starts anew (official
 larger than a patch are judged by windows, by the worst of them; the map is |x - x'|, as later papers have it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,23 +54,25 @@ def halvings(patch: int) -> int:
     return steps
 
 
-def encoder(patch: int, width: int, outputs: int) -> nn.Sequential:
-    """Images (B, 3, patch, patch) -> (B, outputs, 1, 1); before its last layer (B, width patch / 8, 4, 4)."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
+def encoder(
+    patch: int, width: int, outputs: int, colours: int = 3, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+) -> nn.Sequential:
+    """Images (B, colours, patch, patch) -> (B, outputs, 1, 1); before its last layer (B, width patch / 8, 4, 4)."""
+    layers: list[nn.Module] = [nn.Conv2d(colours, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
     for _ in range(1, halvings(patch)):
         width *= 2
-        layers += [nn.Conv2d(width // 2, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(width // 2, width, 4, 2, 1, bias=False), norm(width), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, nn.Conv2d(width, outputs, 4, bias=False))
 
 
-def decoder(patch: int, width: int, latent: int) -> nn.Sequential:
-    """(B, latent, 1, 1) -> images (B, 3, patch, patch) in -1..1."""
+def decoder(patch: int, width: int, latent: int, colours: int = 3) -> nn.Sequential:
+    """(B, latent, 1, 1) -> images (B, colours, patch, patch) in -1..1."""
     width *= patch // 8
     layers: list[nn.Module] = [nn.ConvTranspose2d(latent, width, 4, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     for _ in range(1, halvings(patch)):
         width //= 2
         layers += [nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False), nn.Tanh())
+    return nn.Sequential(*layers, nn.ConvTranspose2d(width, colours, 4, 2, 1, bias=False), nn.Tanh())
 
 
 def initialise(layer: nn.Module) -> None:
