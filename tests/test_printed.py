@@ -49,6 +49,8 @@ LOWER_IS_BETTER |= {
     "duplicates_all",
     "candidates",
     "candidates_all",
+    "copies",
+    "copies_held_out",
 }
 
 
