@@ -33,6 +33,7 @@ from defectlab.runs import RECORDED
 from defectlab.studies import study
 from defectlab.training.cost_rows import CostSettings
 from defectlab.training.rebuild import Asked, RebuildCostSettings
+from defectlab.training.ten_pictures import GeneratorCostSettings, Made
 from defectlab.training.windows import Slid, WindowCostSettings
 
 CLASSES = 6  # as NEU-DET has them
@@ -49,6 +50,7 @@ BUILD: dict[type, Callable[[Any], nn.Module]] = {  # what is deployed: of a dete
     TwoStageSettings: TwoStage,
     SegmentationSettings: segmentation.build,
     segmentation.Settings: segmentation.build,
+    GeneratorCostSettings: Made,
     WindowCostSettings: Slid,
     RebuildCostSettings: Asked,
 }

@@ -37,11 +37,13 @@ from defectlab.training import (
     anomaly,
     d3n_features,
     diffusion,
+    episodes,
     loop,
     rebuild,
     recipe,
     second_sensor,
     segmentation,
+    ten_pictures,
     windows,
 )
 
@@ -49,10 +51,12 @@ TRAINING = (
     anomaly,
     d3n_features,
     diffusion,
+    episodes,
     rebuild,
     recipe,
     second_sensor,
     segmentation,
+    ten_pictures,
     windows,
 )  # they call `train`
 BLOCK = 512  # bytes: what CUDA's allocator rounds up to
@@ -187,7 +191,8 @@ def load(row: Row) -> Any:
 def computable(of: Study) -> dict[str, Row]:
     """The rows of `shortened(study)` whose training is looked at; optional ones need images that nobody may have."""
     rows = {name: row for name, row in of.rows["paper"].items() if getattr(row.settings, "epochs", 0)}
-    return {name: row for name, row in rows.items() if not row.optional and not builds_on(of, row, "ddpm")}
+    steps = {name: row for name, row in rows.items() if getattr(row.settings, "network", "") != "lite0"}  # frozen
+    return {name: row for name, row in steps.items() if not row.optional and not builds_on(of, row, "ddpm")}
 
 
 def main(names: list[str]) -> None:

@@ -18,11 +18,13 @@ from defectlab.data import anomaly, fetch, instances, masks, splits
 from defectlab.data import synthetic as synthetic_sets
 from defectlab.data.anomaly import Sample, data_fingerprint, hold_out, paste_defect
 from defectlab.data.detection import detection_fingerprint
+from defectlab.data.domains import SETS, THREE_DOMAINS, domains_fingerprint
 from defectlab.data.fabric import fabric_fingerprint
 from defectlab.data.frames import frames_fingerprint
 from defectlab.data.images import letterbox, letterbox_maps
 from defectlab.data.instances import instance_fingerprint
 from defectlab.data.masks import nut_mask, segmentation_fingerprint
+from defectlab.data.pictures import pictures_fingerprint
 from defectlab.data.pooled import POOLS, pooled_fingerprint
 from defectlab.data.synthetic import SYNTHETIC, ensure_synthetic
 from defectlab.files import project_root
@@ -35,6 +37,8 @@ PINNED = [  # function, its arguments: the set first, sha256
     (data_fingerprint, ("aitex",), "dd7f27672076cbe8f8eb80ebaa4bd618739414acd8a21437a7d1c43d63946265"),
     (fabric_fingerprint, ("aitex",), "f44ba9d9eb142709ae171e9a275c679884e52c2342ab7959c7aa9d8f548885e9"),
     (detection_fingerprint, ("neu_det",), "649d69a6216bda93fa75778bc54009c65f736c26b1295c7230fdac99c959eee8"),
+    (pictures_fingerprint, ("neu_det",), "77c9ebefd8fa2e3463c167ffb8396821c447999e3e13fe692717e68102e3b9cd"),
+    (pictures_fingerprint, ("elpv",), "bb4d280ba51e607d5e0b70fec5fae843558e7e75e1e38efa9aa68b3d1efa7239"),
     (detection_fingerprint, ("neu_det_index",), "d4def8c74c87c3d31e0e05f4ab18615d9073b8f84d7638f2cb504649255254d7"),
     (detection_fingerprint, ("deep_pcb",), "77d929b352bc060c5b21d85d6ca1b9d8e11a01eb00a764dabcdd42c76887628d"),
     (detection_fingerprint, ("deep_pcb_pair",), "77d929b352bc060c5b21d85d6ca1b9d8e11a01eb00a764dabcdd42c76887628d"),
@@ -68,12 +72,15 @@ PINNED = [  # function, its arguments: the set first, sha256
 ]
 
 PINNED_POOL = "92ab016c4684379c2e057402d338e9958ba70720daaae1340ee9ac7146a1785b"
+PINNED_DOMAINS = "39bba65f80665228e1b8733ac9698a528bbf9f9c7fea1b03b6690179329dca31"
 
 
 @pytest.mark.real_data
 def test_identity_of_the_pooled_sets(real_set) -> None:
-    roots = {real_set(splits.folder_of(name)) for name in POOLS["pooled"]}
-    assert pooled_fingerprint("pooled", roots.pop()) == PINNED_POOL and not roots
+    roots = {real_set(splits.folder_of(name)) for name in (*POOLS["pooled"], *SETS[THREE_DOMAINS])}
+    root = roots.pop()
+    assert not roots and pooled_fingerprint("pooled", root) == PINNED_POOL
+    assert domains_fingerprint(THREE_DOMAINS, root) == PINNED_DOMAINS
 
 
 @pytest.mark.real_data
@@ -87,7 +94,7 @@ def test_records_hold_these_identities() -> None:
     by_set: dict[tuple[str, ...], set[str]] = {}
     for _, arguments, sha256 in PINNED:
         by_set.setdefault(arguments, set()).add(sha256)
-    by_set["pooled",] = {PINNED_POOL}
+    by_set["pooled",], by_set[THREE_DOMAINS,] = {PINNED_POOL}, {PINNED_DOMAINS}
     of_model = {
         "robustness": "neu_det",
         "amam_two_stage": METAL_NUT,

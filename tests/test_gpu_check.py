@@ -16,7 +16,17 @@ from defectlab import gpu_check, runs
 from defectlab.batch import machines, sizes
 from defectlab.studies import STUDIES, study
 
-NOT_COMPUTED = ("torchvision_detector", "windows", "autoencoder", "ganomaly", "mscdae", "draem", "efficientad_teacher")
+# shapes that depend on numbers; of "episodes", synthetic tiles are too few for those of the paper's size
+NOT_COMPUTED = (
+    "torchvision_detector",
+    "windows",
+    "autoencoder",
+    "ganomaly",
+    "mscdae",
+    "draem",
+    "efficientad_teacher",
+    "episodes",
+)
 SOME = "patchcore,second_sensor,sensor_threshold"
 
 

@@ -18,9 +18,9 @@ CUDA_GB = 1.0  # of each process: CUDA itself and what cuDNN takes for its work
 
 
 def kind_of(settings: Any) -> str:
-    """What is trained alike: the model, and that of the row whose network it looks at."""
-    of = getattr(settings, "of", None)
-    return settings.model + (f" of {of.model}" if dataclasses.is_dataclass(of) else "")
+    """What is trained alike: the model, that of the row whose network it looks at, that of a generator in it."""
+    inner = ((word, getattr(settings, name, None)) for word, name in (("of", "of"), ("with", "generator")))
+    return settings.model + "".join(f" {word} {one.model}" for word, one in inner if dataclasses.is_dataclass(one))
 
 
 def check_path() -> Path:

@@ -105,6 +105,8 @@ def make_images(
         with full_float32():
             return Learnt(sample_gan(gan, labels, seed), labels), trained
     of = settings.generator
+    if of.flips:
+        raise ValueError("folded images cannot be flipped: set flips=False in the diffusion model's settings")
     unet, trained = train_ddpm(folded(few.images), of, seed, context, few.labels, classes)
     made = []
     for part, chunk in enumerate(labels.split(64)):
@@ -119,7 +121,9 @@ def train_gan(settings: GANSettings, seed: int, few: Learnt, classes: int, conte
     torch.manual_seed(seed)
     gan = GAN(settings, classes, few.images.shape[-1]).to(device)
     real, turn, steps = few.images.float() / 127.5 - 1, settings.critic_steps + 1, 0
-    last = dict.fromkeys(("critic", "generator"), torch.zeros((), device=device))
+    last = dict.fromkeys(
+        ("critic", "generator"), torch.zeros((), device=device)
+    )  # 0 before the first turn, also resumed
 
     def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> tuple[Tensor, ...]:
         count = len(indices)

@@ -221,7 +221,11 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
     elif metric in EPISODES:
         return partial(np.average, arrays[EPISODES[metric]], None)
     elif metric == "class_accuracy":
-        return partial(class_accuracy, arrays["answers"], arrays["labels"])
+        answers, labels = arrays["answers"], arrays["labels"]
+        own = np.ones(len(labels), bool)
+        if types is not None:
+            own = np.isin(labels, [arrays["class_names"].tolist().index(t) for t in types])
+        return lambda weights: class_accuracy(answers[own], labels[own], weights[own])
     elif metric in DERIVED:
         whole, always = _derived(arrays, metric), [0]
     elif metric == BALANCED:

@@ -22,6 +22,7 @@ from defectlab.verdicts import claims, stats
 from defectlab.verdicts.measured import (
     BOOTSTRAPPED,
     COSTS,
+    EPISODES,
     METRIC_NAMES,
     Timing,
     bootstrap_level,
@@ -118,7 +119,8 @@ def show_records(records: list[Record], metric: str, kind: str | None = None) ->
     """`show`, of one defect type where `kind` is given; near 100 the interval is the bootstrap over test images, marked
     ‡, since Student's would pass 100."""
     values = [value_of(r, metric) if kind is None else r.per_class[kind].get(metric, math.nan) for r in records]
-    if not values or metric not in BOOTSTRAPPED or not np.mean(values) >= NEAR_100:
+    unknown = metric not in BOOTSTRAPPED or (kind is not None and metric in EPISODES)  # kept of whole episodes alone
+    if not values or unknown or not np.mean(values) >= NEAR_100:
         return show(values, metric)
     found = bootstrap_level(records, metric, kind)
     seeds = f" n={len(values)}" if len(values) > 1 else ""
