@@ -25,7 +25,7 @@ def test_every_committed_finding_holds_and_is_told_somewhere(name: str) -> None:
 def test_readme_shows_few_findings_and_every_paper() -> None:
     """Five of the four papers and their baselines, one of each notebook of the field's history."""
     assert sum(one.readme for name in STUDIES for one in findings(name)) == 5 + 3
-    assert len([paper for name in STUDIES for paper in papers_of(name)]) == 4 + 4
+    assert len([paper for name in STUDIES for paper in papers_of(name)]) == 4 + 5
 
 
 def test_a_sentence_may_name_what_was_timed(toy: Project, one_finding) -> None:
@@ -62,6 +62,12 @@ def test_a_sentence_is_filled_in_and_says_its_scale(toy: Project, one_finding) -
     assert found.holds and found.text == "RD4AD reaches 78.0 here. [quick, 2 seeds]"
     assert said("toy", "20").data.splitlines()[0] == f"- {found.text}" and "- " not in said("toy", "21").data
     assert "Cost: 2 recorded quick runs" in said("toy", "20").data
+
+
+def test_a_sentence_may_name_the_extreme_seeds(toy: Project, one_finding) -> None:
+    write(toy, "rd4ad", {"image_auroc": (77.0, 79.0), "aupro": (66.0, 68.0)}, "quick")
+    text = one_finding("from {rd4ad.lowest.aupro:.0f} to {rd4ad.highest.aupro:.0f}").text
+    assert text == "from 66 to 68 [quick, 2 seeds]"
 
 
 def test_a_sentence_whose_condition_no_longer_holds_is_not_said(toy: Project, one_finding) -> None:

@@ -1,4 +1,4 @@
-"""The field's history II (notebook 54): ten pictures of a defect, a few of a good part: generate, meta-learn, or
+"""The field's history II (notebook 54): ten images of a defect, a few of a good part: generate, meta-learn, or
 borrow features?"""
 
 from collections.abc import Callable
@@ -98,8 +98,10 @@ def _few_normals_weights(settings: FewNormalsSettings) -> str:
 
 
 def of_pictures(settings: TenPicturesSettings) -> dict[str, str]:
-    weights = lite0_fingerprint(settings.pretrained) if settings.network == "lite0" else "random"
-    return {"data": pictures_fingerprint(settings.dataset), "weights": weights}
+    """What is borrowed has a name of its own: a row without it can be compared with a row that has it."""
+    frozen = settings.network == "lite0"
+    borrowed = {"features": lite0_fingerprint(settings.pretrained)} if frozen else {"weights": "random"}
+    return {"data": pictures_fingerprint(settings.dataset)} | borrowed
 
 
 def of_episodes(settings: EpisodeSettings) -> dict[str, str]:
@@ -222,7 +224,7 @@ def rows(profile: str) -> dict[str, Row]:
 
 SHOTS = FewNormalsSettings.shots
 STUDY = Study(
-    "Ten pictures: generate, meta-learn, or borrow features?",
+    "Ten images: generate, meta-learn, or borrow features?",
     {profile: rows(profile) for profile in DRAWS},
     {
         "steel": "six classes of NEU-DET from ten images of each, five draws",

@@ -14,7 +14,7 @@ not said; a test fails on it, so that somebody looks.
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,28 +41,37 @@ class Finding:
 
 
 class RowValues:
-    """A row's metrics as attributes, means over its seeds; by index those of one defect type."""
+    """A row's metrics as attributes, means over its seeds; by index those of one defect type. `lowest` and `highest`:
+    the same with the extreme seed in place of the mean."""
 
-    def __init__(self, name: str, records: list[Record]):
-        self.name, self.records = name, records
+    def __init__(self, name: str, records: list[Record], over: Callable = np.mean):
+        self.name, self.records, self.over = name, records, over
+
+    @property
+    def lowest(self) -> "RowValues":
+        return RowValues(self.name, self.records, min)
+
+    @property
+    def highest(self) -> "RowValues":
+        return RowValues(self.name, self.records, max)
 
     def __getattr__(self, metric: str) -> float:
-        return self._mean(metric, [value_of(record, metric) for record in self._there()])
+        return self._one(metric, [value_of(record, metric) for record in self._there()])
 
     def __getitem__(self, kind: str) -> Any:
         per_class = [record.per_class.get(kind, {}) for record in self._there()]
         names = set.intersection(*map(set, per_class))
-        return type("OfOneType", (), {name: self._mean(name, [values[name] for values in per_class]) for name in names})
+        return type("OfOneType", (), {name: self._one(name, [values[name] for values in per_class]) for name in names})
 
     def _there(self) -> list[Record]:
         if not self.records:
             raise ValueError(f"row {self.name} has no record")
         return self.records
 
-    def _mean(self, metric: str, values: list[float]) -> float:
+    def _one(self, metric: str, values: list[float]) -> float:
         if not np.isfinite(values).all():
             raise ValueError(f"the records of row {self.name} have no metric {metric!r}")
-        return float(np.mean(values))
+        return float(self.over(values))
 
 
 class Cards(dict):
