@@ -227,7 +227,7 @@ def _hardest(of: Study, store: tables.RecordStore) -> tuple[str, list[str]]:
     for name in of.rows[runs.RECORDED]:
         for record in store.recorded_of(of, name)[0][:1]:
             arrays = record.arrays
-            if "case_maps" in arrays:
+            if {"case_maps", "scores"} <= arrays.keys():
                 figure = anomaly_figures.examples(record)
             elif {"case_images", "prediction_boxes"} <= arrays.keys():
                 figure = detection_figures.examples(record)
