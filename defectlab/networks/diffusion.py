@@ -87,8 +87,13 @@ def noise_loss(
 ) -> dict[str, Tensor]:
     """{"loss"}: mean squared error of the predicted noise (1 where it predicts none), Ho et al. eq. 14. Arguments as of
     `q_sample`; labels (B,) int64 of a network with classes."""
-    predicted = unet(q_sample(clean, timesteps, noise, alpha_hat), timesteps, labels).sample  # (B, C, H, W)
+    predicted = unet(q_sample(clean, timesteps, noise, alpha_hat), timesteps, *told(labels)).sample  # (B, C, H, W)
     return {"loss": functional.mse_loss(predicted.to(noise.dtype), noise)}
+
+
+def told(labels: Tensor | None) -> tuple[Tensor, ...]:
+    """What a network gets beside images and timesteps: nothing, or the classes."""
+    return () if labels is None else (labels,)
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------
@@ -163,7 +168,7 @@ def sample_ddim(
     shape = (count, config.in_channels, config.sample_size, config.sample_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     for timestep in scheduler.timesteps:
-        noise = unet(images, timestep, labels).sample.float()
+        noise = unet(images, timestep, *told(labels)).sample.float()
         images = scheduler.step(noise, timestep, images).prev_sample
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
