@@ -135,6 +135,11 @@ def as_inputs(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """The other way: -1..1 -> 0..255."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def check_size(images: Tensor, size: int) -> None:
     if images.shape[-2:] != (size, size):
         raise ValueError(
@@ -170,7 +175,7 @@ def sample_ddim(
     for timestep in scheduler.timesteps:
         noise = unet(images, timestep, *told(labels)).sample.float()
         images = scheduler.step(noise, timestep, images).prev_sample
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return to_uint8(images)
 
 
 # --- Features ---------------------------------------------------------------------------------------------------------

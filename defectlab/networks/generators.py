@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from defectlab.networks.diffusion import to_uint8
 from defectlab.networks.rebuild.ganomaly import decoder, encoder, initialise
 from defectlab.precision import at_least_float32
 
@@ -94,11 +95,6 @@ def sample_gan(gan: GAN, labels: Tensor, seed: int, batch: int = 64) -> Tensor:
     noise = torch.randn(len(labels), LATENT, generator=torch.Generator().manual_seed(seed)).to(labels.device)
     made = torch.cat([gan(*part) for part in zip(noise.split(batch), labels.split(batch), strict=True)])
     return to_uint8(made)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """-1..1 -> 0..255."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def folded(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from defectlab.data.pictures import PictureData, PictureSplit
 from defectlab.metrics.costs import flops, parameters
 from defectlab.metrics.windows import class_accuracy
 from defectlab.networks.conv4 import Conv4
-from defectlab.networks.diffusion import build_unet, sample_ddim
+from defectlab.networks.diffusion import as_inputs, build_unet, sample_ddim
 from defectlab.networks.episodes import FrozenFeatures
 from defectlab.networks.generators import GAN, LATENT, GANSettings, folded, sample_gan, unfolded
 from defectlab.precision import autocast, full_float32, precision_of, sent
@@ -120,7 +120,7 @@ def train_gan(settings: GANSettings, seed: int, few: Learnt, classes: int, conte
     device = few.images.device
     torch.manual_seed(seed)
     gan = GAN(settings, classes, few.images.shape[-1]).to(device)
-    real, turn, steps = few.images.float() / 127.5 - 1, settings.critic_steps + 1, 0
+    real, turn, steps = as_inputs(few.images), settings.critic_steps + 1, 0
     last = dict.fromkeys(
         ("critic", "generator"), torch.zeros((), device=device)
     )  # 0 before the first turn, also resumed
