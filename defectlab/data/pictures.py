@@ -17,7 +17,6 @@ from defectlab.data.detection import DetectionSplit, detection_fingerprint, load
 from defectlab.data.splits import SAMPLE, identity
 
 STEEL = ("neu_det", "synthetic_steel")
-CELLS = (cells.ELPV, cells.SYNTHETIC_CELL)
 RULE = "one class an image"  # of a fingerprint
 
 

@@ -42,10 +42,6 @@ def class_accuracy(answers: np.ndarray, labels: np.ndarray, weights: np.ndarray 
     """Answered and true classes (n,), weights (n,) non-negative -> the mean over the classes of the share of each that
     is right, in per cent; NaN where a class has no weight."""
     weights = np.ones(len(labels)) if weights is None else np.asarray(weights, float)
-    right = weights * (answers == labels)
+    right, members = weights * (answers == labels), [labels == label for label in np.unique(labels)]
     with np.errstate(invalid="ignore"):
-        return float(100 * np.mean([np.divide(right[own].sum(), weights[own].sum()) for own in _members(labels)]))
-
-
-def _members(labels: np.ndarray) -> list[np.ndarray]:
-    return [labels == label for label in np.unique(labels)]
+        return float(100 * np.mean([np.divide(right[own].sum(), weights[own].sum()) for own in members]))

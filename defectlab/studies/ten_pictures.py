@@ -31,7 +31,7 @@ DRAWS = {"smoke": 1, "quick": 5, "paper": 5}  # seeds of rows that say which ima
 TRAINED = {"smoke": 1, "quick": 3, "paper": 5}  # of rows that answer the same episodes
 PICTURES = {"steel": ("neu_det", "synthetic_steel"), "cells": ("elpv", "synthetic_cell")}  # real set, in smoke
 NORMALS = {"nut": ("mvtec_ad/metal_nut", "synthetic_nut"), "tile": (TILES_GROUPED, "synthetic_tile")}
-GENERATORS = {  # ours: networks and numbers of steps that fit into ten minutes of one CPU core
+GENERATORS = {  # ours: small networks, as many steps as some ten minutes of one CPU core allow
     "dcgan": GANSettings(width=16, epochs=75),
     "wgan_gp": GANSettings(width=16, penalty=10.0, critic_steps=5, epochs=75, learning_rate=0.0005, betas=(0.0, 0.9)),
     "ddpm": DiffusionSettings(
@@ -227,11 +227,11 @@ STUDY = Study(
     "Ten images: generate, meta-learn, or borrow features?",
     {profile: rows(profile) for profile in DRAWS},
     {
-        "steel": "six classes of NEU-DET from ten images of each, five draws",
-        "cells": "defective solar cells (ELPV) from ten images of each class, five draws",
+        "steel": "six classes of NEU-DET from ten images of each",
+        "cells": "defective solar cells (ELPV) from ten images of each class",
         "episodes": "few-shot classification, 600 episodes of five classes of a domain that was left out",
-        "nut": "MVTec metal_nut (reduced copy) from 1 to 16 good images, five draws",
-        "tile": "magnetic tiles, no tile on two sides, from 1 to 16 good images, five draws",
+        "nut": "MVTec metal_nut (reduced copy) from 1 to 16 good images",
+        "tile": "magnetic tiles, no tile on two sides, from 1 to 16 good images",
         "costs": "one image of 64 px, made",
     },
     (
