@@ -1,5 +1,5 @@
 """The field's history II (notebook 52): what does a detector gain by dropping non-maximum suppression, what by
-attention?"""
+attention, what by size?"""
 
 from dataclasses import fields, replace
 from functools import partial
@@ -11,12 +11,17 @@ from defectlab.papers.yolo_dcf import Settings
 from defectlab.studies import detector
 from defectlab.studies.cures import BOARD
 from defectlab.studies.detector import row
-from defectlab.studies.study import FEW, Row, Study, needs_of
+from defectlab.studies.study import FEW, ONCE, PAPER_ONLY, Row, Study, needs_of
+from defectlab.training.cost_rows import CostSettings, NoData, run_costs
 from defectlab.training.one_to_one import OtherEndSettings, run_one_to_one, run_other_end
 from defectlab.training.yolo_dcf import run_yolo_dcf
 
 # With attention an image takes longer (SE x1.06, CBAM x1.10 as deployed, results/costs/yolo_dcf-cpu.json): fewer epochs
 SHARE = {"se": 1 / 1.06, "cbam": 1 / 1.10}
+# Of the plot of accuracy against time: generation, scale, px. Quick trains the small ones; the others would take hours
+# there, and their time alone is measured.
+SIZES = [("v8", "n", 224), ("v8", "s", 224), ("v5", "n", 224), ("v5", "s", 224), ("v8", "n", 320)]
+LARGE = [("v8", "m", 224), ("v5", "m", 224), ("v8", "n", 448), ("v8", "n", 640)]
 
 
 def like(plain: DetectorSettings, kind: type, **changes: Any) -> Any:
@@ -60,6 +65,20 @@ def attention_rows(plain: DetectorSettings, profile: str) -> dict[str, Row]:
     return found
 
 
+def size_rows(plain: DetectorSettings, profile: str) -> dict[str, Row]:
+    """Plain detectors of both generations, three scales and several image sizes, and what each costs."""
+    found, small = {}, profile == "smoke"
+    for one in SIZES + LARGE:
+        family, scale, size = one
+        name = f"{family}{scale}_{size}"
+        own = {"family": family, "scale": plain.scale if small else scale, "size": plain.size if small else size}
+        found[name] = row(replace(plain, **own), seeds=(FEW if one in SIZES else PAPER_ONLY)[profile])
+        found[f"cost_{name}"] = Row(
+            CostSettings(**own, classes=6), run_costs, lambda *_: NoData(), lambda _: {}, ONCE[profile]
+        )
+    return found
+
+
 def rows(profile: str) -> dict[str, Row]:
     steel = detector.SETTINGS[profile]
     board = replace(BOARD[profile], dataset=detector.on("deep_pcb", profile))
@@ -69,7 +88,8 @@ def rows(profile: str) -> dict[str, Row]:
         "inconsistent": row(one_to_one(steel, beta=2.0), run_one_to_one, **few),
         "attached": row(one_to_one(steel, detached=False), run_one_to_one, **few),
     }
-    return rows_on(steel, profile) | parts | attention_rows(steel, profile) | rows_on(board, profile, "board_")
+    on_steel = rows_on(steel, profile) | parts | attention_rows(steel, profile)
+    return on_steel | rows_on(board, profile, "board_") | size_rows(steel, profile)
 
 
 STUDY = Study(
@@ -79,6 +99,7 @@ STUDY = Study(
         "steel": "one box for each object on NEU-DET, with and without suppression",
         "boards": "one box for each object on DeepPCB, with and without suppression",
         "attention": "SE and CBAM with and without mosaic on NEU-DET, in equal time",
+        "sizes": "accuracy and time of two generations, three scales and four image sizes on NEU-DET",
     },
     (*detector.METRICS, ("recall_at_01",), ("duplicates", "duplicates_all"), ("candidates", "candidates_all")),
 )
