@@ -51,6 +51,8 @@ LOWER_IS_BETTER |= {
     "candidates_all",
     "copies",
     "copies_held_out",
+    "windows_seen",
+    "gflops_image",
 }
 
 
@@ -89,7 +91,7 @@ def test_a_study_shows_its_tables_rows_and_known_metrics_each_once(name: str) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["bsdrd", "yolo_dcf", "d3n", "amam_kd", "windows", "rebuild", "cures", "v8_v10", "ten_pictures"]
+    "name", ["bsdrd", "yolo_dcf", "d3n", "amam_kd", "windows", "rebuild", "cures", "v8_v10", "ten_pictures", "stages"]
 )
 def test_claims_are_complete(name: str) -> None:
     claims, rows = claims_of(name), study(name).rows

@@ -18,6 +18,7 @@ from defectlab.data.augment import Batch, plain
 from defectlab.data.detection import DetectionData
 from defectlab.metrics.detection import unpack
 from defectlab.networks.torchvision_detectors import LEAST_SSD_SIZE, RATES, TorchvisionSettings, build_torchvision
+from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.runs import OutOfTime
 from defectlab.training import torchvision_detectors
 from defectlab.training.recipe import augmentation_of
@@ -107,6 +108,14 @@ def test_the_recipe() -> None:
     assert (changed.learning_rate, augmentation_of(changed).flip_up_down, changed.epochs) == (0.5, 0.0, 7)
 
 
+def test_the_recipe_can_be_that_of_the_yolo_detectors() -> None:
+    """So that only the head differs; what belongs to the network alone is no part of the recipe."""
+    wanted = DetectorSettings(size=224, epochs=30, batch=16, optimizer="adamw", learning_rate=0.001, precision="fp32")
+    shared = {"momentum": 0.937, "weight_decay": 0.0005, "mosaic": 1.0, "flip_up_down": 0.0, "learning_rate": 0.001}
+    own = {"size": 224, "epochs": 30, "optimizer": "adamw", "backbone": "v8n", "anchors": "kmeans", "hard_examples": 8}
+    assert TorchvisionSettings(**shared, **own).recipe == wanted
+
+
 class Oracle(nn.Module):
     """Knows the boxes of plain images; what it learns is how many boxes an augmented image has."""
 
@@ -136,7 +145,7 @@ class Oracle(nn.Module):
 def oracle(monkeypatch: pytest.MonkeyPatch) -> DetectionData:
     """The toy set, on which `run_torchvision` now trains the oracle."""
     data = toy_data()
-    monkeypatch.setattr(torchvision_detectors, "build_torchvision", lambda settings, classes: Oracle(data))
+    monkeypatch.setattr(torchvision_detectors, "build_torchvision", lambda settings, classes, anchors: Oracle(data))
     return data
 
 

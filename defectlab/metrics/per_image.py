@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from torchvision.ops import box_iou
+import torch
+from torchvision.ops import box_area, box_iou
 
-from defectlab.metrics.detection import Boxes, match, unpack
+from defectlab.metrics.detection import Boxes, Matches, match, unpack
 
 SURE = 0.25  # a score from which on boxes are shown
 FALSE_BOXES = 0.1  # of an image, on average
+THIRDS = ("small", "middle", "large")  # of the ground-truth boxes of a test set, by area
 
 
 def duplicates(predictions: Boxes, ground_truth: Boxes, iou: float = 0.5) -> dict[str, float]:
@@ -35,18 +37,62 @@ def duplicates(predictions: Boxes, ground_truth: Boxes, iou: float = 0.5) -> dic
     return dict(zip(("duplicates", "duplicates_all"), values.tolist(), strict=True))
 
 
-def recall_statistic(arrays: dict[str, np.ndarray]) -> Callable[[np.ndarray | None], float]:
+def recall_statistic(arrays: dict[str, np.ndarray], third: str | None = None) -> Callable[[np.ndarray | None], float]:
     """(weight of each image, None: 1 each) -> share of the ground-truth boxes that are found (IoU 0.5, right class), in
-    per cent, at the lowest score that leaves at most `FALSE_BOXES` false boxes an image; from what `pack` gave."""
+    per cent, at the lowest score that leaves at most `FALSE_BOXES` false boxes an image; from what `pack` gave.
+
+    third: one of `THIRDS`, by the area of all ground-truth boxes, whatever the weights: only its boxes are to be found,
+    at the same score as all. Boxes of one area are in one third, the smaller one. NaN where no box is to be found;
+    ValueError for another third.
+    """
+    if third not in (None, *THIRDS):
+        raise ValueError(f"unknown third {third!r}: use {', '.join(THIRDS)} or None")
     predictions, ground_truth, _, class_names = unpack(arrays)
     matches = match(predictions, ground_truth, (0.5,), len(class_names))
     right, wanted = matches.right[:, 0], matches.ground_truth.sum(1)
+    counted = right
+    if third is not None:
+        areas = [box_area(truth["boxes"].double()).numpy() for truth in ground_truth]
+        edges, number = third_edges(np.concatenate(areas)), THIRDS.index(third)
+        wanted = np.array([(np.searchsorted(edges, of_image) == number).sum() for of_image in areas])
+        counted = right & (np.searchsorted(edges, _areas_found(matches, predictions, ground_truth)) == number)
 
     def recall(weights: np.ndarray | None) -> float:
         weights = np.ones(len(wanted)) if weights is None else weights
         of_box = weights[matches.images]
         kept = np.cumsum(of_box * ~right) <= FALSE_BOXES * weights.sum() + 1e-9
         total = float(weights @ wanted)
-        return 100 * float(of_box[kept & right].sum()) / total if total else math.nan
+        return 100 * float(of_box[kept & counted].sum()) / total if total else math.nan
 
     return recall
+
+
+def third_edges(areas: np.ndarray) -> np.ndarray:
+    """(2,) the largest area of the smaller third of n areas, and of the middle third; empty where there is none."""
+    count = len(areas)
+    return np.sort(areas)[[math.ceil(count / 3) - 1, math.ceil(2 * count / 3) - 1]] if count else areas
+
+
+def _areas_found(matches: Matches, predictions: Boxes, ground_truth: Boxes) -> np.ndarray:
+    """(P,) the area of the ground-truth box that each prediction of `matches` takes at IoU 0.5, NaN where it is wrong.
+
+    `match` says which predictions are right; since wrong ones take no box, the right ones of an image and class take
+    theirs one after another.
+    """
+    found = np.full(len(matches.images), math.nan)
+    right = np.flatnonzero(matches.right[:, 0])
+    keys = np.stack([matches.images[right], matches.labels[right]])  # (2, R)
+    for image, label in np.unique(keys, axis=1).T:
+        rows = right[(keys == [[image], [label]]).all(0)]  # by descending score
+        predicted, truth = predictions[image], ground_truth[image]
+        boxes, true = (x["boxes"][x["labels"] == label].double() for x in (predicted, truth))
+        order = torch.argsort(predicted["scores"][predicted["labels"] == label], descending=True, stable=True)
+        overlap = box_iou(boxes[order], true).numpy()
+        taken = []
+        for of_prediction in overlap:
+            best = len(true) - 1 - of_prediction[::-1].argmax()  # of equal overlaps the last, as `match` has it
+            if of_prediction[best] >= 0.5:
+                taken.append(best)
+                overlap[:, best] = -1.0
+        found[rows] = box_area(true[taken[: len(rows)]]).numpy()  # `match` stops after so many predictions
+    return found

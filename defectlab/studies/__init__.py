@@ -16,6 +16,7 @@ STUDIES = (
     "windows",
     "rebuild",
     "cures",
+    "stages",
     "v8_v10",
     "ten_pictures",
 )

@@ -1,5 +1,6 @@
 """Training and evaluation of segmentation networks: recipe, flips on the device, one evaluation of the last epoch."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -134,8 +135,8 @@ def examples(split: SegmentationSplit, probabilities: Tensor, images: dict[str, 
     """A dozen small examples: of the images with foreground the four of the lowest and of the highest IoU, and of all
     others the four with most wrong pixels.
 
-    -> case_index (K,), case_why (K,), case_images (K, side, side, 3), case_masks (K, side, side) 0 or 1,
-    case_probabilities (K, side, side) 0..255, all uint8.
+    -> case_index (K,), case_why (K,), case_images (K, h, w, 3), case_masks (K, h, w) 0 or 1, case_probabilities
+    (K, h, w) 0..255, all uint8; h and w are `example_size`.
     """
     tp, wrong = images["tp"], images["fp"] + images["fn"]
     iou = tp / np.maximum(tp + wrong, 1)
@@ -146,14 +147,22 @@ def examples(split: SegmentationSplit, probabilities: Tensor, images: dict[str, 
     chosen = torch.tensor([*worst, *rest, *best], dtype=torch.long)
     picked = chosen.to(split.images.device)
     images, masks = split.images[picked], split.masks[picked, None]
-    side = example_side(images)
+    size = example_size(images)
     return {
         "case_index": chosen.numpy(),
         "case_why": np.array(why),
-        "case_images": shrunk(images, side),
-        "case_masks": (shrunk(255 * masks, side) > 127).astype(np.uint8),
-        "case_probabilities": shrunk(255 * probabilities[picked, None], side),
+        "case_images": shrunk(images, size),
+        "case_masks": (shrunk(255 * masks, size) > 127).astype(np.uint8),
+        "case_probabilities": shrunk(255 * probabilities[picked, None], size),
     }
+
+
+def example_size(images: Tensor) -> tuple[int, int]:
+    """Height and width of the examples that a record keeps of (K, C, H, W): of the images' shape, of the area that
+    square ones get, never larger than the images."""
+    height, width = images.shape[-2:]
+    scale = min(example_side(images) / math.sqrt(height * width), 1)
+    return round(height * scale), round(width * scale)
 
 
 def load_segmenter(

@@ -8,7 +8,8 @@ from defectlab.data.augment import Batch, plain
 from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.metrics.costs import model_costs
 from defectlab.metrics.detection import Boxes
-from defectlab.networks.torchvision_detectors import TorchvisionSettings, build_torchvision
+from defectlab.networks.torchvision_detectors import RATIOS, SIDES, TorchvisionSettings, build_torchvision
+from defectlab.networks.yolo.assignment import kmeans_anchors
 from defectlab.precision import full_float32
 from defectlab.runs import Context, Result
 from defectlab.training.detection import evaluate_found, probe_on, train_and_evaluate
@@ -56,14 +57,27 @@ def predict_torchvision(model: nn.Module, split: DetectionSplit, batch: int = 16
     return found
 
 
+def trained_anchors(settings: TorchvisionSettings, data: DetectionData) -> Tensor | None:
+    """(levels, 6, 2) px: k-means of the training boxes where the settings say so, the smallest on the finest level; of
+    the same number per level as the default. DataError where there are too few different boxes."""
+    if settings.anchors != "kmeans":
+        return None
+    boxes, levels = data.train.boxes[data.train.labels >= 0].cpu(), len(settings.strides)
+    count = levels * SIDES * len(RATIOS)
+    return kmeans_anchors(boxes[:, 2:] - boxes[:, :2], count, torch.Generator().manual_seed(0)).view(levels, -1, 2)
+
+
 def run_torchvision(settings: TorchvisionSettings, seed: int, data: DetectionData, context: Context) -> Result:
     """Train one of torchvision's detectors and evaluate the moving average of its last epoch, once.
 
     Costs are those at `settings.size`, not fused; unlike this project's they hold decoding and suppression, and
-    Faster R-CNN's GFLOPs the proposals that one image of noise gives.
+    Faster R-CNN's GFLOPs the proposals that one image of noise gives. Anchors by k-means are kept beside the
+    predictions: "anchors" (levels, 6, 2) float32, widths and heights in px of the input.
     """
     torch.manual_seed(seed)
-    model = build_torchvision(settings, len(data.class_names)).to(context.device, memory_format=torch.channels_last)
+    anchors = trained_anchors(settings, data)
+    model = build_torchvision(settings, len(data.class_names), anchors)
+    model = model.to(context.device, memory_format=torch.channels_last)
 
     def evaluation(average: nn.Module, data: DetectionData) -> Result:
         found = {part: predict_torchvision(average, getattr(data, part)) for part in ("dev", "test")}
@@ -73,5 +87,7 @@ def run_torchvision(settings: TorchvisionSettings, seed: int, data: DetectionDat
     result = train_and_evaluate(
         model, loss, settings.recipe, seed, data, context, probe=probe, evaluation=evaluation, costs=model_costs
     )
+    if anchors is not None:
+        result.predictions["anchors"] = anchors.numpy()
     result.notes = {"costs": f"at {settings.size} px, not fused, with decoding and suppression"}
     return result

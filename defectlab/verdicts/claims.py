@@ -26,6 +26,7 @@ from defectlab.verdicts.measured import (
     BOOTSTRAPPED,
     COSTS,
     METRIC_NAMES,
+    UNITS,
     Timing,
     bootstrap_level,
     image_statistic,
@@ -262,5 +263,5 @@ def measured_text(judged: Judged) -> str:
     side, limit = _limit(claim)
     if "b" in claim:
         return f"×{judged.value:.2f} ({side} ×{limit:g})"
-    shown, unit = written(judged.value, metric), COSTS[metric].unit if metric in COSTS else "%"
+    shown, unit = written(judged.value, metric), COSTS[metric].unit if metric in COSTS else UNITS.get(metric, "%")
     return f"{shown} {unit} ({side} {limit:g} {unit})"

@@ -16,9 +16,10 @@ import numpy as np
 from defectlab.files import project_root
 from defectlab.metrics import detection, segmentation
 from defectlab.metrics.anomaly import metrics_from_histograms
-from defectlab.metrics.per_image import recall_statistic
+from defectlab.metrics.per_image import THIRDS, recall_statistic
 from defectlab.metrics.ranking import auroc, average_precision
 from defectlab.metrics.robustness import robustness_statistic
+from defectlab.metrics.stages import product_statistic
 from defectlab.metrics.thresholds import f1_regret, missed_at, normal_threshold
 from defectlab.metrics.windows import balanced_accuracy, class_accuracy
 from defectlab.runs import Record
@@ -80,13 +81,22 @@ METRIC_NAMES = {
     "copies_held_out": "held-out images taken for copies",
     "episode_accuracy": "accuracy, 5 images a class",
     "episode_accuracy_1": "accuracy, 1 image a class",
+    "recall_region": "pits found, region stage alone",
+    "recall_part": "pits found, part stage alone",
+    "recall_class": "pits found, class stage alone",
+    "recall_product": "product of the stages' recalls",
+    "beyond_product": "all together less the product",
+    "windows_seen": "windows looked at, of an image",
+    "iou_first": "IoU of the first network",
     "windows": "windows",
     "parameters_m": "parameters (M)",
     "gflops": "GFLOPs",
+    "gflops_image": "GFLOPs, all windows",
     "size_mb": "size (MB, fp16)",
     "latency_ms": "latency (ms, batch 1)",
     "fps": "FPS (batch 1)",
 }
+METRIC_NAMES |= {f"recall_{third}_third": f"of the {third} third of the defects" for third in THIRDS}
 METRIC_NAMES |= {f"{m}_nonempty": f"{METRIC_NAMES[m]} of non-empty images" for m in segmentation.OF_IMAGES}
 METRIC_NAMES |= {f"{m}_crop": f"{METRIC_NAMES[m]}, crop only" for m in ("image_auroc", "pixel_auroc", "aupro")}
 SHOTS = (1, 2, 4, 8, 16)  # good images, in the names of metrics
@@ -108,6 +118,7 @@ COSTS = {
     "windows": Cost("windows", 0),
     "parameters_m": Cost("M", 2),
     "gflops": Cost("GFLOPs", 1),
+    "gflops_image": Cost("GFLOPs", 1),
     "size_mb": Cost("MB", 1),
     "latency_ms": Cost("ms", 2, timed=True),
     "fps": Cost("1/s", 0, timed=True),
@@ -120,13 +131,16 @@ BALANCED = "balanced_accuracy"
 # No record has these among its metrics: they follow from its scores, or from its boxes. The threshold is the one that
 # this share of good images passes, of the held-out ones for the first, of those of the test for the second.
 DERIVED, PASSED = {"f1_regret": "dev_scores", "missed_at_5": "dev_scores"}, 0.05
-DERIVED |= dict.fromkeys(("located50", "recall_at_01"), "prediction_boxes")
+OF_THIRD = {f"recall_{third}_third": third for third in THIRDS}
+DERIVED |= dict.fromkeys(("located50", "recall_at_01", *OF_THIRD), "prediction_boxes")
 EPISODES = {"episode_accuracy": "accuracies", "episode_accuracy_1": "accuracies_1"}  # a record's array, by episode
+STAGES = ("recall_region", "recall_part", "recall_class", "recall_product", "beyond_product")
 FEW_NORMALS = {f"image_auroc_{k}": f"scores_{k}" for k in SHOTS}
 BOOTSTRAPPED = (
     *ANOMALY,
     *EPISODES,
     *FEW_NORMALS,
+    *STAGES,
     "class_accuracy",
     *DERIVED,
     BALANCED,
@@ -136,6 +150,7 @@ BOOTSTRAPPED = (
 )  # a record's arrays give these again
 UNITS = {"kl": "nats", "compression_ratio": "ratio"}  # of the metrics that are not in per cent
 UNITS |= dict.fromkeys(("duplicates", "duplicates_all", "candidates", "candidates_all"), "boxes")
+UNITS |= {"beyond_product": "points", "windows_seen": "windows"}
 BEYOND_100 = ("kept_blur", "kept_noise", "noise_error", "unexplained")  # per cent of what can be exceeded
 
 
@@ -218,6 +233,8 @@ def image_statistic(record: Record, metric: str, types: list[str] | None = None)
         whole, always = partial(measure, arrays["scores"], arrays["labels"]), [0]
     elif metric in FEW_NORMALS:
         whole, always = partial(auroc, arrays[FEW_NORMALS[metric]], arrays["labels"]), [0]
+    elif metric in STAGES:
+        return product_statistic(arrays, metric)
     elif metric in EPISODES:
         return partial(np.average, arrays[EPISODES[metric]], None)
     elif metric == "class_accuracy":
@@ -244,8 +261,8 @@ def _derived(arrays: dict[str, np.ndarray], metric: str) -> Callable[[np.ndarray
     """(weight of each test image, None: 1 each) -> one of `DERIVED` in per cent."""
     if metric == "located50":
         return detection.located_statistic(arrays)
-    if metric == "recall_at_01":
-        return recall_statistic(arrays)
+    if metric == "recall_at_01" or metric in OF_THIRD:
+        return recall_statistic(arrays, OF_THIRD.get(metric))
     scores, labels = arrays["scores"], arrays["labels"]
     if metric == "missed_at_5":
         return lambda weights: missed_at(scores, labels, PASSED, weights)
