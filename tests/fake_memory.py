@@ -35,9 +35,11 @@ from defectlab.runs import Context, first_line
 from defectlab.studies import STUDIES, Row, Study, study
 from defectlab.training import (
     anomaly,
+    cascade,
     d3n_features,
     diffusion,
     episodes,
+    later_stages,
     loop,
     rebuild,
     recipe,
@@ -49,9 +51,11 @@ from defectlab.training import (
 
 TRAINING = (
     anomaly,
+    cascade,
     d3n_features,
     diffusion,
     episodes,
+    later_stages,
     rebuild,
     recipe,
     second_sensor,

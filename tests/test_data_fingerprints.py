@@ -23,9 +23,11 @@ from defectlab.data.fabric import fabric_fingerprint
 from defectlab.data.frames import frames_fingerprint
 from defectlab.data.images import letterbox, letterbox_maps
 from defectlab.data.instances import instance_fingerprint
+from defectlab.data.marked import marked_fingerprint
 from defectlab.data.masks import nut_mask, segmentation_fingerprint
 from defectlab.data.pictures import pictures_fingerprint
 from defectlab.data.pooled import POOLS, pooled_fingerprint
+from defectlab.data.stages import pits_fingerprint
 from defectlab.data.synthetic import SYNTHETIC, ensure_synthetic
 from defectlab.files import project_root
 
@@ -67,6 +69,15 @@ PINNED = [  # function, its arguments: the set first, sha256
         ("road_depth", "session_2"),
         "27daaf471745d27e30c923b143a2c2a5faf029b80f9de9bc43339d1bfc11d0e3",
     ),
+    (pits_fingerprint, ("bsdata", "zones"), "545b61675501f6e0cc1c3eb6d69b1349d8e06b08fbabe1f48d8621a3d7fa8fe2"),
+    (marked_fingerprint, ("bsdata", "zones"), "c8cba5147f157b1a2767eccca2f63f9d9f1bc47ad6b71e720e6f47dc6c8924ad"),
+    (marked_fingerprint, ("bsdata", "official"), "3ea4e75103406d758f2c732d31ddc2ebb0b3994653a95885bdb3dd447e49c0d4"),
+    (
+        marked_fingerprint,
+        ("bsdata", "zones_mixed"),
+        "f3692617e251b613e52de8f223c15e464659b1e0b4a3d54931148c69967b821d",
+    ),
+    (marked_fingerprint, ("neu_seg", "apart"), "27704e5d81600e94858cbfc4bb02a689a88284a7ee71b5f55c58ebcfa84f9e2c"),
     (instance_fingerprint, ("neu_seg",), "671ce36e5ab5d6d5ac74e96fbfc5d33fef4327a6abe9f865048ede9ced555b6d"),
     (instance_fingerprint, ("neu_seg_published",), "958c8ab6703d0622a2157a05a3de921efe4524941c10fa7a8d326242650c51c4"),
 ]
@@ -109,7 +120,8 @@ def test_records_hold_these_identities() -> None:
             assert found["masks"] in by_set[METAL_NUT, "nut", "paper"] | by_set[METAL_NUT, "nut", "good"], path
         if found.get("data", "none") != "none":
             told = settings.get("colour", settings)  # of two networks, what the first one saw
-            told = told["of"] if record["model"] == "other_end" else told
+            while record["model"] in ("other_end", "gated_detector", "classified_boxes") and "of" in told:
+                told = told["of"]
             key = tuple(told[name] for name in ("dataset", "target", "split") if name in told)
             assert found["data"] in by_set[key or (of_model[record["model"]],)], path
             compared += 1

@@ -19,7 +19,7 @@ FLOORS = (  # from the ground up: a room imports from lower floors only
 FOR_PAPERS = {"papers", "networks", "geometry", "precision"}  # and nothing else of the package
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
 MOST_LINES = {"defectlab": 17_030, "tests": 15_931}  # where both stand: they may shrink; the aim is 12,500 and 13,500
-HISTORY = {"defectlab": 6_380, "tests": 3_740}  # on top: what the field's history has added, data first
+HISTORY = {"defectlab": 8_200, "tests": 4_950}  # on top: what the field's history has added, data first
 WORKERS = {"defectlab": 1_070, "tests": 1_666}  # and rows on several workers, the check of a GPU, a pretended one
 MOST_LINES_OF_A_MODULE = 400
 

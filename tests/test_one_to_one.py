@@ -167,7 +167,16 @@ def test_rows(profile: str) -> None:
     rows = {name: row.settings for name, row in v8_v10.STUDY.rows[profile].items()}
     on_each = ["many", "many_unsuppressed", "one", "both", "both_suppressed", "both_many"]
     attention = ["se", "cbam", "many_no_mosaic", "se_no_mosaic", "cbam_no_mosaic"]
-    assert list(rows) == [*on_each, "inconsistent", "attached", *attention, *(f"board_{name}" for name in on_each)]
+    sizes = [f"{family}{scale}_{size}" for family, scale, size in v8_v10.SIZES + v8_v10.LARGE]
+    of_sizes = [name for size in sizes for name in (size, f"cost_{size}")]
+    on_both = [*on_each, "inconsistent", "attached", *attention, *(f"board_{name}" for name in on_each)]
+    assert list(rows) == on_both + of_sizes
+    for size in sizes:
+        cost, trained = rows[f"cost_{size}"], rows[size]
+        assert {
+            differ for differ in ("family", "scale", "size") if getattr(cost, differ) != getattr(trained, differ)
+        } == set()
+        assert differing(trained, rows["many"]) <= {"family", "scale", "size"}
     own = {"heads", "alpha", "beta", "detached"}
     for start in ("", "board_"):
         many, one, both = (rows[start + name] for name in ("many", "one", "both"))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from defectlab.data.marked import MarkedData, labelled, load_marked, marked_fingerprint
+from defectlab.data.marked import MarkedData, labelled
 from defectlab.data.masks import SegmentationSplit
 from defectlab.metrics.costs import flops, parameters
 from defectlab.metrics.segmentation import best_threshold
@@ -16,15 +16,6 @@ from defectlab.runs import Context, Result
 from defectlab.training.loop import adam, rate_per_epoch, train
 from defectlab.training.results import rounded
 from defectlab.training.segmentation import draw_flipped, epochs_of, evaluate
-
-
-def load_cascade(settings: CascadeSettings, device: str) -> MarkedData:
-    """Errors of `load_marked`."""
-    return load_marked(settings.dataset, settings.split, settings.size, device)
-
-
-def cascade_fingerprint(settings: CascadeSettings) -> str:
-    return marked_fingerprint(settings.dataset, settings.split)
 
 
 def run_cascade(settings: CascadeSettings, seed: int, data: MarkedData, context: Context) -> Result:
