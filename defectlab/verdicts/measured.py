@@ -91,12 +91,12 @@ METRIC_NAMES = {
     "windows": "windows",
     "parameters_m": "parameters (M)",
     "gflops": "GFLOPs",
-    "gflops_image": "GFLOPs, all windows",
+    "gflops_image": "GFLOPs of a frame",
     "size_mb": "size (MB, fp16)",
     "latency_ms": "latency (ms, batch 1)",
     "fps": "FPS (batch 1)",
 }
-METRIC_NAMES |= {f"recall_{third}_third": f"of the {third} third of the defects" for third in THIRDS}
+METRIC_NAMES |= {f"recall_{third}_third": f"recall, {third} third" for third in THIRDS}
 METRIC_NAMES |= {f"{m}_nonempty": f"{METRIC_NAMES[m]} of non-empty images" for m in segmentation.OF_IMAGES}
 METRIC_NAMES |= {f"{m}_crop": f"{METRIC_NAMES[m]}, crop only" for m in ("image_auroc", "pixel_auroc", "aupro")}
 SHOTS = (1, 2, 4, 8, 16)  # good images, in the names of metrics
