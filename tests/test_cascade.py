@@ -265,3 +265,9 @@ def test_examples_keep_their_shape() -> None:
     assert example_size(torch.zeros(1, 3, 256, 256)) == (160, 160)
     assert example_size(torch.zeros(1, 3, 160, 384)) == (103, 248)
     assert example_size(torch.zeros(1, 3, 16, 32)) == (16, 32)
+
+
+def test_synthetic_sets_come_in_the_sizes_of_paper(root: Path) -> None:
+    whole, large = (load_marked("synthetic_screw", "zones", size).test for size in (128, 480))
+    assert large.images.shape[-2:] == (480, 240) and whole.images.shape[-2:] == (128, 64)
+    assert float(large.masks.float().mean()) == pytest.approx(float(whole.masks.float().mean()), rel=0.05)

@@ -26,6 +26,7 @@ from defectlab.data import frames, instances
 from defectlab.data.images import check_size
 from defectlab.data.masks import SegmentationData, SegmentationSplit
 from defectlab.data.splits import PARTS, draw_split, identity, read_list, set_and_root, shuffled
+from defectlab.data.synthetic import SYNTHETIC
 from defectlab.files import DataError
 
 SPLITS = {  # set: its splits
@@ -93,6 +94,7 @@ def labelled(data: MarkedData, share: float, seed: int) -> SegmentationSplit:
     if share == 1:
         return split
     types = dict(zip(data.shown, map(str, split.types.tolist()), strict=True))
+    share = max(share, 2 / len(split))  # batch norm needs two
     drawn = set(draw_split(types, share, f"labelled {seed}", content={name: name for name in types}))
     return _chosen(split, [index for index, name in enumerate(data.shown) if name in drawn])
 
@@ -149,7 +151,11 @@ def load_marked(dataset: str, split: str, size: int, device="cpu", root: Path | 
         masks = {part: (one.maps > 0).byte() for part, one in splits.items()}
     parts = {}
     for part in PARTS:
-        images, marks = reduced(getattr(data, part).images, masks[part], size)
+        images, marks = getattr(data, part).images, masks[part]
+        if own in SYNTHETIC:  # smaller than the sizes of paper: each pixel becomes several
+            times = -(-size // images.shape[-2])
+            images, marks = (x.repeat_interleave(times, -1).repeat_interleave(times, -2) for x in (images, marks))
+        images, marks = reduced(images, marks, size)
         images = images.expand(-1, 3, -1, -1)  # grey ones: three views of one plane, no copies
         tensors = (tensor.to(device) for tensor in (images, marks, types[part]))
         parts[part] = SegmentationSplit(*tensors, tuple(getattr(data, part).names))
