@@ -9,6 +9,7 @@ from defectlab.verdicts import systems as module
 from defectlab.verdicts import tables
 from defectlab.verdicts.claims import claims_of
 from defectlab.verdicts.measured import METRIC_NAMES
+from defectlab.verdicts.page import parts_of
 from defectlab.verdicts.systems import systems, systems_table
 
 
@@ -51,3 +52,11 @@ def test_a_row_without_records_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = tables.RecordStore("recorded", [], [])
     (told,) = systems_table(nothing).to_dict("records")
     assert (told["recorded"], told["outcome"], told["since"]) == ("not run yet", "no claim", "–")
+
+
+@pytest.mark.parametrize("name", ["stages", "v8_v10"])
+def test_the_page_lacks_no_part_of_a_study_of_boxes(name: str) -> None:
+    """Records of frames keep images of another form than those of a detector."""
+    parts = parts_of(name, "recorded")
+    assert "The hardest images" in {part.caption for part in parts}
+    assert [part.problem for part in parts if part.problem] == []

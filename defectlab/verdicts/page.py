@@ -229,7 +229,7 @@ def _hardest(of: Study, store: tables.RecordStore) -> tuple[str, list[str]]:
             arrays = record.arrays
             if {"case_maps", "scores"} <= arrays.keys():
                 figure = anomaly_figures.examples(record)
-            elif {"case_images", "prediction_boxes"} <= arrays.keys():
+            elif {"case_scale", "prediction_boxes"} <= arrays.keys():
                 figure = detection_figures.examples(record)
             else:
                 continue
