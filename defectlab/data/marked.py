@@ -84,7 +84,7 @@ def mixed(train: list[str], test: list[str]) -> tuple[list[str], list[str]]:
 
 
 def labelled(data: MarkedData, share: float, seed: int) -> SegmentationSplit:
-    """A share (0 < share <= 1) of the training images, drawn by the seed; all turns of an image, or none.
+    """A share (0 < share <= 1) of the training images, at least two, drawn by the seed; all turns of an image, or none.
 
     In the proportions of the types, and for one seed a smaller share lies in a larger one.
     """

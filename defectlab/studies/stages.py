@@ -31,7 +31,7 @@ PITS = {  # of the row with the fewest pixels
     "quick": FrameDetectorSettings(**{**detector.QUICK, "size": 320, "epochs": 55, "batch": 8, **_SHAPE}),
     "paper": FrameDetectorSettings(**detector.PAPER, size=320, epochs=400, batch=16, **_SHAPE),  # not tried
 }
-# Epochs by time: in quick each of these rows takes six to nine minutes of one CPU thread.
+# Epochs by time: in quick each of these rows took 8 to 12 minutes of one CPU thread.
 LARGE = {
     "smoke": {},
     "quick": {"size": 640, "epochs": 16, "batch": 4},
