@@ -31,7 +31,7 @@ from defectlab.precision import full_float32
 from defectlab.provenance import pick_device, provenance
 from defectlab.runs import RECORDED
 from defectlab.studies import study
-from defectlab.training.cost_rows import CostSettings
+from defectlab.training.cost_rows import AnswerCostSettings, Answered, CostSettings
 from defectlab.training.rebuild import Asked, RebuildCostSettings
 from defectlab.training.ten_pictures import GeneratorCostSettings, Made
 from defectlab.training.windows import Slid, WindowCostSettings
@@ -44,6 +44,7 @@ BUILD: dict[type, Callable[[Any], nn.Module]] = {  # what is deployed: of a dete
     OneToOneSettings: lambda settings: fused(one_to_one.build(settings, CLASSES)),
     yolo_dcf.Settings: lambda settings: fused(yolo_dcf.build(settings, CLASSES)),
     CostSettings: lambda settings: fused(Detector(settings.family, settings.scale, settings.classes)),
+    AnswerCostSettings: Answered,
     RD4ADSettings: RD4AD,
     bsdrd.Settings: bsdrd.BSDRD,
     DistillationSettings: KnowledgeDistillation,

@@ -22,6 +22,7 @@ from defectlab.networks.yolo.model import Detector
 from defectlab.networks.yolo.one_to_one import OneToOneLoss, OneToOneSettings, build
 from defectlab.runs import Record
 from defectlab.studies import v8_v10
+from defectlab.training.cost_rows import AnswerCostSettings, Answered
 from defectlab.training.detection import run_detector
 from defectlab.training.one_to_one import (
     NOTHING,
@@ -170,7 +171,8 @@ def test_rows(profile: str) -> None:
     sizes = [f"{family}{scale}_{size}" for family, scale, size in v8_v10.SIZES + v8_v10.LARGE]
     of_sizes = [name for size in sizes for name in (size, f"cost_{size}")]
     on_both = [*on_each, "inconsistent", "attached", *attention, *(f"board_{name}" for name in on_each)]
-    assert list(rows) == on_both + of_sizes
+    answers = ["cost_no_nms", "cost_nms_11", "cost_nms_440", "cost_nms_3000"]
+    assert list(rows) == on_both + of_sizes + answers
     for size in sizes:
         cost, trained = rows[f"cost_{size}"], rows[size]
         assert {
@@ -191,6 +193,20 @@ def test_rows(profile: str) -> None:
         assert rows[kind].fusion == kind and rows[kind].block == "plain"
         assert differing(rows[kind], rows["many"]) - of_paper <= {"epochs"} and rows[kind].epochs <= rows["many"].epochs
         assert differing(rows[kind], rows[f"{kind}_no_mosaic"]) == {"mosaic", "close_mosaic"}
+
+
+def test_as_many_boxes_as_asked_enter_suppression() -> None:
+    """What is timed: no more than 300 boxes leave, all that enter count, and without NMS the best 300 are taken."""
+    image = torch.rand(1, 3, 64, 64)  # 84 cells, 504 pairs of cell and class
+    for entering, leaving in ((0, 300), (5, 5), (504, 300)):
+        answered = Answered(AnswerCostSettings(scale="t", size=64, suppressed=entering)).eval()
+        with torch.inference_mode():
+            boxes, scores, labels = answered(image)
+        assert boxes.reshape(-1, 4).shape[0] == scores.numel() == labels.numel() <= leaving
+        assert scores.numel() >= 0.9 * leaving or entering == 504  # the drawn boxes hardly overlap
+        assert int((answered.scores > 0.001).sum()) == entering
+    with pytest.raises(ValueError, match="505 boxes: the head has 504"):
+        Answered(AnswerCostSettings(scale="t", size=64, suppressed=505))
 
 
 RUNS = {OneToOneSettings: run_one_to_one, OtherEndSettings: run_other_end}

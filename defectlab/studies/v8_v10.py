@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
+from defectlab.networks.yolo.decode import CANDIDATES
 from defectlab.networks.yolo.one_to_one import OneToOneSettings
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers.yolo_dcf import Settings
@@ -12,7 +13,7 @@ from defectlab.studies import detector
 from defectlab.studies.cures import BOARD
 from defectlab.studies.detector import row
 from defectlab.studies.study import FEW, ONCE, PAPER_ONLY, Row, Study, needs_of
-from defectlab.training.cost_rows import CostSettings, NoData, run_costs
+from defectlab.training.cost_rows import AnswerCostSettings, CostSettings, NoData, run_costs
 from defectlab.training.one_to_one import OtherEndSettings, run_one_to_one, run_other_end
 from defectlab.training.yolo_dcf import run_yolo_dcf
 
@@ -22,6 +23,9 @@ SHARE = {"se": 1 / 1.06, "cbam": 1 / 1.10}
 # there, and their time alone is measured.
 SIZES = [("v8", "n", 224), ("v8", "s", 224), ("v5", "n", 224), ("v5", "s", 224), ("v8", "n", 320)]
 LARGE = [("v8", "m", 224), ("v5", "m", 224), ("v8", "n", 448), ("v8", "n", 640)]
+# Boxes that NMS compares: about what a one-to-many head gives on NEU-DET from a score of 0.25 and of 0.001 on (the
+# records' `candidates` and `candidates_all`), and all that ever enter here, as in a crowded image.
+ENTER = (11, 440, CANDIDATES)
 
 
 def like(plain: DetectorSettings, kind: type, **changes: Any) -> Any:
@@ -79,6 +83,15 @@ def size_rows(plain: DetectorSettings, profile: str) -> dict[str, Row]:
     return found
 
 
+def answer_rows(profile: str) -> dict[str, Row]:
+    """What an image costs from pixels to boxes, without NMS and with so many boxes in it."""
+    names = {"cost_no_nms": 0} | {f"cost_nms_{count}": count for count in ENTER}
+    return {
+        name: Row(AnswerCostSettings(suppressed=count), run_costs, lambda *_: NoData(), lambda _: {}, ONCE[profile])
+        for name, count in names.items()
+    }
+
+
 def rows(profile: str) -> dict[str, Row]:
     steel = detector.SETTINGS[profile]
     board = replace(BOARD[profile], dataset=detector.on("deep_pcb", profile))
@@ -89,7 +102,7 @@ def rows(profile: str) -> dict[str, Row]:
         "attached": row(one_to_one(steel, detached=False), run_one_to_one, **few),
     }
     on_steel = rows_on(steel, profile) | parts | attention_rows(steel, profile)
-    return on_steel | rows_on(board, profile, "board_") | size_rows(steel, profile)
+    return on_steel | rows_on(board, profile, "board_") | size_rows(steel, profile) | answer_rows(profile)
 
 
 STUDY = Study(
@@ -99,6 +112,7 @@ STUDY = Study(
         "steel": "one box for each object on NEU-DET, with and without suppression",
         "boards": "one box for each object on DeepPCB, with and without suppression",
         "attention": "SE and CBAM with and without mosaic on NEU-DET, in equal time",
+        "speed": "time of an image from pixels to boxes, with and without suppression",
         "sizes": "accuracy and time of two generations, three scales and four image sizes on NEU-DET",
     },
     (*detector.METRICS, ("recall_at_01",), ("duplicates", "duplicates_all"), ("candidates", "candidates_all")),
