@@ -5,6 +5,7 @@ slows the machine for a moment slows all of them alike. These are the only laten
 """
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -79,10 +80,13 @@ def networks_of(name: str, device: str) -> dict[str, tuple[nn.Module, Tensor]]:
 def alternating(
     calls: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict[str, list[float]]:
-    """Name -> seconds of each of `repeats` calls, all called once in a round, after `WARM_UP` rounds."""
+    """Name -> seconds of each of `repeats` calls, all called once in a round, after `WARM_UP` rounds. Each round has an
+    order of its own: what a network takes depends on which one came before it."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls.items()), random.Random(0).shuffle
     for round_ in range(WARM_UP + repeats):
-        for name, call in calls.items():
+        shuffle(order)
+        for name, call in order:
             started = time.perf_counter()
             call()
             synchronise(device)
