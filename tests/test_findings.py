@@ -7,8 +7,10 @@ from toy_records import Project, toy_study
 
 from defectlab.studies import STUDIES
 from defectlab.verdicts import findings as module
+from defectlab.verdicts.claims import claims_of
 from defectlab.verdicts.findings import findings, said
 from defectlab.verdicts.generated import papers_of
+from defectlab.verdicts.tables import judge_claims, record_store
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -23,9 +25,34 @@ def test_every_committed_finding_holds_and_is_told_somewhere(name: str) -> None:
 
 
 def test_readme_shows_few_findings_and_every_paper() -> None:
-    """Five of the four papers and their baselines, one of each notebook of the field's history."""
-    assert sum(one.readme for name in STUDIES for one in findings(name)) == 5 + 4
-    assert len([paper for name in STUDIES for paper in papers_of(name)]) == 4 + 6
+    """Four of the papers and their baselines, three of the field's history; what was tested are claims of the study."""
+    assert sum(one.readme for name in STUDIES for one in findings(name)) == 4 + 3
+    papers = [(name, paper) for name in STUDIES for paper in papers_of(name)]
+    assert len(papers) == 4 + 6
+    for name, paper in papers:
+        known = {claim["id"] for claim in claims_of(name)}
+        assert {one["claim"] for one in paper["tested"]} <= known and set(paper) == {
+            "title",
+            "source",
+            "notebook",
+            "tested",
+        }
+
+
+def test_what_readme_says_in_short_is_so() -> None:
+    """No claim of the four papers that its table shows is supported."""
+    store = record_store("recorded")
+    for name in ("bsdrd", "yolo_dcf", "d3n", "amam_kd"):
+        shown = {one["claim"] for paper in papers_of(name) for one in paper["tested"]}
+        judged = [one for one in judge_claims(name, store) if one.claim["id"] in shown]
+        assert judged and not [one.claim["id"] for one in judged if one.verdict.startswith(("supports", "reproduced"))]
+
+
+def test_one_seed_among_several_is_marked(toy: Project, one_finding) -> None:
+    write(toy, "rd4ad", {"image_auroc": (77.0, 79.0), "aupro": (66.0, 68.0)}, "quick")
+    write(toy, "bsdrd", {"image_auroc": (75.0,), "aupro": (60.0,)}, "quick")
+    found = one_finding("{rd4ad.image_auroc:.1f} and {bsdrd.lowest.image_auroc:.1f}", "rd4ad.aupro > bsdrd.aupro")
+    assert found.holds and found.text == "78.0 and 75.0¹ [quick, 2 seeds; ¹ one seed]"
 
 
 def test_a_sentence_may_name_what_was_timed(toy: Project, one_finding) -> None:

@@ -12,7 +12,8 @@ from defectlab.figures import BAD, GOOD, INK, nothing_yet
 
 
 class Line(NamedTuple):
-    """One comparison: a difference in points, its 95 % interval, what it is over, and the printed gain (None: none)."""
+    """One comparison: a difference in points, its 95 % interval, what it is over, the printed gain (None: none), and
+    whether its verdict is "no evidence"."""
 
     label: str
     mean: float
@@ -20,12 +21,14 @@ class Line(NamedTuple):
     high: float
     over_seeds: bool  # else over test images: one seed
     printed: float | None
+    no_evidence: bool = False
 
 
 def forest(lines: Sequence[Line], width: float = 8.0) -> Figure:
     """`lines` from top to bottom. Thick intervals are over seeds, thin ones over test images; a tick is a printed gain.
 
-    Blue: the interval lies above 0; red: below; grey: it holds 0. An arrow: the interval goes on beyond the edge.
+    Blue: the interval lies above 0; red: below; grey: it holds 0. A hollow dot: no evidence, by the verdict. An arrow:
+    the interval goes on beyond the edge.
     """
     if not lines:
         return nothing_yet()
@@ -37,7 +40,7 @@ def forest(lines: Sequence[Line], width: float = 8.0) -> Figure:
     reach = min(1.1 * max(*ends, printed), max(1 + 2 * ends[int(0.9 * (len(ends) - 1))], 1.1 * printed))
     for y, line in enumerate(reversed(lines)):
         colour = GOOD if line.low > 0 else BAD if line.high < 0 else "#777777"
-        axis.plot(line.mean, y, "o", color=colour, markersize=5)
+        axis.plot(line.mean, y, "o", color=colour, markersize=5, fillstyle="none" if line.no_evidence else "full")
         if not math.isnan(line.low):
             axis.plot([line.low, line.high], [y, y], color=colour, linewidth=3 if line.over_seeds else 1.2)
         for x, marker in ((-reach, "<"), (reach, ">")):

@@ -8,8 +8,8 @@ A finding is a table `[[finding]]`:
 - when: the condition under which it may be said, an expression of the same names: `patchcore.aupro > rd4ad.aupro`.
 - notebooks: numbers of the notebooks that begin with it, such as ["20"]. readme: true for those that README shows.
 
-A sentence ends with the profile and the number of seeds of the rows that it names. One whose condition does not hold is
-not said; a test fails on it, so that somebody looks.
+A sentence ends with the profile and the number of seeds of the rows that it names; where that differs, what rests on
+one seed has a mark. A sentence whose condition does not hold is not said; a test fails on it, so that somebody looks.
 """
 
 import re
@@ -40,20 +40,32 @@ class Finding:
     readme: bool
 
 
+ONE_SEED = "¹"  # behind a number of one seed, in a sentence with others of several
+
+
+class Value(float):
+    """A number of a sentence, written with a mark behind it."""
+
+    mark = ""
+
+    def __format__(self, form: str) -> str:
+        return super().__format__(form) + self.mark
+
+
 class RowValues:
     """A row's metrics as attributes, means over its seeds; by index those of one defect type. `lowest` and `highest`:
-    the same with the extreme seed in place of the mean."""
+    the same with the extreme seed in place of the mean. `mark` stands behind each number in a sentence."""
 
-    def __init__(self, name: str, records: list[Record], over: Callable = np.mean):
-        self.name, self.records, self.over = name, records, over
+    def __init__(self, name: str, records: list[Record], over: Callable = np.mean, mark: str = ""):
+        self.name, self.records, self.over, self.mark = name, records, over, mark
 
     @property
     def lowest(self) -> "RowValues":
-        return RowValues(self.name, self.records, min)
+        return RowValues(self.name, self.records, min, self.mark)
 
     @property
     def highest(self) -> "RowValues":
-        return RowValues(self.name, self.records, max)
+        return RowValues(self.name, self.records, max, self.mark)
 
     def __getattr__(self, metric: str) -> float:
         return self._one(metric, [value_of(record, metric) for record in self._there()])
@@ -71,7 +83,9 @@ class RowValues:
     def _one(self, metric: str, values: list[float]) -> float:
         if not np.isfinite(values).all():
             raise ValueError(f"the records of row {self.name} have no metric {metric!r}")
-        return float(self.over(values))
+        value = Value(self.over(values))
+        value.mark = self.mark
+        return value
 
 
 class Cards(dict):
@@ -105,27 +119,31 @@ def findings(name: str, store: RecordStore | None = None) -> list[Finding]:
     listed = tomllib.loads(path.read_text(encoding="utf-8"))["finding"]
     of, store = study(name), store or record_store(RECORDED)
     rows = {row: RowValues(row, store.recorded_of(of, row)[0]) for row in of.rows[RECORDED]}
-    names = {**rows, "cards": Cards(), "timed": timings(name)}
+    others = {"cards": Cards(), "timed": timings(name)}
     found = []
     for number, one in enumerate(listed, 1):
+        used = [rows[row] for row in dict.fromkeys(re.findall(r"{(\w+)[.\[]", one["text"])) if row in rows]
+        mixed = len({len(row.records) for row in used}) > 1
+        shown = {r.name: RowValues(r.name, r.records, mark=ONE_SEED * (mixed and len(r.records) == 1)) for r in used}
         try:
-            holds = bool(eval(one["when"], {"__builtins__": FUNCTIONS}, names))
-            text = " ".join(one["text"].format(**names).split())
+            holds = bool(eval(one["when"], {"__builtins__": FUNCTIONS}, rows | others))
+            text = " ".join(one["text"].format(**rows | others | shown).split())
         except Exception as error:
             raise ValueError(f"{path}, finding {number}: {type(error).__name__}: {error}") from error
-        used = [rows[row] for row in dict.fromkeys(re.findall(r"{(\w+)[.\[]", one["text"])) if row in rows]
         found.append(Finding(name, text + _scale(used), holds, tuple(one["notebooks"]), one.get("readme", False)))
     return found
 
 
 def _scale(rows: list[RowValues]) -> str:
-    """' [quick, 1 to 3 seeds]': at what scale, and on how many seeds, the rows of a sentence were run."""
+    """' [quick, 3 seeds; ¹ one seed]': at what scale, and on how many seeds, the rows of a sentence were run."""
     if not rows:
         return ""
     profiles = " and ".join(sorted({record.profile for row in rows for record in row.records}))
-    counts = sorted({len(row.records) for row in rows})
-    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seed{'s' * (counts[0] > 1)}"
-    return f" [{profiles}, {seeds}]"
+    several = sorted({len(row.records) for row in rows})
+    one = f"; {ONE_SEED} one seed" if len(several) > 1 and several[0] == 1 else ""
+    several = several[1:] if one else several
+    seeds = f"{several[0]} to {several[-1]}" if len(several) > 1 else str(several[0])
+    return f" [{profiles}, {seeds} seed{'s' * (several[-1] > 1)}{one}]"
 
 
 def said(name: str, notebook: str) -> Markdown:

@@ -4,6 +4,7 @@ The same on every machine; tests hold that the committed files are what the comm
 """
 
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -109,34 +110,45 @@ def tables_markdown(name: str, store: tables.RecordStore) -> str:
 
 
 def papers_of(name: str) -> list[dict[str, Any]]:
-    """The `[[paper]]` entries of a findings.toml: title, says, source, notebook, and the claim that is shown."""
+    """The `[[paper]]` entries of a findings.toml: title, source, notebook, and what was tested: says, the id of the
+    claim, and what it compares in words."""
     path = project_root() / "results" / "papers" / name / "findings.toml"
     return tomllib.loads(path.read_text(encoding="utf-8")).get("paper", []) if path.is_file() else []
 
 
 def readme_markdown(store: tables.RecordStore) -> str:
-    """The findings marked for it, and a table of the papers: what each says, what was found, how sure that is."""
-    sentences = [f"- {one.text}" for name in STUDIES for one in findings(name, store) if one.holds and one.readme]
-    lines = []
+    """The findings marked for it, a table of the papers (what each says, what was found, how sure that is), and how all
+    primary claims came out."""
+    told = [one for name in STUDIES for one in findings(name, store) if one.holds and one.readme]
+    lines, outcomes = [], Counter()
     for name in STUDIES:
+        judged = {j.claim["id"]: j for j in tables.judge_claims(name, store)}
+        outcomes.update(_outcome(j) for j in judged.values() if j.claim["primary"])
         for paper in papers_of(name):
-            judged = next(j for j in tables.judge_claims(name, store) if j.claim["id"] == paper["claim"])
             (notebook,) = (project_root() / "notebooks").glob(f"{paper['notebook']}_*.ipynb")
-            verdict = "no verdict" if "no verdict" in judged.verdict else judged.verdict
-            where = "timed" if judged.device else f"{judged.profile}, {judged.n} seed{'s' * (judged.n > 1)}"
-            unit = " points" if judged.difference else ""
-            found = f"{claims.measured_text(judged)}{unit} ({claims.compared(judged)})" if judged.n else judged.verdict
-            lines.append(
-                {
-                    "paper": paper["title"],
-                    "it says": paper["says"],
-                    "source at hand": paper["source"],
-                    "what we found": found,
-                    "how sure": f"{where}: {verdict}" if judged.n else "",
-                    "notebook": f"[{paper['notebook']}](notebooks/{notebook.name})",
-                }
-            )
-    return "\n\n".join(["\n".join(sentences), markdown(pd.DataFrame(lines))]) if lines else "\n".join(sentences)
+            title = f"{paper['title']} ([{paper['notebook']}](notebooks/{notebook.name}); at hand: {paper['source']})"
+            for number, tested in enumerate(paper["tested"]):
+                one = judged[tested["claim"]]
+                where = "timed" if one.device else f"{one.profile}, {one.n} seed{'s' * (one.n > 1)}"
+                found = claims.measured_text(one) + " points" * bool(one.difference)
+                lines.append(
+                    {
+                        "paper": title if number == 0 else "",
+                        "it says": tested["says"],
+                        "we found": f"{found}: {tested['compares']}" if one.n else one.verdict,
+                        "how sure": f"**{_outcome(one)}** ({where})" if one.n else "",
+                    }
+                )
+    counted = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in sorted(outcomes))
+    all_claims = f"All {outcomes.total()} primary claims of all studies: {counted}."
+    sentences = "\n".join(f"- {one.text}" for one in told)
+    return "\n\n".join([sentences, *([markdown(pd.DataFrame(lines)), all_claims] if lines else [])])
+
+
+def _outcome(judged: claims.Judged) -> str:
+    """A verdict in a word or two: 'supports', 'no verdict yet'."""
+    verdict = judged.verdict.removesuffix(", at quick scale")
+    return "no verdict yet" if not judged.n or "no verdict" in verdict else verdict
 
 
 def generated() -> dict[Path, str]:

@@ -332,7 +332,8 @@ def forest_lines(study_name: str, store: RecordStore) -> list[Line]:
         differences = 2 if judged.claim["kind"] == "order" else 1
         low, high = within(judged.claim["metric"], found.low, found.high, differences)
         printed = judged.claim.get("printed")
-        lines.append(Line(label, judged.difference.mean, low, high, judged.n > 1, printed))
+        unsure = judged.verdict.startswith("no evidence")
+        lines.append(Line(label, judged.difference.mean, low, high, judged.n > 1, printed, unsure))
     return lines
 
 
