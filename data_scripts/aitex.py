@@ -158,10 +158,7 @@ DATASET = fetch.DataSet(
     unpacked_limit=500_000_000,
     check=_cut,
 )
-
-
-def main(argv: list[str] | None = None) -> int:
-    return fetch.main(DATASET, argv, __doc__)
+main = fetch.script(DATASET, __doc__)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,7 @@ DATASET = fetch.DataSet(
     fingerprint="858b2d6350f3151841a235d921fb1fb218764f6c4a04aeece4e47f3abef309b5",
     check=_check,
 )
-
-
-def main(argv: list[str] | None = None) -> int:
-    return fetch.main(DATASET, argv, __doc__)
+main = fetch.script(DATASET, __doc__)
 
 
 if __name__ == "__main__":

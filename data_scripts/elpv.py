@@ -53,10 +53,7 @@ DATASET = fetch.DataSet(
     fingerprint="fe1451ba1adeaa0a02e79780415a40ede2a35aae35d4291fe9aecbab2541fa1f",
     check=_check,
 )
-
-
-def main(argv: list[str] | None = None) -> int:
-    return fetch.main(DATASET, argv, __doc__)
+main = fetch.script(DATASET, __doc__)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,7 @@ DATASET = fetch.DataSet(
     unpacked_limit=200_000_000,
     fingerprint="426e4d9cc292eff45e476cee5b9bf3183004abd4575e1a54e154c0bedf6c17d2",
 )
-
-
-def main(argv: list[str] | None = None) -> int:
-    return fetch.main(DATASET, argv, __doc__)
+main = fetch.script(DATASET, __doc__)
 
 
 if __name__ == "__main__":

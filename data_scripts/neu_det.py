@@ -59,10 +59,7 @@ DATASET = fetch.DataSet(
     fingerprint="6abd8e33a7829fc8bebb2328edfee5c11d6f0de1082b29760e8725d1e76453ad",
     check=_check,
 )
-
-
-def main(argv: list[str] | None = None) -> int:
-    return fetch.main(DATASET, argv, __doc__)
+main = fetch.script(DATASET, __doc__)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ DATASET = fetch.DataSet(
     unpacked_limit=200_000_000,
     check=_check,
 )
+main = fetch.script(DATASET, __doc__)
 
 
 def turn_groups(images: np.ndarray) -> np.ndarray:
@@ -119,10 +120,6 @@ def _images(folder: Path) -> list[Path]:
 
 def _stack(folder: Path, names: Sequence[str]) -> np.ndarray:
     return np.stack([np.asarray(Image.open(folder / "images" / f"{name}.jpg").convert("L")) for name in names])
-
-
-def main(argv: list[str] | None = None) -> int:
-    return fetch.main(DATASET, argv, __doc__)
 
 
 if __name__ == "__main__":

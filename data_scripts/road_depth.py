@@ -51,10 +51,7 @@ DATASET = fetch.DataSet(
     unpacked_limit=100_000_000,
     check=_check,
 )
-
-
-def main(argv: list[str] | None = None) -> int:
-    return fetch.main(DATASET, argv, __doc__)
+main = fetch.script(DATASET, __doc__)
 
 
 if __name__ == "__main__":

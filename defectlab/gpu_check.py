@@ -137,10 +137,6 @@ def difference(cpu: Record, gpu: Record) -> str:
     return ""
 
 
-def quiet(line: str) -> None:
-    """For what a row would log."""
-
-
 # --- The check -------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +152,7 @@ def gpu_check(options: argparse.Namespace) -> int:
     last: Callable[[], dict[str, str]] | None = None
     with tempfile.TemporaryDirectory() as scratch:
 
-        def run(of: Study, name: str, profile: str, where: str, log: Callable[[str], None] = quiet) -> Record:
+        def run(of: Study, name: str, profile: str, where: str, log: Callable = lambda line: None) -> Record:
             context = Context(where, log=log)
             return run_row(of, of.rows[profile][name], 0, profile, context, Path(scratch) / where.replace(":", "-"))
 

@@ -129,8 +129,11 @@ def size_of(batch: Any) -> int:
 def measuring(images: int) -> Callable[..., Any]:
     """What stands in for `train`: Measured, with the peak were there so many training images."""
 
-    def train(parts, draw, step, count, settings, seed, context, optimizer, rate, *, clip=None, average=None, **rest):
+    def train(
+        parts, draw, step, count, settings, seed, context, optimizer=None, rate=None, *, clip=None, average=None, **rest
+    ):
         parts.train()
+        optimizer = optimizer or loop.adam(parts, settings.learning_rate)
         weights = [p for p in parts.parameters() if p.requires_grad]
         with Tracked() as drawing:
             batch = draw(torch.arange(settings.batch) % count, torch.Generator().manual_seed(0), 0)

@@ -145,7 +145,7 @@ def run_with(level: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Result, lis
         required.append((settings, seed))
         return SimpleNamespace(key="stage one", model_sha256="0123", dev={"threshold": 0.5})
 
-    monkeypatch.setattr(training, "load_segmenter", lambda *_: Brightness(level))
+    monkeypatch.setattr(training, "frozen", lambda *_: Brightness(level))
     return run_two_stage(SETTINGS, 3, data(), quiet(require=require)), required
 
 

@@ -15,7 +15,7 @@ from toy_runs import quiet
 from defectlab.networks.reverse_distillation import gaussian_smooth
 from defectlab.papers import bsdrd
 from defectlab.papers.bsdrd import MDGFLoss, Settings, TwoStudents, Wavelet, dimension_discrepancies, gated_fusion
-from defectlab.training.bsdrd import run_bsdrd
+from defectlab.studies.bsdrd import run_bsdrd
 
 NARROW = Settings(low_channels=8, high_channels=4)
 

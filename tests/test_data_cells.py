@@ -43,7 +43,7 @@ def elpv(script, monkeypatch: pytest.MonkeyPatch):
     module = script("elpv")
     monkeypatch.setattr(module, "COUNT", 40)
     monkeypatch.setattr(module, "SIDE", SIDE)
-    monkeypatch.setattr(module, "DATASET", replace(module.DATASET, fingerprint=None))
+    monkeypatch.setattr(module, "main", fetch.script(replace(module.DATASET, fingerprint=None), None))
     return module
 
 

@@ -187,19 +187,20 @@ def test_changes_that_the_quick_check_finds(fetched: Path, name: str, harm: Call
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive, root = make_zip(tmp_path / "toy.zip", FILES), str(tmp_path / "data")
-    assert store.main(DATASET, ["--archive", str(archive), "--data-dir", root]) == 0
+    main = store.script(DATASET, None)
+    assert main(["--archive", str(archive), "--data-dir", root]) == 0
     out = capsys.readouterr().out
     fingerprint = store.quick_check(tmp_path / "data/group/toy", "").fingerprint
     for part in ("free", "nobody", "toy set: 3 files in", str(tmp_path / "data/group/toy"), fingerprint):
         assert part in out
-    assert store.main(DATASET, ["--verify", "--data-dir", root]) == 0
+    assert main(["--verify", "--data-dir", root]) == 0
     assert "every file verified" in capsys.readouterr().out
 
     (tmp_path / "data/group/toy/a/1.txt").write_bytes(b"eno")
-    assert store.main(DATASET, ["--verify", "--data-dir", root]) == 1
+    assert main(["--verify", "--data-dir", root]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and "a/1.txt" in captured.err and captured.err.count("\n") == 1
-    assert store.main(DATASET, ["--data-dir", str(tmp_path / "empty")]) == 1
+    assert main(["--data-dir", str(tmp_path / "empty")]) == 1
     assert "it has no address" in capsys.readouterr().err
 
 

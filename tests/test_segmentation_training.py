@@ -16,13 +16,13 @@ from toy_runs import one_sitting, quiet
 from defectlab.data.masks import SegmentationData, SegmentationSplit, load_segmentation
 from defectlab.networks.segmentation import SegmentationSettings, Segmenter, segmentation_loss
 from defectlab.runs import NPZ_LIMIT, Context, OutOfTime, Record
+from defectlab.training.detection import frozen
 from defectlab.training.loop import epoch_order
 from defectlab.training.segmentation import (
     draw_flipped,
     epochs_of,
     examples,
     flip,
-    load_segmenter,
     run_segmentation,
     segment,
     steps_per_epoch,
@@ -223,14 +223,14 @@ def test_a_record_on_real_nuts_is_small_enough(real_set) -> None:
 def test_weights_of_a_run_come_back_or_the_file_is_named(tmp_path: Path) -> None:
     record = Record({}, tmp_path / "row.json")
     with pytest.raises(ValueError, match=r"row\.safetensors is missing .*run that row again"):
-        load_segmenter(record, SMALL, build, "cpu")
+        frozen(record, build(SMALL), "cpu")
     network = build(SMALL)
     save_file(network.state_dict(), tmp_path / "row.safetensors")
-    loaded = load_segmenter(record, SMALL, build, "cpu")
+    loaded = frozen(record, build(SMALL), "cpu")
     images = nuts(2, 0).images
     assert torch.equal(segment(loaded, images), segment(network.eval(), images))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     for content in (save({"other": torch.zeros(1)}), b"no tensors"):
         (tmp_path / "row.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match=r"row\.safetensors does not fit this network .*delete .*row\.json"):
-            load_segmenter(record, SMALL, build, "cpu")
+            frozen(record, build(SMALL), "cpu")

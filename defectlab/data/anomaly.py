@@ -21,6 +21,7 @@ from torch import Tensor
 from defectlab.data.images import IMAGE_SUFFIXES, check_size, decode, find_images, in_threads, resize_mask, to_square
 from defectlab.data.splits import (
     PARTS,
+    Named,
     Plan,
     content_id,
     draw_split,
@@ -56,7 +57,7 @@ PASTED_DEFECTS = "2f5ebef63256b8b1"  # digest of what `paste_defect` and `hold_o
 
 
 @dataclass(frozen=True)
-class AnomalySplit:
+class AnomalySplit(Named):
     """N images and their masks, as tensors on one device, resized by `to_square` and `resize_mask`.
 
     A mask pixel is 1 where the mask file has more than 127. `has_mask` is False for an anomalous image whose mask is
@@ -71,9 +72,6 @@ class AnomalySplit:
     has_mask: Tensor  # (N,) bool
     names: tuple[str, ...]
     original_sizes: tuple[tuple[int, int], ...]  # (H, W) in pixels
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from defectlab.data.images import check_size, decode, in_threads, to_square
-from defectlab.data.splits import PARTS, SAMPLE, Plan, draw_split, identity, locate, set_and_root, with_dev
+from defectlab.data.splits import PARTS, SAMPLE, Named, Plan, draw_split, identity, locate, set_and_root, with_dev
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.files import DataError
 
@@ -41,15 +41,12 @@ LINE = re.compile(r"(images/(cell\d+)\.\w+)\s+(0\.0|0\.3{3,}|0\.6{3,}7?|1\.0)\s+
 
 
 @dataclass(frozen=True)
-class CellSplit:
+class CellSplit(Named):
     images: Tensor  # (N, 1, S, S) uint8
     probability: Tensor  # (N,) float32: 0, 1/3, 2/3 or 1
     labels: Tensor  # (N,) int64, index in CLASSES: 1 = defective
     kind: Tensor  # (N,) int64, index in KINDS
     names: tuple[str, ...]  # cellNNNN
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclass(frozen=True)

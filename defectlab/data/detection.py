@@ -24,6 +24,7 @@ from defectlab.data.images import check_size, decode, in_threads, letterbox
 from defectlab.data.splits import (
     PARTS,
     SAMPLE,
+    Named,
     Plan,
     detection_identity,
     draw_split,
@@ -45,7 +46,7 @@ NEU_TEST_LIST = Path(__file__).parent / "splits" / "neu_det_test.txt"
 
 
 @dataclass(frozen=True)
-class DetectionSplit:
+class DetectionSplit(Named):
     """N images, each scaled to fit S x S pixels and centred on grey 114, with their boxes."""
 
     images: Tensor  # (N, C, S, S) uint8; C = 1 where every image of the set is grey (R = G = B), else 3
@@ -55,9 +56,6 @@ class DetectionSplit:
     sizes: Tensor  # (N, 2) int64 on the CPU, height and width of the original
     scale: Tensor  # (N,) float32 on the CPU: scaled = original * scale + offset
     offset: Tensor  # (N, 2) float32 on the CPU, x and y in pixels of the S x S image
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def ground_truth(self) -> list[dict[str, Tensor]]:
         """Per image {"boxes": (n, 4) float32 x1 y1 x2 y2 in pixels of the original, "labels": (n,) int64}, CPU."""
@@ -89,14 +87,6 @@ class DetectionData:
 
 def _steel_list(plan: Plan, strata: Mapping[str, str]) -> list[str]:
     return plan.held([f"IMAGES/{line}" for line in read_list(NEU_TEST_LIST)], strata)
-
-
-def _above_240(plan: Plan, strata: Mapping[str, str]) -> list[str]:
-    return [path for path in strata if number_of(path) > 240]
-
-
-def _last_fifth(plan: Plan, strata: Mapping[str, str]) -> list[str]:
-    return last_fifth(strata)
 
 
 def _board_lists(plan: Plan, strata: Mapping[str, str]) -> list[str]:
@@ -135,10 +125,10 @@ def _board(folder: str, label: str, planes: str = "grey") -> _Set:
 
 _SETS = {
     "neu_det": _steel("neu_det", "NEU-DET", _steel_list),
-    "neu_det_index": _steel("neu_det", "NEU-DET, index split", _above_240),
+    "neu_det_index": _steel("neu_det", "NEU-DET, index split", lambda _, of: [p for p in of if number_of(p) > 240]),
     "deep_pcb": _board("deep_pcb", "DeepPCB"),
     "deep_pcb_pair": _board("deep_pcb", "DeepPCB with its templates", "pair"),
-    "synthetic_steel": _steel("synthetic_steel", SYNTHETIC["synthetic_steel"].label, _last_fifth),
+    "synthetic_steel": _steel("synthetic_steel", SYNTHETIC["synthetic_steel"].label, lambda _, of: last_fifth(of)),
     "synthetic_board": _board("synthetic_board", SYNTHETIC["synthetic_board"].label),
     "synthetic_board_pair": _board("synthetic_board", SYNTHETIC["synthetic_board"].label + " with templates", "pair"),
 }

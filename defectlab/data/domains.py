@@ -22,7 +22,7 @@ from defectlab.data.anomaly import Sample, data_fingerprint, plan_of, read_mask
 from defectlab.data.detection import DEEP_PCB_CLASSES, detection_fingerprint
 from defectlab.data.images import check_size, decode, in_threads, to_square
 from defectlab.data.pictures import load_pictures, pictures_fingerprint
-from defectlab.data.splits import PARTS, SAMPLE, here_or_sample, identity, locate, set_and_root, shuffled
+from defectlab.data.splits import PARTS, SAMPLE, Named, here_or_sample, identity, locate, set_and_root, shuffled
 from defectlab.data.tile_groups import tile_groups
 from defectlab.files import DataError
 
@@ -40,7 +40,7 @@ EACH_BOARD, EACH_CLASS = 4, 300  # crops of a class from one board image, and fr
 
 
 @dataclass(frozen=True)
-class Domain:
+class Domain(Named):
     """Labels and groups lie on the CPU, where episodes are drawn."""
 
     name: str  # one of DOMAINS
@@ -49,9 +49,6 @@ class Domain:
     labels: Tensor  # (N,) int64, index in the class names
     groups: Tensor  # (N,) int64
     names: tuple[str, ...]  # N, all different
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from defectlab.data.anomaly import AITEX, AITEX_PIXELS, SYNTHETIC_FABRIC, Sample, read_mask
 from defectlab.data.images import decode, in_threads
-from defectlab.data.splits import PARTS, Plan, draw_split, identity, locate, set_and_root
+from defectlab.data.splits import PARTS, Named, Plan, draw_split, identity, locate, set_and_root
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.files import DataError
 
@@ -27,7 +27,7 @@ DEV_SHARE = 0.25  # of the good and of the defective tiles of the training part
 
 
 @dataclass(frozen=True)
-class FabricSplit:
+class FabricSplit(Named):
     """N tiles and their masks, as tensors on one device."""
 
     images: Tensor  # (N, 1, S, S) uint8; S = 256, in the committed sample less
@@ -35,9 +35,6 @@ class FabricSplit:
     labels: Tensor  # (N,) uint8, 1 = defective
     types: Tensor  # (N,) uint8, index into FabricData.type_names, 0 = "good"
     names: tuple[str, ...]  # PART/KIND/STRIP_K
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclass(frozen=True)

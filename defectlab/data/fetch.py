@@ -394,6 +394,6 @@ def run(dataset: DataSet, options: argparse.Namespace) -> int:
     return make_sets(sets, options, dataset.command, partial(_check_fingerprint, dataset))
 
 
-def main(dataset: DataSet, argv: Sequence[str] | None = None, description: str | None = None) -> int:
+def script(dataset: DataSet, description: str | None) -> Callable[..., int]:
     """The command line of a script with one set: fetch, or `--archive FILE`, `--verify`, `--data-dir DIR`."""
-    return run(dataset, argument_parser(description).parse_args(argv))
+    return lambda argv=None: run(dataset, argument_parser(description).parse_args(argv))

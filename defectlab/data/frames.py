@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from defectlab.data.images import decode, in_threads, opened
-from defectlab.data.splits import PARTS, Plan, identity, locate, read_list, set_and_root, with_dev
+from defectlab.data.splits import PARTS, Named, Plan, identity, locate, read_list, set_and_root, with_dev
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.files import DataError
 
@@ -50,16 +50,13 @@ MULTIPLE = 32  # px: frames are padded to the next multiple, at their right and 
 
 
 @dataclass(frozen=True)
-class FrameSplit:
+class FrameSplit(Named):
     """N frames of one size; where one is smaller, its edges are repeated, those of the mask, too."""
 
     images: Tensor  # (N, 3, H, W) uint8
     depth: Tensor | None  # road: (N, 1, H, W) int16, transformed disparity, 0 to 1023, lower in a hole, 0 where unknown
     masks: Tensor  # (N, H, W) uint8, 1 = defect
     names: tuple[str, ...]  # dataset<session>/<frame>; or the screw's file name without suffix
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclass(frozen=True)

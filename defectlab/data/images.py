@@ -155,7 +155,7 @@ def pixel_hash(paths: Iterable[Path]) -> str:
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
-    """Save (H, W) or (H, W, 3) uint8 in the format of the suffix, JPEG in quality 95; folders are made."""
+    """Save (H, W) or (H, W, 3) uint8, or (H, W) uint16 as PNG, by the suffix, JPEG in quality 95; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, quality=95)
 

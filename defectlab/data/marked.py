@@ -24,8 +24,8 @@ from torch.nn.functional import interpolate
 
 from defectlab.data import frames, instances
 from defectlab.data.images import check_size
-from defectlab.data.masks import SegmentationData, SegmentationSplit
-from defectlab.data.splits import PARTS, draw_split, identity, read_list, set_and_root, shuffled
+from defectlab.data.masks import SegmentationData, SegmentationSplit, chosen, subset
+from defectlab.data.splits import PARTS, identity, read_list, set_and_root, shuffled
 from defectlab.data.synthetic import SYNTHETIC
 from defectlab.files import DataError
 
@@ -88,21 +88,7 @@ def labelled(data: MarkedData, share: float, seed: int) -> SegmentationSplit:
 
     In the proportions of the types, and for one seed a smaller share lies in a larger one.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must lie in (0, 1], got {share}")
-    split = data.train
-    if share == 1:
-        return split
-    types = dict(zip(data.shown, map(str, split.types.tolist()), strict=True))
-    share = max(share, 2 / len(split))  # batch norm needs two
-    drawn = set(draw_split(types, share, f"labelled {seed}", content={name: name for name in types}))
-    return _chosen(split, [index for index, name in enumerate(data.shown) if name in drawn])
-
-
-def _chosen(split: SegmentationSplit, chosen: list[int]) -> SegmentationSplit:
-    index = torch.tensor(chosen, device=split.images.device)
-    names = tuple(split.names[i] for i in chosen)
-    return SegmentationSplit(split.images[index], split.masks[index], split.types[index], names)
+    return subset(data.train, share, seed, data.shown, "labelled", least=2)  # batch norm needs two
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------------
@@ -174,4 +160,4 @@ def _mix(train: SegmentationSplit, test: SegmentationSplit) -> dict[str, Segment
     both = SegmentationSplit(*map(torch.cat, pairs), train.names + test.names)
     at = {name: index for index, name in enumerate(both.names)}
     lists = zip(("train", "test"), mixed(list(train.names), list(test.names)), strict=True)
-    return {part: _chosen(both, [at[name] for name in names]) for part, names in lists}
+    return {part: chosen(both, [at[name] for name in names]) for part, names in lists}

@@ -7,7 +7,7 @@ MVTec's own masks. The recipe is ours; it was settled by eye on the images, befo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from defectlab.data.anomaly import SYNTHETIC_NUT, Sample, plan_of, read_mask
 from defectlab.data.images import check_size, decode, in_threads, resize_mask, to_square
-from defectlab.data.splits import PARTS, Plan, content_id, draw_split, identity, read_list, set_and_root
+from defectlab.data.splits import PARTS, Named, Plan, content_id, draw_split, identity, read_list, set_and_root
 from defectlab.files import DataError
 
 METAL_NUT = "mvtec_ad/metal_nut"
@@ -31,7 +31,7 @@ SMALLEST_PART = 0.005  # of the largest part's area: a bent lobe may lie apart, 
 
 
 @dataclass(frozen=True)
-class SegmentationSplit:
+class SegmentationSplit(Named):
     """N images, resized as in `anomaly.AnomalySplit`, and masks, made at the images' own size, then resized alike.
 
     `names`: paths in the set without the suffix, which the reduced copy of metal_nut has changed.
@@ -41,9 +41,6 @@ class SegmentationSplit:
     masks: Tensor  # (N, size, size) uint8, 1 = target
     types: Tensor  # (N,) uint8, index into SegmentationData.type_names, 0 = "good"
     names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -161,20 +158,33 @@ def _types_and_content(plan: Plan, samples: Mapping[str, Sample]) -> tuple[dict[
     return {name: sample.type for name, sample in samples.items()}, content
 
 
-def subset(split: SegmentationSplit, share: float, seed: int) -> SegmentationSplit:
+def subset(
+    split: SegmentationSplit,
+    share: float,
+    seed: int,
+    shown: Sequence[str] | None = None,
+    purpose: str = "subset",
+    least: int = 0,
+) -> SegmentationSplit:
     """A share (0 < share <= 1) of the images, drawn by the seed (section 4.1.2, Table 6: "randomly constructed").
 
-    Ours: in the proportions of the types, and for one seed a smaller share lies in a larger one.
+    Ours: in the proportions of the types, and for one seed a smaller share lies in a larger one. shown: names of what
+    is drawn, by default the images' own; images of one name come together. least: so many, where the share is less.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
     if share == 1:
         return split
-    types = dict(zip(split.names, map(str, split.types.tolist()), strict=True))
-    drawn = set(draw_split(types, share, f"subset {seed}", content={name: name for name in types}))
-    chosen = [index for index, name in enumerate(split.names) if name in drawn]
-    index = torch.tensor(chosen, device=split.images.device)
-    names = tuple(split.names[i] for i in chosen)
+    shown = split.names if shown is None else shown
+    types = dict(zip(shown, map(str, split.types.tolist()), strict=True))
+    share = max(share, least / len(split))
+    drawn = set(draw_split(types, share, f"{purpose} {seed}", content={name: name for name in types}))
+    return chosen(split, [index for index, name in enumerate(shown) if name in drawn])
+
+
+def chosen(split: SegmentationSplit, places: list[int]) -> SegmentationSplit:
+    index = torch.tensor(places, device=split.images.device)
+    names = tuple(split.names[i] for i in places)
     return SegmentationSplit(split.images[index], split.masks[index], split.types[index], names)
 
 

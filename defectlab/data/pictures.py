@@ -14,20 +14,17 @@ from torch import Tensor
 from defectlab.data import cells
 from defectlab.data.cells import cells_fingerprint, load_cells
 from defectlab.data.detection import DetectionSplit, detection_fingerprint, load_detection
-from defectlab.data.splits import SAMPLE, identity
+from defectlab.data.splits import SAMPLE, Named, identity
 
 STEEL = ("neu_det", "synthetic_steel")
 RULE = "one class an image"  # of a fingerprint
 
 
 @dataclass(frozen=True)
-class PictureSplit:
+class PictureSplit(Named):
     images: Tensor  # (N, 1, S, S) uint8
     labels: Tensor  # (N,) int64, index in the class names
     names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +45,15 @@ class Plan:
         """What a published list means here: all its names, but of a sample those that are present."""
         whole = not self.manifest.note.startswith("sample")
         return [name for name in listed if whole or name in present]
+
+
+class Named:
+    """A split whose images have names."""
+
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def samples_dir() -> Path:

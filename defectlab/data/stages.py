@@ -21,7 +21,7 @@ from defectlab.data.detection import DetectionSplit
 from defectlab.data.frames import FrameSplit, frames_fingerprint, load_frames
 from defectlab.data.images import in_threads, letterbox
 from defectlab.data.instances import INSTANCES, instances
-from defectlab.data.splits import PARTS, content_id, identity
+from defectlab.data.splits import PARTS, Named, content_id, identity
 
 CLASS_NAMES = ("pit",)
 HALF = 0.5  # share of a pit's box that a window has to show to have the pit; ours
@@ -29,15 +29,12 @@ RULE = "pits are instances of the mask"  # of a fingerprint
 
 
 @dataclass(frozen=True)
-class PitSplit:
+class PitSplit(Named):
     """N frames of one size and the boxes of their pits."""
 
     images: Tensor  # (N, 3, H, W) uint8
     boxes: tuple[Tensor, ...]  # N of (n, 4) float32 on the CPU, x1 y1 x2 y2 in pixels of the frame; n may be 0
     names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def ground_truth(self) -> list[dict[str, Tensor]]:
         """As `DetectionSplit.ground_truth`: {"boxes": (n, 4), "labels": (n,) int64, all 0} of each frame."""

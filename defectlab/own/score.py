@@ -28,8 +28,8 @@ from defectlab.papers import bsdrd
 from defectlab.precision import precision_of
 from defectlab.provenance import pick_device
 from defectlab.runs import Context
+from defectlab.studies.bsdrd import run_bsdrd
 from defectlab.training.anomaly import compute_features, run_rd4ad, score_features
-from defectlab.training.bsdrd import run_bsdrd
 from defectlab.training.feature_baselines import run_patchcore, score_patches
 
 CHUNK = 64  # images whose features and maps are held at once: about 1.3 MB each at 256 px with a ResNet-18

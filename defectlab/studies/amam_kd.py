@@ -5,11 +5,11 @@ Segmentation and Knowledge Distillation", Machines 13(8), 712 (2025), doi 10.339
 """
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 from defectlab.data.anomaly import MVTEC_CATEGORIES
-from defectlab.data.masks import SegmentationData, load_segmentation, segmentation_fingerprint
+from defectlab.data.masks import load_segmentation, segmentation_fingerprint
 from defectlab.networks.feature_baselines import PaDiMSettings, PatchCoreSettings, SPADESettings
 from defectlab.networks.reverse_distillation import RD4ADSettings
 from defectlab.networks.segmentation import COMPARATORS, SegmentationSettings
@@ -18,7 +18,7 @@ from defectlab.papers.amam_kd.distillation import DistillationSettings
 from defectlab.papers.amam_kd.segmentation import Settings
 from defectlab.papers.amam_kd.two_stage import TwoStageSettings
 from defectlab.studies import reverse_distillation as baselines
-from defectlab.studies.study import FEW, MORE, PAPER_ONLY, Row, Study, rows_by_kind
+from defectlab.studies.study import FEW, MORE, PAPER_ONLY, Row, Study, kept, rows_by_kind
 from defectlab.training.amam_kd import run_distillation, run_two_stage
 from defectlab.training.anomaly import run_rd4ad
 from defectlab.training.feature_baselines import run_padim, run_patchcore, run_spade
@@ -130,13 +130,7 @@ def settings_of(profile: str) -> dict[str, Any]:
 # --- What a row is computed from, and how ----------------------------------------------------------------------------
 
 
-def load_masks(settings: SegmentationSettings, device: str) -> SegmentationData:
-    return _load_masks(settings.dataset, settings.target, settings.split, settings.size, str(device))
-
-
-@lru_cache(maxsize=2)  # both targets
-def _load_masks(dataset: str, target: str, split: str, size: int, device: str) -> SegmentationData:
-    return load_segmentation(dataset, target, split, size, device)
+load_masks = kept(load_segmentation, "dataset", "target", "split", "size")  # both targets stay
 
 
 def fingerprints_of_masks(settings: SegmentationSettings) -> dict[str, str]:

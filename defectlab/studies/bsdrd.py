@@ -1,11 +1,12 @@
 """The rows of BSDRD (notebooks 20 and 21): two students on magnetic tiles. "bsdrd" is the whole method."""
 
 from dataclasses import replace
+from functools import partial
 
-from defectlab.papers.bsdrd import Settings
+from defectlab.papers.bsdrd import Settings, build, make_loss, to_maps
 from defectlab.studies import reverse_distillation as baselines
 from defectlab.studies.study import FEW, MORE, ONCE, Row, Study
-from defectlab.training.bsdrd import run_bsdrd
+from defectlab.training.anomaly import distil
 
 SETTINGS = {
     "smoke": Settings(dataset="synthetic_tile", epochs=2, batch=8, low_channels=32, **baselines.SMALL),
@@ -24,6 +25,7 @@ ABLATION = {  # what each row changes of the whole method
     # the other reading of "high-level features"
     "high_level_2_and_3": {"high_level": "layer2+3"},
 }
+run_bsdrd = partial(distil, build=build, make_loss=make_loss, to_maps=to_maps)
 
 
 def on_grouped(row: Row, profile: str) -> Row:

@@ -1,14 +1,13 @@
 """The field's history I (notebook 55): other light, fluttering cloth, a second sensor, and what may help."""
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
-from defectlab.data.frames import FrameData, frames_fingerprint, load_frames
+from defectlab.data.frames import frames_fingerprint, load_frames
 from defectlab.networks.second_sensor import INPUTS, SensorSettings
 from defectlab.studies import detector
 from defectlab.studies import reverse_distillation as baselines
-from defectlab.studies.study import FEW, ONCE, Needs, Row, Study
+from defectlab.studies.study import FEW, ONCE, Needs, Row, Study, kept
 from defectlab.training.flutter import CLOTH, FlutterSettings, run_flutter
 from defectlab.training.light import BRIGHT, DARK, LightSettings, run_light
 from defectlab.training.second_sensor import LateSettings, ThresholdSettings, run_late, run_sensor, run_threshold
@@ -44,13 +43,7 @@ def fingerprints(settings: Any) -> dict[str, str]:
     return baselines.fingerprints(settings.of)
 
 
-@lru_cache(maxsize=2)
-def _frames(dataset: str, split: str, device: str) -> FrameData:
-    return load_frames(dataset, split, device)
-
-
-def load_road(settings: Any, device: str) -> FrameData:
-    return _frames(settings.dataset, settings.split, str(device))
+load_road = kept(load_frames, "dataset", "split")
 
 
 def road_fingerprints(settings: Any) -> dict[str, str]:

@@ -4,12 +4,11 @@ Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13
 """
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from defectlab.data.detection import DetectionData
 from defectlab.data.instances import LABELS as MASKED
-from defectlab.data.instances import InstanceData, instance_fingerprint, load_instances
+from defectlab.data.instances import instance_fingerprint, load_instances
 from defectlab.data.splits import SAMPLE
 from defectlab.networks.diffusion import DiffusionSettings
 from defectlab.networks.torchvision_detectors import TorchvisionSettings
@@ -17,7 +16,7 @@ from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.papers.d3n.hybrid import HybridSettings, InstanceSettings, StudentSettings
 from defectlab.papers.d3n.resvae import CompressionSettings
 from defectlab.studies import detector as baselines
-from defectlab.studies.study import FEW, MORE, ONCE, PAPER_ONLY, Row, Study, rows_by_kind
+from defectlab.studies.study import FEW, MORE, ONCE, PAPER_ONLY, Row, Study, kept, rows_by_kind
 from defectlab.training.cost_rows import CostSettings, NoData, run_costs
 from defectlab.training.d3n import run_hybrid, run_student, run_with_masks
 from defectlab.training.d3n_features import run_compression
@@ -170,16 +169,13 @@ def cost_settings(profile: str) -> dict[str, CostSettings]:
 # --- What a row is computed from, and how ----------------------------------------------------------------------------
 
 
+load_masks = kept(load_instances, "dataset", "size")
+
+
 def load(settings: Any, device: str) -> DetectionData:
     """A set, or its committed sample, at the size that the row sees."""
-    if settings.dataset.removeprefix(SAMPLE) in MASKED:
-        return _load_instances(settings.dataset, settings.size, str(device))
-    return baselines.load(settings, device)
-
-
-@lru_cache(maxsize=2)
-def _load_instances(dataset: str, size: int, device: str) -> InstanceData:
-    return load_instances(dataset, size, device)
+    masked = settings.dataset.removeprefix(SAMPLE) in MASKED
+    return (load_masks if masked else baselines.load)(settings, device)
 
 
 def load_for_compression(settings: CompressionSettings, device: str) -> DetectionData:

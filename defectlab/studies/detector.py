@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
-from defectlab.data.detection import DetectionData, detection_fingerprint, load_detection
+from defectlab.data.detection import detection_fingerprint, load_detection
 from defectlab.networks.yolo.settings import DetectorSettings
-from defectlab.studies.study import FEW, MORE, Row, Study
+from defectlab.studies.study import FEW, MORE, Row, Study, kept
 from defectlab.training.detection import run_detector
 
 # What a profile changes; "smoke" has synthetic data.
@@ -32,13 +31,7 @@ def on(dataset: str, profile: str) -> str:
     return SMOKE_DATA[dataset] if profile == "smoke" else dataset
 
 
-def load(settings: Any, device: str) -> DetectionData:
-    return _load(settings.dataset, settings.size, str(device))
-
-
-@lru_cache(maxsize=2)
-def _load(dataset: str, size: int, device: str) -> DetectionData:
-    return load_detection(dataset, size, device)
+load = kept(load_detection, "dataset", "size")
 
 
 def fingerprints(settings: Any) -> dict[str, str]:

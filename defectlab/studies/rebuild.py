@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Any
 
-from defectlab.data.anomaly import AnomalyData, data_fingerprint, load_anomaly
+from defectlab.data.anomaly import data_fingerprint, load_anomaly
 from defectlab.data.pooled import (
     POOLED,
     SYNTHETIC_POOLED,
@@ -27,7 +27,7 @@ from defectlab.networks.rebuild.simplenet import SimpleNetSettings
 from defectlab.networks.rebuild.sivt import SIVTSettings
 from defectlab.networks.resnet import fingerprint
 from defectlab.studies import reverse_distillation as baselines
-from defectlab.studies.study import FEW, ONCE, Row, Study, changed_at_every_depth, needs_nothing, needs_of
+from defectlab.studies.study import FEW, ONCE, Row, Study, changed_at_every_depth, kept, needs_nothing, needs_of
 from defectlab.training.anomaly import run_rd4ad
 from defectlab.training.cost_rows import NoData
 from defectlab.training.feature_baselines import run_patchcore
@@ -85,13 +85,7 @@ PAPER = {  # the papers' settings where they are known; ours where they would be
 # --- What a row is computed from -------------------------------------------------------------------------------------
 
 
-def load(settings: Any, device: str) -> AnomalyData:
-    return _load(settings.dataset, settings.size, str(device))
-
-
-@lru_cache(maxsize=2)
-def _load(dataset: str, size: int, device: str) -> AnomalyData:
-    return (load_pooled if is_pool(dataset) else load_anomaly)(dataset, size, device)
+load = kept(lambda name, *rest: (load_pooled if is_pool(name) else load_anomaly)(name, *rest), "dataset", "size")
 
 
 @lru_cache(maxsize=2)

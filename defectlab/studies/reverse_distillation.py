@@ -5,11 +5,11 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from defectlab.data.anomaly import AnomalyData, data_fingerprint, load_anomaly
+from defectlab.data.anomaly import data_fingerprint, load_anomaly
 from defectlab.networks.feature_baselines import PatchCoreSettings
 from defectlab.networks.resnet import fingerprint, load_teacher
 from defectlab.networks.reverse_distillation import RD4ADSettings
-from defectlab.studies.study import FEW, MORE, Row, Study
+from defectlab.studies.study import FEW, MORE, Row, Study, kept
 from defectlab.training.anomaly import run_rd4ad
 from defectlab.training.feature_baselines import run_patchcore
 
@@ -31,13 +31,7 @@ PATCHCORE = {
 # --- What a row of this kind is computed from ------------------------------------------------------------------------
 
 
-def load(settings: Any, device: str) -> AnomalyData:
-    return _load(settings.dataset, settings.size, str(device))
-
-
-@lru_cache(maxsize=1)
-def _load(dataset: str, size: int, device: str) -> AnomalyData:
-    return load_anomaly(dataset, size, device)
+load = kept(load_anomaly, "dataset", "size", sets=1)
 
 
 @lru_cache(maxsize=4)

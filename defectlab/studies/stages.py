@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
-from defectlab.data.marked import MarkedData, load_marked, marked_fingerprint
-from defectlab.data.stages import PitData, load_pits, pits_fingerprint
+from defectlab.data.marked import load_marked, marked_fingerprint
+from defectlab.data.stages import load_pits, pits_fingerprint
 from defectlab.networks.cascade import CascadeSettings
 from defectlab.networks.torchvision_detectors import TorchvisionSettings
 from defectlab.studies import detector
 from defectlab.studies.cures import BOARD
-from defectlab.studies.study import FEW, Row, Study
+from defectlab.studies.study import FEW, Row, Study, kept
 from defectlab.training.cascade import run_cascade
 from defectlab.training.later_stages import (
     ClassifiedSettings,
@@ -46,9 +45,7 @@ REGION = {"smoke": {"epochs": 2}, "quick": {}, "paper": {"epochs": 200}}
 CLASS = {"smoke": {"epochs": 2, "draws": 64}, "quick": {}, "paper": {"epochs": 100}}
 
 
-@lru_cache(maxsize=1)
-def _pits(dataset: str, split: str, device: str) -> PitData:
-    return load_pits(dataset, split, device)
+pits = kept(load_pits, "dataset", "split", sets=1)
 
 
 def pit_row(settings: Any, run: Callable, **options: Any) -> Row:
@@ -56,7 +53,7 @@ def pit_row(settings: Any, run: Callable, **options: Any) -> Row:
     return Row(
         settings,
         run,
-        lambda of, device: _pits(of.dataset, of.split, str(device)),
+        pits,
         lambda of: {"data": pits_fingerprint(of.dataset, of.split), "weights": "random"},
         needs=needs_of_stages,
         **options,
@@ -133,16 +130,14 @@ MASKS = {  # settings of the cascade
 }
 
 
-@lru_cache(maxsize=2)
-def _marked(dataset: str, split: str, size: int, device: str) -> MarkedData:
-    return load_marked(dataset, split, size, device)
+marked = kept(load_marked, "dataset", "split", "size")
 
 
 def mask_row(settings: CascadeSettings, **options: Any) -> Row:
     return Row(
         settings,
         run_cascade,
-        lambda of, device: _marked(of.dataset, of.split, of.size, str(device)),
+        marked,
         lambda of: {"data": marked_fingerprint(of.dataset, of.split), "weights": "random"},
         **options,
     )

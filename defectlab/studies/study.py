@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from defectlab.data.splits import here_or_sample
@@ -53,6 +54,13 @@ class Row:
             return self.fingerprints(self.settings)
         except (DataError, WeightsError, OSError):
             return None
+
+
+def kept(read: Callable, *names: str, sets: int = 2) -> Callable[[Any, str], Any]:
+    """For `Row.load`: what `read` gives for these fields of the settings and the device; the last `sets` stay in
+    memory."""
+    remembered = lru_cache(maxsize=sets)(read)
+    return lambda settings, device: remembered(*(getattr(settings, name) for name in names), str(device))
 
 
 def rows_by_kind(

@@ -1,22 +1,21 @@
 """The field's history II (notebook 54): ten images of a defect, a few of a good part: generate, meta-learn, or
 borrow features?"""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from defectlab.data.anomaly import TILES_GROUPED, AnomalyData, data_fingerprint, load_anomaly
-from defectlab.data.domains import SYNTHETIC_DOMAINS, Domains, domains_fingerprint, load_domains
-from defectlab.data.pictures import PictureData, load_pictures, pictures_fingerprint
+from defectlab.data.anomaly import TILES_GROUPED, data_fingerprint, load_anomaly
+from defectlab.data.domains import SYNTHETIC_DOMAINS, domains_fingerprint, load_domains
+from defectlab.data.pictures import load_pictures, pictures_fingerprint
 from defectlab.networks.diffusion import DiffusionSettings
 from defectlab.networks.episodes import METHODS, RATES, EpisodeSettings
 from defectlab.networks.few_normals import FewNormalsSettings, load_teacher
 from defectlab.networks.generators import GANSettings
 from defectlab.networks.resnet import fingerprint
-from defectlab.studies.rebuild import lite0_fingerprint
+from defectlab.studies.rebuild import lite0_fingerprint, untrained
 from defectlab.studies.reverse_distillation import weights_fingerprint
-from defectlab.studies.study import ONCE, PAPER_ONLY, Row, Study, changed_at_every_depth
+from defectlab.studies.study import ONCE, PAPER_ONLY, Row, Study, changed_at_every_depth, kept
 from defectlab.training.cost_rows import NoData
 from defectlab.training.episodes import run_episodes
 from defectlab.training.few_normals import METRICS, run_few_normals
@@ -70,23 +69,7 @@ FEW_NORMALS = {
 # --- What a row is computed from -------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def _pictures(dataset: str, size: int, device: str) -> PictureData:
-    return load_pictures(dataset, size, device)
-
-
-@lru_cache(maxsize=1)
-def _domains(dataset: str, size: int, device: str) -> Domains:
-    return load_domains(dataset, size, device)
-
-
-@lru_cache(maxsize=1)
-def _normals(dataset: str, size: int, device: str) -> AnomalyData:
-    return load_anomaly(dataset, size, device)
-
-
-def load(reader: Callable) -> Callable:
-    return lambda settings, device: reader(settings.dataset, settings.size, str(device))
+pictures, domains, normals = (kept(of, "dataset", "size", sets=1) for of in (load_pictures, load_domains, load_anomaly))
 
 
 @lru_cache(maxsize=2)
@@ -117,11 +100,6 @@ def of_normals(settings: FewNormalsSettings) -> dict[str, str]:
 # --- Rows ------------------------------------------------------------------------------------------------------------
 
 
-def untrained(name: str, value: Any) -> Any:
-    """A field of settings, for a network with random weights."""
-    return {"pretrained": False, "teacher": f"{value}_random"}.get(name, value)
-
-
 def generator(name: str, profile: str, kind: str = "steel") -> Any:
     found = replace(GENERATORS[name], **PAPER[name] if profile == "paper" else {})
     if kind == "cells" and isinstance(found, DiffusionSettings):
@@ -144,7 +122,7 @@ def picture_rows(kind: str, profile: str) -> dict[str, Row]:
         if profile == "smoke" and ((kind == "cells" and settings.generator) or settings.size != 64):
             seeds = 0  # each kind once
         optional = kind == "cells"  # a package of its own
-        return Row(settings, run_ten_pictures, load(_pictures), of_pictures, seeds, primary, optional)
+        return Row(settings, run_ten_pictures, pictures, of_pictures, seeds, primary, optional)
 
     found = {
         "real": own(),
@@ -169,7 +147,7 @@ def episode_rows(profile: str) -> dict[str, Row]:
         if profile == "smoke" and domain != ("tiles" if method == "frozen" else "boards"):  # each method once
             seeds = 0
         settings = replace(base, method=method, left_out=domain, learning_rate=RATES[method])
-        return Row(settings, run_episodes, load(_domains), of_episodes, seeds, primary=True)
+        return Row(settings, run_episodes, domains, of_episodes, seeds, primary=True)
 
     return {f"{method}_{domain}": own(method, domain) for domain in ("boards", "steel", "tiles") for method in METHODS}
 
@@ -187,7 +165,7 @@ def normal_rows(kind: str, profile: str) -> dict[str, Row]:
         name = f"{teacher}_random" if profile == "smoke" else teacher
         optional = teacher != "lite0"  # its weights come with no package
         settings = replace(base, teacher=name, **changes)
-        return Row(settings, run_few_normals, load(_normals), of_normals, seeds, teacher == "resnet18", optional)
+        return Row(settings, run_few_normals, normals, of_normals, seeds, teacher == "resnet18", optional)
 
     side = 126 if profile == "smoke" else 448
     dino = {"method": "nearest", "size": side, "bank": 100_000}  # of 16 images, turned: all patches

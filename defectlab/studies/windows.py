@@ -4,10 +4,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from defectlab.data.fabric import FabricData, fabric_fingerprint, load_fabric
+from defectlab.data.fabric import fabric_fingerprint, load_fabric
 from defectlab.networks.resnet import fingerprint
 from defectlab.networks.windows import Frozen, WindowSettings, build
-from defectlab.studies.study import FEW, ONCE, Row, Study
+from defectlab.studies.study import FEW, ONCE, Row, Study, kept
 from defectlab.training.cost_rows import NoData
 from defectlab.training.windows import WindowCostSettings, run_window_costs, run_windows
 
@@ -19,13 +19,7 @@ SETTINGS = {
 STRIDES = (32, 64, 128)  # px, of the loop
 
 
-def load(settings: Any, device: str) -> FabricData:
-    return _load(settings.dataset, str(device))
-
-
-@lru_cache(maxsize=1)
-def _load(dataset: str, device: str) -> FabricData:
-    return load_fabric(dataset, device)
+load = kept(load_fabric, "dataset", sets=1)
 
 
 @lru_cache(maxsize=4)

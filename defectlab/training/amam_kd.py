@@ -18,7 +18,8 @@ from defectlab.precision import precision_of
 from defectlab.runs import Context, Record, Result
 from defectlab.training import anomaly as distil
 from defectlab.training.anomaly import evaluate, result_of
-from defectlab.training.segmentation import load_segmenter, segment
+from defectlab.training.detection import frozen
+from defectlab.training.segmentation import segment
 
 
 def train_distillation(
@@ -75,7 +76,7 @@ def cut_split(split: AnomalySplit, boxes: Tensor, size: int) -> AnomalySplit:
 
 def find_boxes(settings: TwoStageSettings, record: Record, split: AnomalySplit, device: str | torch.device) -> Tensor:
     """Boxes of a split's images by the segmenter whose run is `record`, at the threshold from its dev images."""
-    segmenter = load_segmenter(record, settings.segmenter, segmentation.build, device)
+    segmenter = frozen(record, segmentation.build(settings.segmenter), device)
     size = settings.segmenter.size
     small = v2.functional.resize(split.images, [size, size], antialias=True)
     found = segment(segmenter, small, precision_of(settings.segmenter, device)) > record.dev["threshold"]

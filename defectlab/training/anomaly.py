@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.data.fabric import FabricSplit
 from defectlab.metrics.anomaly import anomaly_metrics, pixel_histograms
 from defectlab.metrics.costs import parameters
 from defectlab.metrics.ranking import best_f1_threshold
@@ -78,14 +79,10 @@ def compare(
 
 
 def score_features(
-    network: nn.Module,
-    features: list[Tensor],
-    to_maps: Callable[[list[Tensor], Any], Tensor],
-    precision: str,
-    batch: int = 32,
+    network: nn.Module, features: list[Tensor], to_maps: Callable[[list[Tensor], Any], Tensor], precision: str
 ) -> Tensor:
     """Cached features -> smoothed anomaly maps (N, 256, 256) float32."""
-    return torch.cat(compare(network, features, lambda t, s: gaussian_smooth(to_maps(t, s)), precision, batch))
+    return torch.cat(compare(network, features, lambda t, s: gaussian_smooth(to_maps(t, s)), precision))
 
 
 @dataclass
@@ -210,7 +207,7 @@ def _metrics(
     return rounded(found.overall), {t: rounded(values) for t, values in found.per_class.items() if t in present}
 
 
-def examples(split: AnomalySplit, maps: Tensor, scores: Tensor) -> dict[str, np.ndarray]:
+def examples(split: AnomalySplit | FabricSplit, maps: Tensor, scores: Tensor) -> dict[str, np.ndarray]:
     """A dozen small examples: the defects that scored lowest, the good parts that scored highest, and the defects that
     scored highest, four of each: images, maps (scaled to the range of the whole test set) and masks.
 

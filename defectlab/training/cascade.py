@@ -11,11 +11,11 @@ from defectlab.data.masks import SegmentationSplit
 from defectlab.metrics.costs import flops, parameters
 from defectlab.metrics.segmentation import best_threshold
 from defectlab.networks.cascade import CascadeNet, CascadeSettings, cascade_loss
-from defectlab.precision import autocast, full_float32, precision_of
+from defectlab.precision import autocast, precision_of
 from defectlab.runs import Context, Result
-from defectlab.training.loop import adam, rate_per_epoch, train
+from defectlab.training.loop import train
 from defectlab.training.results import rounded
-from defectlab.training.segmentation import draw_flipped, epochs_of, evaluate
+from defectlab.training.segmentation import draw_flipped, epochs_of, evaluate, segment
 
 
 def run_cascade(settings: CascadeSettings, seed: int, data: MarkedData, context: Context) -> Result:
@@ -38,9 +38,7 @@ def run_cascade(settings: CascadeSettings, seed: int, data: MarkedData, context:
             logits = network(images)
         return cascade_loss(logits, masks, settings.defect_weight)
 
-    optimizer = adam(network, settings.learning_rate)
-    rate = rate_per_epoch(settings.learning_rate, "cosine", epochs)
-    trained = train(network, draw, step, len(split), replace(settings, epochs=epochs), seed, context, optimizer, rate)
+    trained = train(network, draw, step, len(split), replace(settings, epochs=epochs), seed, context)
     result = evaluate(network, data, precision)
     if settings.network == "cascade":
         judge_first(network, data, precision, result)
@@ -59,14 +57,9 @@ def run_cascade(settings: CascadeSettings, seed: int, data: MarkedData, context:
     return result
 
 
-@torch.inference_mode()
-def first_stage(network: CascadeNet, split: SegmentationSplit, precision: str, batch: int = 32) -> Tensor:
+def first_stage(network: CascadeNet, split: SegmentationSplit, precision: str) -> Tensor:
     """What the first network alone says: probabilities (N, H, W) float32."""
-    found = []
-    for images in split.images.split(batch):
-        with full_float32(), autocast(images.device, precision):
-            found.append(network.logits(images)[0].float().sigmoid())
-    return torch.cat(found)
+    return segment(lambda images: network.logits(images)[0], split.images, precision)
 
 
 def judge_first(network: CascadeNet, data: MarkedData, precision: str, result: Result) -> None:

@@ -149,10 +149,10 @@ def fresh(build: Build, settings: DetectorSettings, data: DetectionData) -> Dete
     return build(settings, len(data.class_names), anchors)
 
 
-def frozen(record: Record, detector: Detector, device: str | torch.device) -> Detector:
-    """`detector` with the weights of a run, for inference only."""
-    load_weights(record, detector)
-    return detector.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+def frozen(record: Record, network: nn.Module, device: str | torch.device) -> Any:
+    """`network` with the weights of a run, for inference only. Errors of `runs.load_weights`."""
+    load_weights(record, network)
+    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def train_and_evaluate(

@@ -18,7 +18,7 @@ from defectlab.metrics.costs import parameters
 from defectlab.networks.episodes import EpisodeNetwork, EpisodeSettings, classification_loss
 from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, Result
-from defectlab.training.loop import adam, rate_per_epoch, train
+from defectlab.training.loop import train
 from defectlab.training.results import example_side, rounded, shrunk
 from defectlab.training.segmentation import flip
 
@@ -175,11 +175,8 @@ def train_episodes(
         support = features[:supports].unflatten(0, (settings.ways, settings.shots))
         return classification_loss(network.scores(support, features[supports:]), labels)
 
-    trained = train(
-        network, Draw(domain.images, pool, settings), step, settings.episodes * settings.batch, settings, seed, context,
-        adam(network, settings.learning_rate), rate_per_epoch(settings.learning_rate, "cosine", settings.epochs),
-        indices_on=torch.device("cpu"),
-    )  # fmt: skip
+    draw, count = Draw(domain.images, pool, settings), settings.episodes * settings.batch
+    trained = train(network, draw, step, count, settings, seed, context, indices_on=torch.device("cpu"))
     return network, trained.curve, trained.costs, precision
 
 

@@ -21,7 +21,7 @@ from defectlab.networks.yolo.model import build_detector
 from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, OfAnother, Result, load_weights
 from defectlab.training.detection import frozen, rounded
-from defectlab.training.loop import adam, rate_per_epoch, train
+from defectlab.training.loop import train
 from defectlab.training.segmentation import flip
 from defectlab.training.stages import FrameDetectorSettings, detector_costs, finished, joined, judged, look, windows_of
 
@@ -101,15 +101,8 @@ def run_gated(settings: GatedSettings, seed: int, data: PitData, context: Contex
         own, wanted = (flip(x[indices], across, down) for x in (images, labels))
         return lightened(own, generator), wanted.flatten(1)
 
-    def step(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        own, wanted = batch
-        with autocast(own.device, precision):
-            logits = region(own)
-        return {"loss": binary_loss(logits, wanted)}
-
-    optimizer = adam(region, settings.learning_rate)
-    rate = rate_per_epoch(settings.learning_rate, "cosine", settings.epochs)
-    trained = train(region, draw, step, len(images), settings, seed, context, optimizer, rate)
+    step = partial(learn, region, precision)
+    trained = train(region, draw, step, len(images), settings, seed, context)
     gate = region_stage(region, data, window, settings.kept)
     looked = {part: look(detector, getattr(data, part), window) for part in ("dev", "test")}
     result = judged({part: joined(looked[part], gate.kept[part]) for part in looked}, data, region)
@@ -127,6 +120,14 @@ def lightened(images: Tensor, generator: torch.Generator) -> Tensor:
     """uint8 (B, 3, H, W), each lighter or darker."""
     gain = sent(1 - GAIN + 2 * GAIN * torch.rand(len(images), 1, 1, 1, generator=generator), images.device)
     return (images.float() * gain).round().clamp(0, 255).to(torch.uint8)
+
+
+def learn(network: nn.Module, precision: str, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """The `step` of `train` for both stages."""
+    images, wanted = batch
+    with autocast(images.device, precision):
+        logits = network(images)
+    return {"loss": binary_loss(logits, wanted)}
 
 
 def binary_loss(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -213,15 +214,8 @@ def run_classified(settings: ClassifiedSettings, seed: int, data: PitData, conte
         cuts = flip(recut(torch.cat(drawn), squares, settings.crop), across, down)
         return lightened(cuts, generator), (torch.arange(count, device=device) < half).float()
 
-    def step(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        cuts, wanted = batch
-        with autocast(cuts.device, precision):
-            logits = classifier(cuts)
-        return {"loss": binary_loss(logits, wanted)}
-
-    optimizer = adam(classifier, settings.learning_rate)
-    rate = rate_per_epoch(settings.learning_rate, "cosine", settings.epochs)
-    trained = train(classifier, draw, step, settings.draws, settings, seed, context, optimizer, rate)
+    step = partial(learn, classifier, precision)
+    trained = train(classifier, draw, step, settings.draws, settings, seed, context)
 
     gate = region_stage(region, data, window, gated.kept)
     looked = {part: look(detector, getattr(data, part), window) for part in ("dev", "test")}

@@ -98,8 +98,8 @@ def train(
     settings: Any,
     seed: int,
     context: Context,
-    optimizer: torch.optim.Optimizer,
-    rate: Callable[[int, int], float],
+    optimizer: torch.optim.Optimizer | None = None,
+    rate: Callable[[int, int], float] | None = None,
     *,
     stream: int = 50_000,
     clip: float | None = None,
@@ -113,8 +113,9 @@ def train(
         draw: (indices, CPU generator, epoch from 0) -> a batch of these examples, augmented. The
             generator depends on seed, epoch and `stream` alone; at stream 0 it is the generator state of the order.
         step: a batch -> named scalars, of which "loss" is minimised.
-        settings: have `epochs` and `batch`.
-        rate: (step of the whole training, from 0, steps per epoch) -> learning rate.
+        settings: have `epochs` and `batch`, and `learning_rate` where there is no `optimizer` or no `rate`.
+        optimizer: by default `adam`.
+        rate: (step of the whole training, from 0, steps per epoch) -> learning rate; by default half a cosine.
         clip: largest norm of the gradient.
         indices_on: where `draw` gets its indices; by default the weights' device.
         average: updated after each step.
@@ -125,6 +126,8 @@ def train(
     """
     if count < 2:
         raise ValueError(f"training needs at least 2 images, got {count}")
+    optimizer = optimizer or adam(parts, settings.learning_rate)
+    rate = rate or rate_per_epoch(settings.learning_rate, "cosine", settings.epochs)
     epochs, weights = settings.epochs, [p for p in parts.parameters() if p.requires_grad]
     kept = nn.ModuleList([parts, average.model]) if average else parts  # what a checkpoint holds
     done, earlier, curve = resume(context, kept, optimizer, epochs)

@@ -24,7 +24,7 @@ from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, OfAnother, Result, load_weights
 from defectlab.training.anomaly import evaluate
 from defectlab.training.cost_rows import NoData
-from defectlab.training.loop import Trained, adam, rate_per_epoch, train
+from defectlab.training.loop import Trained, train
 
 METHODS: dict[type, type[Normal]] = {
     ContrastSettings: Contrast,
@@ -82,9 +82,7 @@ def _train(network: Normal, images: Tensor, settings: Any, seed: int, context: C
         with autocast(images.device, precision):
             return network.loss(*batch)
 
-    rate = rate_per_epoch(settings.learning_rate, "cosine", settings.epochs)
-    optimizer = adam(network, settings.learning_rate)
-    return train(network, draw, step, settings.draws, settings, seed, context, optimizer, rate)
+    return train(network, draw, step, settings.draws, settings, seed, context)
 
 
 @torch.no_grad()

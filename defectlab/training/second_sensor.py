@@ -15,7 +15,7 @@ from defectlab.networks.second_sensor import SensorNet, SensorSettings, levelled
 from defectlab.networks.segmentation import segmentation_loss
 from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, Result, load_weights
-from defectlab.training.loop import adam, rate_per_epoch, train
+from defectlab.training.loop import train
 from defectlab.training.results import rounded, shrunk
 from defectlab.training.segmentation import flip
 
@@ -88,9 +88,7 @@ def run_sensor(settings: SensorSettings, seed: int, data: FrameData, context: Co
             logits = network(images, depth, generator)
         return segmentation_loss(logits, masks)
 
-    optimizer = adam(network, settings.learning_rate)
-    rate = rate_per_epoch(settings.learning_rate, "cosine", settings.epochs)
-    trained = train(network, draw, step, settings.draws, settings, seed, context, optimizer, rate)
+    trained = train(network, draw, step, settings.draws, settings, seed, context)
     result = judge(data, lambda images, depth: network(images, depth).float().sigmoid())
     result.curve, result.precision, result.model = trained.curve, precision, network.state_dict()
     result.costs = {"parameters_m": round(parameters(network) / 1e6, 4)} | trained.costs

@@ -13,7 +13,7 @@ from defectlab.metrics.costs import model_costs
 from defectlab.metrics.segmentation import best_threshold, segmentation_metrics
 from defectlab.networks.segmentation import SegmentationSettings, Segmenter, segmentation_loss
 from defectlab.precision import autocast, full_float32, precision_of, sent
-from defectlab.runs import Context, Record, Result, load_weights
+from defectlab.runs import Context, Result
 from defectlab.training.loop import adam, rate_per_epoch, train
 from defectlab.training.results import example_side, rounded, shrunk
 
@@ -52,7 +52,7 @@ def epochs_of(settings: SegmentationSettings, images: int, kept: int) -> int:
 
 
 @torch.inference_mode()
-def segment(network: Segmenter, images: Tensor, precision: str = "fp32", batch: int = 32) -> Tensor:
+def segment(network: Callable[[Tensor], Tensor], images: Tensor, precision: str = "fp32", batch: int = 32) -> Tensor:
     """uint8 images (N, 3, S, S) -> foreground probabilities (N, S, S) float32, by a network in eval mode."""
     found = []
     for chunk in images.split(batch):
@@ -163,15 +163,3 @@ def example_size(images: Tensor) -> tuple[int, int]:
     height, width = images.shape[-2:]
     scale = min(example_side(images) / math.sqrt(height * width), 1)
     return round(height * scale), round(width * scale)
-
-
-def load_segmenter(
-    record: Record,
-    settings: SegmentationSettings,
-    build: Callable[[SegmentationSettings], Segmenter],
-    device: str | torch.device,
-) -> Segmenter:
-    """The network of a finished run, for inference only. Errors of `runs.load_weights`."""
-    network = build(settings)
-    load_weights(record, network)
-    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -202,9 +202,7 @@ def train_classifier(
             logits = network(images)
         return {"loss": F.cross_entropy(logits, labels)}
 
-    optimizer = adam(network, settings.learning_rate)
-    rate = rate_per_epoch(settings.learning_rate, "cosine", settings.epochs)
-    trained = train(network, draw, step, settings.draws, settings, seed, context, optimizer, rate)
+    trained = train(network, draw, step, settings.draws, settings, seed, context)
     return network, trained, precision
 
 

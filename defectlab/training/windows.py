@@ -18,14 +18,14 @@ from defectlab.metrics.windows import balanced_accuracy, best_balanced_threshold
 from defectlab.networks.windows import FORMS, Frozen, WindowNetwork, WindowSettings, build, count, to_pixels
 from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, Result
+from defectlab.training.anomaly import examples
 from defectlab.training.cost_rows import NoData
-from defectlab.training.loop import adam, rate_per_epoch, train
-from defectlab.training.results import STEP, example_side, rounded, shrunk
+from defectlab.training.loop import train
+from defectlab.training.results import STEP, rounded
 from defectlab.training.segmentation import flip
 
 GAIN = 0.2  # brightness of a training window: 1 ± GAIN
 PER_TILE = 4  # windows that a classifier learns from one pass over a tile
-EACH = 4  # examples of a kind
 REDUCED = 4  # a whole strip of 4096 px is kept as 1024
 
 
@@ -42,7 +42,7 @@ class Draw:
             raise DataError("there are no good or no defective tiles to learn from: the committed sample has none")
         self.pixels = [split.masks[tile].nonzero() for tile in self.bad]  # (n, 2) row, column of each defect pixel
 
-    def __call__(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, indices: Tensor, generator: torch.Generator, epoch: int = 0) -> tuple[Tensor, Tensor]:
         """-> uint8 windows (B, 1, window, window), labels (B,) float."""
         side, most = self.window, self.split.images.shape[-1] - self.window
         labels = indices.cpu() % 2
@@ -98,12 +98,7 @@ def train_windows(
             logits = network(images)[:, 0, 0].float()
         return {"loss": F.binary_cross_entropy_with_logits(logits, labels)}
 
-    optimizer = adam(network, settings.learning_rate)
-    rate = rate_per_epoch(settings.learning_rate, "cosine", settings.epochs)
-    trained = train(
-        network, lambda indices, generator, epoch: draw(indices, generator), step, settings.draws, settings, seed,
-        context, optimizer, rate,
-    )  # fmt: skip
+    trained = train(network, draw, step, settings.draws, settings, seed, context)
     return network, trained.curve, trained.costs, precision
 
 
@@ -207,7 +202,9 @@ def run_windows(settings: WindowSettings, seed: int, data: FabricData, context: 
         "windows": scores["test"].numpy().astype(np.float16),
         "window_labels": windows["test"].numpy(),
     }
-    predictions |= strip_maps(network, data, settings, seed == 0) | examples(data.test, scores["test"], settings)
+    maps = to_pixels(scores["test"], settings.window, settings.stride, data.test.masks.shape[-2:])
+    shown = examples(data.test, maps, scores["test"].amax((1, 2)))
+    predictions |= strip_maps(network, data, settings, seed == 0) | shown
     return Result(
         rounded(metrics["test"]),
         {kind: rounded(values) for kind, values in per_class.items()},
@@ -236,26 +233,6 @@ def strip_maps(
             marked = torch.from_numpy(mask.astype(np.float32))[None, None]
             found[f"mask_{name}"] = (F.max_pool2d(marked, REDUCED)[0, 0] > 0).numpy()
     return found
-
-
-def examples(split: FabricSplit, scores: Tensor, settings: WindowSettings) -> dict[str, np.ndarray]:
-    """A dozen tiles: the defective ones that scored lowest, the good ones that scored highest, and the defective ones
-    that scored highest. case_index (K,); case_images, case_masks and case_maps (K, side, side), the maps scaled to the
-    range of the whole test set."""
-    order = scores.amax((1, 2)).argsort()
-    labels = split.labels.cpu()
-    bad, good = order[labels[order] == 1], order[labels[order] == 0]
-    chosen = torch.cat([bad[:EACH], good.flip(0)[:EACH], bad.flip(0)[:EACH]])
-    picked = chosen.to(split.images.device)
-    side = example_side(split.images)
-    maps = to_pixels(scores, settings.window, settings.stride, split.masks.shape[-2:])
-    low, high = maps.amin(), maps.amax()
-    return {
-        "case_index": chosen.numpy(),
-        "case_images": shrunk(split.images[picked], side),
-        "case_maps": shrunk((maps[chosen, None] - low) / (high - low).clamp(min=1e-12) * 255, side),
-        "case_masks": (shrunk(255 * split.masks[picked, None], side) > 0).astype(np.uint8),
-    }
 
 
 # --- Costs -----------------------------------------------------------------------------------------------------------

@@ -328,7 +328,7 @@ def forest_lines(study_name: str, store: RecordStore) -> list[Line]:
         found = judged.difference if judged.n > 1 else judged.images
         if judged.difference is None or found is None:
             continue
-        label = f"{judged.claim['id'].replace('_', ' ')}: {claims.compared(judged)}"
+        label = f"{judged.claim['id'].replace('_', ' ')}: {claims.compared(judged).partition(', ')[2]}"
         differences = 2 if judged.claim["kind"] == "order" else 1
         low, high = within(judged.claim["metric"], found.low, found.high, differences)
         printed = judged.claim.get("printed")

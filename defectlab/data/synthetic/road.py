@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from defectlab.data.images import save_image
 from defectlab.data.synthetic.pasted import ellipse_distance, smooth_field
@@ -47,8 +46,6 @@ def write_road(folder: Path, seed: int = 0) -> None:
         for number in range(1, count + 1):
             colour, disparity, mask = draw_road(rng, session)
             where = folder / f"dataset{session}"
-            for kind in ("rgb", "disp", "label"):
-                (where / kind).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(colour).save(where / f"rgb/{number:02}.jpg", quality=95)
-            Image.fromarray(disparity).save(where / f"disp/{number:02}.png")
+            save_image(where / f"rgb/{number:02}.jpg", colour)
+            save_image(where / f"disp/{number:02}.png", disparity)
             save_image(where / f"label/{number:02}.png", mask * np.uint8(255))
