@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ class Record:
             raise ValueError(f"{path} cannot be read ({first_line(error)}): {REMEDY}, its .json, too") from error
         return found
 
-    @property
+    @cached_property  # a page of tables asks each record for it thousands of times
     def row(self) -> str:
         return identity(self.model, self.version, self.changed, self.profile)
 

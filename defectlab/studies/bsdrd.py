@@ -59,7 +59,7 @@ STUDY = Study(
         "main": "BSDRD, its two students, RD4AD and PatchCore on magnetic tiles, published split",
         "grouped": "the same on a split that has no tile on two sides",
         "ablation_grouped": "what the loss, the gate and the wavelet contribute, no tile on two sides",
-        "ablation": "the same on the published split, one seed a row",
+        "ablation": "the same on the published split",
     },
     baselines.METRICS,
 )

@@ -8,8 +8,8 @@ A finding is a table `[[finding]]`:
 - when: the condition under which it may be said, an expression of the same names: `patchcore.aupro > rd4ad.aupro`.
 - notebooks: numbers of the notebooks that begin with it, such as ["20"]. readme: true for those that README shows.
 
-A sentence ends with the profile and the number of seeds of the rows that it names; where that differs, what rests on
-one seed has a mark. A sentence whose condition does not hold is not said; a test fails on it, so that somebody looks.
+A sentence ends with the profile and the number of seeds of the rows of which it names more than counted costs; where
+that differs, what rests on one seed has a mark. A sentence whose condition does not hold is not said; a test fails on it, so that somebody looks.
 """
 
 import re
@@ -25,7 +25,7 @@ from defectlab.data.cards import card
 from defectlab.files import project_root
 from defectlab.runs import RECORDED, Record
 from defectlab.studies import study
-from defectlab.verdicts.measured import timings, value_of
+from defectlab.verdicts.measured import COSTS, timings, value_of
 from defectlab.verdicts.tables import RecordStore, record_store
 
 
@@ -122,7 +122,9 @@ def findings(name: str, store: RecordStore | None = None) -> list[Finding]:
     others = {"cards": Cards(), "timed": timings(name)}
     found = []
     for number, one in enumerate(listed, 1):
-        used = [rows[row] for row in dict.fromkeys(re.findall(r"{(\w+)[.\[]", one["text"])) if row in rows]
+        named = re.findall(r"{(\w+)(?:\[[\w-]+\])?\.(\w+)", one["text"])
+        trained = dict.fromkeys(row for row, metric in named if metric not in COSTS)  # what is counted needs no run
+        used = [rows[row] for row in trained if row in rows]
         mixed = len({len(row.records) for row in used}) > 1
         shown = {r.name: RowValues(r.name, r.records, mark=ONE_SEED * (mixed and len(r.records) == 1)) for r in used}
         try:

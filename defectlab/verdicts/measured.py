@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -158,11 +159,16 @@ def is_timed(metric: str) -> bool:
     return metric in COSTS and COSTS[metric].timed
 
 
+_COMPUTED: dict[tuple[Path, str], float] = {}  # tables, claims and findings ask for the same value
+
+
 def value_of(record: Record, metric: str) -> float:
     """A metric in per cent, or a cost in its unit; NaN where the record has none."""
     if metric in DERIVED:
-        arrays = record.arrays
-        return float(_derived(arrays, metric)(None)) if DERIVED[metric] in arrays else math.nan
+        if (asked := (record.path, metric)) not in _COMPUTED:
+            arrays = record.arrays
+            _COMPUTED[asked] = float(_derived(arrays, metric)(None)) if DERIVED[metric] in arrays else math.nan
+        return _COMPUTED[asked]
     return math.nan if is_timed(metric) else (record.costs if metric in COSTS else record.metrics).get(metric, math.nan)
 
 

@@ -50,6 +50,7 @@ class RecordStore:
     recorded: list[Record]
     here: list[Record]
     _prints: dict[Any, dict[str, str] | None] = field(default_factory=dict, repr=False)  # settings -> fingerprints
+    _judged: dict[str, list[claims.Judged]] = field(default_factory=dict, repr=False)  # study -> its claims
 
     def recorded_of(self, study: Study, name: str) -> tuple[list[Record], str]:
         """The committed records of a row at the best profile that it has, paper before quick, and that profile."""
@@ -281,10 +282,13 @@ def per_class_table(study_name: str, keys: list[str], metric: str, profile: str)
 
 def judge_claims(study_name: str, store: RecordStore) -> list[claims.Judged]:
     """Every claim of a study, from the recorded runs."""
-    rows, shown = study(study_name).rows, store.shown_profile
-    found = {p: {n: runs.find(store.recorded, row.settings, p) for n, row in rows[p].items()} for p in BEST_FIRST}
-    unplanned = [name for name, row in rows[shown].items() if not row.seeds]
-    return claims.judge(claims.claims_of(study_name), found, shown, unplanned, timings(study_name))
+    if study_name not in store._judged:
+        rows, shown = study(study_name).rows, store.shown_profile
+        found = {p: {n: runs.find(store.recorded, row.settings, p) for n, row in rows[p].items()} for p in BEST_FIRST}
+        unplanned = [name for name, row in rows[shown].items() if not row.seeds]
+        judged = claims.judge(claims.claims_of(study_name), found, shown, unplanned, timings(study_name))
+        store._judged[study_name] = judged
+    return store._judged[study_name]
 
 
 def _intervals(judged: claims.Judged) -> tuple[str, str]:
