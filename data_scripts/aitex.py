@@ -88,8 +88,8 @@ def list_of_strips(folder: Path) -> str:
 
 
 def drawn_for_test(strips: Iterable[str]) -> list[str]:
-    """Three tenths of the good strips of each fabric, about half of all defective ones. What may be one roll stays on
-    one side, so some kinds are on one side only."""
+    """Three tenths of the good strips of each fabric, about half of all defective ones. Of these, what may be one roll
+    stays on one side, so some kinds are on one side only; good strips are drawn one by one."""
     good = {strip: strip[-2:] for strip in strips if kind(strip) == "good"}
     together = rolls(strip for strip in strips if kind(strip) != "good")
     found = draw_split(good, 0.3, "aitex", {strip: strip for strip in good})

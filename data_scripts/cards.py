@@ -29,7 +29,7 @@ from defectlab.data.detection import DEEP_PCB_CLASSES, NEU_CLASSES, DetectionDat
 from defectlab.data.frames import LEFT_OUT, FrameData, FrameSplit, load_frames, position_of
 from defectlab.data.images import decode, in_threads, read_header
 from defectlab.data.instances import TURNS_LIST, load_instances
-from defectlab.data.leaks import leak_threshold, near_duplicates
+from defectlab.data.leaks import compared
 from defectlab.data.splits import PARTS, read_list
 from defectlab.files import DataError, data_dir, project_root, write_json
 
@@ -119,14 +119,14 @@ def leaks(data: Data) -> dict[str, Any]:
     own = [i for i, name in enumerate(dev.names) if not (kinds_known and "+" in name)]  # not what was pasted
     names = [*train.names, *(dev.names[i] for i in own)]
     both = torch.cat([train.images, dev.images[own]]), test.images
-    pairs = near_duplicates(*both)
+    pairs, threshold = compared(*both)
     seen = {pair.second for pair in pairs}
     best = {pair.second: pair for pair in reversed(pairs)}
     found = {
         "rule": "by defectlab.data.leaks: alike beyond chance, also turned, mirrored or under other light",
         "seen": len(seen),
         "of": len(test),
-        "threshold": round(leak_threshold(*both)[0], 2),
+        "threshold": round(threshold, 2),
         "pairs": [
             [names[pair.first], test.names[pair.second], round(pair.similarity, 2)]
             for pair in sorted(best.values(), key=lambda pair: -pair.similarity)[:20]

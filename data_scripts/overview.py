@@ -17,7 +17,7 @@ CREDIT = (
     "NEU-DET: Song and Yan 2013, He et al. 2020 · DeepPCB: Tang et al. 2019 (MIT) · "
     "magnetic tiles: Huang et al. 2020 · metal nut: MVTec AD, Bergmann et al. 2021 (CC BY-NC-SA 4.0), reduced"
 )
-BOXES = {  # title -> study, row, folder of the set, test image
+BOXES = {  # title -> study, row, folder of the set
     "steel strip: YOLO-DCF": ("yolo_dcf", "yolo_dcf", "neu_det"),
     "circuit board: YOLO": ("yolo_dcf", "pcb_baseline", "deep_pcb"),
 }

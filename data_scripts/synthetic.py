@@ -1,4 +1,4 @@
-"""Draw the synthetic sets into data/synthetic_*: tiles, nuts, steel (with boxes or masks) and boards (no network).
+"""Draw the synthetic sets into data/synthetic_*: parts of each kind that a real set shows (no network).
 
     python data_scripts/synthetic.py             draw those that are not there yet; ten seconds for all
     python data_scripts/synthetic.py --verify    check every file

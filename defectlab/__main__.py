@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from defectlab import batch, runs
 from defectlab.batch import RowsFailed, Task, tasks
 from defectlab.files import DataError, WeightsError, writable
 from defectlab.provenance import pick_device
-from defectlab.runs import PROFILES, RECORDED, NonFiniteLoss
+from defectlab.runs import PROFILES, RECORDED, NonFiniteLoss, first_line
 from defectlab.studies import STUDIES
 
 MODULES = {  # of the commands that have one, imported when it is asked for
@@ -228,6 +230,9 @@ def main(argv: list[str] | None = None) -> int:
         return action(options)
     except (DataError, WeightsError, NonFiniteLoss, RowsFailed, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: {first_line(error)}: give a smaller --batch or --size, or --device cpu", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         how = "; the same command goes on from what is finished and from the last checkpoint (one a minute)"

@@ -127,9 +127,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, log: Callable[[str], None] = print, wait: bool = True) -> Iterator[None]:
-    """One process at a time, the others say that they wait, or raise Busy where `wait` is False; the lock goes with the
-    process, however it ends."""
+def locked(
+    path: Path, log: Callable[[str], None] = print, wait: bool = True, late: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """One process at a time, the others say that they wait, or raise Busy: at once where `wait` is False, else when it
+    is `late`. The lock goes with the process, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -139,7 +141,12 @@ def locked(path: Path, log: Callable[[str], None] = print, wait: bool = True) ->
         if not wait:
             raise Busy(f"another process is at {place}") from None
         log(f"  waits for another process that is at {place}")
-        lock.acquire()
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=1)
+            except Timeout:
+                if late():
+                    raise Busy(f"another process is at {place}") from None
     try:
         yield
     finally:

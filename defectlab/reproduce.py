@@ -64,10 +64,11 @@ def numbered_notebooks(folder: Path, wanted: list[str] | None = None) -> list[Pa
 
 
 def content_hash() -> str:
-    """sha256 over the package, the printed numbers and the recorded runs: what every notebook shows beside its own."""
+    """sha256 over the package and `results` (printed numbers, records, timings, data cards): what every notebook shows
+    beside its own."""
     root = runs.recorded_dir().parent
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    files += [*root.glob("papers/**/*.csv"), *root.glob("papers/**/*.toml"), *root.glob("runs/**/*.json")]
+    files += [path for path in root.rglob("*") if path.suffix in (".csv", ".toml", ".json")]
     parts = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(files)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 

@@ -334,26 +334,32 @@ def load_weights(record: Record, network: nn.Module) -> None:
     if not path.exists():
         raise ValueError(f"{path} is missing beside its record: delete {record.path} and run that row again")
     try:
-        network.load_state_dict(read_tensors(path)[0])
-    except (SafetensorError, RuntimeError) as error:
+        tensors, header = read_tensors(path)
+        if header.get("key") != record.key:
+            raise RuntimeError(f"it is of {header.get('key')}")
+        network.load_state_dict(tensors)
+    except (SafetensorError, OSError, RuntimeError) as error:
         reason = f"does not fit this network ({first_line(error)})"
-        raise ValueError(f"{path} {reason}: delete {record.path} and it") from error
+        raise ValueError(f"{path} {reason}: delete it and {record.path}, and run that row again") from error
 
 
 def promote(records: list[Record]) -> list[str]:
-    """Copy finished runs into `results/runs`; -> a line for each. Smoke runs and too large ones are refused."""
+    """Copy finished runs into `results/runs`; -> a line for each. Smoke runs and too large ones are a ValueError before
+    anything is copied."""
     lines = []
     for record in records:
         if record.profile == "smoke":
             raise ValueError(f"{record.key} is a smoke run on synthetic data: only quick and paper runs are recorded")
+        arrays = record.path.with_suffix(".npz")
+        if arrays.exists() and (size := arrays.stat().st_size) > NPZ_LIMIT:
+            most = f"more than the {NPZ_LIMIT} a record may have"
+            raise ValueError(f"{arrays} has {size} bytes, {most}: record other rows with --rows; nothing was copied")
+    for record in records:
         if (recorded_dir() / record.path.name).exists():
             lines.append(f"already recorded: {record.key}")
             continue
         record.arrays  # noqa: B018 - an error here, rather than in what is recorded
-        arrays = record.path.with_suffix(".npz")
-        if (size := arrays.stat().st_size) > NPZ_LIMIT:
-            raise ValueError(f"{arrays} has {size} bytes, more than the {NPZ_LIMIT} a record may have")
-        for path in (arrays, record.path):  # the JSON last: with it the record is there
+        for path in (record.path.with_suffix(".npz"), record.path):  # the JSON last: with it the record is there
             write_atomically(recorded_dir() / path.name, partial(shutil.copyfile, path))
         doubt = "" if record.dirty is False else "  (made with uncommitted changes, or outside a checkout)"
         lines.append(f"recorded: {record.key}{doubt}")

@@ -10,7 +10,9 @@ have to be computed.
 """
 
 import dataclasses
+import importlib
 import json
+import pkgutil
 import sys
 import tempfile
 import weakref
@@ -26,43 +28,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from defectlab import precision, runs
+from defectlab import precision, runs, training
 from defectlab.batch import run_row
 from defectlab.batch.sizes import images_an_epoch, memory_path
 from defectlab.files import write_json
 from defectlab.gpu_check import shortened
 from defectlab.runs import Context, first_line
 from defectlab.studies import STUDIES, Row, Study, study
-from defectlab.training import (
-    anomaly,
-    cascade,
-    d3n_features,
-    diffusion,
-    episodes,
-    later_stages,
-    loop,
-    rebuild,
-    recipe,
-    second_sensor,
-    segmentation,
-    ten_pictures,
-    windows,
-)
+from defectlab.training import loop
 
-TRAINING = (
-    anomaly,
-    cascade,
-    d3n_features,
-    diffusion,
-    episodes,
-    later_stages,
-    rebuild,
-    recipe,
-    second_sensor,
-    segmentation,
-    ten_pictures,
-    windows,
-)  # they call `train`
+MODULES = [importlib.import_module(f"defectlab.training.{one.name}") for one in pkgutil.iter_modules(training.__path__)]
+TRAINING = [module for module in MODULES if hasattr(module, "train") and module is not loop]  # they call `train`
 BLOCK = 512  # bytes: what CUDA's allocator rounds up to
 
 
@@ -86,10 +62,8 @@ class Tracked(TorchDispatchMode):
         for tensor in self.tensors((args, kwargs)):
             if not isinstance(tensor, FakeTensor):
                 self.known[tensor.untyped_storage()] = True
-                self.given[tensor.untyped_storage()] = (
-                    tensor.untyped_storage().nbytes(),
-                    len(tensor) if tensor.ndim else 0,
-                )
+                length = len(tensor) if tensor.ndim else 0
+                self.given[tensor.untyped_storage()] = (tensor.untyped_storage().nbytes(), length)
         found = func(*args, **(kwargs or {}))
         for tensor in self.tensors(found):
             self.known[storage := tensor.untyped_storage()] = True
@@ -175,8 +149,11 @@ def peak_bytes(of: Study, row: Row, images: int, scratch: Path) -> int | None:
         with in_place_of_train(untrained):
             return run_row(of, of.row_with(settings, "paper"), seed, "paper", Context(log=lambda line: None), scratch)
 
-    context = Context(log=lambda line: None, require=require, load=lambda other: load(of.row_with(other, "paper")))
-    data = load(row)
+    def load(other: Any) -> Any:
+        return of.row_with(other, "paper").load(other, "cpu")
+
+    context = Context(log=lambda line: None, require=require, load=load)
+    data = row.load(row.settings, "cpu")
     with in_place_of_train(measuring(images)), mock.patch.object(precision, "fast_bf16", lambda device: True):
         try:
             row.run(row.settings, 0, data, context)
@@ -189,10 +166,6 @@ def builds_on(of: Study, row: Row, model: str) -> bool:
     """Whether a row needs one of such a model, or one that does."""
     needed = [of.row_with(settings, "paper") for settings, _ in row.needs(row.settings, 0)]
     return any(other.settings.model == model or builds_on(of, other, model) for other in needed)
-
-
-def load(row: Row) -> Any:
-    return row.load(row.settings, "cpu")
 
 
 def computable(of: Study) -> dict[str, Row]:
@@ -217,10 +190,8 @@ def main(names: list[str]) -> None:
                         print(f"{name} {row_name}: {type(error).__name__}: {first_line(error)}", flush=True)
                         alike[key] = None
                 if alike[key] is not None:
-                    told[row_name] = {
-                        "row": runs.row_identity(settings, "paper"),
-                        "gb": round(alike[key] / 2**30, 2),
-                    }
+                    gb = round(alike[key] / 2**30, 2)
+                    told[row_name] = {"row": runs.row_identity(settings, "paper"), "gb": gb}
                     print(f"{name} {row_name}: {told[row_name]['gb']} GB", flush=True)
         path = memory_path()
         kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

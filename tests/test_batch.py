@@ -171,6 +171,16 @@ def test_a_row_that_another_process_computes_comes_last(fake: FakeStudy, asked_b
     assert sum(key in line for line in lines) == 2
 
 
+def test_the_minutes_end_a_wait(fake: FakeStudy) -> None:
+    (task,) = batch.tasks("bsdrd", "quick", ["rd4ad"], [0])
+    key, _ = batch.key_and_prints(task.row, 0, "quick")
+    lock, lines = FileLock(runs.runs_dir("quick") / "locks" / key), []
+    Path(lock.lock_file).parent.mkdir(parents=True)
+    lock.acquire()
+    assert batch.run_tasks([task], "quick", "cpu", 0.01, lines.append) == [] and not fake.computed
+    assert lines[-1] == "0.01 minutes are used up: 1 of 1 left; run again to go on"
+
+
 # --- What rows need of each other ------------------------------------------------------------------------------------
 
 

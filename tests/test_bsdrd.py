@@ -224,6 +224,8 @@ def test_maps_by_hand(fusion: str, expected: float) -> None:
         (lambda: Wavelet("nonsense"), "nonsense"),
         (lambda: gated_fusion(torch.rand(1, 3), torch.zeros(1, 3), "no", 1.0), "'no': use learned, focus or equal"),
         (lambda: bsdrd.to_maps(replace(NARROW, fusion="no"), [], [[], []]), "fusion 'no': use sum, max or product"),
+        (lambda: bsdrd.make_loss(replace(NARROW, loss="no")), "unknown loss 'no': use one of md_gf, "),
+        (lambda: bsdrd.build(replace(NARROW, high_level="no"), (8, 8, 8), 8), "'no': use one of layer3"),
     ],
 )
 def test_what_does_not_exist_is_named(use: Callable, message: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 from toy_study import FakeStudy, call
 
 from defectlab import batch, reproduce, runs
@@ -161,6 +162,12 @@ def test_interrupted_by_the_user(monkeypatch, capsys, line: str, module: str, go
     assert call(line) == 130
     how = "; the same command goes on from what is finished and from the last checkpoint (one a minute)"
     assert capsys.readouterr().err == f"stopped{how if goes_on else ''}\n"
+
+
+def test_a_gpu_that_is_too_small_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("defectlab.own.detect.detect", Mock(side_effect=torch.OutOfMemoryError("Out of memory\nSee")))
+    assert call("detect --data x --format voc") == 1
+    assert capsys.readouterr().err == "error: Out of memory: give a smaller --batch or --size, or --device cpu\n"
 
 
 def test_what_a_terminal_cannot_print_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from toy_detection import SHORT, equal, fit, toy_data, toy_split
 from toy_runs import one_sitting, quiet
 
 from defectlab.data.augment import augment
-from defectlab.networks.torchvision_detectors import TorchvisionSettings
 from defectlab.networks.yolo.blocks import ConvBlock
 from defectlab.networks.yolo.model import Detector
 from defectlab.networks.yolo.settings import DetectorSettings
@@ -227,11 +226,10 @@ def test_further_weights_of_the_loss_are_trained_and_resumed(tmp_path: Path) -> 
 # --- Compiled parts --------------------------------------------------------------------------------------------------
 
 
-def test_compile_is_for_gpus_and_for_own_detectors() -> None:
+def test_compile_is_for_gpus() -> None:
     asked = replace(SHORT, compile="graphs")
     assert training.compile_of(asked, torch.device("cuda", 1)) == "graphs"
     assert training.compile_of(asked, torch.device("cpu")) == "" == training.compile_of(SHORT, torch.device("cuda"))
-    assert training.compile_of(TorchvisionSettings(), torch.device("cuda")) == ""
     with pytest.raises(ValueError, match="unknown compile 'jit': use inductor, graphs or nothing"):
         training.compile_parts(nn.Identity(), "jit")
 

@@ -136,13 +136,14 @@ def test_a_run_and_its_network_loaded_again(tmp_path: Path) -> None:
 
     path = tmp_path / "ddpm.json"
     path.write_text(json.dumps({"key": "ddpm"}))
-    save_file({k: v.contiguous() for k, v in result.model.items()}, path.with_suffix(".safetensors"))
-    unet = load_ddpm(Record({}, path), TOY, 1, "cpu")
+    save_file({k: v.contiguous() for k, v in result.model.items()}, path.with_suffix(".safetensors"), {"key": "ddpm"})
+    record = Record({"key": "ddpm"}, path)
+    unet = load_ddpm(record, TOY, 1, "cpu")
     assert not unet.training and not any(p.requires_grad for p in unet.parameters())
     again = error_per_timestep(unet, data.test.images, middles(1000, 20), seed=0)
     assert torch.allclose(again.float(), torch.from_numpy(arrays["errors"]), rtol=1e-4)
     with pytest.raises(ValueError, match="does not fit this network"):
-        load_ddpm(Record({}, path), replace(TOY, layers=2), 1, "cpu")
+        load_ddpm(record, replace(TOY, layers=2), 1, "cpu")
 
 
 def test_a_run_on_images_with_colours() -> None:

@@ -135,20 +135,20 @@ def test_samples_show_images_as_the_network_sees_them(colour, shape) -> None:
 # --- What an anomaly record keeps ------------------------------------------------------------------------------------
 
 
-def record_with(images: np.ndarray) -> SimpleNamespace:
-    """As much of a record as figures read; the masks of all examples but the last are empty."""
+def record_with(images: np.ndarray, good: int = 0) -> SimpleNamespace:
+    """As much of a record as figures read, of up to four defects; the masks of all but the last in a line are empty."""
     count, side = images.shape[:2]
     masks = np.zeros((count, side, side), np.uint8)
     masks[-1, 2:5, 2:5] = 1
     arrays = {
-        "case_index": np.arange(count)[::-1],
-        "case_images": images,
-        "case_maps": np.full((count, side, side), 128, np.uint8),
-        "case_masks": masks,
-        "types": np.array([0] * (count - 1) + [1]),
+        "case_index": np.concatenate([np.arange(count)[::-1], count + np.arange(good), np.arange(count)[::-1]]),
+        "case_images": np.concatenate([images, *[images[:1]] * good, images]),
+        "case_maps": np.full((2 * count + good, side, side), 128, np.uint8),
+        "case_masks": np.concatenate([masks, np.zeros((good, side, side), np.uint8), masks]),
+        "types": np.array([1] * count + [0] * good),
         "type_names": np.array(["good", "scratch"]),
-        "scores": np.linspace(0, 1, count),
-        "labels": np.array([0] * (count - 1) + [1]),
+        "scores": np.linspace(0, 1, count + good),
+        "labels": np.array([1] * count + [0] * good),
     }
     return SimpleNamespace(arrays=arrays, dev={"threshold": 0.7}, seed=2)
 
@@ -161,6 +161,12 @@ def test_examples_show_the_colour_of_coloured_sets() -> None:
     assert all(shown(axis).shape == (72, 72) for axis in below)
     assert above[0].get_title() == "scratch, score 1.00", "titles follow case_index"
     assert [len(axis.collections) for axis in above] == [0, 0, 1], "the outline of the mask"
+
+
+def test_lines_of_few_examples_hold_what_their_labels_say() -> None:
+    axes = drawn(anomaly.examples(record_with(np.zeros((2, 96, 96), np.uint8), good=3)))
+    lines = [[axis.get_title().partition(",")[0] for axis in axes[at : at + 4]] for at in (0, 8, 16)]
+    assert [[title for title in line if title] for line in lines] == [["scratch"] * 2, ["good"] * 3, ["scratch"] * 2]
 
 
 def test_examples_of_grey_sets_stay_grey() -> None:

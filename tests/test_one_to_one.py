@@ -158,6 +158,9 @@ def test_recall_at_a_tenth_of_a_false_box_by_hand() -> None:
     weights[3] = 2  # the first false box counts twice among eleven: only what is surer than it counts
     assert recall(weights) == pytest.approx(100 / 3)
     assert math.isnan(recall(np.array([0.0] * 3 + [1.0] * 7)))
+    for at, score in ((0, 0.6), (1, 0.6)):  # as sure as the second false box, which no score keeps apart from it
+        found[at] |= {"scores": torch.tensor([score])}
+    assert recall_statistic(pack(found, truth, [str(i) for i in range(10)], ("defect",)))(None) == 0
 
 
 # --- Rows ------------------------------------------------------------------------------------------------------------

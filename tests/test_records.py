@@ -171,6 +171,12 @@ def test_promote_copies_once_or_nothing(root: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr(runs.shutil, "copyfile", no_space)
         with pytest.raises(OSError, match=r"could not write .*\.npz"):
             runs.promote([record])
+    too_large = Fakes().run(1)
+    too_large.path.with_suffix(".npz").write_bytes(bytes(runs.NPZ_LIMIT + 1))
+    with pytest.raises(
+        ValueError, match=r"\.npz has 600001 bytes, .*: record other rows with --rows; nothing was copied"
+    ):
+        runs.promote([record, too_large])
     assert list(runs.recorded_dir().iterdir()) == []
     doubt = "  (made with uncommitted changes, or outside a checkout)"
     assert runs.promote([dataclasses.replace(record, content=record.content | {"dirty": None})]) == [

@@ -221,16 +221,17 @@ def test_a_record_on_real_nuts_is_small_enough(real_set) -> None:
 
 
 def test_weights_of_a_run_come_back_or_the_file_is_named(tmp_path: Path) -> None:
-    record = Record({}, tmp_path / "row.json")
+    record = Record({"key": "row"}, tmp_path / "row.json")
     with pytest.raises(ValueError, match=r"row\.safetensors is missing .*run that row again"):
         frozen(record, build(SMALL), "cpu")
     network = build(SMALL)
-    save_file(network.state_dict(), tmp_path / "row.safetensors")
+    save_file(network.state_dict(), tmp_path / "row.safetensors", {"key": "row"})
     loaded = frozen(record, build(SMALL), "cpu")
     images = nuts(2, 0).images
     assert torch.equal(segment(loaded, images), segment(network.eval(), images))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    for content in (save({"other": torch.zeros(1)}), b"no tensors"):
+    foreign = save(network.state_dict(), {"key": "another row"})  # of the same form
+    for content in (save({"other": torch.zeros(1)}, {"key": "row"}), b"no tensors", foreign):
         (tmp_path / "row.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match=r"row\.safetensors does not fit this network .*delete .*row\.json"):
             frozen(record, build(SMALL), "cpu")

@@ -57,6 +57,6 @@ def test_a_row_without_records_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["stages", "v8_v10"])
 def test_the_page_lacks_no_part_of_a_study_of_boxes(name: str) -> None:
     """Records of frames keep images of another form than those of a detector."""
-    parts = parts_of(name, "recorded")
+    parts = parts_of(name, "recorded", lambda: tables.record_store("recorded"))
     assert "The hardest images" in {part.caption for part in parts}
     assert [part.problem for part in parts if part.problem] == []

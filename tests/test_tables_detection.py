@@ -251,6 +251,7 @@ def test_a_broken_record_is_said_on_the_page(toy: Project) -> None:
     next(runs.recorded_dir().glob("*.json")).write_text("{<")
     with pytest.raises(page.IncompletePage, match=r"A toy study, Toys: .*is not a readable record") as raised:
         page.write_page("quick", [page.NotebookStatus("03_a", "failed", 1800.0, "ValueError: a < b")])
+    assert "A toy study: The findings could not be built: " in str(raised.value)
     text = raised.value.path.read_text()
     assert "This part could not be built" in text and "ValueError: a &lt; b" in text  # escaped
     assert "Failed: 03_a." in text and "0.50 hours in all" in text

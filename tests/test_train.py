@@ -106,7 +106,7 @@ def test_training_trains_the_student_and_the_loss() -> None:
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_one_image_is_too_few(count: int) -> None:
-    with pytest.raises(ValueError, match=f"at least 2 images, got {count}"):
+    with pytest.raises(ValueError, match=f"2 images or more, in batches of 2 or more, got {count} by 3"):
         fit(count=count)
 
 

@@ -35,6 +35,7 @@ from defectlab.training.windows import (
     run_window_costs,
     run_windows,
     window_labels,
+    window_scores,
 )
 
 
@@ -75,6 +76,7 @@ def test_padding_makes_the_two_forms_differ_but_for_the_whole_image() -> None:
         (lambda: SmallCNN(96), "made for windows of 128"),
         (lambda: Frozen("lite0", 112), "multiple of 32"),
         (lambda: build(WindowSettings(network="vgg")), "unknown network 'vgg'"),
+        (lambda: window_scores(SmallCNN(), cloth(1), WindowSettings(form="conv")), "unknown form 'conv'"),
         (lambda: SmallCNN()(cloth(1).float()), "must be uint8"),
     ],
 )

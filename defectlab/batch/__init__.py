@@ -63,7 +63,7 @@ def run_row(of: Study, row: Row, seed: int, profile: str, context: Context, fold
 
     if record := finished():
         return record
-    with locked(folder / "locks" / key, context.log, context.wait):
+    with locked(folder / "locks" / key, context.log, context.wait, context.out_of_time):
         if record := finished():  # by another process, meanwhile
             return record
         reset_peak_memory(context.device)

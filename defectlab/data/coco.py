@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -48,7 +49,7 @@ class _Fields:
             values = [float(value) for value in (self[name] if count else [self[name]])]
         except (TypeError, ValueError):
             values = []
-        if len(values) != (count or 1):
+        if len(values) != (count or 1) or not all(map(math.isfinite, values)):
             wanted = f"{count} numbers" if count else "a number"
             raise DataError(f"{self.where}: `{name}` is {self[name]!r}, not {wanted}: correct it")
         return values if count else values[0]
@@ -107,7 +108,8 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
             continue
         x, y, width, height = item.number("bbox", 4)
         box, attributes = [x, y, x + width, y + height], item.content.get("attributes")
-        if turn := float((attributes if isinstance(attributes, dict) else {}).get("rotation") or 0) % 360:
+        told = _Fields(attributes if isinstance(attributes, dict) else {}, f"{item.where}: attributes")
+        if turn := told.number("rotation") % 360 if told.content.get("rotation") else 0:
             box = around(box, turn)
             notes[image][AROUND] += 1
         objects[image].append((index_of(called[category], names, annotation_file), box))

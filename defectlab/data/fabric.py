@@ -2,7 +2,8 @@
 
 Silvestre-Blanes et al., "A Public Fabric Database for Defect Detection Methods and Results", AUTEX Research Journal 19,
 2019. The tiles are those of `load_anomaly("aitex")`, at full resolution; here the training part has its defective
-tiles, too. `dev` is a quarter of the training part. A strip, and its neighbours that may be one roll, are on one side.
+tiles, too. `dev` is a quarter of the training part. A strip is on one side; so are its neighbours that may be one roll,
+of defective strips. Good strips are drawn one by one: of 133 pairs of consecutive numbers 62 are on two sides.
 """
 
 from __future__ import annotations

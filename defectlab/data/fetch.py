@@ -190,17 +190,19 @@ def create_folder(
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=folder))
             try:
                 manifest = fill(temporary / "new")
-                if target.is_dir():
-                    target.rename(temporary / "old")
-                (temporary / "new").rename(target)
+                old = target.rename(temporary / "old") if target.is_dir() else None
+                try:
+                    (temporary / "new").rename(target)
+                except BaseException:
+                    if old:
+                        old.rename(target)
+                    raise
                 return manifest
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        if disk_full(error):
-            message = f"the disk of {folder} is full; nothing was kept: free some space"
-        else:
-            message = f"{folder} could not be filled ({error}): check that it is writable"
+        full = f"the disk of {folder} is full; nothing was kept: free some space"
+        message = full if disk_full(error) else f"{folder} could not be filled ({error}): check that it is writable"
         raise DataError(f"{message}, or choose another folder with --data-dir or DEFECTLAB_DATA") from error
 
 
@@ -291,10 +293,8 @@ def unpack(archive: Path, folder: Path, members: str, limit: int = 2 * 2**30) ->
 def _check_archive_hash(dataset: DataSet, archive: Path, expected: Sequence[str]) -> str:
     got = pooch.file_hash(str(archive), "sha256")
     if expected and got not in expected:
-        raise DataError(
-            f"{archive} has sha256 {got}, expected {' or '.join(expected)}: "
-            f"delete it and fetch it again from {dataset.page}"
-        )
+        remedy = f"delete it and fetch it again from {dataset.page}"
+        raise DataError(f"{archive} has sha256 {got}, expected {' or '.join(expected)}: {remedy}")
     return got
 
 

@@ -101,15 +101,20 @@ def _compare(first: Tensor, second: Tensor) -> tuple[list[tuple[float, int, int,
     return found, min(threshold, MOST)
 
 
+def compared(first: Tensor, second: Tensor) -> tuple[list[Pair], float]:
+    """The pairs of `near_duplicates`, and the similarity from which a pair counts."""
+    found, threshold = _compare(first, second)
+    kept = sorted((pair for pair in found if pair[0] >= threshold), reverse=True)
+    return [Pair(i, j, similarity, TURNS[turn]) for similarity, i, j, turn in kept], threshold
+
+
 def near_duplicates(first: Tensor, second: Tensor) -> list[Pair]:
     """The pairs of an image of `first` and one of `second` that are more alike than chance makes any, best first.
 
     first (N, C, H, W), second (M, C, H, W): uint8 images as the loaders hold them; `first` is the larger set, as a rule
     the training images. ValueError where one is empty.
     """
-    found, threshold = _compare(first, second)
-    kept = sorted((pair for pair in found if pair[0] >= threshold), reverse=True)
-    return [Pair(i, j, similarity, TURNS[turn]) for similarity, i, j, turn in kept]
+    return compared(first, second)[0]
 
 
 def leak_threshold(first: Tensor, second: Tensor) -> tuple[float, str]:

@@ -34,11 +34,11 @@ SMALLEST_PART = 0.005  # of the largest part's area: a bent lobe may lie apart, 
 class SegmentationSplit(Named):
     """N images, resized as in `anomaly.AnomalySplit`, and masks, made at the images' own size, then resized alike.
 
-    `names`: paths in the set without the suffix, which the reduced copy of metal_nut has changed.
+    `names`: paths in the set; of metal_nut without the suffix, which its reduced copy has changed.
     """
 
-    images: Tensor  # (N, 3, size, size) uint8
-    masks: Tensor  # (N, size, size) uint8, 1 = target
+    images: Tensor  # (N, 3, H, W) uint8
+    masks: Tensor  # (N, H, W) uint8, 1 = target
     types: Tensor  # (N,) uint8, index into SegmentationData.type_names, 0 = "good"
     names: tuple[str, ...]
 
@@ -47,7 +47,7 @@ class SegmentationSplit(Named):
 class SegmentationData:
     name: str  # as given to load_segmentation
     label: str  # as printed in tables
-    target: str  # "nut" or "defect"
+    target: str  # "nut" (of metal_nut alone) or "defect"
     type_names: tuple[str, ...]  # "good" first
     train: SegmentationSplit
     dev: SegmentationSplit

@@ -40,7 +40,7 @@ def _role(path: Path, folder: Path) -> str | None:
         words = set(re.split(r"[^a-z]+", part.lower())) - _NEUTRAL
         if len(words) == 1 and (role := _ROLES.get(*words)):
             return role
-    words = re.split(r"[^a-z]+", parts.stem.lower()) if path.suffix == ".json" else []
+    words = re.split(r"[^a-z]+", parts.stem.lower()) if path.suffix.lower() == ".json" else []
     return next((_ROLES[word] for word in words if word in _ROLES), None)
 
 

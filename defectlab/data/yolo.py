@@ -119,7 +119,7 @@ def read_yolo(folder: Path, class_names: Sequence[str] | None = None) -> Annotat
     names = tuple(class_names or _yolo_names(folder))
     keypoints = any("kpt_shape" in content for content in yolo_yamls(folder).values())
     texts = [path for path in find_files(folder, {".txt"}) if "labels" in path.relative_to(folder).parts[:-1]]
-    by_path = {same(str(path)): path for path in texts if path.name != "classes.txt"}
+    by_path = {same(str(path.with_suffix(".txt"))): path for path in texts if path.name != "classes.txt"}
     sources: dict[Path, Path | None] = {}
     images = find_images(folder)
     for path in images:

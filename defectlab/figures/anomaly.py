@@ -65,10 +65,11 @@ def examples(
     indices = torch.from_numpy(np.array(arrays["case_index"]))
     if data is not None and list(data.test.names) == list(arrays["names"]):
         cases, masks = thumbnails(data.test.images[indices], SIDE), data.test.masks[indices].cpu().numpy()
-    lines = [range(EACH * kind, min(EACH * (kind + 1), len(indices))) for kind in kinds]
-    lines = [line for line in lines if len(line)]
+    bad, good = (min(EACH, int((arrays["labels"] == label).sum())) for label in (1, 0))  # kept of each kind
+    ends = np.cumsum([0, bad, good, bad])
+    lines = {kind: range(ends[kind], ends[kind + 1]) for kind in kinds if ends[kind] < ends[kind + 1]}
     figure, axes = image_axes(2 * len(lines), EACH, width / EACH, 0.2 * len(lines))
-    for kind, line, above, below in zip(kinds, lines, axes[::2], axes[1::2], strict=False):
+    for (kind, line), above, below in zip(lines.items(), axes[::2], axes[1::2], strict=True):
         above[0].set_ylabel(CASES[kind], fontsize=9)
         below[0].set_ylabel("anomaly map", fontsize=9)
         for image, heat, case in zip(above, below, line, strict=False):

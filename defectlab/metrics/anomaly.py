@@ -16,6 +16,7 @@ import torch
 from scipy import ndimage
 
 from defectlab.metrics.ranking import auroc, average_precision, f1_max
+from defectlab.metrics.thresholds import f1_at
 
 FPR_LIMIT = 0.3  # of AUPRO
 EIGHT_CONNECTED = np.ones((3, 3), dtype=np.uint8)
@@ -189,10 +190,7 @@ def _image_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float | No
         "image_f1_oracle": f1_max(scores, labels),
     }
     if threshold is not None:
-        predicted = scores >= threshold
-        both = labels.any() and not labels.all()
-        hits = 200.0 * np.sum(predicted & labels)
-        result["image_f1_dev"] = float(hits / (predicted.sum() + labels.sum())) if both else math.nan
+        result["image_f1_dev"] = math.nan if labels.all() else f1_at(scores, labels, threshold)
     return result
 
 

@@ -60,7 +60,8 @@ def recall_statistic(arrays: dict[str, np.ndarray], third: str | None = None) ->
     def recall(weights: np.ndarray | None) -> float:
         weights = np.ones(len(wanted)) if weights is None else weights
         of_box = weights[matches.images]
-        kept = np.cumsum(of_box * ~right) <= FALSE_BOXES * weights.sum() + 1e-9
+        too_many = np.cumsum(of_box * ~right) > FALSE_BOXES * weights.sum() + 1e-9
+        kept = matches.scores > (matches.scores[too_many.argmax()] if too_many.any() else -1.0)  # none of equal ones
         total = float(weights @ wanted)
         return 100 * float(of_box[kept & counted].sum()) / total if total else math.nan
 

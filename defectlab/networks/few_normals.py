@@ -112,7 +112,7 @@ class DINOv2(nn.Module):
 
 
 def _pretrained(size: int) -> nn.Module:
-    """From dinov2_small.safetensors (timm's keys) in the folder that DEFECTLAB_WEIGHTS names."""
+    """From dinov2_small.safetensors (timm's keys) in the folder that DEFECTLAB_WEIGHTS names, else the current one."""
     folder = weights_dir()
     try:
         overlay = {"file": str((folder or Path()) / DINOV2_FILE)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms.v2.functional import pad
 
+from defectlab.networks.blocks import pick
 from defectlab.networks.resnet import load_teacher
 from defectlab.precision import at_least_float32, check_uint8, full_float32
 
@@ -237,7 +238,7 @@ def build(settings: RD4ADSettings, channels: tuple[int, int, int], bottleneck: i
 
 def make_loss(settings: RD4ADSettings) -> Callable[[list[Tensor], list[Tensor]], dict[str, Tensor]]:
     """One of `LOSSES` as (teacher, student) -> named scalars."""
-    loss = LOSSES[settings.loss]
+    loss = pick(LOSSES, settings.loss, "loss")
     return lambda teacher, student: {"loss": loss(teacher, student)}
 
 

@@ -10,8 +10,8 @@ from defectlab.own.saved import Saved
 
 
 def prepare(out: Path, *inputs: Path | None) -> None:
-    """Make the folder of the results, before any work. ValueError where it holds a folder of images, DataError where
-    nothing can be written to it."""
+    """Make the folder of the results, before any training. ValueError where it holds a folder of images, DataError
+    where nothing can be written to it."""
     for folder in filter(None, inputs):
         if folder.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--out {out} must be a folder of its own: it holds the images of {folder}")

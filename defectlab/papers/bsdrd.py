@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from defectlab.networks.blocks import pick
 from defectlab.networks.reverse_distillation import (
     LOSSES,
     AnomalyMapper,
@@ -151,7 +152,7 @@ class DetailStudent(nn.Module):
     def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: Settings):
         super().__init__()
         first, second, third = channels
-        self.with_layer2 = settings.high_level == "layer2+3"
+        self.with_layer2 = pick({"layer3": False, "layer2+3": True}, settings.high_level, "high-level features")
         if self.with_layer2:
             self.bring_down = downsample_to(second, third, 1)
             self.merge = nn.Conv2d(2 * third, third, 1)
@@ -186,7 +187,7 @@ class TwoStudents(nn.Module):
 
     def __init__(self, channels: tuple[int, int, int], bottleneck: int, settings: Settings):
         super().__init__()
-        students = {name: STUDENTS[name](channels, bottleneck, settings) for name in settings.students}
+        students = {name: pick(STUDENTS, name, "student")(channels, bottleneck, settings) for name in settings.students}
         self.students = nn.ModuleDict(students)
 
     def forward(self, features: list[Tensor]) -> list[list[Tensor]]:
@@ -277,7 +278,7 @@ def make_loss(settings: Settings):
     """MD-GFLoss, or one of RD4AD's two losses summed over the students: (teacher, students) -> named scalars."""
     if settings.loss == "md_gf":
         return MDGFLoss(len(settings.students), settings)
-    plain = LOSSES[settings.loss]
+    plain = pick({"md_gf": None} | LOSSES, settings.loss, "loss")
     return lambda teacher, students: {"loss": sum(plain(teacher, maps) for maps in students)}
 
 

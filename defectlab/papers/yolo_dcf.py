@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from defectlab.networks.blocks import pick
 from defectlab.networks.yolo.blocks import Bottleneck, Concatenation, ConvBlock, norm
 from defectlab.networks.yolo.decode import DefectFinder
 from defectlab.networks.yolo.losses import detection_loss
@@ -234,7 +235,8 @@ class DualDistillation(nn.Module):
 
 def build(settings: Settings, classes: int, anchors: Tensor | None = None) -> Detector:
     """The baseline with YOLO-DCF's fusion and block; arguments as `build_detector`."""
-    return build_detector(settings, classes, anchors, fuse=FUSIONS[settings.fusion], bottleneck=BLOCKS[settings.block])
+    parts = {"fuse": pick(FUSIONS, settings.fusion, "fusion"), "bottleneck": pick(BLOCKS, settings.block, "block")}
+    return build_detector(settings, classes, anchors, **parts)
 
 
 def teacher_settings(settings: Settings) -> Settings:

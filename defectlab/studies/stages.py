@@ -1,4 +1,4 @@
-"""The field's history II (notebook 51): stages whose misses may add up, boxes by four heads, masks and their labels."""
+"""The field's history II (notebook 51): stages whose misses may add up, boxes by five heads, masks and their labels."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -74,7 +74,7 @@ def stage_rows(profile: str) -> dict[str, Row]:
     }
 
 
-# --- Boxes: four heads on one backbone, and three means against small defects -----------------------------------------
+# --- Boxes: five heads on one backbone, and three means against small defects -----------------------------------------
 
 # Seconds of training for an image by those of v8n, medians on one CPU thread, taken in turns in one process (v8n in
 # bf16, the others in fp32, as they are trained): epochs are as many as fit into the time of v8n.

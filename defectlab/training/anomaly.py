@@ -26,14 +26,16 @@ EACH = 4  # examples of a kind
 FLIPS = ((-1,), (-2,), (-2, -1))  # axes of (N, 3, H, W): horizontal, vertical, both
 
 
-def teacher_features(data: AnomalyData, part: str, settings: Any) -> list[Tensor]:
+def teacher_features(
+    data: AnomalyData, part: str, settings: Any, compute: Callable[[Any, Tensor], list[Tensor]] | None = None
+) -> list[Tensor]:
     """Features of the images of "train", "dev" or "test" by the settings' teacher: three tensors (N, C, h, w).
 
-    Computed once and kept in `data.derived`, so they go when the set goes.
+    Computed once, by `compute_features` or what is given, and kept in `data.derived`, so they go when the set goes.
     """
     key = _key(data, part, settings)
     if key not in data.derived:
-        data.derived[key] = compute_features(settings, getattr(data, part).images)
+        data.derived[key] = (compute or compute_features)(settings, getattr(data, part).images)
     return data.derived[key]
 
 

@@ -11,6 +11,7 @@ from defectlab.data.augment import plain
 from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.metrics.costs import model_costs
 from defectlab.metrics.detection import Boxes, best_f1_threshold, evaluate, examples, pack
+from defectlab.networks.blocks import pick
 from defectlab.networks.yolo.assignment import kmeans_anchors
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import decode, select
@@ -143,7 +144,8 @@ def deployed_costs(detector: Detector, size: int) -> dict[str, float]:
 def fresh(build: Build, settings: DetectorSettings, data: DetectionData) -> Detector:
     """A detector that is not trained, for the classes of `data`; v5 anchors are COCO's, or those of its boxes."""
     anchors = None
-    if settings.family == "v5" and settings.anchors == "kmeans":
+    fitted = pick({"coco": False, "kmeans": True}, settings.anchors, "anchors")
+    if settings.family == "v5" and fitted:
         boxes = data.train.boxes[data.train.labels >= 0].cpu()
         anchors = kmeans_anchors(boxes[:, 2:] - boxes[:, :2], 9, torch.Generator().manual_seed(0)).view(3, 3, 2)
     return build(settings, len(data.class_names), anchors)

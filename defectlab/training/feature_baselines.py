@@ -61,6 +61,7 @@ def run_spade(settings: SPADESettings, seed: int, data: AnomalyData, context: Co
 
 @torch.inference_mode()
 def run_patchcore(settings: PatchCoreSettings, seed: int, data: AnomalyData, context: Context) -> Result:
+    """One row; the seed draws the projection and the first patch. The model is the bank of patches (M, C)."""
     features = partial(teacher_features, data, settings=settings)
     chunks = zip(*(f.split(64) for f in features("train")), strict=True)  # the temporaries of all images are GBs
     patches = torch.cat([methods.patch_features(list(chunk)).flatten(0, 2) for chunk in chunks])

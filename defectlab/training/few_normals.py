@@ -16,7 +16,7 @@ from defectlab.networks.resnet import extract
 from defectlab.networks.reverse_distillation import RD4ADSettings
 from defectlab.precision import precision_of
 from defectlab.runs import Context, OutOfTime, Result
-from defectlab.training.anomaly import evaluate, result_of, score_features, train_student
+from defectlab.training.anomaly import evaluate, result_of, score_features, teacher_features, train_student
 from defectlab.training.feature_baselines import score_patches
 from defectlab.training.light import chosen, with_copies
 
@@ -48,12 +48,8 @@ def maps_of(settings: FewNormalsSettings, images: Tensor) -> list[Tensor]:
 
 
 def cached_maps(data: AnomalyData, part: str, settings: FewNormalsSettings) -> list[Tensor]:
-    """The same of "dev" or "test": once for all numbers of images, rows and seeds, under `teacher_features`' key."""
-    images = getattr(data, part).images
-    key = settings.teacher, precision_of(settings, images.device), part
-    if key not in data.derived:
-        data.derived[key] = maps_of(settings, images)
-    return data.derived[key]
+    """The same of "dev" or "test": once for all numbers of images, rows and seeds."""
+    return teacher_features(data, part, settings, maps_of)
 
 
 # --- The methods ------------------------------------------------------------------------------------------------------

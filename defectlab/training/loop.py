@@ -122,10 +122,11 @@ def train(
         probe: called about ten times, and at the end, for scalars that enter the curve, beside "probe_epoch".
 
     Raises:
-        OutOfTime, NonFiniteLoss (names epoch and batch), ValueError (fewer than two examples, a foreign checkpoint).
+        OutOfTime, NonFiniteLoss (names epoch and batch), ValueError (fewer than two examples, or in a batch, a foreign
+            checkpoint).
     """
-    if count < 2:
-        raise ValueError(f"training needs at least 2 images, got {count}")
+    if min(count, settings.batch) < 2:
+        raise ValueError(f"training needs 2 images or more, in batches of 2 or more, got {count} by {settings.batch}")
     optimizer = optimizer or adam(parts, settings.learning_rate)
     rate = rate or rate_per_epoch(settings.learning_rate, "cosine", settings.epochs)
     epochs, weights = settings.epochs, [p for p in parts.parameters() if p.requires_grad]

@@ -11,6 +11,7 @@ from torch import nn
 from defectlab.data.detection import DetectionData, DetectionSplit
 from defectlab.metrics.detection import Boxes
 from defectlab.metrics.per_image import SURE, duplicates
+from defectlab.networks.blocks import pick
 from defectlab.networks.yolo.decode import CANDIDATES
 from defectlab.networks.yolo.model import Detector, build_detector
 from defectlab.networks.yolo.one_to_one import OneToOneLoss, OneToOneSettings, TwoHeads, build
@@ -76,7 +77,8 @@ def run_other_end(settings: OtherEndSettings, seed: int, data: DetectionData, co
     record = context.require(settings.of, seed)
     make = build if isinstance(settings.of, OneToOneSettings) else build_detector
     detector: Detector = frozen(record, fresh(make, settings.of, data), context.device)
-    if settings.head == "many" and isinstance(detector, TwoHeads):
+    many = pick({"many": True, "one": False}, settings.head, "head")
+    if many and isinstance(detector, TwoHeads):
         detector = detector.many().to(memory_format=torch.channels_last)
     result = evaluated(detector, data, predict if settings.suppressed else unsuppressed)
     result.costs = deployed_costs(detector, settings.size)

@@ -63,7 +63,7 @@ def learn(settings: Any, seed: int, data: AnomalyData, context: Context) -> tupl
         network.take_teacher(read_tensors(record.path.with_suffix(".safetensors"))[0])
     images = prepared(network.eval(), data.train.images)
     foreign = foreign_images(settings.dataset, settings.size, context.device) if network.foreign else None
-    with torch.no_grad():
+    with torch.no_grad(), full_float32():
         network.begin(images, foreign)
     trained = None
     if any(weight.requires_grad for weight in network.parameters()):

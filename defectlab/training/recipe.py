@@ -54,9 +54,8 @@ def learning_rate(step: int, steps_per_epoch: int, settings: DetectorSettings) -
 
 
 def compile_of(settings: DetectorSettings, device: torch.device) -> str:
-    """What the settings say, on a GPU; "" elsewhere (on a CPU compiling takes minutes and does not pay), and for
-    torchvision's detectors, whose settings say nothing."""
-    return getattr(settings, "compile", "") if device.type == "cuda" else ""
+    """What the settings say, on a GPU; "" elsewhere: on a CPU compiling takes minutes and does not pay."""
+    return settings.compile if device.type == "cuda" else ""
 
 
 def compile_parts(network: nn.Module, how: str) -> None:

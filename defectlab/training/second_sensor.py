@@ -11,6 +11,7 @@ from torch import Tensor
 from defectlab.data.frames import FrameData, FrameSplit
 from defectlab.metrics.costs import parameters
 from defectlab.metrics.segmentation import best_threshold, segmentation_metrics
+from defectlab.networks.blocks import pick
 from defectlab.networks.second_sensor import SensorNet, SensorSettings, levelled, standardised
 from defectlab.networks.segmentation import segmentation_loss
 from defectlab.precision import autocast, full_float32, precision_of, sent
@@ -107,9 +108,10 @@ def drawn(split: FrameSplit, count: int, generator: torch.Generator) -> list[Ten
 
 def run_threshold(settings: ThresholdSettings, seed: int, data: FrameData, context: Context) -> Result:
     """One row: the deeper, or darker, the likelier; the threshold is the best of nineteen on dev."""
+    by_depth = pick({"depth": True, "grey": False}, settings.inputs, "inputs")
 
     def likely(images: Tensor, depth: Tensor) -> Tensor:
-        seen = levelled(depth)[:, 0] if settings.inputs == "depth" else standardised(images).mean(1)
+        seen = levelled(depth)[:, 0] if by_depth else standardised(images).mean(1)
         return (-seen).sigmoid()
 
     return judge(data, likely)

@@ -48,7 +48,7 @@ def epochs_of(settings: SegmentationSettings, images: int, kept: int) -> int:
     if not settings.equal_steps:
         return settings.epochs
     wanted = settings.epochs * steps_per_epoch(images, settings.batch)
-    return round(wanted / steps_per_epoch(kept, settings.batch))
+    return round(wanted / max(1, steps_per_epoch(kept, settings.batch)))
 
 
 @torch.inference_mode()

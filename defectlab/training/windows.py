@@ -15,6 +15,7 @@ from defectlab.files import DataError
 from defectlab.metrics.costs import flops, parameters
 from defectlab.metrics.ranking import auroc, average_precision
 from defectlab.metrics.windows import balanced_accuracy, best_balanced_threshold, shares
+from defectlab.networks.blocks import pick
 from defectlab.networks.windows import FORMS, Frozen, WindowNetwork, WindowSettings, build, count, to_pixels
 from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, Result
@@ -88,7 +89,8 @@ def train_windows(
         return network.eval(), {}, {}, "fp32"
     draw = Draw(data.train, settings.window, settings.margin)
     if isinstance(network, Frozen):
-        _fit(network, draw, settings, seed)
+        with full_float32():
+            _fit(network, draw, settings, seed)
         return network.eval(), {}, {}, "fp32"
     precision = precision_of(settings, context.device)
 
@@ -107,10 +109,10 @@ def _fit(network: Frozen, draw: Draw, settings: WindowSettings, seed: int) -> No
     """The linear classifier, by scikit-learn, on standardised features of windows that were cut out, or of windows in
     the maps of whole tiles: as the settings say."""
     generator = torch.Generator().manual_seed(seed)
-    form = settings.learnt or settings.form
+    by_loop = pick(FORMS, settings.learnt or settings.form, "form") is FORMS["loop"]
     features, labels = [], []
-    for indices in torch.arange(settings.draws // (1 if form == "loop" else PER_TILE)).split(settings.batch):
-        if form == "loop":
+    for indices in torch.arange(settings.draws // (1 if by_loop else PER_TILE)).split(settings.batch):
+        if by_loop:
             images, wanted = draw(indices, generator)
             found = network.pooled(images)[:, :, 0, 0]
         else:
@@ -149,7 +151,7 @@ def _from_tiles(
 def window_scores(network: WindowNetwork, images: Tensor, settings: WindowSettings, batch: int = 16) -> Tensor:
     """uint8 images (N, 1, H, W) -> logits (N, h, w) float32 of their windows."""
     with full_float32():
-        form = FORMS[settings.form]
+        form = pick(FORMS, settings.form, "form")
         return torch.cat([form(network, chunk, settings.stride).float() for chunk in images.split(batch)])
 
 

@@ -46,7 +46,7 @@ class Judged:
     """One claim, measured, and what follows.
 
     A gain or order has `difference` over seeds and, where there is a bootstrap, `images` over test images; a bound has
-    `value`, and of a timed cost its `device`; a level `value` and `images`.
+    `value`, and of a timed cost its `device`; a level `value`, `images`, by which it is judged, and beside it `seeds`.
     """
 
     claim: Claim
@@ -56,6 +56,7 @@ class Judged:
     difference: stats.Difference | None = None
     images: stats.Interval | None = None
     value: float | None = None
+    seeds: stats.Interval | None = None
     device: str = ""
 
 
@@ -143,9 +144,8 @@ def judge(
 def _gain(claim: Claim, found: Mapping[str, list[Record]], profile: str) -> Judged:
     """A gain or order without its verdict, or why it cannot be judged.
 
-    The spread over seeds is pooled over all trained rows of the study on the claim's data and weights (PatchCore has
-    hardly any spread, and would make the others' look smaller than it is), and over the claim's own rows where they
-    look at trained networks. Where none of these has two seeds with the metric, it is that of the two rows.
+    The spread over seeds is pooled over the claim's two rows and all trained rows of the study on its data and weights
+    (others, such as PatchCore, have hardly any spread, and would make it look smaller than it is).
     """
     a, b = found[claim["a"]], found[claim["b"]]
     n, prints = min(len(a), len(b)), a[0].fingerprints
@@ -156,9 +156,9 @@ def _gain(claim: Claim, found: Mapping[str, list[Record]], profile: str) -> Judg
     if not np.isfinite([*of_a, *of_b]).all():
         return Judged(claim, n, "cannot be judged (the records lack the metric)", profile)
     trained = [rows for rows in found.values() if rows and rows[0].curve and _alike(rows[0].fingerprints, prints)]
-    trained += [rows for rows in (a, b) if "of" in rows[0].content.get("notes", {})]
-    groups = [[v for v in map(value, rows) if not math.isnan(v)] for rows in trained]
-    difference = stats.pooled_difference(of_a, of_b, groups if any(len(g) > 1 for g in groups) else [of_a, of_b])
+    pooled = {rows[0].key: rows for rows in [*trained, a, b]}.values()  # each once: two names may mean one row
+    groups = [[v for v in map(value, rows) if not math.isnan(v)] for rows in pooled]
+    difference = stats.pooled_difference(of_a, of_b, groups)
     return Judged(claim, n, "", profile, difference, bootstrap_difference(a, b, claim))
 
 
@@ -181,7 +181,8 @@ def _level(claim: Claim, records: list[Record], profile: str) -> Judged:
         wanted = "above" if "at_least" in claim else "below"
         verdict = {"agrees": "no evidence", wanted: "supports"}.get(side, "contradicts")
         verdict += ", at quick scale" if profile == "quick" else ""
-    return Judged(claim, len(records), verdict, profile, images=found, value=found.mean)
+    seeds = stats.mean_interval([value_of(r, claim["metric"]) for r in records])
+    return Judged(claim, len(records), verdict, profile, images=found, value=found.mean, seeds=seeds)
 
 
 def _limit(claim: Claim) -> tuple[str, float]:

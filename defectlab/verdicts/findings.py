@@ -9,7 +9,8 @@ A finding is a table `[[finding]]`:
 - notebooks: numbers of the notebooks that begin with it, such as ["20"]. readme: true for those that README shows.
 
 A sentence ends with the profile and the number of seeds of the rows of which it names more than counted costs; where
-that differs, what rests on one seed has a mark. A sentence whose condition does not hold is not said; a test fails on it, so that somebody looks.
+that differs, what rests on one seed has a mark. A sentence whose condition does not hold is not said; a test fails on
+it, so that somebody looks.
 """
 
 import re

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -34,6 +35,7 @@ PROFILE_SENTENCES = {
     "quick": "Real data and short training, also on a CPU; beside it the committed records.",
     "paper": "Real data and the papers' own settings, several seeds; beside it the committed records.",
 }
+FAILED = "The findings could not be built"
 NO_TEXT = 'alt="No description has been provided for this image"'
 MARK = "formula{:05d}here"  # where MathML goes once Markdown is HTML: the converter would close its tags one by one
 FORMULA = re.compile(r"```.*?```|`[^`\n]*`|\$\$(.+?)\$\$|\$([^$\n]+(?:\n[^$\n]+)?)\$", re.DOTALL)
@@ -135,7 +137,8 @@ def write_page(profile: str, results: list[NotebookStatus] | None = None) -> Pat
     folder = path.parent / "notebooks"
     outcomes = sorted({o.name: o for o in [*outcomes_on_disk(folder), *(results or [])]}.values())
     pages = [f"{o.name}.error.html" if o.status == "failed" else f"{o.name}.html" for o in outcomes]
-    studies = [(study(name).title, said(name), parts_of(name, profile)) for name in STUDIES]
+    store = cache(lambda: tables.record_store(profile))  # read once, where it is needed: it may fail
+    studies = [(study(name).title, said(name, store), parts_of(name, profile, store)) for name in STUDIES]
     template = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     text = jinja2.Template(template, autoescape=True).render(
         profile=profile,
@@ -153,23 +156,23 @@ def write_page(profile: str, results: list[NotebookStatus] | None = None) -> Pat
     write_text(path, text + "\n")
     problems = [
         f"{title}, {part.caption}: {part.problem}" for title, _, parts in studies for part in parts if part.problem
-    ]
+    ] + [f"{title}: {one}" for title, told, _ in studies for one in told if one.startswith(FAILED)]
     if problems:
         raise IncompletePage(path, problems)
     return path
 
 
-def said(name: str) -> list[str]:
+def said(name: str, store: Callable[[], tables.RecordStore]) -> list[str]:
     """The findings of a study that hold, or why they cannot be said."""
     try:
-        return [one.text for one in findings(name) if one.holds]
+        return [one.text for one in findings(name, store()) if one.holds]
     except ValueError as error:
-        return [f"The findings could not be built: {error}"]
+        return [f"{FAILED}: {error}"]
 
 
-def parts_of(name: str, profile: str) -> list[Part]:
+def parts_of(name: str, profile: str, store: Callable[[], tables.RecordStore]) -> list[Part]:
     """Forest plot, claims, tables and hardest images of a study, those that have something to show."""
-    of, store = study(name), cache(lambda: tables.record_store(profile))  # read once, where it is needed: it may fail
+    of = study(name)
     builders = {
         "Differences": lambda: _forest(name, store()),
         "Claims": lambda: _table(tables.claims_table(name, profile, store())),

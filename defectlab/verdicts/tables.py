@@ -301,7 +301,7 @@ def _intervals(judged: claims.Judged) -> tuple[str, str]:
         ends = within(judged.claim["metric"], found.low, found.high, differences)
         return "[{}, {}]".format(*(claims.signed(end) if differences else f"{end:.1f}" for end in ends))
 
-    return text(judged.difference if judged.n > 1 else None), text(judged.images)
+    return text((judged.difference or judged.seeds) if judged.n > 1 else None), text(judged.images)
 
 
 def claims_table(study_name: str, profile: str, store: RecordStore | None = None) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from defectlab.networks.blocks import pick
 from defectlab.networks.rebuild.base import Normal, at_map_size, crops, over_windows, to_unit
 from defectlab.precision import at_least_float32, check_uint8, sent
 
@@ -130,14 +131,12 @@ class Autoencoder(Normal):
 
     def __init__(self, settings: AutoencoderSettings):
         super().__init__()
-        if settings.loss not in ERRORS:
-            raise ValueError(f"unknown loss {settings.loss!r}: use one of {', '.join(ERRORS)}")
         if settings.patch % REDUCTION or not 0 < settings.patch <= settings.size:
             raise ValueError(
                 f"patches must be a multiple of {REDUCTION} px up to {settings.size}, got {settings.patch}"
             )
         self.settings = settings
-        self.error = ERRORS[settings.loss]
+        self.error = pick(ERRORS, settings.loss, "loss")
         self.encoder = encoder(settings.patch, settings.latent)
         self.decoder = decoder(settings.patch, settings.latent)
         self.apply(initialise)

@@ -13,8 +13,8 @@ from defectlab.networks.reverse_distillation import MAP_SIZE, image_scores
 
 
 class Normal(nn.Module):
-    """A method that learns what is normal. The training calls, in this order: `prepare` of each part once; `begin`;
-    `loss` of each batch; `end`; then `maps` and `scores` of dev and test, in eval mode and without gradients."""
+    """A method that learns what is normal. The training calls, in this order: `prepare` of its images; `begin`; `loss`
+    of each batch; `end`; then, of dev and test, `prepare`, `maps` and `scores`, in eval mode and without gradients."""
 
     foreign = False  # whether `begin` needs images of other sets
 

@@ -7,7 +7,8 @@ is told of the paper (salt-and-pepper noise, threshold, AND, OR) is from memory,
 
 Ours: AUROC needs continuous maps, so that the threshold mean + gamma * deviation becomes a normalised residual, AND a
 minimum, OR a maximum. The networks are fully convolutional and reconstruct a whole image in one pass, where the paper
-reconstructs overlapping patches. The light is left as it is, where the paper evens it out first (not checked).
+reconstructs overlapping patches. Under autocast the coarser levels are rounded to bf16 in training (by 0.2 grey levels
+in the mean), not in the evaluation. The light is left as it is, where the paper evens it out first (not checked).
 """
 
 from dataclasses import dataclass

@@ -200,7 +200,7 @@ class DefectFinder(nn.Module):
         """uint8 images (B, 1 or 3, S, S), S a multiple of 32 -> for each image what `select` gives; `options`:
         `confidence`, `iou`, `most`. `features`: further inputs of the detector."""
         check_uint8(images)
-        network = fused(self.detector.eval())
+        network = fused(self.detector)
         pixels = (images / 255).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         with full_float32():
             boxes, scores = decode(self.detector, network(pixels, *features))

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from defectlab.networks.blocks import PreActivationBlock
+from defectlab.networks.blocks import PreActivationBlock, pick
 from defectlab.networks.reverse_distillation import (
     AnomalyMapper,
     MultiScaleFusion,
@@ -34,12 +34,6 @@ from defectlab.papers.amam_kd.weighting import KERNELS, MapWeighting, inverse_so
 from defectlab.precision import at_least_float32
 
 WIDTH, TOKENS = 512, 14  # Table 3: the embedding is 14 x 14 x 512
-
-
-def pick(choices: dict, name: str, what: str):
-    if name not in choices:
-        raise ValueError(f"unknown {what} {name!r}: use one of {', '.join(choices)}")
-    return choices[name]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from defectlab.networks.blocks import pick
 from defectlab.networks.yolo.blocks import ConvBlock
 
 POSITIONS = ("none", "sine")
@@ -254,9 +255,7 @@ class LevelFusion(nn.Module):
         super().__init__()
         self.filter = NoiseFilter() if noise_filter else nn.Identity()
         self.project = ConvBlock(feature_channels, channels, activation=nn.Identity)
-        if fuse not in FUSIONS:
-            raise ValueError(f"unknown fusion {fuse!r}: use one of {', '.join(FUSIONS)}")
-        self.fuse = FUSIONS[fuse](channels, **switches)
+        self.fuse = pick(FUSIONS, fuse, "fusion")(channels, **switches)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.fuse(x, self.project(self.filter(resized(y, x.shape[-2:]))))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from defectlab.networks.blocks import PreActivationBlock
+from defectlab.networks.blocks import PreActivationBlock, pick
 from defectlab.networks.diffusion import COMBINE, TIMESTEPS
 
 CHUNK = 64  # images that are float32 at once outside of training
@@ -116,9 +116,7 @@ def vae_loss(
     kl_mean = kl_divergence(mean, log_variance).mean()
     values, latents = target[0].numel(), mean[0].numel()
     weights = {"sum": (values, latents), "mean": (1, 1), "mixed": (1, latents)}
-    if reduction not in weights:
-        raise ValueError(f"unknown reduction {reduction!r}: use one of {', '.join(weights)}")
-    mse_weight, kl_weight = weights[reduction]
+    mse_weight, kl_weight = pick(weights, reduction, "reduction")
     return {"loss": mse_weight * mse + kl * kl_weight * kl_mean, "mse": mse, "kl": kl_mean}
 
 
