@@ -232,7 +232,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
-        print(f"error: {first_line(error)}: give a smaller --batch or --size, or --device cpu", file=sys.stderr)
+        print(
+            f"error: {first_line(error)}: take --device cpu, or images of a smaller --size where the command has it",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         how = "; the same command goes on from what is finished and from the last checkpoint (one a minute)"

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from defectlab.data.anomaly import load_anomaly, plan_of
 from defectlab.data.detection import load_detection
 from defectlab.data.instances import TURNS_LIST, load_instances
-from defectlab.data.leaks import FEWEST, TURNS, leak_threshold, near_duplicates
+from defectlab.data.leaks import FEWEST, TURNS, compared, near_duplicates
 from defectlab.data.splits import PARTS, read_list
 from defectlab.data.tile_groups import AGAIN, draw_grouped, tile_groups
 
@@ -102,11 +102,10 @@ def test_copies_are_found_with_their_turn(kind: Callable, count: int, change: Ca
 def test_the_threshold_is_that_of_the_sets() -> None:
     """Where images are others' rolled copies, chance goes further: the patterns of such sets repeat."""
     first, second = textures(40, 1), textures(20, 2)
-    threshold, how = leak_threshold(first, second)
-    assert threshold == FEWEST and how.startswith(f"{FEWEST}: the highest similarity of any image")
+    assert compared(first, second)[1] == FEWEST
     second[0] = first[7].roll((32, 32), (1, 2))
-    higher, how = leak_threshold(first, second)
-    assert higher > 0.7 and how.startswith(f"{higher:.2f}: ") and near_duplicates(first, second) == []
+    pairs, higher = compared(first, second)
+    assert higher > 0.7 and pairs == near_duplicates(first, second) == []
 
 
 def test_images_without_content_and_sets_without_images() -> None:

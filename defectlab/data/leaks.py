@@ -102,7 +102,8 @@ def _compare(first: Tensor, second: Tensor) -> tuple[list[tuple[float, int, int,
 
 
 def compared(first: Tensor, second: Tensor) -> tuple[list[Pair], float]:
-    """The pairs of `near_duplicates`, and the similarity from which a pair counts."""
+    """The pairs of `near_duplicates`, and the similarity from which a pair counts: the highest of any image to the other
+    set's images rolled by half or by a third, or to their negatives, which are no copies; from `FEWEST` to `MOST`."""
     found, threshold = _compare(first, second)
     kept = sorted((pair for pair in found if pair[0] >= threshold), reverse=True)
     return [Pair(i, j, similarity, TURNS[turn]) for similarity, i, j, turn in kept], threshold
@@ -115,10 +116,3 @@ def near_duplicates(first: Tensor, second: Tensor) -> list[Pair]:
     the training images. ValueError where one is empty.
     """
     return compared(first, second)[0]
-
-
-def leak_threshold(first: Tensor, second: Tensor) -> tuple[float, str]:
-    """The similarity from which `near_duplicates` counts a pair of these sets, and how it was found."""
-    threshold = _compare(first, second)[1]
-    how = "the highest similarity of any image to the other set's images rolled by half or by a third, or to their"
-    return threshold, f"{threshold:.2f}: {how} negatives, which are no copies, but at least {FEWEST} and at most {MOST}"
