@@ -102,8 +102,8 @@ def _compare(first: Tensor, second: Tensor) -> tuple[list[tuple[float, int, int,
 
 
 def compared(first: Tensor, second: Tensor) -> tuple[list[Pair], float]:
-    """The pairs of `near_duplicates`, and the similarity from which a pair counts: the highest of any image to the other
-    set's images rolled by half or by a third, or to their negatives, which are no copies; from `FEWEST` to `MOST`."""
+    """The pairs of `near_duplicates`, and the similarity from which a pair counts: the highest of any image to the
+    other set's images rolled by half or a third, or to their negatives, which are no copies; `FEWEST` to `MOST`."""
     found, threshold = _compare(first, second)
     kept = sorted((pair for pair in found if pair[0] >= threshold), reverse=True)
     return [Pair(i, j, similarity, TURNS[turn]) for similarity, i, j, turn in kept], threshold
