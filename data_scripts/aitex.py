@@ -127,7 +127,9 @@ def _keep_whole(folder: Path, present: dict[str, Path]) -> None:
     """The whole strips, with masks, to whole_strips; the folders of the archive go."""
     held = strips_in(folder / "whole_strips") or present
     for strip in WHOLE:
-        image = np.asarray(decode(held[strip]).convert("L"))
+        image = np.asarray(decode(held[strip]).convert("L")) if strip in held else np.empty(0)
+        if image.shape != (SIDE, SIDE * 16):
+            raise DataError(f"the archive lacks {strip} as a whole strip of 4096 x 256: fetch it again")
         save_image(folder / f"whole_strips/{strip}.png", image)
         if kind(strip) != "good":
             mask = mask_of(held[strip].parents[1], strip, image.shape[::-1])

@@ -75,15 +75,11 @@ def parser() -> argparse.ArgumentParser:
 
     run = add("run", "run rows and seeds that this machine has not run yet")
     run.add_argument("--minutes", type=minutes, help="stop cleanly after so many; the same command goes on")
-    run.add_argument(
-        "--workers", type=positive, help="rows side by side, in processes here (one GPU each, or a share of one)"
-    )
+    run.add_argument("--workers", type=positive, help="rows side by side here, each on a GPU or a share of one")
     where = run.add_mutually_exclusive_group()
     where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="on the workers of a running Dask cluster")
     where.add_argument(
-        "--slurm",
-        metavar="partition=gpu,gpus=1,hours=8",
-        help="in as many jobs of Slurm; also account, cores (4), memory (16GB)",
+        "--slurm", metavar="partition=gpu,gpus=1,hours=8", help="as many jobs; also account, cores (4), memory (16GB)"
     )
     run.add_argument("--tasks", type=names, metavar="ROW:SEED,...", help="exactly these, instead of --rows and --seeds")
 
@@ -99,27 +95,28 @@ def parser() -> argparse.ArgumentParser:
 
     score = add("score", "score a folder of images with a trained model: scores.csv and a map for each image", None)
     score.add_argument("--images", type=Path, required=True, help="folder of images to score")
-    score.add_argument("--out", type=Path, default=Path("scores"), help="folder for scores.csv and maps")
+    score.add_argument("--out", type=Path, default=Path("scores"), help="for scores.csv and maps; default: scores")
+    score.add_argument("--threshold", type=float, help="score from which on it is anomalous; default: that from dev")
     model = score.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", type=Path, help="a .safetensors of runs/ or of an earlier --train-good")
     model.add_argument("--train-good", type=Path, help="folder of good images: train on these first")
-    score.add_argument("--method", choices=("rd4ad", "bsdrd", "patchcore"), default="bsdrd", help="with --train-good")
-    score.add_argument("--teacher", default="resnet18", help="with --train-good")
-    score.add_argument("--epochs", type=positive, default=10, help="with --train-good")
-    score.add_argument("--size", type=positive, default=256, help="with --train-good: pixels per side")
+    score.add_argument("--method", choices=("rd4ad", "bsdrd", "patchcore"), default="bsdrd", help="default: bsdrd")
+    score.add_argument("--teacher", default="resnet18", help="default: resnet18; resnet18_random needs no weights")
+    score.add_argument("--epochs", type=positive, default=10, help="default: 10; patchcore has none")
+    score.add_argument("--size", type=positive, default=256, help="pixels per side; default: 256")
 
     detect = add("detect", "train a detector on images with boxes, or find defects in others with it", None)
     source = detect.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, help="folder of images with boxes: train on it and evaluate")
     source.add_argument("--model", type=Path, help="a .safetensors of runs/ or of an earlier --data: find defects")
     detect.add_argument("--format", choices=("voc", "yolo", "coco"), help="with --data: how its boxes are written")
-    detect.add_argument("--size", type=positive, default=320, help="with --data: pixels per side, a multiple of 32")
-    detect.add_argument("--epochs", type=positive, default=50, help="with --data")
+    detect.add_argument("--size", type=positive, default=320, help="with --data: pixels per side; default: 320")
+    detect.add_argument("--epochs", type=positive, default=50, help="with --data; default: 50")
     detect.add_argument("--family", choices=("v8", "v5"), default="v8", help="with --data: anchor-free or anchor-based")
     detect.add_argument("--scale", default="n", help="with --data: t, n, s, m, l or (v8) x")
     detect.add_argument("--batch", type=int, default=16, help="with --data: images per step")
     detect.add_argument("--seed", type=int, default=0, help="with --data")
-    detect.add_argument("--minutes", type=minutes, help="with --data: stop cleanly after so many, to go on later")
+    detect.add_argument("--minutes", type=minutes, help="with --data: pause after so many; again to go on")
     detect.add_argument("--images", type=Path, help="with --model: folder of images to look at")
     detect.add_argument("--confidence", type=float, help="with --model: lowest score; default: the threshold from dev")
     detect.add_argument("--draw", action="store_true", help="with --model: the images with their boxes, too")
@@ -232,10 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
-        print(
-            f"error: {first_line(error)}: take --device cpu, or images of a smaller --size where the command has it",
-            file=sys.stderr,
-        )
+        remedy = "take --device cpu, or images of a smaller --size where the command has it"
+        print(f"error: {first_line(error)}: {remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         how = "; the same command goes on from what is finished and from the last checkpoint (one a minute)"

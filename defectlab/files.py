@@ -117,7 +117,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, s
     from safetensors.torch import save_file  # needs torch, which takes a second
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, lambda aside: save_file(plain, aside, header))
+
+    def write(aside: Path) -> None:
+        save_file(plain, aside, header)
+        aside.chmod(path.parent.stat().st_mode & 0o666)  # as its folder: safetensors' files are for their owner alone
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -52,7 +52,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     folder = tmp_path / "results" / "papers" / "costs"
     folder.mkdir(parents=True)
     header = "row,column,metric,unit,value,higher_is_better,status,key,not_comparable,source"
-    lines = ["t,all,fps,1/s,144,true,runnable,cost_t,,Table V", "t,all,map50,%,76.4,true,runnable,cost_t,,Table V"]
+    lines = ["t,all,fps,images/s,144,true,runnable,cost_t,,Table V", "t,all,map50,%,76.4,true,runnable,cost_t,,Table V"]
     (folder / "table5.csv").write_text("\n".join([header, *lines, ""]))
     network = {"latency_ms": 8.0, "ratio": [1.0, 1.0, 1.0]}
     write_json(

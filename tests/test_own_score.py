@@ -62,15 +62,15 @@ def test_score_searches_as_detect_does_and_goes_on_over_broken_images(parts: Pat
     """Subfolders count; hidden files, other kinds and earlier results do not; a broken image is named, exit code 1."""
     images = tmp_path / "images"
     shutil.copytree(parts / "new", images / "line 2")
-    shutil.copy(images / "line 2" / "tile00.png", images / "tile00.png")
-    shutil.copy(images / "line 2" / "tile00.png", images / "._tile00.png")
+    shutil.copy(parts / "good" / "tile00.png", images / "tile00.png")
+    shutil.copy(images / "tile00.png", images / "._tile00.png")
     (images / "tile99.jpg").write_bytes(b"no image")
     (images / "notes.docx").write_text("x")
     command = ("--train-good", parts / "good", "--images", images, "--method", "patchcore", *SMALL)
     for out in (images / "first", images / "second", images / "second"):
-        code, shown = call(*command, "--out", out, command="score")
-        assert code == 1 and "5 images scored" in shown and "1 files of other kinds left out: .docx 1" in shown
-        assert f"left out: {images / 'tile99.jpg'} cannot be decoded" in shown
+        code, shown = call(*command, "--out", out, "--threshold", 0.1, command="score")
+        assert code == 1 and " 5 at or above the threshold 0.1" in shown and "other kinds left out: .docx 1" in shown
+        assert f"left out: {images / 'tile99.jpg'} cannot be decoded" in shown and "tile00.png and" in shown
         names = [line["image"] for line in read_csv(out / "scores.csv")]
         assert names == [*(f"line 2/tile{i:02d}.png" for i in range(4)), "tile00.png"]
         assert (out / "line 2" / "tile03.png_map.png").exists()

@@ -203,7 +203,7 @@ class _Voc(NamedTuple):
 def _parse_voc(path: Path) -> _Voc:
     try:
         tree = _xml(path)
-        width, height = (int(tree.findtext(f"size/{side}") or 0) for side in ("width", "height"))
+        width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
         corners = ("xmin", "ymin", "xmax", "ymax")
         items = list(tree.iter("object"))
         if odd := [number for number, item in enumerate(items, 1) if item.find("bndbox") is None]:
@@ -284,7 +284,7 @@ def read_deep_pcb(folder: Path, class_names: Sequence[str]) -> Annotations:
     for path in sorted(Path(folder).glob("PCBData/group*/*/*_test.jpg")):
         source = path.parent.with_name(path.parent.name + "_not") / (path.stem.removesuffix("_test") + ".txt")
         objects = []
-        for line in read_text(source).splitlines():
+        for line in filter(str.strip, read_text(source).splitlines()):
             try:
                 *box, kind = (int(value) for value in line.split())
                 objects.append((range(1, len(class_names) + 1).index(kind), np.reshape(box, 4)))

@@ -276,7 +276,7 @@ def load_anomaly(name: str, size: int, device="cpu", root: Path | None = None) -
 
 def from_good_folder(folder: Path, size: int, device="cpu") -> AnomalyData:
     """A reader's own good images, anywhere below `folder`, as a set: nine tenths to train on, the rest as dev with
-    pasted defects.
+    pasted defects. Copies of images of dev are left out of training.
 
     The test split is the dev split: there is nothing else to test on. Needs 20 images; DataError otherwise.
     """
@@ -288,11 +288,11 @@ def from_good_folder(folder: Path, size: int, device="cpu") -> AnomalyData:
             raise DataError(f"{path} looks like a test image or a mask: give the folder of the good images alone")
     if len(paths) < 20:
         raise DataError(f"{folder} holds {len(paths)} images: training needs at least 20 good ones")
-    parts = hold_out([Sample(path.relative_to(folder).as_posix()) for path in paths], TILE_TYPES)
+    content = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    train, dev = hold_out([Sample(path) for path in content], TILE_TYPES)
+    held = {content[sample.path] for sample in dev}
+    parts = [sample for sample in train if content[sample.path] not in held], dev
     plan = Plan(folder, f"images of {folder.name}", "replace this image", None, type_names=("good", *TILE_TYPES))
     train, dev = (read_split(samples, plan, size, device) for samples in parts)
-    content = hashlib.sha256()
-    for path in paths:
-        content.update(path.read_bytes())
-    fingerprint = _identity(content.hexdigest(), parts)
+    fingerprint = _identity(hashlib.sha256(repr(content).encode()).hexdigest(), parts)
     return AnomalyData(folder.resolve().name, plan.label, plan.type_names, train, dev, dev, fingerprint)

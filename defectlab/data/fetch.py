@@ -108,7 +108,7 @@ def _list_files(folder: Path) -> Iterator[tuple[str, int]]:
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()
             if relative != MANIFEST and not name.startswith(".") and name not in _SYSTEM_FILES:
-                yield relative, path.stat().st_size
+                yield relative, path.stat().st_size if path.exists() else -1  # a broken link
 
 
 def write_manifest(folder: Path, name: str, source: str, note: str = "", archive_sha256: str | None = None) -> Manifest:
@@ -187,6 +187,8 @@ def create_folder(
                 return manifest
             if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
                 raise DataError(f"{target} exists and has no {MANIFEST}: move it away first, it would be overwritten")
+            for left in folder.glob(f".{target.name}.*.part"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=folder))
             try:
                 manifest = fill(temporary / "new")
@@ -327,9 +329,15 @@ def fetch(dataset: DataSet, root: Path, archive: Path | None = None) -> Manifest
     by its content (pinned fingerprint or check function); where the set has neither, by its sha256.
     """
     target = root / dataset.folder
-    if archive is None and (target / MANIFEST).is_file():
+
+    def there() -> Manifest | None:
+        if archive is not None or not (target / MANIFEST).is_file():
+            return None
         manifest = quick_check(target, f"run `{dataset.command}`")
         _check_fingerprint(dataset, manifest, target)
+        return manifest
+
+    if manifest := there():
         return manifest
     if archive is not None and not archive.is_file():
         fault = "is a folder: pack it as zip, and" if archive.is_dir() else "is not a file:"
@@ -349,7 +357,7 @@ def fetch(dataset: DataSet, root: Path, archive: Path | None = None) -> Manifest
         _check_fingerprint(dataset, manifest, path)
         return manifest
 
-    return create_folder(target, fill)
+    return create_folder(target, fill, there)
 
 
 def argument_parser(description: str | None, archive: bool = True) -> argparse.ArgumentParser:

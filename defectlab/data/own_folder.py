@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pooch
 from PIL import Image
+from torch import Tensor
 
 from defectlab.data.annotations import Annotations, read_text, read_voc, same
 from defectlab.data.coco import read_coco
-from defectlab.data.detection import DetectionData, DetectionSplit, to_data
+from defectlab.data.detection import DetectionData, to_data
 from defectlab.data.images import IMAGE_SUFFIXES, decode, find_files, find_images, in_threads, others, plain
 from defectlab.data.leaks import near_duplicates
 from defectlab.data.splits import PARTS, Plan, detection_identity, draw_split, with_dev
@@ -217,11 +218,12 @@ def _leaks(lists: Iterable[Iterable[str]], content: Mapping[str, str]) -> list[s
     return [f"leak: {len(shared)} images stand in two parts, such as {first} and {second}: test numbers flatter"]
 
 
-def _look_alikes(train: DetectionSplit, test: DetectionSplit, content: Mapping[str, str]) -> list[str]:
-    """A line where test images are nearly training images; those that are so byte for byte are `_leaks`."""
-    pairs = near_duplicates(train.images, test.images)
-    named = [(train.names[pair.first], test.names[pair.second], pair) for pair in pairs]
-    named = [(first, second, pair) for first, second, pair in named if content[first] != content[second]]
+def look_alikes(
+    train: Sequence[str], seen: Tensor, test: Sequence[str], new: Tensor, content: Mapping[str, str] | None = None
+) -> list[str]:
+    """A line where test images, by name and pixels, are nearly training images; pairs of one `content` are `_leaks`."""
+    named = [(train[pair.first], test[pair.second], pair) for pair in near_duplicates(seen, new)]
+    named = [pair for pair in named if content is None or content[pair[0]] != content[pair[1]]]
     if not named:
         return []
     first, second, best = named[0]
@@ -235,15 +237,13 @@ def load_folder(path: Path, format: str, size: int, device="cpu", test_share: fl
 
     `format` "voc", "yolo" or "coco": see `read_voc`, `read_yolo`, `read_coco`. For COCO a json, or one for each of
     train, val and test; the images beside their json, in images/train or train, or else anywhere below `path`.
-
     What the folder itself says of train, val and test splits the set: `train`, `val` and `test` of data.yaml (folders
     or lists), train.txt and test.txt beside it, ImageSets/Main of VOC, else words of folder names (train2017, valid),
-    for COCO of the json's name. Images in two parts, or nearly the same, are a line of the report. With
-    train and one other, that other is the test split; with all three, val is dev. Where nothing says so, `test_share`
-    (0 to 1) of the images is drawn for testing, stratified by the class that most boxes of an image have. Where no
-    dev is given, it is a tenth of the training images. `size`: side of the square images in pixels. Raises
-    DataError naming the file and the remedy, also where there are fewer than 10 images, or no box to train or to
-    test on; ValueError for another format, a size below 1 or a share outside 0 to 1.
+    for COCO of the json's name. With train and one other, that is the test split; with all three, val is dev. Where
+    nothing says so, `test_share` (0 to 1) of the images is drawn for testing, stratified by the class that most boxes
+    of an image have. Where no dev is given, it is a tenth of training. `size`: side of the square images in pixels.
+    DataError naming the file and the remedy, also where there are fewer than 10 images, or no box to train or to test
+    on; ValueError for another format, a size below 1 or a share outside 0 to 1.
     """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must lie between 0 and 1, got {test_share}")
@@ -268,8 +268,8 @@ def load_folder(path: Path, format: str, size: int, device="cpu", test_share: fl
     parts = dict(zip(PARTS, lists, strict=True))
     plan = Plan(folder, f"images of {folder.name}", "replace or remove this image", None, parts, fingerprint)
     data = to_data(folder.name, plan, annotations, size, device)
-    leaks = _leaks(lists, content) + _look_alikes(data.train, data.test, content)
-    more = [f"split: {origin}", *leaks, *filter(None, [others(folder, _KNOWN)])]
+    alike = look_alikes(data.train.names, data.train.images, data.test.names, data.test.images, content)
+    more = [f"split: {origin}", *_leaks(lists, content), *alike, *filter(None, [others(folder, _KNOWN)])]
     return replace(data, report="\n".join([data.report, *more]))
 
 

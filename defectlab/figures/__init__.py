@@ -105,7 +105,7 @@ def image_axes(rows: int, columns: int, cell: float, above: float) -> tuple[Figu
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for axis in axes.flat:
         axis.set_box_aspect(1)
-        axis.set(xticks=[], yticks=[])
+        axis.set(xticks=[], yticks=[], anchor="N")  # room above is for titles
         axis.spines[:].set_visible(False)
     return figure, axes
 

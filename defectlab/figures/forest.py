@@ -42,7 +42,7 @@ def forest(lines: Sequence[Line], width: float = 8.0) -> Figure:
         colour = GOOD if line.low > 0 else BAD if line.high < 0 else "#777777"
         axis.plot(line.mean, y, "o", color=colour, markersize=5, fillstyle="none" if line.no_evidence else "full")
         if not math.isnan(line.low):
-            axis.plot([line.low, line.high], [y, y], color=colour, linewidth=3 if line.over_seeds else 1.2)
+            axis.hlines(y, line.low, line.high, color=colour, linewidth=3 if line.over_seeds else 1.2)  # ends exact
         for x, marker in ((-reach, "<"), (reach, ">")):
             if (line.low < x) if x < 0 else (line.high > x):
                 axis.plot(x, y, marker, color=colour, markersize=6, clip_on=False)  # it goes on

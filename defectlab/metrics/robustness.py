@@ -19,7 +19,7 @@ def summary(kind: str, values: Sequence[float]) -> dict[str, float]:
 def pack_matches(condition: str, predictions: Boxes, ground_truth: Boxes, classes: int) -> dict[str, np.ndarray]:
     """What a bootstrap over images needs of one condition: of each class its predictions from the highest score down,
     in which image, right or wrong at IoU 0.5. False alarms below a class's last hit are left out: they change
-    nothing."""
+    nothing. Where a class has more than `KEPT`, its AP is up to 0.2 points too low."""
     found = match(predictions, ground_truth, (0.5,), classes)
     kept = []
     for label in range(classes):

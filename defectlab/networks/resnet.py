@@ -61,7 +61,7 @@ def base_name(name: str) -> str:
     """'resnet18_random' -> 'resnet18'. Raises WeightsError for a name that is no teacher."""
     architecture = name.removesuffix("_random")
     if architecture not in ARCHITECTURES:
-        raise WeightsError(f"unknown teacher {name!r}: use one of {', '.join(ARCHITECTURES)}")
+        raise WeightsError(f"unknown teacher {name!r}: use one of {', '.join(ARCHITECTURES)}, or NAME_random")
     return architecture
 
 

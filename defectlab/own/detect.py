@@ -35,6 +35,7 @@ CLASS_NAMES = {  # of the models in runs/
     **dict.fromkeys(("neu_det", "neu_det_index", "synthetic_steel"), NEU_CLASSES),
     **dict.fromkeys(("deep_pcb", "synthetic_board"), DEEP_PCB_CLASSES),
 }
+NOTHING_RIGHT = "no detection on dev was right, so its threshold is 1: give --confidence, or train for longer"
 REMEDY = "give a .safetensors of a detector from runs/, or train one with --data"
 
 
@@ -62,16 +63,13 @@ def train(options: argparse.Namespace) -> int:
     """Train on a folder, evaluate on its test part, and write into --out:
 
     metrics.json, predictions.json (see `listed`), detector.safetensors (weights; settings, class names and the
-    threshold from dev in its header) and cases.png (examples of the test images). An interrupted training leaves a
-    checkpoint there and is continued by the same command.
-    """
+    threshold from dev in its header) and cases.png (examples of the test images). An interrupted training goes on."""
     if not options.format:
         raise ValueError("--data needs --format voc, yolo or coco: how the boxes of the images are written")
     saved.check_size(options.size, 32)
     if options.batch < 2:
         raise ValueError(f"--batch must be at least 2, got {options.batch}")
-    scales = SCALES[options.family]
-    if options.scale not in scales:
+    if options.scale not in (scales := SCALES[options.family]):
         raise ValueError(f"--scale of {options.family} must be one of {', '.join(scales)}: {options.scale}")
     device, out = pick_device(options.device), options.out or Path("detections")
     data = load_folder(options.data.resolve(), options.format, options.size, device)  # a name, for "." too
@@ -94,7 +92,7 @@ def train(options: argparse.Namespace) -> int:
         try:
             result = run_detector(settings, options.seed, data, Context(device, checkpoint, deadline))
         except OutOfTime as stop:
-            print(stop)
+            print(f"{stop}; the detector is written after the last epoch")
             return 0
         detector = fresh(build_detector, settings, data)
         detector.load_state_dict(result.model)
@@ -106,6 +104,8 @@ def train(options: argparse.Namespace) -> int:
         checkpoint.unlink(missing_ok=True)
         metrics = ", ".join(f"{k} {result.metrics[k]:.1f}" for k in ("map50", "map50_95") if k in result.metrics)
         print(f"{len(data.test)} test images: {metrics} %; threshold {result.dev['threshold']:.3f}; saved {path}")
+        if result.dev["threshold"] >= 1:
+            print(NOTHING_RIGHT)
         try:
             figure, numbers = cases(data, predictions, result.dev["threshold"])
             write_atomically(out / "cases.png", partial(figure.savefig, format="png", dpi=100, bbox_inches="tight"))
@@ -174,10 +174,9 @@ def find(options: argparse.Namespace) -> int:
     write_atomically(out / "predictions.csv", lambda aside: table.to_csv(aside, index=False))
     if options.onnx:
         to_onnx(detector, out / "detector.onnx", model.settings.size)
-    read = len(images.paths) - len(images.broken)
-    print(f"{read} images, {len(lines)} boxes with score >= {confidence:.4f}: {out}")
+    print(f"{len(images.paths) - len(images.broken)} images, {len(lines)} boxes with score >= {confidence:.4f}: {out}")
     if options.confidence is None and confidence >= 1:
-        print("no detection on dev was right, so its threshold is 1: give --confidence, or train for longer")
+        print(NOTHING_RIGHT)
     if options.draw and (numbers := legend(drawn)):
         print(numbers)
     return images.close()
@@ -186,11 +185,10 @@ def find(options: argparse.Namespace) -> int:
 def as_split(names: list[str], squares: list[tuple], device: str) -> DetectionSplit:
     """Letterboxed images (pixels, scale, offset, size (width, height)) without boxes, as the network takes them."""
     pixels, scales, offsets, sizes = zip(*squares, strict=True)
-    count = len(names)
     return DetectionSplit(
         torch.stack([torch.from_numpy(one.copy()).expand(3, -1, -1) for one in pixels]).to(device),
-        torch.zeros(count, 1, 4, device=device),
-        torch.full((count, 1), -1, device=device),
+        torch.zeros(len(names), 1, 4, device=device),
+        torch.full((len(names), 1), -1, device=device),
         names,
         torch.tensor([(height, width) for width, height in sizes]),
         torch.tensor(scales),

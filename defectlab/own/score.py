@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
-from defectlab.data.anomaly import from_good_folder
+from defectlab.data.anomaly import AnomalyData, from_good_folder
 from defectlab.data.images import plain, to_square
-from defectlab.data.own_folder import Images
+from defectlab.data.leaks import SIDE
+from defectlab.data.own_folder import Images, look_alikes
 from defectlab.figures.own import overlay
 from defectlab.files import write_atomically
 from defectlab.networks import reverse_distillation
@@ -70,11 +72,8 @@ def fresh(settings: Any, tensors: dict[str, Tensor]) -> nn.Module:
     return bank
 
 
-def train_good(options: argparse.Namespace, device: str) -> Path:
-    """Train `--method` on a folder of good images; the threshold comes from defects pasted on a tenth of them.
-
-    An interrupted training leaves a checkpoint in --out and is continued by the same command.
-    """
+def train_good(options: argparse.Namespace, device: str) -> tuple[Path, AnomalyData]:
+    """Train `--method` on a folder of good images, or go on; the threshold comes from defects pasted on a tenth."""
     kind = SETTINGS[options.method]
     settings = kind(dataset=f"folder {options.train_good.resolve().name}", teacher=options.teacher, size=options.size)
     if options.method != "patchcore":
@@ -85,43 +84,51 @@ def train_good(options: argparse.Namespace, device: str) -> Path:
     key, checkpoint = key_and_checkpoint(path, settings, 0, data)
     if path.exists():
         check_same(saved.read(path, SETTINGS, REMEDY), key)
-        return path
+        return path, data
     result = RUNS[options.method](settings, 0, data, Context(device, checkpoint))
     saved.write(path, settings, result.dev, result.model, key=key)
     checkpoint.unlink(missing_ok=True)
     print(f"trained on {len(data.train)} good images; saved {path}")
-    return path
+    return path, data
 
 
 def score(options: argparse.Namespace) -> int:
-    """The command `score`: writes `scores.csv` (image, score, anomalous) and for each image the map as
-    `<name>_map.npy` (256, 256) float32 and `<name>_map.png`, the image with the map laid over it, in colours from 0 to
-    twice the threshold. -> exit code, 1 where some images could not be read."""
+    """The command `score`: writes `scores.csv` (image, score, anomalous) and each map as `<name>_map.npy`, (256, 256)
+    float32, and `<name>_map.png`, over the image, up to twice the threshold. -> exit code, 1 if some were not read."""
     if options.train_good:
         saved.check_size(options.size, 64)
     device, out = pick_device(options.device), options.out
     images = Images(options.images)  # a wrong folder is an error before any training
-    path = train_good(options, device) if options.train_good else options.model
+    path, good = train_good(options, device) if options.train_good else (options.model, None)
     model = saved.read(path, SETTINGS, REMEDY)
     maps_and_scores = scorer(model, device)
     prepare(out, options.images)
-    rows = []
+    threshold, whose = (model.threshold, "dev ") if options.threshold is None else (options.threshold, "")
+    rows, small = [], []
     for names, squares in images.chunks(CHUNK, partial(to_square, size=model.settings.size)):
         pixels = torch.from_numpy(np.stack(squares))
         maps, scores = maps_and_scores(pixels.to(device))
+        if good:
+            small.append(adaptive_avg_pool2d(pixels.float().mean(1, keepdim=True), SIDE))  # all that a leak check uses
         rows += zip(map(plain, names), scores.tolist(), strict=True)
         for name, image, one in zip(names, pixels[:, 0].numpy(), maps.cpu().numpy(), strict=True):
             try:
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
                 np.save(out / f"{name}_map.npy", one)
-                overlay(image, one / max(2 * model.threshold, 1e-9)).save(out / f"{name}_map.png")
+                overlay(image, one / max(2 * threshold, 1e-9)).save(out / f"{name}_map.png")
             except OSError as error:
                 if error.errno != errno.ENAMETOOLONG:
                     raise
                 images.broken.append(f"map of {plain(name)}: the name is too long for a file, rename the image")
     table = pd.DataFrame(rows, columns=["image", "score"])
-    table["anomalous"] = (table["score"] >= model.threshold).astype(int)
+    table["anomalous"] = (table["score"] >= threshold).astype(int)
     write_atomically(out / "scores.csv", lambda aside: table.to_csv(aside, index=False, float_format="%.6f"))
-    flagged = f"{table['anomalous'].sum()} at or above the dev threshold {model.threshold:.4f}"
+    flagged = f"{table['anomalous'].sum()} at or above the {whose}threshold {threshold:.4f}"
     print(f"{len(table)} images scored, {flagged}: {out}")
+    if small:
+        half = len(good.dev) // 2  # then come copies with pasted defects
+        seen = [f"{options.train_good / name}" for name in good.train.names + good.dev.names[:half]]
+        pixels, new = torch.cat((good.train.images, good.dev.images[:half])), [f"{options.images / n}" for n, _ in rows]
+        for line in look_alikes(seen, pixels, new, torch.cat(small).to(device)):
+            print(line)
     return images.close()

@@ -18,6 +18,7 @@ from defectlab.runs import Context, Record, Result
 from defectlab.training.detection import frozen
 from defectlab.training.loop import MovingAverage, Trained, adam, rate_per_epoch, train
 from defectlab.training.results import rounded
+from defectlab.training.segmentation import flip
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: where it is needed, not for every table that names a row
     from diffusers import UNet2DModel
@@ -29,10 +30,8 @@ ERROR_TIMESTEPS, ERROR_IMAGES, SAMPLES, EXAMPLES = 20, 120, 16, 6
 
 def random_flips(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each of (B, C, H, W) flipped upside down or left to right or both or not, with equal probability."""
-    for axis in (-2, -1):
-        flipped = sent(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, images.device)
-        images = torch.where(flipped, images.flip(axis), images)
-    return images
+    down, across = sent(torch.rand(2, len(images), generator=generator) < 0.5, images.device)
+    return flip(images, across, down)
 
 
 def train_ddpm(

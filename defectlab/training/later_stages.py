@@ -20,8 +20,9 @@ from defectlab.networks.stages import CropClassifier, RegionNet
 from defectlab.networks.yolo.model import build_detector
 from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, OfAnother, Result, load_weights
-from defectlab.training.detection import frozen, rounded
+from defectlab.training.detection import frozen
 from defectlab.training.loop import train
+from defectlab.training.results import rounded
 from defectlab.training.segmentation import flip
 from defectlab.training.stages import FrameDetectorSettings, detector_costs, finished, joined, judged, look, windows_of
 

@@ -24,9 +24,9 @@ from defectlab.training.detection import (
     frozen,
     predict,
     probe_on,
-    rounded,
     train_and_evaluate,
 )
+from defectlab.training.results import rounded
 
 NOTHING = 1.0  # no two boxes have a larger IoU: nothing is suppressed
 PLAIN, BOTH = DetectorSettings(), OneToOneSettings()

@@ -12,7 +12,8 @@ from defectlab.metrics.detection import evaluate
 from defectlab.metrics.robustness import KINDS, pack_matches, summary
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.runs import Context, OfAnother, Result
-from defectlab.training.detection import Build, fresh, frozen, predict, rounded
+from defectlab.training.detection import Build, fresh, frozen, predict
+from defectlab.training.results import rounded
 
 PLAIN = DetectorSettings()
 

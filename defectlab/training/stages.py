@@ -32,9 +32,9 @@ from defectlab.networks.yolo.model import build_detector
 from defectlab.networks.yolo.settings import DetectorSettings
 from defectlab.precision import full_float32, precision_of
 from defectlab.runs import Context, Result
-from defectlab.training.detection import deployed_costs, predict, probe_on, result_of, rounded
+from defectlab.training.detection import deployed_costs, predict, probe_on, result_of
 from defectlab.training.recipe import train_detector
-from defectlab.training.results import shrunk
+from defectlab.training.results import rounded, shrunk
 
 JOIN = 0.5  # of two boxes with a larger IoU the surer one stays; ours, for whole frames, too
 EDGE = 4  # px: a box that comes as near to an edge inside the frame is left to the next window, which shows it whole

@@ -25,6 +25,7 @@ from defectlab.training.cost_rows import NoData
 from defectlab.training.diffusion import random_flips, train_ddpm
 from defectlab.training.loop import Trained, adam, rate_per_epoch, train
 from defectlab.training.results import rounded
+from defectlab.training.segmentation import steps_per_epoch
 
 DDIM_STEPS = 50
 SHOWN = 6  # made images of a class in a record, the first ones, whatever they look like
@@ -120,12 +121,15 @@ def train_gan(settings: GANSettings, seed: int, few: Learnt, classes: int, conte
     device = few.images.device
     torch.manual_seed(seed)
     gan = GAN(settings, classes, few.images.shape[-1]).to(device)
-    real, turn, steps = as_inputs(few.images), settings.critic_steps + 1, 0
+    real, turn, steps = as_inputs(few.images), settings.critic_steps + 1, -1
     last = dict.fromkeys(
         ("critic", "generator"), torch.zeros((), device=device)
     )  # 0 before the first turn, also resumed
 
     def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> tuple[Tensor, ...]:
+        nonlocal steps
+        if steps < 0:  # a training that goes on does so in the middle of a turn
+            steps = epoch * steps_per_epoch(settings.draws, settings.batch)
         count = len(indices)
         noise = torch.randn(count, LATENT, generator=generator)
         mix = torch.rand(count, 1, 1, 1, generator=generator)
@@ -236,7 +240,8 @@ def run_ten_pictures(settings: TenPicturesSettings, seed: int, data: PictureData
         metrics |= copies
     parts = {part: getattr(data, part) for part in ("dev", "test")}
     if settings.network == "conv4":
-        own = replace(context, checkpoint=None)  # the generator's, where there is one; this takes a minute
+        # the checkpoint is the generator's, where there is one; this takes a minute
+        own = replace(context, checkpoint=None, deadline=None, stopped=None)
         network, trained, precision = train_classifier(settings, seed, pools, classes, own)
         curve |= trained.curve
         costs |= {"parameters": parameters(network)} | trained.costs

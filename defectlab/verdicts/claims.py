@@ -104,7 +104,8 @@ def bootstrap_difference(a: list[Record], b: list[Record], claim: Claim) -> stat
     def difference(weights: np.ndarray) -> float:
         return float(np.mean([f(weights) for f in of_a]) - np.mean([f(weights) for f in of_b]))
 
-    _BOOTSTRAPPED[asked] = over_images(difference, first)
+    exact = np.mean([claim_value(claim, r) for r in a]) - np.mean([claim_value(claim, r) for r in b])
+    _BOOTSTRAPPED[asked] = stats.centred(over_images(difference, first), float(exact))
     return _BOOTSTRAPPED[asked]
 
 
@@ -265,4 +266,4 @@ def measured_text(judged: Judged) -> str:
     if "b" in claim:
         return f"×{judged.value:.2f} ({side} ×{limit:g})"
     shown, unit = written(judged.value, metric), COSTS[metric].unit if metric in COSTS else UNITS.get(metric, "%")
-    return f"{shown} {unit} ({side} {limit:g} {unit})"
+    return f"{shown} {unit} ({side} {limit:,g} {unit})"

@@ -122,7 +122,7 @@ COSTS = {
     "gflops_image": Cost("GFLOPs", 1),
     "size_mb": Cost("MB", 1),
     "latency_ms": Cost("ms", 2, timed=True),
-    "fps": Cost("1/s", 0, timed=True),
+    "fps": Cost("images/s", 2, timed=True),
 }
 BOOTSTRAP_REPEATS = 300
 DETECTION = (*detection.METRIC_IOUS, *detection.MASK_IOUS)
@@ -205,8 +205,11 @@ def timings(study_name: str) -> dict[str, Timing]:
 
 
 def written(value: float, metric: str) -> str:
-    """A value with the digits that its metric or cost is shown with, without unit."""
-    return f"{value:.{COSTS[metric].digits if metric in COSTS else 1}f}"
+    """A value with the digits that its metric or cost is shown with, a timed one with three in all; without unit."""
+    digits = COSTS[metric].digits if metric in COSTS else 1
+    if is_timed(metric) and 0 < value < math.inf:
+        digits = min(max(2 - math.floor(math.log10(value)), 0), digits)
+    return f"{value:,.{digits}f}"
 
 
 def within(metric: str, low: float, high: float, differences: int = 0) -> tuple[float, float]:
@@ -288,5 +291,4 @@ def bootstrap_level(records: list[Record], metric: str, kind: str | None = None)
     of_seed = [image_statistic(r, metric, None if kind is None else [kind]) for r in records]
     found = over_images(lambda weights: float(np.mean([f(weights) for f in of_seed])), records[0].arrays)
     exact = [value_of(r, metric) if kind is None else r.per_class[kind][metric] for r in records]
-    mean = float(np.mean(exact))  # arrays round
-    return stats.Interval(mean, min(found.low, mean), max(found.high, mean), found.n)
+    return stats.centred(found, float(np.mean(exact)))

@@ -136,6 +136,11 @@ def paired_bootstrap(
     return Interval(value, float(low), float(high), n_images)
 
 
+def centred(found: Interval, exact: float) -> Interval:
+    """The interval moved to the exact value: a record's arrays round, and keep only part of a detector's boxes."""
+    return Interval(exact, found.low + exact - found.mean, found.high + exact - found.mean, found.n)
+
+
 # --- Verdicts --------------------------------------------------------------------------------------------------------
 
 

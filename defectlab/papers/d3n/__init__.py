@@ -1,6 +1,6 @@
 """D3N: Yu, "Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845.
 
-- section III-A, the diffusion model and its features: `networks/diffusion.py`
+- sections III-A and III-B, the diffusion model and its features: `networks/diffusion.py`
 - `resvae.py`: section III-B, compression of the features to latents
 - `fusion.py`: section III-C, equations 4 and 5: noise filter, cross-attention, dynamic cross-fusion
 - `hybrid.py`: section III-C, Fig. 4: `HybridDetector`, images and latents -> the detector's raw maps;
