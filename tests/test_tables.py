@@ -11,7 +11,7 @@ from toy_records import HEADER, PRINTS, Project, row, toy_study, with_row
 
 from defectlab import runs
 from defectlab.verdicts import stats, tables
-from defectlab.verdicts.measured import within
+from defectlab.verdicts.measured import image_statistic, within
 from defectlab.verdicts.tables import agreement, claims_table, per_class_table, results_table, show
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
@@ -356,15 +356,12 @@ def test_bootstrap_over_images_is_paired_and_reads_the_arrays(toy: Project) -> N
     write(toy, "rd4ad", all_metrics(80))
     write(toy, "bsdrd", all_metrics(86))
     image, pixel = (one.images for one in toy.judged())
-
-    def auroc(name: str) -> float:
-        """By its definition."""
-        arrays = [record.arrays for record in tables.record_store("paper").recorded_of(STUDY, name)[0]]
-        return 100 * np.mean([(a["scores"][6:, None] > a["scores"][None, :6]).mean() for a in arrays])
-
-    assert image.mean == pytest.approx(auroc("bsdrd") - auroc("rd4ad"))
-    assert image.low <= image.mean <= image.high and image.low < image.high
-    assert (pixel.mean, pixel.low, pixel.high) == (0, 0, 0)  # equal maps under equal weights
+    record = tables.record_store("paper").recorded_of(STUDY, "rd4ad")[0][0]
+    scores = record.arrays["scores"]
+    by_definition = 100 * (scores[6:, None] > scores[None, :6]).mean()
+    assert image_statistic(record, "image_auroc")(np.ones(len(scores))) == pytest.approx(by_definition)
+    assert image.mean == 6 and image.low < image.high  # around the recorded values, as wide as the arrays say
+    assert (pixel.mean, pixel.low, pixel.high) == (6, 6, 6)  # equal maps under equal weights
 
 
 # --- This run against the record -------------------------------------------------------------------------------------

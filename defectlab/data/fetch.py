@@ -96,18 +96,16 @@ class Manifest:
 
 
 def _fingerprint(files: dict[str, tuple[int, str]]) -> str:
-    lines = "".join(f"{path} {sha256}\n" for path, (_, sha256) in sorted(files.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256("".join(f"{path} {sha}\n" for path, (_, sha) in sorted(files.items())).encode()).hexdigest()
 
 
 def _list_files(folder: Path) -> Iterator[tuple[str, int]]:
     """(relative path, size) of every file of the set: not the manifest, nor what file managers leave."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
+        for path in map(Path(parent).joinpath, names):
             relative = path.relative_to(folder).as_posix()
-            if relative != MANIFEST and not name.startswith(".") and name not in _SYSTEM_FILES:
+            if relative != MANIFEST and not path.name.startswith(".") and path.name not in _SYSTEM_FILES:
                 yield relative, path.stat().st_size if path.exists() else -1  # a broken link
 
 
@@ -316,10 +314,8 @@ def _download(dataset: DataSet, folder: Path) -> tuple[Path, str, str]:
             failures.append(f"{source.url}: {type(error).__name__}, {error}")
             (folder / "archive").unlink(missing_ok=True)
     tried = "; ".join(failures) or "it has no address that a script may fetch"
-    raise DataError(
-        f"{dataset.name} could not be downloaded ({tried}): get the archive from {dataset.page} and run "
-        f"`{dataset.command} --archive FILE`"
-    )
+    remedy = f"get the archive from {dataset.page} and run `{dataset.command} --archive FILE`"
+    raise DataError(f"{dataset.name} could not be downloaded ({tried}): {remedy}")
 
 
 def fetch(dataset: DataSet, root: Path, archive: Path | None = None) -> Manifest:
@@ -328,32 +324,29 @@ def fetch(dataset: DataSet, root: Path, archive: Path | None = None) -> Manifest
     Without `archive`, a folder that is already there and passes `quick_check` is kept. A local archive is judged
     by its content (pinned fingerprint or check function); where the set has neither, by its sha256.
     """
-    target = root / dataset.folder
+    target, given = root / dataset.folder, archive is not None
 
     def there() -> Manifest | None:
-        if archive is not None or not (target / MANIFEST).is_file():
+        if given or not (target / MANIFEST).is_file():
             return None
-        manifest = quick_check(target, f"run `{dataset.command}`")
-        _check_fingerprint(dataset, manifest, target)
+        _check_fingerprint(dataset, manifest := quick_check(target, f"run `{dataset.command}`"), target)
         return manifest
 
     if manifest := there():
         return manifest
-    if archive is not None and not archive.is_file():
+    if given and not archive.is_file():
         fault = "is a folder: pack it as zip, and" if archive.is_dir() else "is not a file:"
         raise DataError(f"{archive} {fault} give the path of the archive of {dataset.name} ({dataset.page})")
 
     def fill(folder: Path) -> Manifest:
-        if archive is None:
-            path, sha256, source = _download(dataset, folder.parent)
-        else:
+        if given:
             known = [*dataset.archive_sha256, *(source.sha256 for source in dataset.sources if source.sha256)]
-            by_content = dataset.fingerprint is not None or dataset.check is not None
             path, source = archive, archive.name
-            sha256 = _check_archive_hash(dataset, path, [] if by_content else known)
+            sha256 = _check_archive_hash(dataset, path, [] if dataset.fingerprint or dataset.check else known)
+        else:
+            path, sha256, source = _download(dataset, folder.parent)
         unpack(path, folder, dataset.members, dataset.unpacked_limit)
-        note = dataset.check(folder) if dataset.check else ""
-        manifest = write_manifest(folder, dataset.name, source, note, sha256)
+        manifest = write_manifest(folder, dataset.name, source, dataset.check(folder) if dataset.check else "", sha256)
         _check_fingerprint(dataset, manifest, path)
         return manifest
 
