@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from toy_commands import call, fails, read_csv, works
 
+from defectlab.data.anomaly import from_good_folder
 from defectlab.data.synthetic import tiles
 from defectlab.data.synthetic.pasted import add_defect
 from defectlab.own import saved, score
@@ -39,15 +40,13 @@ def test_train_on_good_images_then_score_with_the_model(method: str, parts: Path
     images, options = ("--images", parts / "new"), ("--method", method, "--epochs", 1, *SMALL)
     shown = works(*images, "--out", first, "--train-good", parts / "good", *options, command="score")
     assert f"trained on 22 good images; saved {model}" in shown
+    assert model.stat().st_mode & 0o777 == first.stat().st_mode & 0o666  # whoever may read the folder
     assert "4 images scored" in works(*images, "--out", second, "--model", model, command="score")
-
-    lines = read_csv(second / "scores.csv")
-    assert lines == read_csv(first / "scores.csv")
+    lines, again = (read_csv(folder / "scores.csv") for folder in (first, second))
+    assert lines == again and len({line["score"] for line in lines}) == 4
     assert [line["image"] for line in lines] == [f"tile{index:02d}.png" for index in range(4)]
-    assert len({line["score"] for line in lines}) == 4
     trained = saved.read(model, score.SETTINGS, score.REMEDY)
-    settings = trained.settings
-    assert (settings.model, settings.size, settings.teacher) == (method, 64, "resnet18_random")
+    assert (trained.settings.model, trained.settings.size, trained.settings.teacher) == (method, 64, "resnet18_random")
     assert all(int(line["anomalous"]) == (float(line["score"]) >= trained.threshold) for line in lines)
     for line in lines:
         one = np.load(second / f"{line['image']}_map.npy")
@@ -81,18 +80,16 @@ def test_score_searches_as_detect_does_and_goes_on_over_broken_images(parts: Pat
 
 
 def test_training_goes_on_and_does_not_overwrite(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = ("--images", parts / "new", "--train-good", parts / "good")
-    command = (*images, "--method", "rd4ad", "--out", tmp_path, *SMALL)
+    asked = ("--images", parts / "new", "--train-good", parts / "good", "--method", "rd4ad", "--out", tmp_path, *SMALL)
     first, seconds = [], Context.every_seconds
     monkeypatch.setattr(Context, "__init__", partialmethod(Context.__init__, every_seconds=0.0, log=first.append))
-
     with monkeypatch.context() as patch:
         patch.setattr("defectlab.training.loop.extend", Mock(side_effect=[None, None, KeyboardInterrupt]))
-        code, _ = call(*command, "--epochs", 3, command="score")
+        code, _ = call(*asked, "--epochs", 3, command="score")
     assert code == 130 and len(list(tmp_path.glob("checkpoint-*.safetensors"))) == 1 and seconds == 60
-    works(*command, "--epochs", 3, command="score")
+    works(*asked, "--epochs", 3, command="score")
     assert "  continues after epoch 2 of 3" in first and not list(tmp_path.glob("checkpoint-*"))
-    assert "was trained with other images or settings" in fails(*command, "--epochs", 4, command="score")
+    assert "was trained with other images or settings" in fails(*asked, "--epochs", 4, command="score")
 
 
 @pytest.mark.parametrize("name", ["test/dent/a.png", "ground_truth/a.png", "tile00_mask.png"])
@@ -102,6 +99,14 @@ def test_masks_and_test_images_are_no_good_images(parts: Path, tmp_path: Path, n
     shutil.copy(parts / "good" / "tile00.png", tmp_path / "good" / name)
     options = ("--images", parts / "new", "--train-good", tmp_path / "good", "--out", tmp_path / "out", *SMALL)
     assert f"{Path(name).name} looks like a test image or a mask" in fails(*options, command="score")
+
+
+def test_no_copy_of_a_held_out_image_is_trained_on(parts: Path, tmp_path: Path) -> None:
+    for copy in ("a", "b"):
+        shutil.copytree(parts / "good", tmp_path / copy)
+    data = from_good_folder(tmp_path, 64)
+    train, dev = ({Path(name.split("+")[0]).name for name in part.names} for part in (data.train, data.dev))
+    assert len(train) > 10 and not train & dev
 
 
 @pytest.mark.parametrize("size", [100, 32, 48, 8192])

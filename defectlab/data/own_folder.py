@@ -237,11 +237,13 @@ def load_folder(path: Path, format: str, size: int, device="cpu", test_share: fl
 
     `format` "voc", "yolo" or "coco": see `read_voc`, `read_yolo`, `read_coco`. For COCO a json, or one for each of
     train, val and test; the images beside their json, in images/train or train, or else anywhere below `path`.
+
     What the folder itself says of train, val and test splits the set: `train`, `val` and `test` of data.yaml (folders
     or lists), train.txt and test.txt beside it, ImageSets/Main of VOC, else words of folder names (train2017, valid),
     for COCO of the json's name. With train and one other, that is the test split; with all three, val is dev. Where
     nothing says so, `test_share` (0 to 1) of the images is drawn for testing, stratified by the class that most boxes
-    of an image have. Where no dev is given, it is a tenth of training. `size`: side of the square images in pixels.
+    of an image have. Where no dev is given, it is a tenth of training. Images in two parts, or nearly the same, are a
+    line of the report. `size`: side of the square images in pixels.
     DataError naming the file and the remedy, also where there are fewer than 10 images, or no box to train or to test
     on; ValueError for another format, a size below 1 or a share outside 0 to 1.
     """

@@ -94,7 +94,8 @@ def train_good(options: argparse.Namespace, device: str) -> tuple[Path, AnomalyD
 
 def score(options: argparse.Namespace) -> int:
     """The command `score`: writes `scores.csv` (image, score, anomalous) and each map as `<name>_map.npy`, (256, 256)
-    float32, and `<name>_map.png`, over the image, up to twice the threshold. -> exit code, 1 if some were not read."""
+    float32, and `<name>_map.png`, laid over the image in colours from 0 to twice the threshold. With `--train-good` the
+    images that look like a good one are named, too. -> exit code, 1 where some images could not be read."""
     if options.train_good:
         saved.check_size(options.size, 64)
     device, out = pick_device(options.device), options.out
