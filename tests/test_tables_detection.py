@@ -130,16 +130,14 @@ def test_gain_with_both_intervals(toy: Project) -> None:
     (one,) = toy.judged()
     assert one.verdict == "supports"
     assert one.difference.mean == pytest.approx(6.0)
-    assert one.images.mean == pytest.approx(100 - detection.statistic(packed(half), "map50")(np.ones(4)))
-    assert 0 <= one.images.low < one.images.high <= 100
+    of_small = measured.over_images(detection.statistic(packed(half), "map50"), packed(half))
+    assert one.images.mean == pytest.approx(6.0)  # the recorded gain; only the width is that of the arrays
+    assert one.images.high - one.images.low == pytest.approx(of_small.high - of_small.low)
     line = claims_table("toy", "paper").iloc[0]
     assert (line["compared"], line["difference"]) == ("large − small, mAP50", "+6.0")
     low, high = map(signed, (one.images.low, one.images.high))
-    assert line["95 % over images"] == f"[{low}, {high}]" and [signed(x) for x in (-0.04, 0.04, 1)] == [
-        "0.0",
-        "0.0",
-        "+1.0",
-    ]
+    assert line["95 % over images"] == f"[{low}, {high}]"
+    assert [signed(x) for x in (-0.04, 0.04, 1)] == ["0.0", "0.0", "+1.0"]
 
 
 def test_order_compares_the_gain_at_some_classes(toy: Project) -> None:
@@ -150,8 +148,9 @@ def test_order_compares_the_gain_at_some_classes(toy: Project) -> None:
     write(toy, "small", (70.0, 70.0), found=half, per_class=(60.0, 80.0))
     (one,) = toy.judged()
     assert one.difference.mean == pytest.approx(30 - 20)
-    gain_at_crazing = 100 - detection.statistic(packed(half), "map50", ["crazing"])(np.ones(4))
-    assert one.images.mean == pytest.approx(gain_at_crazing / 2)  # patches gain nothing there
+    at_crazing = measured.over_images(detection.statistic(packed(half), "map50", ["crazing"]), packed(half))
+    assert one.images.mean == pytest.approx(10)  # as recorded; patches gain nothing in the arrays, so half the width
+    assert one.images.high - one.images.low == pytest.approx((at_crazing.high - at_crazing.low) / 2)
 
 
 def test_metrics_without_a_bootstrap_have_no_interval_over_images(toy: Project) -> None:

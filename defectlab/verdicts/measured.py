@@ -8,6 +8,7 @@ study in turns (`defectlab.bench`): what runs that were made at different times 
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -291,4 +292,5 @@ def bootstrap_level(records: list[Record], metric: str, kind: str | None = None)
     of_seed = [image_statistic(r, metric, None if kind is None else [kind]) for r in records]
     found = over_images(lambda weights: float(np.mean([f(weights) for f in of_seed])), records[0].arrays)
     exact = [value_of(r, metric) if kind is None else r.per_class[kind][metric] for r in records]
-    return stats.centred(found, float(np.mean(exact)))
+    moved = stats.centred(found, float(np.mean(exact)))
+    return replace(moved, low=max(moved.low, 0.0), high=min(moved.high, 100.0))  # these metrics are per cent
