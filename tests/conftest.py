@@ -39,30 +39,33 @@ def script() -> Callable[[str], ModuleType]:
     return load_script
 
 
+def archive_of(folder: str) -> Path:
+    """The archive of a real set in DEFECTLAB_ARCHIVES; without it the test is skipped, saying why."""
+    archives, name = os.environ.get("DEFECTLAB_ARCHIVES"), ARCHIVES[folder][1]
+    if not archives:
+        pytest.skip("needs real data: set DEFECTLAB_ARCHIVES to the folder that holds the archives")
+    if not (Path(archives) / name).is_file():
+        pytest.skip(f"needs real data: {name} is not in DEFECTLAB_ARCHIVES")
+    return Path(archives) / name
+
+
 @pytest.fixture(scope="session")
 def real_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """real_set(folder) -> the data root that holds the set.
 
-    DEFECTLAB_DATA is used where it holds the set; else the archive in DEFECTLAB_ARCHIVES is unpacked by the script
-    itself, once a session; else the test is skipped, saying why.
+    DEFECTLAB_DATA is used where it holds the set; else its archive is unpacked by the script itself, once a session.
     """
     root = tmp_path_factory.mktemp("data")
 
     def get(folder: str) -> Path:
-        script_name, archive, *options = ARCHIVES[folder]
         own = os.environ.get("DEFECTLAB_DATA")
         if own and (Path(own) / folder / "manifest.json").is_file():
             return Path(own)
         if (root / folder).is_dir():
             return root
-        archives = os.environ.get("DEFECTLAB_ARCHIVES")
-        if not archives:
-            pytest.skip("needs real data: set DEFECTLAB_ARCHIVES to the folder that holds the archives")
-        path = Path(archives) / archive
-        if not path.is_file():
-            pytest.skip(f"needs real data: {archive} is not in DEFECTLAB_ARCHIVES")
-        status = load_script(script_name).main([*options, "--archive", str(path), "--data-dir", str(root)])
-        assert status == 0, f"{script_name}.py refused {archive}"
+        archive, (script_name, _, *options) = archive_of(folder), ARCHIVES[folder]
+        status = load_script(script_name).main([*options, "--archive", str(archive), "--data-dir", str(root)])
+        assert status == 0, f"{script_name}.py refused {archive.name}"
         return root
 
     return get

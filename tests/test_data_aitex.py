@@ -1,10 +1,12 @@
 """AITEX: tiles cut from strips or pieces, the split that keeps a strip (and perhaps a roll) on one side."""
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import archive_of
 
 from defectlab.data.anomaly import AITEX_LIST, load_anomaly
 from defectlab.data.images import save_image
@@ -69,6 +71,12 @@ def test_another_archive_is_refused(lost: str, message: str, aitex, tmp_path: Pa
         path.unlink()
     with pytest.raises(aitex.DataError, match=message):
         aitex._cut(folder)
+
+
+@pytest.mark.real_data
+def test_the_list_is_made_again_from_the_archive(script, tmp_path: Path) -> None:
+    shutil.unpack_archive(archive_of("aitex"), tmp_path)
+    assert script("aitex").list_of_strips(tmp_path / "AITEX_768") == AITEX_LIST.read_text()
 
 
 def test_the_list_is_drawn_again_and_no_roll_is_on_two_sides(script) -> None:

@@ -72,11 +72,7 @@ PINNED = [  # function, its arguments: the set first, sha256
     (pits_fingerprint, ("bsdata", "zones"), "545b61675501f6e0cc1c3eb6d69b1349d8e06b08fbabe1f48d8621a3d7fa8fe2"),
     (marked_fingerprint, ("bsdata", "zones"), "c8cba5147f157b1a2767eccca2f63f9d9f1bc47ad6b71e720e6f47dc6c8924ad"),
     (marked_fingerprint, ("bsdata", "official"), "3ea4e75103406d758f2c732d31ddc2ebb0b3994653a95885bdb3dd447e49c0d4"),
-    (
-        marked_fingerprint,
-        ("bsdata", "zones_mixed"),
-        "f3692617e251b613e52de8f223c15e464659b1e0b4a3d54931148c69967b821d",
-    ),
+    (marked_fingerprint, ("bsdata", "zones_mixed"), "f3692617e251b613e52de8f223c15e464659b1e0b4a3d54931148c69967b821d"),
     (marked_fingerprint, ("neu_seg", "apart"), "27704e5d81600e94858cbfc4bb02a689a88284a7ee71b5f55c58ebcfa84f9e2c"),
     (instance_fingerprint, ("neu_seg",), "671ce36e5ab5d6d5ac74e96fbfc5d33fef4327a6abe9f865048ede9ced555b6d"),
     (instance_fingerprint, ("neu_seg_published",), "958c8ab6703d0622a2157a05a3de921efe4524941c10fa7a8d326242650c51c4"),

@@ -35,8 +35,7 @@ OF_IMAGES = (detection.boxed, figures.image_grid, lambda shown: instances.overla
 
 
 @pytest.mark.parametrize(
-    ("draw", "nothing"),
-    [*product(OF_ROWS, ({}, {"row": []})), *product(OF_ONE, [None]), *product(OF_IMAGES, [[]])],
+    ("draw", "nothing"), [*product(OF_ROWS, ({}, {"row": []})), *product(OF_ONE, [None]), *product(OF_IMAGES, [[]])]
 )
 def test_no_finished_run_is_said_and_not_an_error(draw, nothing) -> None:
     assert "no finished run yet" in draw(nothing).texts[0].get_text()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
+from toy_anomaly import fit
 
 from defectlab.networks.rebuild.autoencoder import (
     Autoencoder,
@@ -40,16 +41,8 @@ def defective(count: int) -> Tensor:
 
 def train(method: type[Normal], settings, steps: int, learning_rate: float) -> tuple[Normal, list[float]]:
     torch.manual_seed(0)
-    network, generator, images = method(settings), torch.Generator().manual_seed(0), stripes(32)
-    optimiser = torch.optim.Adam(network.parameters(), learning_rate)
-    losses = []
-    for _ in range(steps):
-        chosen = torch.randint(len(images), (settings.batch,), generator=generator)
-        loss = network.loss(images[chosen], generator)["loss"]
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
+    network, generator = method(settings), torch.Generator().manual_seed(0)
+    losses = fit(network, stripes(32), steps, learning_rate, generator)
     return network.eval(), losses
 
 

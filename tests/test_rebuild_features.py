@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import hinge_loss
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
+from toy_anomaly import fit
 
 from defectlab.files import WeightsError
 from defectlab.networks.efficientnet import Lite0
@@ -57,17 +58,8 @@ def train(network: Normal, images: Tensor, steps: int, seed: int = 0, foreign: T
     with torch.no_grad():
         prepared = network.prepare(images)
         network.begin(prepared, foreign)
-    generator, settings = seeded(seed), network.settings
-    learnt = [p for p in network.parameters() if p.requires_grad]
-    optimiser, losses = torch.optim.Adam(learnt, settings.learning_rate), []
     network.train()
-    for _ in range(steps):
-        chosen = torch.randint(len(prepared), (settings.batch,), generator=generator)
-        loss = network.loss(prepared[chosen], generator)["loss"]
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
+    losses = fit(network, prepared, steps, network.settings.learning_rate, seeded(seed))
     network.eval()
     with torch.no_grad():
         network.end(prepared)

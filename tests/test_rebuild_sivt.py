@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck
+from toy_anomaly import fit
 
 from defectlab.metrics.costs import flops, parameters
 from defectlab.networks.rebuild.sivt import (
@@ -32,14 +33,9 @@ def textures(count: int, seed: int, size: int = 64) -> torch.Tensor:
 
 def trained(settings: SIVTSettings, prepared: torch.Tensor, steps: int, seed: int = 0) -> SIVT:
     torch.manual_seed(seed)
-    network, generator = SIVT(settings), torch.Generator().manual_seed(seed)
+    network = SIVT(settings)
     network.begin(prepared)
-    optimiser = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 0.003)
-    for _ in range(steps):
-        batch = prepared[torch.randint(len(prepared), (settings.batch,), generator=generator)]
-        optimiser.zero_grad()
-        network.loss(batch, generator)["loss"].backward()
-        optimiser.step()
+    fit(network, prepared, steps, 0.003, torch.Generator().manual_seed(seed))
     return network.eval()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from defectlab.data.anomaly import AnomalyData, AnomalySplit
+from defectlab.networks.rebuild.base import Normal
 from defectlab.runs import Result
 
 CHANNELS = (8, 16, 32)  # of the toy teacher
@@ -48,6 +49,19 @@ def learning(modules: list[nn.Module], loss: Callable[[], Tensor]) -> tuple[set[
         moved |= {name for name, p in weights.items() if p.grad is not None and p.grad.abs().max() > 0}
         optimizer.step()
     return moved, set(weights)
+
+
+def fit(network: Normal, images: Tensor, steps: int, learning_rate: float, generator: torch.Generator) -> list[float]:
+    """The losses of steps of Adam, each on a batch drawn from the (prepared) images."""
+    optimiser, losses = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], learning_rate), []
+    for _ in range(steps):
+        chosen = torch.randint(len(images), (network.settings.batch,), generator=generator)
+        loss = network.loss(images[chosen], generator)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
 
 
 def check_seeds(first: Result, again: Result, other: Result) -> None:
