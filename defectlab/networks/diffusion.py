@@ -78,12 +78,7 @@ def q_sample(clean: Tensor, timesteps: Tensor, noise: Tensor, alpha_hat: Tensor)
 
 
 def noise_loss(
-    unet: nn.Module,
-    clean: Tensor,
-    timesteps: Tensor,
-    noise: Tensor,
-    alpha_hat: Tensor,
-    labels: Tensor | None = None,
+    unet: nn.Module, clean: Tensor, timesteps: Tensor, noise: Tensor, alpha_hat: Tensor, labels: Tensor | None = None
 ) -> dict[str, Tensor]:
     """{"loss"}: mean squared error of the predicted noise (1 where it predicts none), Ho et al. eq. 14. Arguments as of
     `q_sample`; labels (B,) int64 of a network with classes."""

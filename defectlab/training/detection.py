@@ -61,9 +61,7 @@ def predict(
 
 
 def probe_on(
-    split: DetectionSplit,
-    class_names: tuple[str, ...],
-    find: Callable[[nn.Module, DetectionSplit], Boxes] = predict,
+    split: DetectionSplit, class_names: tuple[str, ...], find: Callable[[nn.Module, DetectionSplit], Boxes] = predict
 ) -> Probe:
     """For a training's curve: mAP on dev, of what `find` gives."""
     ground_truth = split.ground_truth()

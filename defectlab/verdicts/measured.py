@@ -8,7 +8,6 @@ study in turns (`defectlab.bench`): what runs that were made at different times 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -210,14 +209,15 @@ def written(value: float, metric: str) -> str:
     digits = COSTS[metric].digits if metric in COSTS else 1
     if is_timed(metric) and 0 < value < math.inf:
         digits = min(max(2 - math.floor(math.log10(value)), 0), digits)
-    return f"{value:,.{digits}f}"
+    return f"{value:z,.{digits}f}"  # z: no "-0.0"
 
 
 def within(metric: str, low: float, high: float, differences: int = 0) -> tuple[float, float]:
     """An interval cut where the metric ends: a level in per cent at 0 and 100, a difference of two such at -100 and
-    100, a difference of `differences` = 2 differences at -200 and 200. What is not in per cent stays as it is."""
+    100, a difference of `differences` = 2 differences at -200 and 200. A cost or a count has no end but 0."""
     if metric not in METRIC_NAMES or metric in COSTS or metric in UNITS:
-        return low, high
+        counted = metric in COSTS or UNITS.get(metric, "points") != "points"
+        return max(low, 0.0) if counted and not differences else low, high
     most = math.inf if metric in BEYOND_100 else 100.0 * max(differences, 1)
     return max(low, -most if differences else 0.0), min(high, most)
 
@@ -293,4 +293,4 @@ def bootstrap_level(records: list[Record], metric: str, kind: str | None = None)
     found = over_images(lambda weights: float(np.mean([f(weights) for f in of_seed])), records[0].arrays)
     exact = [value_of(r, metric) if kind is None else r.per_class[kind][metric] for r in records]
     moved = stats.centred(found, float(np.mean(exact)))
-    return replace(moved, low=max(moved.low, 0.0), high=min(moved.high, 100.0))  # these metrics are per cent
+    return stats.Interval(moved.mean, *within(metric, moved.low, moved.high), moved.n)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from defectlab import runs
 from defectlab.figures.forest import Line
@@ -359,12 +360,17 @@ def agreement(study_name: str, key: str, metric: str, profile: str) -> str:
 # --- HTML ------------------------------------------------------------------------------------------------------------
 
 
-def styled(frame: pd.DataFrame) -> Any:
+class _Table(Styler):
+    def __repr__(self) -> str:  # pandas writes an address, another one at each execution
+        return f"a table of {len(self.data)} rows"
+
+
+def styled(frame: pd.DataFrame) -> Styler:
     """A table for notebooks and pages: left-aligned text."""
     look = [
         {"selector": "th, td", "props": "text-align: left; vertical-align: top; padding: 2px 10px; font-size: 13px"},
         {"selector": "thead th", "props": "border-bottom: 1px solid #888"},
     ]
     name = hashlib.sha256(frame.to_csv().encode()).hexdigest()[:8]  # the style's own, and the same in every run
-    style = frame.style.set_table_styles(look).set_uuid(name)
+    style = _Table(frame).set_table_styles(look).set_uuid(name)
     return style.hide(axis="index") if isinstance(frame.index, pd.RangeIndex) else style
