@@ -52,8 +52,9 @@ def forest(lines: Sequence[Line], width: float = 8.0) -> Figure:
     axis.set(xlabel="difference in points", xlim=(-reach, reach), ylim=(-0.7, len(lines) - 0.3))
     axis.tick_params(left=False)
     axis.spines["left"].set_visible(False)
-    widths = {"over seeds": 3, "over images": 1.2}
-    handles = [Line2D([], [], color="#777777", linewidth=wide, label=kind) for kind, wide in widths.items()]
+    widths = {True: ("over seeds", 3), False: ("over images", 1.2)}
+    shown = [kind for over_seeds, kind in widths.items() if over_seeds in {line.over_seeds for line in lines}]
+    handles = [Line2D([], [], color="#777777", linewidth=wide, label=kind) for kind, wide in shown]
     if any(line.printed is not None for line in lines):
         look = {"color": INK, "marker": "|", "linestyle": "", "markersize": 12, "markeredgewidth": 2}
         handles.append(Line2D([], [], label="gain that the paper printed", **look))
