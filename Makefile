@@ -12,6 +12,9 @@ ELPV_PACKAGE := elpv-dataset==1.0.0.post1
 WITHOUT = $(PY) -m nbconvert --to notebook --log-level WARN --output-dir runs/$(2) --ClearOutputPreprocessor.enabled=True \
   --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=$(1) notebooks/*.ipynb
 
+# one set, from its archive in ARCHIVES or fetched; one that fails is named in the end, after all others
+UNPACK = $(PY) data_scripts/$(1).py $(3) $(if $(ARCHIVES),--archive '$(ARCHIVES)/$(2)') || left="$$left $(1)"
+
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce notebooks students test data bench gpu-check report clean
 
@@ -62,16 +65,12 @@ test: $(INSTALLED)
 	$(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 
 data: $(INSTALLED)
-	$(PY) data_scripts/magnetic_tile.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/magnetic-tile.zip')
-	$(PY) data_scripts/mvtec_ad.py --category metal_nut $(if $(ARCHIVES),--archive '$(ARCHIVES)/mvtec_metal_nut_512.zip')
-	$(PY) data_scripts/deep_pcb.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/DeepPCB.tar.xz')
-	$(PY) data_scripts/neu_det.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/NEU-DET.zip')
-	$(PY) data_scripts/neu_seg.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/NEU-Seg.zip')
-	$(PY) data_scripts/aitex.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/AITEX_768.zip')
-	$(PY) data_scripts/road_depth.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/road_rgbd_320.zip')
-	$(PY) data_scripts/bsdata.py $(if $(ARCHIVES),--archive '$(ARCHIVES)/BSData_reduced.zip')
-	@if [ -f '$(or $(ARCHIVES),.)/$(ELPV)' ]; then $(PY) data_scripts/elpv.py --archive '$(or $(ARCHIVES),.)/$(ELPV)'; \
-	  else echo "solar cells left out: $(PY) -m pip download --no-deps $(ELPV_PACKAGE) gets $(ELPV) for ARCHIVES"; fi
+	@left=; $(call UNPACK,magnetic_tile,magnetic-tile.zip); $(call UNPACK,mvtec_ad,mvtec_metal_nut_512.zip,--category metal_nut); \
+	$(call UNPACK,deep_pcb,DeepPCB.tar.xz); $(call UNPACK,neu_det,NEU-DET.zip); $(call UNPACK,neu_seg,NEU-Seg.zip); \
+	$(call UNPACK,aitex,AITEX_768.zip); $(call UNPACK,road_depth,road_rgbd_320.zip); $(call UNPACK,bsdata,BSData_reduced.zip); \
+	if [ -f '$(or $(ARCHIVES),.)/$(ELPV)' ]; then $(PY) data_scripts/elpv.py --archive '$(or $(ARCHIVES),.)/$(ELPV)' || left="$$left elpv"; \
+	else echo "solar cells left out: $(PY) -m pip download --no-deps $(ELPV_PACKAGE) gets $(ELPV) for ARCHIVES"; fi; \
+	[ -z "$$left" ] || { echo "make data: not there yet:$$left (above, each says what to do)" >&2; exit 1; }
 
 bench: $(INSTALLED)
 	$(PY) -m defectlab bench $(or $(STUDY),yolo_dcf) $(if $(DEVICE),--device $(DEVICE))

@@ -120,17 +120,19 @@ def readme_markdown(store: tables.RecordStore) -> str:
     """The findings marked for it, a table of the papers (what each says, what was found, how sure that is), and how all
     primary claims came out."""
     told = [one for name in STUDIES for one in findings(name, store) if one.holds and one.readme]
-    lines, outcomes = [], Counter()
+    lines, shown, outcomes = [], [], {}
     for name in STUDIES:
         judged = {j.claim["id"]: j for j in tables.judge_claims(name, store)}
-        outcomes.update(_outcome(j) for j in judged.values() if j.claim["primary"])
+        outcomes[name] = Counter(_outcome(j) for j in judged.values() if j.claim["primary"])
         for paper in papers_of(name):
             (notebook,) = (project_root() / "notebooks").glob(f"{paper['notebook']}_*.ipynb")
             title = f"{paper['title']} ([{paper['notebook']}](notebooks/{notebook.name}); at hand: {paper['source']})"
             for number, tested in enumerate(paper["tested"]):
                 one = judged[tested["claim"]]
                 where = "timed" if one.device else f"{one.profile}, {one.n} seed{'s' * (one.n > 1)}"
-                found = claims.measured_text(one) + " points" * bool(one.difference)
+                interval = tables.intervals(one)[0 if one.difference else 1].replace("–", "")  # the one that judges
+                found = f"{claims.measured_text(one)} {interval}".strip() + " points" * bool(one.difference)
+                shown.append(one.claim["primary"])
                 lines.append(
                     {
                         "paper": title if number == 0 else "",
@@ -139,10 +141,15 @@ def readme_markdown(store: tables.RecordStore) -> str:
                         "how sure": f"**{_outcome(one)}** ({where})" if one.n else "",
                     }
                 )
-    counted = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in sorted(outcomes))
-    all_claims = f"All {outcomes.total()} primary claims of all studies: {counted}."
+    total, history = sum(counted.total() for counted in outcomes.values()), STUDIES.index("windows")
+    chosen = f"The table is a choice: {sum(shown)} of all {total} primary claims, and {shown.count(False)} others."
+    for of, names in {"the four papers": STUDIES[:history], "the field's history": STUDIES[history:]}.items():
+        counted = sum((outcomes[name] for name in names), Counter())
+        chosen += (
+            f" Primary claims of {of}: " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(counted.items())) + "."
+        )
     sentences = "\n".join(f"- {one.text}" for one in told)
-    return "\n\n".join([sentences, *([markdown(pd.DataFrame(lines)), all_claims] if lines else [])])
+    return "\n\n".join([sentences, *([markdown(pd.DataFrame(lines)), chosen] if lines else [])])
 
 
 def _outcome(judged: claims.Judged) -> str:

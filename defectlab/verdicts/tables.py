@@ -292,7 +292,7 @@ def judge_claims(study_name: str, store: RecordStore) -> list[claims.Judged]:
     return store._judged[study_name]
 
 
-def _intervals(judged: claims.Judged) -> tuple[str, str]:
+def intervals(judged: claims.Judged) -> tuple[str, str]:
     """Over seeds and over test images; one seed has none over seeds (that of other rows would stand in its place)."""
     differences = {"order": 2, "gain": 1}.get(judged.claim["kind"], 0)
 
@@ -310,7 +310,7 @@ def claims_table(study_name: str, profile: str, store: RecordStore | None = None
     interval over seeds, over images, verdict."""
     lines = []
     for judged in judge_claims(study_name, store or record_store(profile)):
-        over_seeds, over_images = _intervals(judged)
+        over_seeds, over_images = intervals(judged)
         lines.append(
             {
                 "claim": judged.claim["id"].replace("_", " ") + (" (primary)" if judged.claim["primary"] else ""),
