@@ -32,12 +32,7 @@ from defectlab.files import DataError
 ROAD, SYNTHETIC_ROAD = "road_depth", "synthetic_road"
 BALL_SCREWS, SYNTHETIC_SCREW = "bsdata", "synthetic_screw"
 SESSIONS = ("session_1", "session_2", "session_3")
-SPLITS = {
-    ROAD: SESSIONS,
-    SYNTHETIC_ROAD: SESSIONS,
-    BALL_SCREWS: ("zones", "official"),
-    SYNTHETIC_SCREW: ("zones",),
-}
+SPLITS = {ROAD: SESSIONS, SYNTHETIC_ROAD: SESSIONS, BALL_SCREWS: ("zones", "official"), SYNTHETIC_SCREW: ("zones",)}
 FRAMES = {  # of each session of the road
     session: tuple(f"{number:02}" for number in range(1, count + 1)) for session, count in {1: 22, 2: 40, 3: 5}.items()
 }

@@ -142,7 +142,7 @@ def readme_markdown(store: tables.RecordStore) -> str:
                     }
                 )
     total, history = sum(counted.total() for counted in outcomes.values()), STUDIES.index("windows")
-    chosen = f"The table is a choice: {sum(shown)} of all {total} primary claims, and {shown.count(False)} others."
+    chosen = f"The table is a choice: {sum(shown)} of all {total} primary claims, {shown.count(False)} not primary."
     for of, names in {"the four papers": STUDIES[:history], "the field's history": STUDIES[history:]}.items():
         counted = sum((outcomes[name] for name in names), Counter())
         chosen += (
