@@ -13,9 +13,8 @@ its share links before: if they fail, take the archive from the page and pass it
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 from defectlab.data import fetch
+from defectlab.data.images import read_header
 from defectlab.files import DataError
 
 # category: (train good, test good, test anomalous, image side, share and file of its archive). The counts and sides
@@ -60,11 +59,7 @@ def _check(folder: Path, category: str) -> str:
             f"MVTec AD {category} should have {expected} train, good and anomalous test images and {expected[2]} "
             f"masks, the archive has {got} and {masks}: fetch it again"
         )
-    try:
-        with Image.open(train[0]) as image:
-            return "reduced" if max(image.size) < side else ""
-    except OSError as error:
-        raise DataError(f"{train[0].name} of the archive cannot be read ({error}): fetch it again") from error
+    return "reduced" if max(read_header(train[0], "fetch it again")[:2]) < side else ""
 
 
 def dataset(category: str) -> fetch.DataSet:

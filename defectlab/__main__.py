@@ -104,7 +104,9 @@ def parser() -> argparse.ArgumentParser:
     good.add_argument("--method", choices=("rd4ad", "bsdrd", "patchcore"), default="bsdrd", help="default: bsdrd")
     good.add_argument("--teacher", default="resnet18", help="default: resnet18; resnet18_random needs no weights")
     good.add_argument("--epochs", type=positive, default=10, help="default: 10; patchcore has none")
-    good.add_argument("--size", type=positive, default=256, help="pixels per side; default: 256")
+    good.add_argument(
+        "--size", type=positive, default=256, help="pixels per side; default: 256 (a --model has its own)"
+    )
 
     detect = add("detect", "train a detector on images with boxes, or find defects in others with it", None)
     source = detect.add_mutually_exclusive_group(required=True)

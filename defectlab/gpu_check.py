@@ -41,11 +41,11 @@ COMPILED = ("detector", ("inductor", "graphs"))  # a kind whose settings have `c
 COUNTING = "costs"  # kinds that end so count operations
 
 
-def kinds(profile: str = "smoke") -> dict[str, tuple[str, str]]:
-    """Kind -> study and row, the first that the profile plans and every machine has."""
+def kinds() -> dict[str, tuple[str, str]]:
+    """Kind -> study and row, the first that smoke plans and every machine has."""
     found: dict[str, tuple[str, str]] = {}
     for name in STUDIES:
-        for row_name, row in study(name).rows[profile].items():
+        for row_name, row in study(name).rows["smoke"].items():
             if row.seeds and not row.optional and not row.settings.model.endswith(COUNTING):
                 found.setdefault(kind_of(row.settings), (name, row_name))
     return found

@@ -104,7 +104,7 @@ def reset_peak_memory(device: str | torch.device) -> None:
 
 
 def peak_memory_mb(device: str | torch.device) -> float:
-    """Peak memory in MB: of the run on a GPU, of the whole process so far on a CPU."""
+    """Peak memory in MB of this process: in the run, with the sets that it holds, on a GPU; so far, on a CPU."""
     if torch.device(device).type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     if sys.platform == "win32":

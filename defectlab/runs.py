@@ -68,7 +68,7 @@ class Context:
 
 
 class OfAnother:
-    """For settings with a field `of`, those of the row that they look at or build on: its data, its size of images."""
+    """For settings about another row, `of`: their data set and image size are that row's."""
 
     of: Any
 
@@ -335,8 +335,8 @@ def load_weights(record: Record, network: nn.Module) -> None:
         raise ValueError(f"{path} is missing beside its record: delete {record.path} and run that row again")
     try:
         tensors, header = read_tensors(path)
-        if header.get("key") != record.key:
-            raise RuntimeError(f"it is of {header.get('key')}")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != record.model_sha256:
+            raise RuntimeError(f"it is of another run, of {header.get('key')}")
         network.load_state_dict(tensors)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = f"does not fit this network ({first_line(error)})"

@@ -136,6 +136,9 @@ def wrap(tensor, index: int):
 # --- Waits -----------------------------------------------------------------------------------------------------------
 
 
+STEP = ("draw", "__call__", "step", "learn", "loss")  # what `training.loop.train` calls for a batch
+
+
 def synchronised(what: str) -> None:
     """Note a wait of the host for the device, with the innermost line of the package."""
     frame, place, step = sys._getframe(1), "", False
@@ -143,7 +146,7 @@ def synchronised(what: str) -> None:
         code = frame.f_code
         if "/defectlab/" in code.co_filename:
             place = place or f"{code.co_filename.rpartition('/defectlab/')[2]}:{frame.f_lineno} {code.co_name}"
-            step |= code.co_name in ("draw", "step", "loss")  # what `training.loop.train` calls for a batch
+            step |= code.co_name in STEP
         frame = frame.f_back
     WAITS[what, place, step] += 1
 

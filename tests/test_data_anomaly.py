@@ -206,7 +206,7 @@ DAMAGED = [  # suffix of the file, what becomes of it, whether the manifest know
     ("jpg", lambda path: path.write_bytes(b"<html></html>"), True, "cannot be decoded" + SCRIPT),
     ("png", Path.unlink, True, "is missing" + SCRIPT),
     ("png", lambda path: Image.new("L", (80, 64)).save(path), True, r"is 80 x 64 pixels, its image .*\.jpg 64 x 80"),
-    ("png", lambda path: Image.fromarray(np.ones((80, 64), np.uint16)).save(path), True, "more than 8 bits a pixel"),
+    ("png", lambda path: Image.fromarray(np.ones((80, 64), np.uint16)).save(path), True, "more than 8 bits a channel"),
 ]
 
 

@@ -27,9 +27,9 @@ REFUSED = [
     # known, and not there
     (load_anomaly, "magnetic_tile", r"magnetic_tile does not exist: run `python data_scripts/magnetic_tile\.py`"),
     (load_anomaly, "mvtec_ad/pill", r"pill does not exist: run `python data_scripts/mvtec_ad\.py --category pill`"),
-    (load_detection, "neu_det", r"does not exist: run `python data_scripts/neu_det\.py`"),
+    (load_detection, "neu_det", r"does not exist: run `python data_scripts/neu_det\.py --archive FILE`"),
     (load_nuts, METAL_NUT, r"metal_nut does not exist: run `python data_scripts/mvtec_ad\.py --category"),
-    (load_instances, "neu_seg", r"run `python data_scripts/neu_seg\.py`"),
+    (load_instances, "neu_seg", r"run `python data_scripts/neu_seg\.py --archive FILE`"),
 ]
 SYNTHETIC = [
     (load_anomaly, "synthetic_tile"),

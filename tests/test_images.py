@@ -68,7 +68,7 @@ def test_more_than_8_bits_are_refused_in_every_mode(tmp_path: Path) -> None:
         tifffile.imwrite(tmp_path / f"{name}.tif", pixels, photometric="rgb", **options)
     assert len(find_images(tmp_path)) == 9
     for path in find_images(tmp_path):
-        with pytest.raises(DataError, match=rf"{path.name} has more than 8 bits a pixel: save it with 8 bits"):
+        with pytest.raises(DataError, match=rf"{path.name} has more than 8 bits a channel: save it with 8"):
             decode(path)
 
 

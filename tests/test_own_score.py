@@ -39,7 +39,7 @@ def test_train_on_good_images_then_score_with_the_model(method: str, parts: Path
     first, second, model = tmp_path / "first", tmp_path / "second", tmp_path / "first" / f"{method}.safetensors"
     images, options = ("--images", parts / "new"), ("--method", method, "--epochs", 1, *SMALL)
     shown = works(*images, "--out", first, "--train-good", parts / "good", *options, command="score")
-    assert f"trained on 22 good images; saved {model}" in shown
+    assert f"learnt from 22 good images; saved {model}" in shown
     assert model.stat().st_mode & 0o777 == first.stat().st_mode & 0o666  # whoever may read the folder
     assert "4 images scored" in works(*images, "--out", second, "--model", model, command="score")
     lines, again = (read_csv(folder / "scores.csv") for folder in (first, second))
@@ -119,7 +119,7 @@ def test_sizes_that_score_cannot_use(parts: Path, tmp_path: Path, size: int) -> 
 def test_images_that_cannot_be_scored(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new, out = parts / "new", ("--out", tmp_path / "out")
     shown = fails("--images", new, "--train-good", new, *SMALL, *out, command="score")
-    assert "holds 4 images: training needs at least 20 good ones" in shown
+    assert "holds 4 different images: training needs at least 20 good ones" in shown
     shown = fails("--images", tmp_path, "--train-good", parts / "good", *SMALL, *out, command="score")
     assert "holds no image (jpg, png" in shown
     monkeypatch.setenv("DEFECTLAB_WEIGHTS", str(tmp_path))

@@ -31,8 +31,8 @@ class RowsFailed(RuntimeError):
 def run_row(of: Study, row: Row, seed: int, profile: str, context: Context, folder: Path | None = None) -> Record:
     """Compute one row and seed unless `runs/<profile>/` (or `folder`) has it already, and keep the result there.
 
-    An interrupted training leaves a checkpoint and is continued by the next call. `seconds` of the record are those of
-    all calls, without those of other rows, which have records of their own.
+    An interrupted training leaves a checkpoint and is continued by the next call. `seconds` of the record are those
+    of this call and, of earlier ones, of their training; other rows have records of their own.
     """
     settings, given = row.settings, folder
     folder = given or runs.runs_dir(profile)

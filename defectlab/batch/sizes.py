@@ -13,12 +13,12 @@ from defectlab.runs import row_identity, runs_dir
 from defectlab.studies import STUDIES, Row, study
 
 OTHERS_GB = 14.0  # a bound of the rows whose memory is not computed: no training, or shapes that depend on numbers
-OF_A_NETWORK = ("family", "scale", "teacher", "encoder", "network")  # settings that make it another network
+OF_A_NETWORK = ("family", "scale", "teacher", "encoder", "network", "size", "windows")  # they change what a step takes
 CUDA_GB = 1.0  # of each process: CUDA itself and what cuDNN takes for its work
 
 
 def kind_of(settings: Any) -> str:
-    """What is trained alike: the model, that of the row whose network it looks at, that of a generator in it."""
+    """Rows of one kind are trained alike: the same model, and the same model of the row `of` and of the generator."""
     inner = ((word, getattr(settings, name, None)) for word, name in (("of", "of"), ("with", "generator")))
     return settings.model + "".join(f" {word} {one.model}" for word, one in inner if dataclasses.is_dataclass(one))
 
@@ -80,9 +80,11 @@ def images_an_epoch(settings: Any) -> int:
 
 
 def hours(row: Row, measured: dict[str, dict[str, Any]]) -> float:
-    """Of one seed of a row on the machine that was measured; NaN where it cannot be told. A row that trains nothing
-    counts as nothing."""
+    """Of one seed of a row on the machine that was measured; NaN where it cannot be told, as with a generator that is
+    trained beside. A row that trains nothing counts as nothing."""
     epochs = getattr(row.settings, "epochs", 0)
+    if getattr(row.settings, "generator", None) or (not epochs and getattr(row.settings, "steps", 0)):
+        return math.nan
     if not epochs:
         return 0.0
     images, speed = images_an_epoch(row.settings), measured_of(row, measured).get("images_per_second")

@@ -124,7 +124,8 @@ def checked(
         kept[label, *box.tolist()] = None
     labels = np.array([key[0] for key in kept], np.int64)
     unique = np.array([key[1:] for key in kept], np.float32).reshape(-1, 4)
-    found = Counter({DUPLICATES: len(objects) - len(kept), TINY: int(_tiny(unique).sum()), UPRIGHT: int(turned > 1)})
+    is_turned = int(turned in range(2, 9))  # other tags mean nothing
+    found = Counter({DUPLICATES: len(objects) - len(kept), TINY: int(_tiny(unique).sum()), UPRIGHT: is_turned})
     return AnnotatedImage(path, width, height, unique, labels, found + (notes or Counter()))
 
 
@@ -203,6 +204,8 @@ class _Voc(NamedTuple):
 def _parse_voc(path: Path) -> _Voc:
     try:
         tree = _xml(path)
+        if tree.tag != "annotation":
+            raise ValueError(f"its root is <{tree.tag}>")
         width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
         corners = ("xmin", "ymin", "xmax", "ymax")
         items = list(tree.iter("object"))
@@ -217,7 +220,7 @@ def _parse_voc(path: Path) -> _Voc:
             for item in items
             if (item.findtext(mark) or "0").strip() == "1"
         )
-    except (ElementTree.ParseError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except (SyntaxError, OSError, ArithmeticError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise DataError(
             f"{path} is no VOC xml with a name and xmin, ymin, xmax, ymax for each object ({error}): restore it"
         ) from error

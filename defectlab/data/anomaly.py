@@ -286,9 +286,9 @@ def from_good_folder(folder: Path, size: int, device="cpu") -> AnomalyData:
         words = {part.lower() for part in path.relative_to(folder).parts[:-1]}
         if words & NOT_GOOD or re.search(r"[_-](mask|gt)$", path.stem.lower()):
             raise DataError(f"{path} looks like a test image or a mask: give the folder of the good images alone")
-    if len(paths) < 20:
-        raise DataError(f"{folder} holds {len(paths)} images: training needs at least 20 good ones")
     content = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    if (different := len(set(content.values()))) < 20:
+        raise DataError(f"{folder} holds {different} different images: training needs at least 20 good ones")
     train, dev = hold_out([Sample(path) for path in content], TILE_TYPES)
     held = {content[sample.path] for sample in dev}
     parts = [sample for sample in train if content[sample.path] not in held], dev

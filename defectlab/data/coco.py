@@ -47,7 +47,7 @@ class _Fields:
         """A finite number, or `count` of them."""
         try:
             values = [float(value) for value in (self[name] if count else [self[name]])]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             values = []
         if len(values) != (count or 1) or not all(map(math.isfinite, values)):
             wanted = f"{count} numbers" if count else "a number"
@@ -88,7 +88,7 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
         by_name[same(path.name)].append(path)
     try:
         fields = _Fields(json.loads(read_text(annotation_file)), str(annotation_file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{annotation_file} is no COCO json of boxes ({error}): export it again") from error
     categories = _by_id(fields.items("categories"))
     titles = clean_names((item["name"] for item in categories.values()), annotation_file)
@@ -103,7 +103,7 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
                 f"{item.where} is of image {item['image_id']!r} and category {item['category_id']!r}, an image or "
                 "category that is not listed: correct or remove it"
             )
-        if item.content.get("iscrowd"):
+        if item.content.get("iscrowd") and item.number("iscrowd"):
             notes[image]["regions marked iscrowd, left out"] += 1
             continue
         x, y, width, height = item.number("bbox", 4)
@@ -127,7 +127,7 @@ def read_coco(annotation_file: Path, images: Path, class_names: Sequence[str] | 
         found = whole or found
         if len(found) > 1:
             raise DataError(f"{annotation_file}: {name} fits {found[0]} and {found[1]}: give its path in {images}")
-        path = found[0] if found else images / name
+        path = found[0] if found else images / name.lstrip("/")
         if path in seen:
             raise DataError(f"{annotation_file} lists {path} twice, as id {seen[path]} and {index}: remove one")
         seen[path] = index

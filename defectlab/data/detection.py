@@ -144,7 +144,8 @@ def _plan(dataset: str, root: Path | None) -> Plan:
     if dataset not in _SETS:
         raise DataError(f"there is no detection set {dataset!r}: choose one of {', '.join(_SETS)}")
     chosen = _SETS[dataset]
-    plan = locate(chosen.folder, chosen.label, f"{chosen.folder}.py", root)
+    where = " --archive FILE" if chosen.folder == "neu_det" else ""  # no address that a script may fetch
+    plan = locate(chosen.folder, chosen.label, f"{chosen.folder}.py{where}", root)
     files = plan.manifest.files
     matches = {path: re.fullmatch(chosen.strata, path) for path in files}
     strata = {path: match[1] for path, match in matches.items() if match}

@@ -36,19 +36,23 @@ def find_files(folder: Path, suffixes: set[str] | None = None) -> list[Path]:
     """Files below `folder` with one of the suffixes (lower case; None: any), sorted.
 
     Links to folders are followed. Hidden files and folders, and what `score` and `detect` wrote, are left out.
-    DataError: no such folder, one that this program wrote, a name that is not UTF-8.
+    DataError: no such folder, one that this program wrote or that cannot be listed, a name that is not UTF-8.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give the folder that holds the images")
     if (folder / MARKER).exists():
         raise DataError(f"{folder} holds results of this program: give the folder of your own images")
     found, entered = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror}): make it readable, or move it away")
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
         if (real := os.path.realpath(parent)) in entered:  # a link back
             folders.clear()
             continue
         entered.add(real)
-        folders[:] = [f for f in folders if not f.startswith(".") and not Path(parent, f, MARKER).exists()]
+        folders[:] = [f for f in folders if not f.startswith(".") and not os.path.exists(Path(parent, f, MARKER))]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
     found = sorted(path for path in found if suffixes is None or path.suffix.lower() in suffixes)
     for path in found:
@@ -84,15 +88,15 @@ def others(folder: Path, known: set[str] = IMAGE_SUFFIXES) -> str:
 
 
 def _check_whole(path: Path, remedy: str) -> None:
-    """DataError for a JPEG that ends in zeros without its end marker: decoders fill what is missing with grey."""
-    if path.suffix.lower() not in JPEG_SUFFIXES or path.stat().st_size < 8:
+    """DataError for a JPEG, PNG or WebP whose rest is zeros: decoders fill what is missing with grey or black."""
+    if path.suffix.lower() not in JPEG_SUFFIXES | {".png", ".webp"} or path.stat().st_size < 8:
         return
     with path.open("rb") as file:
         file.seek(-8, os.SEEK_END)
         if file.read() != bytes(8):
             return
         file.seek(0)
-        whole = file.read().rstrip(b"\0").endswith(b"\xff\xd9")
+        whole = file.read().rstrip(b"\0").endswith((b"\xff\xd9", b"IEND\xaeB`\x82"))
     if not whole:
         raise DataError(f"{path} ends in the middle, the rest is zeros (an interrupted copy?): {remedy}")
 
@@ -130,11 +134,11 @@ def decode(path: Path, remedy: str = "replace or remove this image") -> Image.Im
     """The image as every viewer shows it: upright by its orientation tag, in mode "L" if it is stored so, else "RGB".
 
     What is transparent lies on grey 114. A ppm's samples are scaled by the maximum that it states. DataError: a file
-    that is missing, damaged, has more than 8 bits a sample, or several pages.
+    that is missing, damaged, has more than 8 bits a channel, or several pages.
     """
     with opened(path, remedy) as image:
-        if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):  # 16 bits of colour come as "RGB"
-            raise DataError(f"{path} has more than 8 bits a pixel: save it with 8 bits")
+        if image.mode.startswith(("I", "F")) or ";16" in str(image.tile).replace("BGR;16", ""):
+            raise DataError(f"{path} has more than 8 bits a channel: save it with 8")
         pages = getattr(image, "n_frames", 1)
         if pages > 1 and image.format != "MPO":  # a telephone's JPEG, with a second image of the same scene
             raise DataError(f"{path} holds {pages} pages: save each as a file of its own")

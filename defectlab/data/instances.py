@@ -127,7 +127,7 @@ def _plan(dataset: str, root: Path | None) -> Plan:
     if dataset not in LABELS:
         raise DataError(f"there is no set with masks called {dataset!r}: choose one of {', '.join(LABELS)}")
     folder = NEU_SEG if dataset.startswith(NEU_SEG) else dataset
-    plan = locate(folder, LABELS[dataset], f"{folder}.py", root)
+    plan = locate(folder, LABELS[dataset], f"{folder}.py --archive FILE", root)
     files, content = plan.manifest.files, plan.manifest.fingerprint
     if folder == NEU_SEG:
         parts = _neu_seg_splits(dataset, partial(plan.held, present=files))

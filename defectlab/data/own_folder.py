@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,13 +47,16 @@ def _role(path: Path, folder: Path) -> str | None:
     return next((_ROLES[word] for word in words if word in _ROLES), None)
 
 
-def _voc_lists(folder: Path) -> dict[str, tuple[Path, set[str]]]:
-    """Role -> (list, stems), from ImageSets/Main; trainval only where train is missing."""
-    found = {}
+def _voc_lists(folder: Path, known: set[str]) -> dict[str, tuple[Path, set[str]]]:
+    """Role -> (a list, stems), from all ImageSets/Main; trainval only where train is missing. `known`: stems that there
+    are; a line of another one has a second word, as the lists of one class do."""
+    found: dict[str, tuple[Path, set[str]]] = {}
     for path in find_files(folder, {".txt"}):
         role = "train" if path.stem == "trainval" else _ROLES.get(path.stem)
         if path.parts[-3:-1] == ("ImageSets", "Main") and role and (path.stem != "trainval" or role not in found):
-            found[role] = path, {same(line.split()[0]) for line in read_text(path).splitlines() if line.strip()}
+            lines = {same(line.strip()) for line in read_text(path).splitlines() if line.strip()}
+            stems = {line if line in known else line.split()[0] for line in lines}
+            found[role] = path, stems | found.get(role, (path, set()))[1]
     return found
 
 
@@ -61,15 +66,15 @@ def _named_images(entry: str, bases: Sequence[Path], by_place: Mapping[Path, str
     `bases`: what it may be relative to. `by_place`: resolved path of an image -> its name.
     """
 
-    def places(path: str) -> list[Path]:
+    def places(path: str) -> list[Path]:  # of a link where it lies, not where it leads
         inside = re.sub(r"^(\.{1,2}/)+", "", path.replace("\\", "/"))  # "../train/images" of a set that was moved
-        return [place.resolve() for base in bases for place in (base / path, base / inside)]
+        return [p.parent.resolve() / p.name for base in bases for p in (base / path, base / inside)]
 
     place = next((place for place in places(entry) if place.exists()), None)
     if place is None:
         return None
     if place.is_dir():
-        return {name for path, name in by_place.items() if path.is_relative_to(place)}
+        return {name for path, name in by_place.items() if path.is_relative_to(place.resolve())}
     bases, found = [place.parent, *bases], set()
     for line in filter(None, map(str.strip, read_text(place).splitlines())):
         name = next((by_place[path] for path in places(line) if path in by_place), None)
@@ -82,7 +87,7 @@ def _named_images(entry: str, bases: Sequence[Path], by_place: Mapping[Path, str
 def _yolo_lists(folder: Path, names: Iterable[str]) -> tuple[dict[str, set[str]], str]:
     """Role -> images by name, from the data.yaml of a set in the layout of YOLO, else from lists at its root, as
     darknet has them; and what to say of it."""
-    found, why, by_place = {}, "", {(folder / name).resolve(): name for name in names}
+    found, why, by_place = {}, "", {(folder / name).parent.resolve() / Path(name).name: name for name in names}
     for path, content in yolo_yamls(folder).items():
         entries = {role: content[role] for role in ("train", "val", "test") if content.get(role)}
         if "train" not in entries or len(entries) < 2:
@@ -92,7 +97,7 @@ def _yolo_lists(folder: Path, names: Iterable[str]) -> tuple[dict[str, set[str]]
         why = path.relative_to(folder).as_posix()
         bases = (path.parent / str(content.get("path") or ""), path.parent)
         for role, listed in entries.items():
-            listed = listed if isinstance(listed, list) else [listed]
+            listed = [str(one) for one in (listed if isinstance(listed, list) else [listed])]
             parts = [_named_images(entry, bases, by_place) for entry in listed]
             if all(parts):
                 found[role] = set().union(*parts)
@@ -110,8 +115,8 @@ def _yolo_lists(folder: Path, names: Iterable[str]) -> tuple[dict[str, set[str]]
 def _listed_split(folder: Path, format: str, names: Iterable[str]) -> tuple[dict[str, str | None], str] | None:
     """Name -> role, and the lists that say so, where the folder has some; None where it has none."""
     if format == "voc":
-        lists = _voc_lists(folder)
         by_stem = {name: same(Path(name).stem) for name in names}
+        lists = _voc_lists(folder, set(by_stem.values()))
         for path, stems in lists.values():
             if missing := sorted(stems - set(by_stem.values())):
                 raise DataError(f"{path} lists {missing[0]}, of which there is no image: correct or remove it")
@@ -159,7 +164,7 @@ def _read_coco_jsons(folder: Path) -> tuple[Annotations, dict[str, str | None]]:
                 raise DataError(f"{path} lists {name}, which another json lists too: remove it from one")
             roles[name] = role or _role(image.path, folder)
             images.append(image)
-    left_out = Counter({"images that no json lists, left out": len(find_images(folder)) - len(images)})
+    left_out = Counter({"images that no json lists, left out": max(0, len(find_images(folder)) - len(images))})
     return Annotations(class_names, tuple(images), left_out), roles
 
 
@@ -299,6 +304,16 @@ class Images:
             if good := [(name, value) for name, value, why in found if not why]:
                 names, values = zip(*good, strict=True)
                 yield list(names), list(values)
+
+    @contextmanager
+    def writing(self, what: str, name: str) -> Iterator[None]:
+        """What is written of an image; a name too long for a file is one of `broken`."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            self.broken.append(f"{what} of {plain(name)}: the name is too long for a file, rename the image")
 
     def close(self) -> int:
         """Say what was left out; -> the exit code, 1 where images could not be read."""

@@ -148,7 +148,7 @@ def cut(images: Tensor, frames: Tensor, corners: Tensor, window: int) -> Tensor:
 
 def training_windows(split: PitSplit, window: int, every: int = 1) -> DetectionSplit:
     """All windows that show half of a pit or more, with the visible part of its box, and as many that show none: these
-    are drawn at random, the same for every seed of a run. With `every` only each so manieth of both."""
+    are drawn at random, the same for every seed of a run. With `every`, every so many of both."""
     images = padded(split.images, window)
     windows = places(images, window)
     labels = window_labels(split, windows)

@@ -103,7 +103,7 @@ class SensorNet(nn.Module):
         """`generator`: decides, in training with dropout, which sensor an image lacks."""
         colour, deep = standardised(images), levelled(depth)
         if self.inputs == "dropout" and generator is not None:
-            chance = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
+            chance = sent(torch.rand(len(images), 1, 1, 1, generator=generator), images.device)
             deep = deep * (chance >= self.missing)
             colour = colour * (chance < 1 - self.missing)
         if self.inputs == "gated":

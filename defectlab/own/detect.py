@@ -40,7 +40,7 @@ REMEDY = "give a .safetensors of a detector from runs/, or train one with --data
 
 
 def detect(options: argparse.Namespace) -> int:
-    """The command `detect`: with --data `train`, with --model `find`. ValueError for options that do not fit."""
+    """The command `detect`: with --data `train`, with --model `find`. ValueError where an option is missing."""
     if options.onnx:
         check_installed()  # before any training
     return train(options) if options.data else find(options)
@@ -169,7 +169,8 @@ def find(options: argparse.Namespace) -> int:
             if options.draw:
                 tags = [f"{drawn[kind]} {score:.2f}" for kind, score in zip(called, scores.tolist(), strict=True)]
                 shown = draw(decode(images.folder / name), boxes, labels, tags, font)
-                write_atomically(out / "drawn" / f"{name}.png", partial(shown.save, format="PNG"))
+                with images.writing("drawing", name):
+                    write_atomically(out / "drawn" / f"{name}.png", partial(shown.save, format="PNG"))
     table = pd.DataFrame(lines, columns=["file", "x1", "y1", "x2", "y2", "score", "class"])
     write_atomically(out / "predictions.csv", lambda aside: table.to_csv(aside, index=False))
     if options.onnx:

@@ -1,7 +1,6 @@
 """A trained model on a reader's own images: scores and anomaly maps as files; or train on a folder of good ones."""
 
 import argparse
-import errno
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -88,7 +87,7 @@ def train_good(options: argparse.Namespace, device: str) -> tuple[Path, AnomalyD
     result = RUNS[options.method](settings, 0, data, Context(device, checkpoint))
     saved.write(path, settings, result.dev, result.model, key=key)
     checkpoint.unlink(missing_ok=True)
-    print(f"trained on {len(data.train)} good images; saved {path}")
+    print(f"learnt from {len(data.train)} good images; saved {path}")
     return path, data
 
 
@@ -96,6 +95,8 @@ def score(options: argparse.Namespace) -> int:
     """The command `score`: writes `scores.csv` (image, score, anomalous) and each map as `<name>_map.npy`, (256, 256)
     float32, and `<name>_map.png`, laid over the image in colours from 0 to twice the threshold. With `--train-good` the
     images that look like a good one are named, too. -> exit code, 1 where some images could not be read."""
+    if options.threshold is not None and not np.isfinite(options.threshold):
+        raise ValueError(f"--threshold must be a finite number, got {options.threshold}")
     if options.train_good:
         saved.check_size(options.size, 64)
     device, out = pick_device(options.device), options.out
@@ -113,14 +114,10 @@ def score(options: argparse.Namespace) -> int:
             small.append(adaptive_avg_pool2d(pixels.float().mean(1, keepdim=True), SIDE))  # all that a leak check uses
         rows += zip(map(plain, names), scores.tolist(), strict=True)
         for name, image, one in zip(names, pixels[:, 0].numpy(), maps.cpu().numpy(), strict=True):
-            try:
+            with images.writing("map", name):
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
                 np.save(out / f"{name}_map.npy", one)
                 overlay(image, one / max(2 * threshold, 1e-9)).save(out / f"{name}_map.png")
-            except OSError as error:
-                if error.errno != errno.ENAMETOOLONG:
-                    raise
-                images.broken.append(f"map of {plain(name)}: the name is too long for a file, rename the image")
     table = pd.DataFrame(rows, columns=["image", "score"])
     table["anomalous"] = (table["score"] >= threshold).astype(int)
     write_atomically(out / "scores.csv", lambda aside: table.to_csv(aside, index=False, float_format="%.6f"))

@@ -1,4 +1,4 @@
-"""The rows of the two-stage paper (notebooks 40 to 42). "kd_metal_nut" is the one stage, "two_stage" the two.
+"""The rows of the two-stage paper (notebooks 40 to 43). "kd_metal_nut" is the one stage, "two_stage" the two.
 
 Guo and Lv, "A Two-Stage Deep-Learning Framework for Industrial Anomaly Detection: Integrating Small-Sample Semantic
 Segmentation and Knowledge Distillation", Machines 13(8), 712 (2025), doi 10.3390/machines13080712.

@@ -15,11 +15,7 @@ from defectlab.training.template import DifferenceSettings, run_difference
 
 EVERY = (1, 2, 3, 4, 5, 6)  # exposures
 CHANGES = {"to_bright": (DARK, BRIGHT), "to_dark": (BRIGHT, DARK)}  # light to learn from, light of the test
-LIGHT = {
-    "smoke": LightSettings(of=baselines.PATCHCORE["smoke"]),
-    "quick": LightSettings(),
-    "paper": LightSettings(),
-}
+LIGHT = {"smoke": LightSettings(of=baselines.PATCHCORE["smoke"]), "quick": LightSettings(), "paper": LightSettings()}
 FLUTTER = {
     "smoke": FlutterSettings(of=replace(CLOTH, dataset="synthetic_fabric", **baselines.SMALL), side=96),
     "quick": FlutterSettings(),

@@ -1,4 +1,4 @@
-"""The rows of D3N (notebooks 30 to 33): Tables I to VI of the paper. "student" is the whole method.
+"""The rows of D3N (notebooks 30 to 34): Tables I to VI of the paper. "student" is the whole method.
 
 Yu, "D3N: Bring the Power of Diffusion Model to Defect Detection", arXiv 2408.13845.
 """

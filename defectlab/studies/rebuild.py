@@ -27,9 +27,18 @@ from defectlab.networks.rebuild.simplenet import SimpleNetSettings
 from defectlab.networks.rebuild.sivt import SIVTSettings
 from defectlab.networks.resnet import fingerprint
 from defectlab.studies import reverse_distillation as baselines
-from defectlab.studies.study import FEW, ONCE, Row, Study, changed_at_every_depth, kept, needs_nothing, needs_of
+from defectlab.studies.study import (
+    FEW,
+    ONCE,
+    Row,
+    Study,
+    changed_at_every_depth,
+    cost_row,
+    kept,
+    needs_nothing,
+    needs_of,
+)
 from defectlab.training.anomaly import run_rd4ad
-from defectlab.training.cost_rows import NoData
 from defectlab.training.feature_baselines import run_patchcore
 from defectlab.training.rebuild import (
     METHODS,
@@ -178,8 +187,7 @@ def cost_rows(profile: str) -> dict[str, Row]:
 
     def own(settings: Any, part: str = "") -> Row:
         of = at("quick" if profile == "smoke" else profile, settings)
-        whole = RebuildCostSettings(changed_at_every_depth(of, untrained), part)
-        return Row(whole, run_rebuild_costs, lambda *_: NoData(), lambda _: {}, ONCE[profile])
+        return cost_row(RebuildCostSettings(changed_at_every_depth(of, untrained), part), run_rebuild_costs, profile)
 
     whole = ("contrast", "ae_l2", "ganomaly", "mscdae", "draem", "simplenet", "efficientad")
     found = {f"cost_{name}": own(METHODS_OF[name]) for name in whole} | {"cost_sivt": own(POOLED_METHODS["sivt"])}

@@ -31,16 +31,8 @@ PITS = {  # of the row with the fewest pixels
     "paper": FrameDetectorSettings(**detector.PAPER, size=320, epochs=400, batch=16, **_SHAPE),  # not tried
 }
 # Epochs by time: in quick each of these rows took 8 to 12 minutes of one CPU thread.
-LARGE = {
-    "smoke": {},
-    "quick": {"size": 640, "epochs": 16, "batch": 4},
-    "paper": {"size": 640, "epochs": 200},
-}
-ZOOM = {
-    "smoke": {"size": 64},
-    "quick": {"size": 256, "epochs": 11},
-    "paper": {"size": 256, "epochs": 100},
-}
+LARGE = {"smoke": {}, "quick": {"size": 640, "epochs": 16, "batch": 4}, "paper": {"size": 640, "epochs": 200}}
+ZOOM = {"smoke": {"size": 64}, "quick": {"size": 256, "epochs": 11}, "paper": {"size": 256, "epochs": 100}}
 REGION = {"smoke": {"epochs": 2}, "quick": {}, "paper": {"epochs": 200}}
 CLASS = {"smoke": {"epochs": 2, "draws": 64}, "quick": {}, "paper": {"epochs": 100}}
 

@@ -8,6 +8,7 @@ from typing import Any
 from defectlab.data.splits import here_or_sample
 from defectlab.files import DataError, WeightsError
 from defectlab.runs import RECORDED, Context, Result, check_profile
+from defectlab.training.cost_rows import NoData
 
 MORE = {"smoke": 1, "quick": 3, "paper": 5}  # seeds, of the rows that most claims rest on
 FEW = {"smoke": 1, "quick": 3, "paper": 3}  # of the others: a verdict needs three
@@ -79,6 +80,11 @@ def rows_by_kind(
         return Row(of, run, load, fingerprints, seeds=seeds_of(name, of), **marks)
 
     return {name: row(name, of) for name, of in settings.items()}
+
+
+def cost_row(settings: Any, run: Callable[[Any, int, Any, Context], Result], profile: str) -> Row:
+    """A row that needs no data, once."""
+    return Row(settings, run, lambda *_: NoData(), lambda _: {}, ONCE[profile])
 
 
 def changed_at_every_depth(settings: Any, change: Callable[[str, Any], Any]) -> Any:

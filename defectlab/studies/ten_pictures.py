@@ -15,8 +15,7 @@ from defectlab.networks.generators import GANSettings
 from defectlab.networks.resnet import fingerprint
 from defectlab.studies.rebuild import lite0_fingerprint, untrained
 from defectlab.studies.reverse_distillation import weights_fingerprint
-from defectlab.studies.study import ONCE, PAPER_ONLY, Row, Study, changed_at_every_depth, kept
-from defectlab.training.cost_rows import NoData
+from defectlab.studies.study import ONCE, PAPER_ONLY, Row, Study, changed_at_every_depth, cost_row, kept
 from defectlab.training.episodes import run_episodes
 from defectlab.training.few_normals import METRICS, run_few_normals
 from defectlab.training.ten_pictures import (
@@ -59,11 +58,7 @@ EPISODES = {
     "quick": {},
     "paper": {"width": 64, "epochs": 100, "episodes": 100},
 }
-FEW_NORMALS = {
-    "smoke": {"size": 128, "shots": (1, 2), "steps": 4},
-    "quick": {},
-    "paper": {"steps": 2000, "batch": 16},
-}
+FEW_NORMALS = {"smoke": {"size": 128, "shots": (1, 2), "steps": 4}, "quick": {}, "paper": {"steps": 2000, "batch": 16}}
 
 
 # --- What a row is computed from -------------------------------------------------------------------------------------
@@ -114,10 +109,7 @@ def picture_rows(kind: str, profile: str) -> dict[str, Row]:
     def own(seeds: int = DRAWS[profile], primary: bool = True, **changes: Any) -> Row:
         settings = TenPicturesSettings(dataset=real)
         if profile == "smoke":
-            settings = changed_at_every_depth(
-                replace(settings, dataset=synthetic, **SMOKE),
-                untrained,
-            )
+            settings = changed_at_every_depth(replace(settings, dataset=synthetic, **SMOKE), untrained)
         settings = replace(settings, **changes)
         if profile == "smoke" and ((kind == "cells" and settings.generator) or settings.size != 64):
             seeds = 0  # each kind once
@@ -183,9 +175,7 @@ def cost_rows(profile: str) -> dict[str, Row]:
     """What one image costs to make, with random weights; in smoke the networks of quick."""
     of = {name: generator(name, "quick" if profile == "smoke" else profile) for name in ("dcgan", "ddpm")}
     return {
-        f"cost_{name}": Row(
-            GeneratorCostSettings(settings), run_generator_costs, lambda *_: NoData(), lambda _: {}, ONCE[profile]
-        )
+        f"cost_{name}": cost_row(GeneratorCostSettings(settings), run_generator_costs, profile)
         for name, settings in of.items()
     }
 

@@ -1,7 +1,7 @@
 """The field's history II (notebook 52): what does a detector gain by dropping non-maximum suppression, what by
 attention, what by size?"""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,8 @@ from defectlab.papers.yolo_dcf import Settings
 from defectlab.studies import detector
 from defectlab.studies.cures import BOARD
 from defectlab.studies.detector import row
-from defectlab.studies.study import FEW, ONCE, PAPER_ONLY, Row, Study, needs_of
-from defectlab.training.cost_rows import AnswerCostSettings, CostSettings, NoData, run_costs
+from defectlab.studies.study import FEW, PAPER_ONLY, Row, Study, cost_row, needs_of
+from defectlab.training.cost_rows import AnswerCostSettings, CostSettings, run_costs
 from defectlab.training.one_to_one import OtherEndSettings, run_one_to_one, run_other_end
 from defectlab.training.yolo_dcf import run_yolo_dcf
 
@@ -30,7 +30,7 @@ ENTER = (11, 440, CANDIDATES)
 
 def like(plain: DetectorSettings, kind: type, **changes: Any) -> Any:
     """Settings of another kind of detector with the recipe of a plain one."""
-    return kind(**{one.name: getattr(plain, one.name) for one in fields(plain)} | changes)
+    return kind(**vars(plain) | changes)
 
 
 one_to_one = partial(like, kind=OneToOneSettings)
@@ -77,19 +77,14 @@ def size_rows(plain: DetectorSettings, profile: str) -> dict[str, Row]:
         name = f"{family}{scale}_{size}"
         own = {"family": family, "scale": plain.scale if small else scale, "size": plain.size if small else size}
         found[name] = row(replace(plain, **own), seeds=(FEW if one in SIZES else PAPER_ONLY)[profile])
-        found[f"cost_{name}"] = Row(
-            CostSettings(**own, classes=6), run_costs, lambda *_: NoData(), lambda _: {}, ONCE[profile]
-        )
+        found[f"cost_{name}"] = cost_row(CostSettings(**own, classes=6), run_costs, profile)
     return found
 
 
 def answer_rows(profile: str) -> dict[str, Row]:
     """What an image costs from pixels to boxes, without NMS and with so many boxes in it."""
     names = {"cost_no_nms": 0} | {f"cost_nms_{count}": count for count in ENTER}
-    return {
-        name: Row(AnswerCostSettings(suppressed=count), run_costs, lambda *_: NoData(), lambda _: {}, ONCE[profile])
-        for name, count in names.items()
-    }
+    return {name: cost_row(AnswerCostSettings(suppressed=n), run_costs, profile) for name, n in names.items()}
 
 
 def rows(profile: str) -> dict[str, Row]:

@@ -7,8 +7,7 @@ from typing import Any
 from defectlab.data.fabric import fabric_fingerprint, load_fabric
 from defectlab.networks.resnet import fingerprint
 from defectlab.networks.windows import Frozen, WindowSettings, build
-from defectlab.studies.study import FEW, ONCE, Row, Study, kept
-from defectlab.training.cost_rows import NoData
+from defectlab.studies.study import FEW, ONCE, Row, Study, cost_row, kept
 from defectlab.training.windows import WindowCostSettings, run_window_costs, run_windows
 
 SETTINGS = {
@@ -43,7 +42,7 @@ def rows(profile: str) -> dict[str, Row]:
         return Row(settings, run_windows, load, fingerprints, seeds, primary, optional)
 
     def cost(**settings: Any) -> Row:
-        return Row(WindowCostSettings(**settings), run_window_costs, lambda *_: NoData(), lambda _: {}, ONCE[profile])
+        return cost_row(WindowCostSettings(**settings), run_window_costs, profile)
 
     learnt = {
         "cnn": own(primary=True),

@@ -29,7 +29,7 @@ FLIPS = ((-1,), (-2,), (-2, -1))  # axes of (N, 3, H, W): horizontal, vertical, 
 def teacher_features(
     data: AnomalyData, part: str, settings: Any, compute: Callable[[Any, Tensor], list[Tensor]] | None = None
 ) -> list[Tensor]:
-    """Features of the images of "train", "dev" or "test" by the settings' teacher: three tensors (N, C, h, w).
+    """Features of the images of "train", "dev" or "test" by the settings' teacher: tensors (N, C, h, w), one a level.
 
     Computed once, by `compute_features` or what is given, and kept in `data.derived`, so they go when the set goes.
     """

@@ -76,7 +76,8 @@ def _repository(
     """Of the training images, beside the run of the network that makes it: (N, *shape) fp16 per level, on disk."""
     identity = hashlib.sha256(made_of.encode()).hexdigest()
     folder = record.path.parent / "features" / f"{record.key}-{identity[:8]}"
-    return feature_store.build(folder, data.train.names, shapes, compute, identity, log=context.log)
+    hooks = {"log": context.log, "late": context.out_of_time}
+    return feature_store.build(folder, data.train.names, shapes, compute, identity, **hooks)
 
 
 def feature_repository(extract: Extractor, data: DetectionData, context: Context) -> list[np.ndarray]:

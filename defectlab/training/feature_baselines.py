@@ -76,7 +76,7 @@ def run_patchcore(settings: PatchCoreSettings, seed: int, data: AnomalyData, con
     return replace(result, precision=precision_of(settings, context.device), model={"bank": bank}, costs=costs)
 
 
-def score_patches(features: list[torch.Tensor], bank: torch.Tensor, batch: int = 16):
+def score_patches(features: list[Tensor], bank: Tensor, batch: int = 16) -> tuple[Tensor, Tensor]:
     """Teacher features -> (smoothed maps (N, 256, 256), image scores (N,))."""
     maps, scores = [], []
     for start in range(0, len(features[0]), batch):

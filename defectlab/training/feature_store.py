@@ -33,6 +33,7 @@ def build(
     identity: str,
     batch: int = 64,
     log: Callable[[str], None] = print,
+    late: Callable[[], bool] = lambda: False,
 ) -> list[np.ndarray]:
     """The features of the images `names`, (N, *shape) float16 per level, mapped into memory read-only; what is missing
     is computed first. One builder at a time: a second waits, and finds the work done.
@@ -40,13 +41,14 @@ def build(
     Args:
         compute: indices of at most `batch` images -> their features, (B, *shape) per level, on any device.
         identity: what the features are made of (hash of the weights, timesteps ...).
+        late: whether to give up waiting for another builder (`files.Busy`).
 
     Raises:
         DataError: the folder holds features of another identity, other images or shapes.
         OSError: the disk has no room. ValueError: features of other shapes, or not finite in half precision.
     """
     made_of = {"identity": identity, "names": list(names), "shapes": [list(shape) for shape in shapes]}
-    with locked(folder / ".lock", log):
+    with locked(folder / ".lock", log, late=late):
         levels, done, sealed = _open(folder, made_of, log)
         missing = np.flatnonzero(~done).tolist()
         size, began = sum(level.nbytes for level in levels), time.monotonic()

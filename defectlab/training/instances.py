@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from defectlab.data.augment import plain
 from defectlab.data.images import letterbox_maps
 from defectlab.data.instances import InstanceData, InstanceSplit
-from defectlab.metrics import detection as detection
+from defectlab.metrics import detection
 from defectlab.metrics.detection import COCO_IOUS, Boxes, best_f1_threshold, evaluate, greedy_match, pack
 from defectlab.networks.yolo.blocks import fused
 from defectlab.networks.yolo.decode import decode_anchor_based, suppress

@@ -23,7 +23,7 @@ from defectlab.runs import Context, OfAnother, Result, load_weights
 from defectlab.training.detection import frozen
 from defectlab.training.loop import train
 from defectlab.training.results import rounded
-from defectlab.training.segmentation import flip
+from defectlab.training.segmentation import flip, lightened
 from defectlab.training.stages import FrameDetectorSettings, detector_costs, finished, joined, judged, look, windows_of
 
 NEAR = 0.3  # a box that overlaps no pit by this IoU is wrong
@@ -100,7 +100,7 @@ def run_gated(settings: GatedSettings, seed: int, data: PitData, context: Contex
     def draw(indices: Tensor, generator: torch.Generator, epoch: int) -> tuple[Tensor, Tensor]:
         across, down = sent(torch.rand(2, len(indices), generator=generator) < 0.5, images.device)
         own, wanted = (flip(x[indices], across, down) for x in (images, labels))
-        return lightened(own, generator), wanted.flatten(1)
+        return lightened(own, generator, GAIN), wanted.flatten(1)
 
     step = partial(learn, region, precision)
     trained = train(region, draw, step, len(images), settings, seed, context)
@@ -115,12 +115,6 @@ def run_gated(settings: GatedSettings, seed: int, data: PitData, context: Contex
     result.dev |= {"region_threshold": gate.threshold}
     result.notes = {"of": record.key, "of_sha256": record.model_sha256}
     return finished(result, data.test, gated_costs(detector, region, images, window, gate.seen), gate.seen)
-
-
-def lightened(images: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 (B, 3, H, W), each lighter or darker."""
-    gain = sent(1 - GAIN + 2 * GAIN * torch.rand(len(images), 1, 1, 1, generator=generator), images.device)
-    return (images.float() * gain).round().clamp(0, 255).to(torch.uint8)
 
 
 def learn(network: nn.Module, precision: str, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -213,7 +207,7 @@ def run_classified(settings: ClassifiedSettings, seed: int, data: PitData, conte
         squares = sent(drawn_squares(count, pits.shape[-1], generator), device)
         across, down = sent(torch.rand(2, count, generator=generator) < 0.5, device)
         cuts = flip(recut(torch.cat(drawn), squares, settings.crop), across, down)
-        return lightened(cuts, generator), (torch.arange(count, device=device) < half).float()
+        return lightened(cuts, generator, GAIN), (torch.arange(count, device=device) < half).float()
 
     step = partial(learn, classifier, precision)
     trained = train(classifier, draw, step, settings.draws, settings, seed, context)

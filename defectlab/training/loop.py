@@ -111,7 +111,7 @@ def train(
 
     Args:
         draw: (indices, CPU generator, epoch from 0) -> a batch of these examples, augmented. The
-            generator depends on seed, epoch and `stream` alone; at stream 0 it is the generator state of the order.
+            generator depends on seed, epoch and `stream` alone (0, that of the order: recorded detectors).
         step: a batch -> named scalars, of which "loss" is minimised.
         settings: have `epochs` and `batch`, and `learning_rate` where there is no `optimizer` or no `rate`.
         optimizer: by default `adam`.

@@ -18,7 +18,7 @@ from defectlab.precision import autocast, full_float32, precision_of, sent
 from defectlab.runs import Context, Result, load_weights
 from defectlab.training.loop import train
 from defectlab.training.results import rounded, shrunk
-from defectlab.training.segmentation import flip
+from defectlab.training.segmentation import flip, lightened
 
 GAIN = 0.3  # brightness of a training image: 1 ± GAIN; ours
 SHIFTS = (4, 8, 16)  # px of 320, by which the depth lies too far to the right
@@ -100,10 +100,8 @@ def drawn(split: FrameSplit, count: int, generator: torch.Generator) -> list[Ten
     """Frames at random, mirrored left to right at random, their colour lighter or darker: images, depth, masks."""
     chosen = sent(torch.randint(len(split), (count,), generator=generator), split.images.device)
     across = sent(torch.rand(count, generator=generator) < 0.5, chosen.device)
-    gain = sent(1 - GAIN + 2 * GAIN * torch.rand(count, 1, 1, 1, generator=generator), chosen.device)
     found = [flip(x[chosen], across, torch.zeros_like(across)) for x in (split.images, split.depth, split.masks)]
-    found[0] = (found[0].float() * gain).round().clamp(0, 255).to(torch.uint8)
-    return found
+    return [lightened(found[0], generator, GAIN), *found[1:]]
 
 
 def run_threshold(settings: ThresholdSettings, seed: int, data: FrameData, context: Context) -> Result:

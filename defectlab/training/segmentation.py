@@ -27,6 +27,12 @@ def flip(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
     return torch.where(down.view(shape), x.flip(-2), x)
 
 
+def lightened(images: Tensor, generator: torch.Generator, most: float) -> Tensor:
+    """uint8 images (B, C, H, W), each lighter or darker by up to the share `most`."""
+    gain = sent(1 - most + 2 * most * torch.rand(len(images), 1, 1, 1, generator=generator), images.device)
+    return (images.float() * gain).round().clamp(0, 255).to(torch.uint8)
+
+
 def draw_flipped(split: SegmentationSplit, indices: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Images and masks at the indices, flipped at random in both directions (paper section 4.1).
 

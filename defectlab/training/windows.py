@@ -23,7 +23,7 @@ from defectlab.training.anomaly import examples
 from defectlab.training.cost_rows import NoData
 from defectlab.training.loop import train
 from defectlab.training.results import STEP, rounded
-from defectlab.training.segmentation import flip
+from defectlab.training.segmentation import flip, lightened
 
 GAIN = 0.2  # brightness of a training window: 1 ± GAIN
 PER_TILE = 4  # windows that a classifier learns from one pass over a tile
@@ -38,15 +38,15 @@ class Draw:
 
     def __init__(self, split: FabricSplit, window: int, margin: int):
         self.split, self.window, self.margin = split, window, margin
-        self.good, self.bad = ((split.labels == label).nonzero()[:, 0] for label in (0, 1))
+        self.good, self.bad = ((split.labels.cpu() == label).nonzero()[:, 0] for label in (0, 1))
         if not len(self.good) or not len(self.bad):
             raise DataError("there are no good or no defective tiles to learn from: the committed sample has none")
-        self.pixels = [split.masks[tile].nonzero() for tile in self.bad]  # (n, 2) row, column of each defect pixel
+        self.pixels = [split.masks[tile].nonzero().cpu() for tile in self.bad]  # (n, 2) row, column
 
     def __call__(self, indices: Tensor, generator: torch.Generator, epoch: int = 0) -> tuple[Tensor, Tensor]:
         """-> uint8 windows (B, 1, window, window), labels (B,) float."""
         side, most = self.window, self.split.images.shape[-1] - self.window
-        labels = indices.cpu() % 2
+        labels = indices % 2
         chosen, cut = torch.rand(len(labels), 4, generator=generator, dtype=torch.float64).tolist(), []
         for label, (which, pixel, down, across) in zip(labels.tolist(), chosen, strict=True):
             if label:
@@ -60,7 +60,7 @@ class Draw:
                 tile = self.good[int(which * len(self.good))]
                 row, column = int(down * (most + 1)), int(across * (most + 1))
             cut.append(self.split.images[tile, :, row : row + side, column : column + side])
-        return varied(torch.stack(cut), generator)[0], labels.float().to(self.split.images.device)
+        return varied(torch.stack(cut), generator)[0], sent(labels.float(), self.split.images.device)
 
     def tiles(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """-> whole tiles (B, 1, H, W) uint8 and their masks (B, H, W), those at odd places defective."""
@@ -73,9 +73,8 @@ class Draw:
 
 def varied(images: Tensor, generator: torch.Generator, *more: Tensor) -> list[Tensor]:
     """uint8 images (B, 1, H, W) of another brightness, mirrored at random; masks (B, H, W) mirrored alike."""
-    gain = sent(1 - GAIN + 2 * GAIN * torch.rand(len(images), 1, 1, 1, generator=generator), images.device)
+    images = lightened(images, generator, GAIN)
     across, down = sent(torch.rand(2, len(images), generator=generator) < 0.5, images.device)
-    images = (images.float() * gain).round().clamp(0, 255).to(torch.uint8)
     return [flip(x, across, down) for x in (images, *more)]
 
 
@@ -100,7 +99,8 @@ def train_windows(
             logits = network(images)[:, 0, 0].float()
         return {"loss": F.binary_cross_entropy_with_logits(logits, labels)}
 
-    trained = train(network, draw, step, settings.draws, settings, seed, context)
+    on_cpu = torch.device("cpu")  # where windows are cut by number, so that no step waits for the device
+    trained = train(network, draw, step, settings.draws, settings, seed, context, indices_on=on_cpu)
     return network, trained.curve, trained.costs, precision
 
 

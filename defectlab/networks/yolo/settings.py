@@ -17,7 +17,7 @@ class DetectorSettings:
     size: int = 640  # px per side; common in published YOLO papers
     epochs: int = 300  # ours: the papers that state it lie between 100 and 300
     batch: int = 64  # ours: small networks leave a GPU idle at 16
-    optimizer: str = "sgd"  # "sgd" (Nesterov) or "adamw"; all rows but torchvision's detectors use adamw
+    optimizer: str = "sgd"  # "sgd" (Nesterov) or "adamw"; all rows use adamw
     learning_rate: float = 0.01  # common with SGD and losses summed over 64 images; ours are means
     final_rate: float = 0.01  # of the first, at the end of the schedule
     schedule: str = "cosine"  # or "linear"
