@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
-from toy_detection import lively
 from toy_diffusion import random_images
 
 from defectlab.networks import segmentation
@@ -52,15 +51,6 @@ def test_only_layer_4_depends_on_the_seed() -> None:
         states.append(load_encoder(ENCODER).state_dict())
     differ = {k.split(".")[0] for k in states[0] if not torch.equal(states[0][k], states[1][k])}
     assert differ == {"layer4"}
-
-
-def test_frozen_norm_is_the_norm_of_eval_mode() -> None:
-    network = lively(nn.Sequential(nn.Conv2d(2, 3, 1), nn.Sequential(nn.BatchNorm2d(3, eps=0.1))))
-    x = torch.randn(4, 2, 5, 5)
-    wanted = network(x)
-    segmentation.freeze_norms(network)
-    torch.testing.assert_close(network.train()(x), wanted)
-    assert not norms(network, nn.BatchNorm2d)
 
 
 def test_dilated_depthwise_gradient_is_right_under_bf16_autocast() -> None:

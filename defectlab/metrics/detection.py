@@ -12,6 +12,7 @@ predictions per image and class, at every IoU.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -86,9 +87,14 @@ class Matches:
     images: np.ndarray  # (P,) int64, index of the image
     labels: np.ndarray  # (P,) int64
     scores: np.ndarray  # (P,) float
-    right: np.ndarray  # (P, T) bool: a true positive at each IoU
+    taken: np.ndarray  # (P, T) int64: the ground-truth box of its image that it takes at each IoU, -1: none
     ground_truth: np.ndarray  # (N, C) int64, boxes of each image and class
     ious: tuple[float, ...]  # T
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        """(P, T) bool: a true positive at each IoU."""
+        return self.taken >= 0
 
 
 def match(predictions: Boxes, ground_truth: Boxes, ious: Sequence[float], classes: int | None = None) -> Matches:
@@ -114,17 +120,17 @@ def match(predictions: Boxes, ground_truth: Boxes, ious: Sequence[float], classe
 
 def greedy_match(overlap: np.ndarray, ious: Sequence[float]) -> np.ndarray:
     """The greedy matching of one image: overlap (n, m) of predictions, by descending score, with ground truth, -1 where
-    the classes differ -> (n, T) bool, whether a prediction takes a ground-truth box at each IoU."""
+    the classes differ -> (n, T) int64, the ground-truth box that a prediction takes at each IoU, -1 for none."""
     levels = np.minimum(ious, 1 - 1e-10)  # as COCO has it: IoU 1 can be reached in spite of rounding
-    right = np.zeros((len(overlap), len(levels)), dtype=bool)
+    taken = np.full((len(overlap), len(levels)), -1)
     free = np.ones((len(levels), overlap.shape[1]), dtype=bool)
     for index in np.flatnonzero((overlap >= levels.min()).any(1)):
         candidates = np.where(free & (overlap[index] >= levels[:, None]), overlap[index], -1.0)  # (T, m)
         best = overlap.shape[1] - 1 - candidates[:, ::-1].argmax(1)  # of equal overlaps COCO takes the last
         hit = np.flatnonzero(candidates[np.arange(len(levels)), best] >= 0)
-        right[index, hit] = True
+        taken[index, hit] = best[hit]
         free[hit, best[hit]] = False
-    return right
+    return taken
 
 
 def average_precision(matches: Matches, weights: np.ndarray | None = None) -> np.ndarray:
@@ -174,7 +180,8 @@ def statistic(
         images = np.repeat(np.arange(len(predictions)), [len(p["scores"]) for p in predictions])
         bits = np.array([COCO_IOUS.index(iou) for iou in MASK_IOUS[metric]], dtype=np.uint16)
         right = (arrays["mask_right"][:, None] >> bits) & 1 > 0  # (P, T)
-        matches = _ranked(images, labels, scores, right, ground_truth, len(class_names), MASK_IOUS[metric])
+        taken = right.astype(int) - 1  # which one is not recorded
+        matches = _ranked(images, labels, scores, taken, ground_truth, len(class_names), MASK_IOUS[metric])
     return lambda weights: _mean(average_precision(matches, weights)[chosen].mean(1))
 
 
@@ -373,10 +380,10 @@ def _check(predictions: Boxes, ground_truth: Boxes, classes: int | None) -> int:
     return classes
 
 
-def _ranked(images, labels, scores, right, ground_truth: Boxes, classes: int, ious: Sequence[float]) -> Matches:
+def _ranked(images, labels, scores, taken, ground_truth: Boxes, classes: int, ious: Sequence[float]) -> Matches:
     counts = np.stack([np.bincount(truth["labels"].numpy(), minlength=classes) for truth in ground_truth])
     order = np.argsort(-scores, kind="stable")
-    return Matches(images[order], labels[order], scores[order], right[order], counts, tuple(ious))
+    return Matches(images[order], labels[order], scores[order], taken[order], counts, tuple(ious))
 
 
 def _rank_in_class(labels: np.ndarray) -> np.ndarray:

@@ -1,13 +1,13 @@
-"""What an inspector counts: boxes too many for an object, objects found at so many false boxes an image."""
+"""What an inspector counts: boxes too many for an object, objects found at so many false boxes an image (a point of the
+FROC curve: recall at a number of false positives per image, FPPI)."""
 
 import math
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torchvision.ops import box_area, box_iou
 
-from defectlab.metrics.detection import Boxes, Matches, match, unpack
+from defectlab.metrics.detection import Boxes, match, unpack
 
 SURE = 0.25  # a score from which on boxes are shown
 FALSE_BOXES = 0.1  # of an image, on average
@@ -54,8 +54,10 @@ def recall_statistic(arrays: dict[str, np.ndarray], third: str | None = None) ->
     if third is not None:
         areas = [box_area(truth["boxes"].double()).numpy() for truth in ground_truth]
         edges, number = third_edges(np.concatenate(areas)), THIRDS.index(third)
-        wanted = np.array([(np.searchsorted(edges, of_image) == number).sum() for of_image in areas])
-        counted = right & (np.searchsorted(edges, _areas_found(matches, predictions, ground_truth)) == number)
+        inside = [np.searchsorted(edges, of_image) == number for of_image in areas]
+        wanted = np.array([of_image.sum() for of_image in inside])
+        found = zip(matches.images, matches.taken[:, 0], right, strict=True)
+        counted = np.array([is_right and inside[image][taken] for image, taken, is_right in found], dtype=bool)
 
     def recall(weights: np.ndarray | None) -> float:
         weights = np.ones(len(wanted)) if weights is None else weights
@@ -72,28 +74,3 @@ def third_edges(areas: np.ndarray) -> np.ndarray:
     """(2,) the largest area of the smaller third of n areas, and of the middle third; empty where there is none."""
     count = len(areas)
     return np.sort(areas)[[math.ceil(count / 3) - 1, math.ceil(2 * count / 3) - 1]] if count else areas
-
-
-def _areas_found(matches: Matches, predictions: Boxes, ground_truth: Boxes) -> np.ndarray:
-    """(P,) the area of the ground-truth box that each prediction of `matches` takes at IoU 0.5, NaN where it is wrong.
-
-    `match` says which predictions are right; since wrong ones take no box, the right ones of an image and class take
-    theirs one after another.
-    """
-    found = np.full(len(matches.images), math.nan)
-    right = np.flatnonzero(matches.right[:, 0])
-    keys = np.stack([matches.images[right], matches.labels[right]])  # (2, R)
-    for image, label in np.unique(keys, axis=1).T:
-        rows = right[(keys == [[image], [label]]).all(0)]  # by descending score
-        predicted, truth = predictions[image], ground_truth[image]
-        boxes, true = (x["boxes"][x["labels"] == label].double() for x in (predicted, truth))
-        order = torch.argsort(predicted["scores"][predicted["labels"] == label], descending=True, stable=True)
-        overlap = box_iou(boxes[order], true).numpy()
-        taken = []
-        for of_prediction in overlap:
-            best = len(true) - 1 - of_prediction[::-1].argmax()  # of equal overlaps the last, as `match` has it
-            if of_prediction[best] >= 0.5:
-                taken.append(best)
-                overlap[:, best] = -1.0
-        found[rows] = box_area(true[taken[: len(rows)]]).numpy()  # `match` stops after so many predictions
-    return found

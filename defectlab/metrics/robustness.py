@@ -37,10 +37,10 @@ def pack_matches(condition: str, predictions: Boxes, ground_truth: Boxes, classe
 def unpack_matches(arrays: dict[str, np.ndarray], condition: str) -> Matches:
     """The other half: scores are ranks, since only their order within a class counts."""
     images, bits, counts = (arrays[f"{condition}_{name}"] for name in ("pictures", "right", "counts"))
-    right = np.unpackbits(bits, count=len(images)).astype(bool)[:, None]
+    taken = np.unpackbits(bits, count=len(images)).astype(int)[:, None] - 1  # which one is not recorded
     labels = np.repeat(np.arange(len(counts)), counts)
     scores = np.concatenate([np.arange(n, 0, -1.0) for n in counts])
-    return Matches(images.astype(np.int64), labels, scores, right, arrays["truths"].astype(np.int64), (0.5,))
+    return Matches(images.astype(np.int64), labels, scores, taken, arrays["truths"].astype(np.int64), (0.5,))
 
 
 def robustness_statistic(arrays: dict[str, np.ndarray], metric: str) -> Callable[[np.ndarray], float]:

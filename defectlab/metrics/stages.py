@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from defectlab.metrics.detection import Boxes, match
-from defectlab.metrics.per_image import FALSE_BOXES
+from defectlab.metrics.per_image import FALSE_BOXES, third_edges
 
 STAGES = ("region", "part", "class")
 
@@ -78,13 +78,12 @@ def product_statistic(
     return lambda weights: recalls(arrays, None if weights is None else weights[arrays["pit_image"]])[metric]
 
 
-def by_size(arrays: dict[str, np.ndarray], groups: int = 3) -> list[dict[str, float]]:
+def by_size(arrays: dict[str, np.ndarray]) -> list[dict[str, float]]:
     """`recalls` of the smallest third of the defects, the middle and the largest one, with "pits", how many these are,
     and "from" and "to", the sides sqrt(width * height) of the smallest and the largest, px. Equal sides stay together.
     """
     side = arrays["pit_side"]
-    edges = np.quantile(side, np.arange(1, groups) / groups)
-    group = np.searchsorted(edges, side, side="right")
+    group = np.searchsorted(third_edges(side), side)
     found = []
     for number in np.unique(group):
         own = group == number

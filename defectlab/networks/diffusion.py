@@ -7,7 +7,8 @@ steps, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (their eq. 2). W
     x_t = sqrt(alpha_hat_t) x_0 + sqrt(1 - alpha_hat_t) noise,  noise ~ N(0, I)                    (their eq. 4)
 
 A U-Net learns to predict the noise from x_t and t (their eq. 14), which gives the mean of the reverse step
-q(x_{t-1} | x_t) (their eqs. 3 and 11). Timesteps count from 0 here: alpha_hat[0] holds one factor.
+p_theta(x_{t-1} | x_t) (their eqs. 1 and 11). alpha_hat is D3N's name of their alpha_bar. Timesteps count from 0 here:
+alpha_hat[0] holds one factor.
 
 Features: Baranchuk et al. 2022, "Label-Efficient Semantic Segmentation with Diffusion Models", arXiv 2112.03126. An
 image gets the noise of a small timestep, and the decoder's intermediate maps are kept. They found the middle blocks at
@@ -82,11 +83,13 @@ def noise_loss(
 ) -> dict[str, Tensor]:
     """{"loss"}: mean squared error of the predicted noise (1 where it predicts none), Ho et al. eq. 14. Arguments as of
     `q_sample`; labels (B,) int64 of a network with classes."""
-    predicted = unet(q_sample(clean, timesteps, noise, alpha_hat), timesteps, *told(labels)).sample  # (B, C, H, W)
+    predicted = unet(
+        q_sample(clean, timesteps, noise, alpha_hat), timesteps, *class_arguments(labels)
+    ).sample  # (B, C, H, W)
     return {"loss": functional.mse_loss(predicted.to(noise.dtype), noise)}
 
 
-def told(labels: Tensor | None) -> tuple[Tensor, ...]:
+def class_arguments(labels: Tensor | None) -> tuple[Tensor, ...]:
     """What a network gets beside images and timesteps: nothing, or the classes."""
     return () if labels is None else (labels,)
 
@@ -154,7 +157,8 @@ def sample_ddim(
     device: str | torch.device = "cpu",
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Images from noise by DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma 0), uint8 (count, C, S, S);
+    """Images from noise by DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma 0; the predicted
+    x_0 is clipped to -1..1 at each step, as diffusers does by default), uint8 (count, C, S, S);
     labels (count,) int64 of a network with classes, on the device.
 
     The first noise is drawn on the CPU from the seed. The caller's autocast sets the precision.
@@ -168,7 +172,7 @@ def sample_ddim(
     shape = (count, config.in_channels, config.sample_size, config.sample_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     for timestep in scheduler.timesteps:
-        noise = unet(images, timestep, *told(labels)).sample.float()
+        noise = unet(images, timestep, *class_arguments(labels)).sample.float()
         images = scheduler.step(noise, timestep, images).prev_sample
     return to_uint8(images)
 

@@ -1,4 +1,4 @@
-"""Images made from a few: DCGAN, WGAN-GP and a diffusion model, all told the class that they shall draw.
+"""Images made from a few: DCGAN, WGAN-GP and a diffusion model, all class-conditional.
 
 - DCGAN: Radford, Metz, Chintala, "Unsupervised Representation Learning with Deep Convolutional Generative Adversarial
   Networks", ICLR 2016, arXiv 1511.06434.
@@ -69,7 +69,7 @@ class GAN(nn.Module):
         return at_least_float32(found.flatten(1)).gather(1, labels[:, None])[:, 0]
 
     def critic_loss(self, real: Tensor, fake: Tensor, labels: Tensor, mix: Tensor) -> Tensor:
-        """Real and made images (B, 1, S, S); mix (B, 1, 1, 1) in 0..1: where between both the gradient is looked at."""
+        """Real and made images (B, 1, S, S); mix (B, 1, 1, 1) in 0..1: where between both the gradient is penalised."""
         on_real, on_fake = self.judged(real, labels), self.judged(fake, labels)
         if not self.penalty:
             return F.softplus(-on_real).mean() + F.softplus(on_fake).mean()

@@ -129,7 +129,7 @@ def standardised(images: Tensor) -> Tensor:
 
 
 def levelled(depth: Tensor) -> Tensor:
-    """Disparity (B, 1, H, W), 0 where unknown -> how far above the image's median, in `SPREAD` steps, at most 3 either
+    """Disparity (B, 1, H, W), 0 where unknown -> height over the image's median, in units of `SPREAD`, at most 3 either
     way; unknown places, and images without any, are 0, as the road is."""
     x = depth.float()
     known = x > 0

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
-from torchvision.ops import FrozenBatchNorm2d
 
 from defectlab.networks.resnet import IMAGENET_MEAN, IMAGENET_STD, base_name, load_teacher
 from defectlab.precision import at_least_float32, float32_on_cpu
@@ -57,14 +56,15 @@ def load_encoder(name: str, output_stride: int = 32) -> ResNetEncoder:
     """A ResNet with the teacher's ImageNet weights in stem and layers 1-3; float images (B, 3, S, S) -> six maps: the
     image itself, then strides 2, 4, 8, 16, 32 (or less).
 
-    Layer 4 starts at random, also where the weights file holds it. The pretrained norms are frozen (`freeze_norms`),
-    those of layer 4 are ordinary ones. ValueError for an unknown encoder or output stride; errors of `load_teacher`.
+    Layer 4 starts at random, also where the weights file holds it. The pretrained norms are frozen, those of layer
+    4 are ordinary ones. ValueError for an unknown encoder or output stride; errors of `load_teacher`.
 
     Args:
         name: "resnet18", "resnet50", or "<name>_random" (no weights, for smoke runs).
         output_stride: of the last map: 32, or 16 or 8 by dilation in place of the last one or two strides.
     """
     from segmentation_models_pytorch.encoders import get_encoder
+    from timm.layers import freeze_batch_norm_2d
 
     architecture = base_name(name)
     if architecture not in ENCODERS:
@@ -72,25 +72,14 @@ def load_encoder(name: str, output_stride: int = 32) -> ResNetEncoder:
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output stride {output_stride} is not possible: use 8, 16 or 32")
     pretrained = load_teacher(name).requires_grad_(True)
-    freeze_norms(pretrained)
+    # weights with fused norms would give other features in train mode (see `Teacher`), and eight images are few
+    freeze_batch_norm_2d(pretrained)
     encoder = get_encoder(architecture, weights=None, output_stride=output_stride)  # None: downloads nothing
     encoder.conv1, encoder.bn1 = pretrained.stem[:2]
     encoder.layer1, encoder.layer2, encoder.layer3 = pretrained.layer1, pretrained.layer2, pretrained.layer3
     if output_stride < 32:
         encoder.make_dilated(output_stride)  # once more: layer 3 is a new one
     return encoder
-
-
-def freeze_norms(module: nn.Module) -> None:
-    """Turn every batch norm inside `module` into a fixed affine map, in place: weights with fused norms would give
-    other features in train mode (see `Teacher`), and eight images are few for statistics."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
-            frozen.load_state_dict(child.state_dict())
-            setattr(module, name, frozen)
-        else:
-            freeze_norms(child)
 
 
 class Segmenter(nn.Module):

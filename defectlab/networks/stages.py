@@ -45,8 +45,8 @@ class RegionNet(nn.Module):
         check_uint8(frames)
         x = (frames.float() / 255).contiguous(memory_format=torch.channels_last)
         logits = self.cells(self.encoder(x))  # (B, 1, h / 16, w / 16)
-        windows = SIDE // CELL
-        return max_pool2d(logits, windows, windows // 2).flatten(1)
+        cells = SIDE // CELL  # of a window's side
+        return max_pool2d(logits, cells, cells // 2).flatten(1)
 
 
 class CropClassifier(nn.Module):

@@ -138,7 +138,7 @@ class Wavelet(nn.Module):
 
 
 def squeeze(channels: int, width: int) -> nn.Sequential:
-    """The bottleneck of a band: from `channels` to `width` and back, over a 3x3 neighbourhood."""
+    """The bottleneck of a band: from `channels` to `width` and back, over 9x9 positions (four 3x3 convolutions)."""
     narrow, mix = stage(channels, width, "same", 1, 0), stage(width, width, "same", 1, 0)
     return nn.Sequential(*narrow, *mix, nn.Conv2d(width, channels, 1))
 

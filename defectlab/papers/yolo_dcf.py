@@ -117,7 +117,7 @@ FUSIONS = {
 }
 
 
-# --- Multi-scale residual block: parallel paths in training, "folded into a simpler form for fast use" --------------
+# --- Multi-scale residual block: parallel paths in training, fused into one for use --------------------------------
 
 
 class MultiScaleResidualBlock(nn.Module):

@@ -100,7 +100,7 @@ def right_masks(predicted: Instances, truth: Instances, ious: Sequence[float] = 
     overlap = overlap.masked_fill(predicted["labels"][:, None] != truth["labels"], -1.0)
     order = predicted["scores"].argsort(descending=True, stable=True)
     right = torch.zeros(len(masks), len(ious), dtype=torch.bool)
-    right[order] = torch.from_numpy(greedy_match(overlap[order].numpy(), ious))
+    right[order] = torch.from_numpy(greedy_match(overlap[order].numpy(), ious) >= 0)
     return right
 
 

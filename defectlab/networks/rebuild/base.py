@@ -1,4 +1,4 @@
-"""What the methods that learn good images alone have in common: how they are trained and asked, crops, maps of windows.
+"""What the methods that learn good images alone share: how they are trained and evaluated, crops, maps of windows.
 
 A method's module has its settings, its networks and losses in its paper's order, and a subclass of `Normal`.
 """

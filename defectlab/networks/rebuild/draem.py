@@ -6,7 +6,9 @@ back the good image; a second one sees both, and learns to mark what was laid ov
 
 Ours: the textures are images of the other data sets of this study (the paper: DTD), turned by right angles (the paper:
 three of nine photometric and geometric changes); both networks are narrow in quick; training sees crops, the test whole
-images, for all layers are convolutions. Section numbers are from memory, as what is marked "not checked".
+images, for all layers are convolutions; the noise has square cells and is stretched to -1..1 before it is cut (public
+copies of the official code have cells of two sides and cut the noise as it is: smaller defects). Section numbers are
+from memory, as what is marked "not checked".
 """
 
 from dataclasses import dataclass
@@ -69,8 +71,8 @@ def perlin_noise(count: int, side: int, cells: int, generator: torch.Generator) 
 
 
 def perlin_masks(count: int, side: int, cells: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Where defects are: (count, side, side) float 0 or 1. Each mask has its own cell size in either direction of the
-    noise; the noise, stretched to -1..1, is cut off at 0.5 (section 3.1)."""
+    """Where defects are: (count, side, side) float 0 or 1. Each mask has its own size of cells, the
+    same in both directions; the noise is cut off at 0.5 (section 3.1), stretched to -1..1 before (ours)."""
     powers = [2**n for n in range(side.bit_length()) if cells[0] <= 2**n <= min(cells[1], side // 2)]
     chosen = torch.randint(len(powers), (count,), generator=generator).tolist()
     noise = torch.cat([perlin_noise(1, side, powers[which], generator) for which in chosen])
@@ -80,7 +82,7 @@ def perlin_masks(count: int, side: int, cells: tuple[int, int], generator: torch
 
 def make_defects(images: Tensor, textures: Tensor, masks: Tensor, opacity: Tensor) -> Tensor:
     """Equation 2: images and textures (B, C, H, W), masks (B, 1, H, W) 0 or 1, opacity (B, 1, 1, 1) -> the image where
-    the mask is 0, else opacity · texture + (1 - opacity) · image. (The paper's beta is 1 - opacity: not checked.)"""
+    the mask is 0, else opacity · texture + (1 - opacity) · image. (The beta of the official code is 1 - opacity.)"""
     return images + masks * opacity * (textures - images)
 
 

@@ -111,8 +111,8 @@ def to_pixels(cells: Tensor) -> Tensor:
 
 
 class EfficientADTeacher(Normal):
-    """The PDN learns Lite0's features. Its maps are its errors, which nobody uses as anomalies; they are evaluated as
-    those of any row."""
+    """The PDN learns Lite0's features. Its maps are its distillation errors, evaluated as those of any row;
+    no anomaly is read from them."""
 
     def __init__(self, settings: EfficientADTeacherSettings):
         super().__init__()

@@ -124,13 +124,13 @@ def suppress(boxes: Tensor, scores: Tensor, confidence: float, iou: float, most:
     image, which rounds them, and compares all pairs of all images. The host waits once per batch and once per image.
     """
     classes, boxes, scores = scores.shape[2], boxes.float(), scores.float()
-    best, pairs = scores.flatten(1).topk(min(CANDIDATES, scores[0].numel()), dim=1)  # descending
+    highest, pairs = scores.flatten(1).topk(min(CANDIDATES, scores[0].numel()), dim=1)  # descending
     finite = (boxes.isfinite().all() & scores.isfinite().all()).expand(1)
-    finite, *counts = torch.cat([finite, (best > confidence).sum(1)]).tolist()
+    finite, *counts = torch.cat([finite, (highest > confidence).sum(1)]).tolist()
     if not finite:
         raise ValueError("predicted boxes or scores are not finite: the training diverged; lower its learning rate")
     found = []
-    for own, values, chosen, count in zip(boxes, best, pairs, counts, strict=True):
+    for own, values, chosen, count in zip(boxes, highest, pairs, counts, strict=True):
         values, anchors, labels = values[:count], chosen[:count] // classes, chosen[:count] % classes
         kept = (batched_nms(own[anchors], values, labels, iou) if iou < 1 else torch.arange(count))[:most]
         found.append(Kept(anchors[kept], labels[kept], values[kept]))
@@ -138,7 +138,7 @@ def suppress(boxes: Tensor, scores: Tensor, confidence: float, iou: float, most:
 
 
 def best(boxes: Tensor, scores: Tensor, most: int = 300) -> tuple[Tensor, Tensor, Tensor]:
-    """What an image is answered where nothing is suppressed: boxes (B, A, 4), scores (B, A, C) -> the boxes (B, k, 4),
+    """The detections of an image without suppression: boxes (B, A, 4), scores (B, A, C) -> the boxes (B, k, 4),
     scores (B, k), descending, and labels (B, k) int64 of the k = min(`most`, A C) best pairs of anchor and class."""
     classes = scores.shape[2]
     values, pairs = scores.flatten(1).topk(min(most, scores.shape[1] * classes), dim=1)
