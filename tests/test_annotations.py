@@ -263,6 +263,8 @@ def test_marked_objects_are_kept_or_left_out_and_counted(tmp_path: Path) -> None
     assert found.notes["boxes marked occluded, kept"] == 0 and len(found.images[1].boxes) == 1
     found = read_coco(write_coco(tmp_path, content=changed("annotations", iscrowd=1)), tmp_path / "images")
     assert found.notes["regions marked iscrowd, left out"] == 1 and len(found.images[1].boxes) == 0
+    found = read_coco(write_coco(tmp_path, content=changed("annotations", iscrowd="0")), tmp_path / "images")
+    assert len(found.images[1].boxes) == 1
 
 
 def test_polygons_and_confidences_in_yolo_lines(tmp_path: Path) -> None:

@@ -155,6 +155,14 @@ def test_data_yaml_says_what_is_tested(tmp_path: Path, layout: str, yaml: str, e
         assert "left out: " in data.report
 
 
+def test_a_data_yaml_names_images_that_are_links(tmp_path: Path) -> None:
+    folder = own_yolo(tmp_path / "set", {"a": 20, "b": 5})
+    for image in (folder / "images").rglob("*.png"):
+        image.symlink_to(image.rename(tmp_path / f"{image.parent.name}_{image.name}"))
+    (folder / "data.yaml").write_text("train: images/a\ntest: images/b\nnames: [dent, scratch]")
+    assert lengths(load_folder(folder, "yolo", SIZE)) == [18, 2, 5]
+
+
 def test_lists_of_images(tmp_path: Path) -> None:
     folder = own_yolo(tmp_path, {"": 30})
     (folder / "data.yaml").write_text("train: train.txt\nval: val.txt\nnames: [dent, scratch]")
@@ -177,13 +185,16 @@ def test_image_sets_of_voc(tmp_path: Path) -> None:
     write_steel(tmp_path / "steel", count=10, size=100)
     stems = sorted(path.stem for path in (tmp_path / "steel").rglob("*.jpg"))
     lists = tmp_path / "steel" / "ImageSets" / "Main"
-    lists.mkdir(parents=True)
-    (lists / "trainval.txt").write_text("\n".join(stems[::2]))
+    another = tmp_path / "steel" / "of_2012" / "ImageSets" / "Main"
+    for folder, some in ((lists, stems[2::2]), (another, stems[:1])):  # both count
+        folder.mkdir(parents=True)
+        (folder / "trainval.txt").write_text("\n".join(some))
     (lists / "test.txt").write_text("\n".join(f"{stem}  1" for stem in stems[1::2]))
     (lists / "patches_train.txt").write_text("not of the kind")
     data = load_folder(tmp_path / "steel", "voc", SIZE)
     assert sorted(Path(name).stem for name in data.test.names) == stems[1::2]
-    assert "train and test (test) by ImageSets/Main/test.txt, ImageSets/Main/trainval.txt" in data.report
+    assert "train and test (test) by ImageSets/Main/test.txt, of_2012/ImageSets/Main/trainval.txt" in data.report
+    assert len(data.train) + len(data.dev) == len(stems[::2])
     (lists / "test.txt").write_text("nothing_1")
     with pytest.raises(DataError, match=r"test\.txt lists nothing_1, of which there is no image"):
         load_folder(tmp_path / "steel", "voc", SIZE)

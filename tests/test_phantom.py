@@ -26,17 +26,9 @@ def test_a_row_of_each_kind_runs_on_a_gpu_without_a_wait_in_a_step(tmp_path: Pat
     chosen = kinds()
     assert len(chosen) > 25
     shutil.copytree(TESTS.parent / "defectlab", tmp_path / "defectlab")  # with runs of its own
-    options = [
-        "run",
-        "all",
-        "--profile",
-        "smoke",
-        "--device",
-        "cuda",
-        "--tasks",
-        ",".join(f"{study}/{row}:0" for study, row in chosen.values()),
-    ]
-    done = run(tmp_path, str(TESTS / "phantom.py"), *options)
+    tasks = ",".join(f"{study}/{row}:0" for study, row in chosen.values())
+    options = ["run", "all", "--profile", "smoke", "--device", "cuda", "--tasks"]
+    done = run(tmp_path, str(TESTS / "phantom.py"), *options, tasks)
     assert done.returncode == 0, done.stderr
     waits = [line for line in done.stdout.splitlines() if line.startswith("wait ")]
     in_steps = [line for line in waits if line.startswith("wait step")]

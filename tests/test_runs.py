@@ -73,6 +73,17 @@ def test_run_writes_record_arrays_and_weights(root: Path) -> None:
     assert noted.notes == {"teacher": "fake-tiles"}
 
 
+def test_weights_of_another_run_of_the_same_key_are_refused(root: Path) -> None:
+    record, network = Fakes().run(seed=2), torch.nn.ParameterDict({"weight": torch.zeros(2)})
+    runs.load_weights(record, network)
+    assert network["weight"].tolist() == [2, 2]
+    with safe_open(record.path.with_suffix(".safetensors"), framework="pt") as file:
+        header = file.metadata()
+    safetensors.torch.save_file({"weight": torch.ones(2)}, record.path.with_suffix(".safetensors"), header)
+    with pytest.raises(ValueError, match=r"\.safetensors does not fit this network \(it is of another run"):
+        runs.load_weights(record, network)
+
+
 def test_second_call_reads_and_does_not_compute(root: Path) -> None:
     fakes = Fakes()
     first, again = fakes.run(), fakes.run()

@@ -13,7 +13,6 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 
@@ -93,15 +92,13 @@ def told(error: BaseException) -> str:
 # --- The batch -------------------------------------------------------------------------------------------------------
 
 
-def run_on(
-    client: Client, listed: list[Task], profile: str, device: str, minutes: float | None, log: Callable = print
-) -> list[Record]:
+def run_on(client: Client, listed: list[Task], profile: str, device: str, minutes: float | None) -> list[Record]:
     """What `batch.run_tasks` does, on the workers of a cluster. A row that failed three times is named at the end."""
-    batch = Batch(client, graph(listed, profile, device, None if minutes is None else time.time() + 60 * minutes), log)
+    batch = Batch(client, graph(listed, profile, device, None if minutes is None else time.time() + 60 * minutes))
     batch.run()
     left = sum(not (node.record or node.reason) for node in batch.nodes.values())
     if left and minutes is not None:
-        log(f"{minutes:g} minutes are used up: {left} of {len(batch.nodes)} left; run again to go on")
+        print(f"{minutes:g} minutes are used up: {left} of {len(batch.nodes)} left; run again to go on")
     if failed := [f"{node.job} {node.reason}" for node in batch.nodes.values() if node.reason]:
         raise RowsFailed("; ".join(failed))
     return [node.record for node in batch.nodes.values() if node.record]
@@ -111,8 +108,8 @@ class Batch:
     """As many rows at once as there are workers: a death then counts against the row that ran, not against all that
     wait. Files of needed rows go out with a row where its worker lacks them, so all see the same weights."""
 
-    def __init__(self, client: Client, nodes: dict[str, Node], log: Callable):
-        self.client, self.nodes, self.log = client, nodes, log
+    def __init__(self, client: Client, nodes: dict[str, Node]):
+        self.client, self.nodes = client, nodes
         self.sorter = graphlib.TopologicalSorter({key: node.needs for key, node in nodes.items()})
         self.sorter.prepare()
         self.names = {str(node.job) for node in nodes.values()}
@@ -128,7 +125,7 @@ class Batch:
         self.bar = tqdm(total=len(self.open), unit="row", disable=None)
 
     def say(self, line: str) -> None:
-        (self.log if self.bar.disable else self.bar.write)(line)
+        (print if self.bar.disable else self.bar.write)(line)
 
     def begun(self, event: tuple[float, dict[str, str]]) -> None:
         if event[1]["row"] not in self.names:  # another batch's

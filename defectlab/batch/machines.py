@@ -150,9 +150,7 @@ def slurm_jobs(options: dict[str, Any], profile: str) -> Any:
 
 
 @contextlib.contextmanager
-def cluster(
-    profile: str, device: str, workers: int = 1, scheduler: str = "", slurm: str = "", log: Callable = print
-) -> Iterator[Client]:
+def cluster(profile: str, device: str, workers: int = 1, scheduler: str = "", slurm: str = "") -> Iterator[Client]:
     """A client of a running cluster (`scheduler`, as in tcp://host:8786), of `workers` jobs of Slurm, or of as many
     processes here. DataError where the cluster does not answer, or there is no Slurm."""
     options = slurm_options(slurm) if slurm else {}
@@ -172,5 +170,5 @@ def cluster(
             raise DataError(
                 f"no Dask scheduler answers at {scheduler} ({first_line(error)}): start one there"
             ) from error
-        log(f"dashboard: {client.dashboard_link}")
+        print(f"dashboard: {client.dashboard_link}")
         yield client

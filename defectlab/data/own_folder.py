@@ -48,12 +48,13 @@ def _role(path: Path, folder: Path) -> str | None:
 
 
 def _voc_lists(folder: Path, known: set[str]) -> dict[str, tuple[Path, set[str]]]:
-    """Role -> (a list, stems), from all ImageSets/Main; trainval only where train is missing. `known`: stems that there
-    are; a line of another one has a second word, as the lists of one class do."""
+    """Role -> (a list, stems), from all ImageSets/Main; trainval only where train is not beside it. `known`: the stems
+    of the images; a line that is none has a second word, as in the lists of one class."""
     found: dict[str, tuple[Path, set[str]]] = {}
     for path in find_files(folder, {".txt"}):
         role = "train" if path.stem == "trainval" else _ROLES.get(path.stem)
-        if path.parts[-3:-1] == ("ImageSets", "Main") and role and (path.stem != "trainval" or role not in found):
+        once = path.stem != "trainval" or not path.with_name("train.txt").exists()
+        if path.parts[-3:-1] == ("ImageSets", "Main") and role and once:
             lines = {same(line.strip()) for line in read_text(path).splitlines() if line.strip()}
             stems = {line if line in known else line.split()[0] for line in lines}
             found[role] = path, stems | found.get(role, (path, set()))[1]

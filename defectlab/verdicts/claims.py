@@ -62,7 +62,7 @@ class Judged:
 
 def claims_of(study_name: str) -> list[Claim]:
     path = project_root() / "results" / "papers" / study_name / "claims.toml"
-    return tomllib.loads(path.read_text())["claim"] if path.exists() else []
+    return tomllib.loads(path.read_text(encoding="utf-8"))["claim"] if path.exists() else []
 
 
 def claim_value(claim: Claim, record: Record) -> float:
@@ -156,7 +156,9 @@ def _gain(claim: Claim, found: Mapping[str, list[Record]], profile: str) -> Judg
     of_a, of_b = ([value(r) for r in side] for side in (a, b))
     if not np.isfinite([*of_a, *of_b]).all():
         return Judged(claim, n, "cannot be judged (the records lack the metric)", profile)
-    trained = [rows for rows in found.values() if rows and rows[0].curve and _alike(rows[0].fingerprints, prints)]
+    # a row on top of another one's network ("of") would count that network's luck twice
+    trained = [r for r in found.values() if r and r[0].curve and "of" not in r[0].changed]
+    trained = [rows for rows in trained if _alike(rows[0].fingerprints, prints)]
     pooled = {rows[0].key: rows for rows in [*trained, a, b]}.values()  # each once: two names may mean one row
     groups = [[v for v in map(value, rows) if not math.isnan(v)] for rows in pooled]
     difference = stats.pooled_difference(of_a, of_b, groups)

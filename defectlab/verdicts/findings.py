@@ -4,7 +4,8 @@ A finding is a table `[[finding]]`:
 
 - text: a sentence with the rows of the study as fields: `{rd4ad.image_auroc:.1f}` is a mean over seeds, and
   `{v8n[scratches].map50:.1f}` that of one defect type; `{cards[neu_seg][leaks]}` is an entry of a data card,
-  `{timed[yolo_dcf].latency_ms:.0f}` what `defectlab bench` measured.
+  `{timed[yolo_dcf].latency_ms:.0f}` what `defectlab bench` measured, `{claims[gain].high:+.1f}` the end of the interval
+  over seeds of a claim's difference.
 - when: the condition under which it may be said, an expression of the same names: `patchcore.aupro > rd4ad.aupro`.
 - notebooks: numbers of the notebooks that begin with it, such as ["20"]. readme: true for those that README shows.
 
@@ -27,7 +28,7 @@ from defectlab.files import project_root
 from defectlab.runs import RECORDED, Record
 from defectlab.studies import study
 from defectlab.verdicts.measured import COSTS, timings, value_of
-from defectlab.verdicts.tables import RecordStore, record_store
+from defectlab.verdicts.tables import RecordStore, judge_claims, record_store
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,18 @@ class RowValues:
         return value
 
 
+class Differences(dict):
+    """Differences of the study's claims with their intervals over seeds, by id, judged when one is asked for."""
+
+    def __init__(self, of: str, store: RecordStore):
+        super().__init__()
+        self.of = of, store
+
+    def __missing__(self, claim: str) -> Any:
+        self.update({judged.claim["id"]: judged.difference for judged in judge_claims(*self.of)})
+        return self.get(claim)
+
+
 class Cards(dict):
     """Data cards by the name of the set, read when they are asked for."""
 
@@ -120,7 +133,7 @@ def findings(name: str, store: RecordStore | None = None) -> list[Finding]:
     listed = tomllib.loads(path.read_text(encoding="utf-8"))["finding"]
     of, store = study(name), store or record_store(RECORDED)
     rows = {row: RowValues(row, store.recorded_of(of, row)[0]) for row in of.rows[RECORDED]}
-    others = {"cards": Cards(), "timed": timings(name)}
+    others = {"cards": Cards(), "timed": timings(name), "claims": Differences(name, store)}
     found = []
     for number, one in enumerate(listed, 1):
         named = re.findall(r"{(\w+)(?:\[[\w-]+\])?\.(\w+)", one["text"])

@@ -65,11 +65,11 @@ def _grouped(notes: pd.Series) -> list[str]:
     for row, text in notes.items():
         for note in filter(None, text.split("; ")):
             rows.setdefault(note, []).append(row)
-    return [f"{'all rows' if len(on) == len(notes) else '; '.join(on)}: {note}" for note, on in rows.items()]
+    return [f"{'all rows' if len(on) == len(notes) else ' · '.join(on)}: {note}" for note, on in rows.items()]
 
 
 def _not_run(rows: list[str]) -> str:
-    return f"Not run: {'; '.join(rows)}." if rows else ""
+    return f"Not run: {' · '.join(rows)}." if rows else ""
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -97,7 +97,7 @@ def printed_table(study_name: str, table: str) -> list[dict[str, str]]:
     if not path.exists():
         names = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv"))) or "none"
         raise ValueError(f"{study_name} has no table {table!r}: there is {names}")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

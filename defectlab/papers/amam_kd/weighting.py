@@ -47,15 +47,10 @@ def shifts(maps: Tensor, kernel: int) -> Tensor:
     return functional.unfold(padded, kernel).unflatten(-1, maps.shape[-2:])
 
 
-def every_second(maps: Tensor) -> Tensor:
-    """(..., 256, 256) -> (..., 128, 128)."""
-    return maps[..., ::FIT_STRIDE, ::FIT_STRIDE]
-
-
 def tap_maps(maps: Tensor, kernel: int) -> Tensor:
     """One M^k (N, h, w) -> the share of each tap in the smoothed AL at weight 1: (k k, N, 128, 128)."""
     taps = shifts(maps, kernel).transpose(0, 1)  # (k k, N, h, w)
-    return torch.stack([every_second(gaussian_smooth(upsample(tap))) for tap in taps])
+    return torch.stack([gaussian_smooth(upsample(tap))[..., ::FIT_STRIDE, ::FIT_STRIDE] for tap in taps])
 
 
 def fit_weighting(maps: list[Tensor], masks: Tensor, kernel: int) -> MapWeighting:
@@ -69,7 +64,7 @@ def fit_weighting(maps: list[Tensor], masks: Tensor, kernel: int) -> MapWeightin
         maps: three M^k (N, h, w) of images among which some have defects: never those of the test set.
         masks: (N, 256, 256), 1 = defect. ValueError where no pixel, or every pixel, is a defect's.
     """
-    target = every_second(masks).flatten(1).float()  # (N, pixels)
+    target = masks[..., ::FIT_STRIDE, ::FIT_STRIDE].flatten(1).float()  # (N, pixels)
     if target.min() == target.max():
         raise ValueError("the weighting is fitted to tell defect from normal pixels: the masks have only one of them")
     defect = target / target.sum(1, keepdim=True).clamp(min=1)
