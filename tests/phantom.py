@@ -136,7 +136,7 @@ def wrap(tensor, index: int):
 # --- Waits -----------------------------------------------------------------------------------------------------------
 
 
-STEP = ("draw", "__call__", "step", "learn", "loss")  # what `training.loop.train` calls for a batch
+STEP = {"draw", "step", "learn", "loss", "Draw.__call__"}  # what `training.loop.train` calls for a batch
 
 
 def synchronised(what: str) -> None:
@@ -146,7 +146,7 @@ def synchronised(what: str) -> None:
         code = frame.f_code
         if "/defectlab/" in code.co_filename:
             place = place or f"{code.co_filename.rpartition('/defectlab/')[2]}:{frame.f_lineno} {code.co_name}"
-            step |= code.co_name in STEP
+            step |= bool({code.co_name, code.co_qualname} & STEP)
         frame = frame.f_back
     WAITS[what, place, step] += 1
 

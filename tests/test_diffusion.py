@@ -1,5 +1,6 @@
 """Diffusion: training and resuming, the error of the noise, whole runs."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -137,7 +138,8 @@ def test_a_run_and_its_network_loaded_again(tmp_path: Path) -> None:
     path = tmp_path / "ddpm.json"
     path.write_text(json.dumps({"key": "ddpm"}))
     save_file({k: v.contiguous() for k, v in result.model.items()}, path.with_suffix(".safetensors"), {"key": "ddpm"})
-    record = Record({"key": "ddpm"}, path)
+    sha256 = hashlib.sha256(path.with_suffix(".safetensors").read_bytes()).hexdigest()
+    record = Record({"key": "ddpm", "model_sha256": sha256}, path)
     unet = load_ddpm(record, TOY, 1, "cpu")
     assert not unet.training and not any(p.requires_grad for p in unet.parameters())
     again = error_per_timestep(unet, data.test.images, middles(1000, 20), seed=0)

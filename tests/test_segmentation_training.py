@@ -1,5 +1,6 @@
 """Training of segmentation networks: loss, flips, steps, what a result holds, weights of finished runs."""
 
+import hashlib
 import io
 import json
 import math
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from toy_runs import one_sitting, quiet
 
@@ -221,11 +222,12 @@ def test_a_record_on_real_nuts_is_small_enough(real_set) -> None:
 
 
 def test_weights_of_a_run_come_back_or_the_file_is_named(tmp_path: Path) -> None:
-    record = Record({"key": "row"}, tmp_path / "row.json")
+    network = build(SMALL)
+    whole = save(network.state_dict(), {"key": "row"})
+    record = Record({"key": "row", "model_sha256": hashlib.sha256(whole).hexdigest()}, tmp_path / "row.json")
     with pytest.raises(ValueError, match=r"row\.safetensors is missing .*run that row again"):
         frozen(record, build(SMALL), "cpu")
-    network = build(SMALL)
-    save_file(network.state_dict(), tmp_path / "row.safetensors", {"key": "row"})
+    (tmp_path / "row.safetensors").write_bytes(whole)
     loaded = frozen(record, build(SMALL), "cpu")
     images = nuts(2, 0).images
     assert torch.equal(segment(loaded, images), segment(network.eval(), images))
