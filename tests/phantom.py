@@ -136,7 +136,7 @@ def wrap(tensor, index: int):
 # --- Waits -----------------------------------------------------------------------------------------------------------
 
 
-STEP = {"draw", "step", "learn", "loss", "Draw.__call__"}  # what `training.loop.train` calls for a batch
+STEP = {"draw", "step", "learning_step", "loss", "Draw.__call__"}  # what `training.loop.train` calls for a batch
 
 
 def synchronised(what: str) -> None:

@@ -102,7 +102,7 @@ def run_gated(settings: GatedSettings, seed: int, data: PitData, context: Contex
         own, wanted = (flip(x[indices], across, down) for x in (images, labels))
         return lightened(own, generator, GAIN), wanted.flatten(1)
 
-    step = partial(learn, region, precision)
+    step = partial(learning_step, region, precision)
     trained = train(region, draw, step, len(images), settings, seed, context)
     gate = region_stage(region, data, window, settings.kept)
     looked = {part: look(detector, getattr(data, part), window) for part in ("dev", "test")}
@@ -117,7 +117,7 @@ def run_gated(settings: GatedSettings, seed: int, data: PitData, context: Contex
     return finished(result, data.test, gated_costs(detector, region, images, window, gate.seen), gate.seen)
 
 
-def learn(network: nn.Module, precision: str, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def learning_step(network: nn.Module, precision: str, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """The `step` of `train` for both stages."""
     images, wanted = batch
     with autocast(images.device, precision):
@@ -209,7 +209,7 @@ def run_classified(settings: ClassifiedSettings, seed: int, data: PitData, conte
         cuts = flip(recut(torch.cat(drawn), squares, settings.crop), across, down)
         return lightened(cuts, generator, GAIN), (torch.arange(count, device=device) < half).float()
 
-    step = partial(learn, classifier, precision)
+    step = partial(learning_step, classifier, precision)
     trained = train(classifier, draw, step, settings.draws, settings, seed, context)
 
     gate = region_stage(region, data, window, gated.kept)
