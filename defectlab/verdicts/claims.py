@@ -145,8 +145,8 @@ def judge(
 def _gain(claim: Claim, found: Mapping[str, list[Record]], profile: str) -> Judged:
     """A gain or order without its verdict, or why it cannot be judged.
 
-    The spread over seeds is pooled over the claim's two rows and all trained rows of the study on its data and weights
-    (others, such as PatchCore, have hardly any spread, and would make it look smaller than it is).
+    The spread over seeds is pooled over the claim's two rows and all rows of the study trained by themselves on its
+    data and weights (others, such as PatchCore, have hardly any spread, and would make it look smaller than it is).
     """
     a, b = found[claim["a"]], found[claim["b"]]
     n, prints = min(len(a), len(b)), a[0].fingerprints
