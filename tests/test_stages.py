@@ -12,7 +12,6 @@ from toy_runs import quiet, runs_of
 
 from defectlab import runs
 from defectlab.data.stages import (
-    HALF,
     PitData,
     PitSplit,
     crops,
@@ -114,7 +113,7 @@ def test_training_windows_have_the_part_of_a_pit_that_they_show() -> None:
             assert 0 <= x1 < x2 <= WINDOW and 0 <= y1 < y2 <= WINDOW
             inside[y1:y2, x1:x2] = True
         assert dark.sum() == (dark & inside).sum() if seen else not dark.any()
-    assert HALF == 0.5 and len(training_windows(split, WINDOW, 4)) == -(-len(found) // 4)
+    assert len(training_windows(split, WINDOW, 4)) == -(-len(found) // 4)
 
 
 def test_whole_frames_keep_their_boxes() -> None:
@@ -348,7 +347,7 @@ def test_rows_of_one_two_and_three_stages(run_row: Callable[..., Record]) -> Non
         assert np.array_equal(two.arrays[name], three.arrays[name])
     assert two.notes["of"] == zoom.key and (three.notes["of"], three.notes["detector"]) == (two.key, zoom.key)
     assert three.costs["parameters_m"] > two.costs["parameters_m"] > zoom.costs["parameters_m"]
-    assert zoom.costs["gflops_image"] > 0 and three.metrics["boxes_seen"] >= 0
+    assert zoom.costs["gflops_image"] > 0
 
 
 def test_equal_seeds_and_a_training_that_goes_on(run_row: Callable[..., Record], root: Path) -> None:

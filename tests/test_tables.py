@@ -10,6 +10,7 @@ import pytest
 from toy_records import HEADER, PRINTS, Project, row, toy_study, with_row
 
 from defectlab import runs
+from defectlab.training.light import LightSettings
 from defectlab.verdicts import tables
 from defectlab.verdicts.measured import image_statistic, within
 from defectlab.verdicts.tables import agreement, claims_table, per_class_table, results_table, show
@@ -250,6 +251,10 @@ def test_the_spread_is_that_of_the_two_rows_and_of_all_trained_ones_each_once(to
     write(toy, "other", {"image_auroc": around(70, 3.0)})
     (wider,) = toy.judged()
     assert wider.difference.df == 6 and wider.difference.high > one.difference.high + 1
+    on_another = type("OnAnother", (LightSettings,), {"model": "toy", "version": 1})()  # on another row's network
+    toy.use(with_row(study, "paper", "other", replace(study.rows["paper"]["other"], settings=on_another)))
+    write(toy, "other", {"image_auroc": around(70, 3.0)})
+    assert toy.judged()[0].difference.df == 4
 
 
 def test_printed_gain_gets_a_gains_verdict(toy: Project) -> None:
